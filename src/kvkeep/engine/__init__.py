@@ -1,0 +1,1 @@
+"""Continuous batching over a paged, tenant-scoped prefix cache."""

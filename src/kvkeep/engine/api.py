@@ -1,0 +1,164 @@
+"""What a front end says to an engine and hears back: plain frozen records that cross the process boundary as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen and when a sequence ends; ranges are checked by the front end and by `validate`."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """None draws a random one; the generator is counter-based per (seed, sample index, position)."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """Top log-probabilities per generated token (0: only the chosen one); None for none."""
+    prompt_logprobs: int | None = None
+    """The same for prompt tokens (`echo` with logprobs)."""
+    skip_special_tokens: bool = True
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, tokenised, with the identity its cache use is bound to."""
+
+    id: str
+    tenant: str
+    """Account: whose quota pays and whose queue it waits in."""
+    scope: str
+    """Namespace of cached pages: tenant, subject and salt, already derived; never 'public'."""
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    deadline_s: float | None = None
+    """Seconds from submission after which it ends with `deadline`."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token's log-probability (natural log) and the best alternatives, best first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Something new of one sequence of a request; the last chunk of a sequence has `finish`."""
+
+    index: int = 0
+    """Which of the `n` sequences."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: FinishReason | None = None
+    stop_match: str | int | None = None
+    cached_tokens: int = 0
+    """Prompt tokens taken from the cache; the same in every chunk of a request."""
+    error: str | None = None
+    """A clear sentence without content, where `finish` is `error`."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a front end may tell about the model being served."""
+
+    name: str
+    path: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    bytes_per_token: int
+    kernel: str
+    eos_token_ids: tuple[int, ...]
+
+
+class TenantUse(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant's share, for the admin port only."""
+
+    tenant: str
+    quota_pages: int
+    used_pages: int
+    running: int
+    waiting: int
+
+
+class Histogram(msgspec.Struct, frozen=True, kw_only=True):
+    """A cumulative histogram: counts per upper bound, +inf last."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot for the admin port; names follow the metrics they feed."""
+
+    requests_running: int
+    requests_waiting: int
+    pages_total: int
+    pages_used: int
+    pages_free: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    prefix_cache_queries_total: int
+    prefix_cache_hits_total: int
+    preemptions_total: int
+    steps_total: int
+    finished: tuple[tuple[str, int], ...]
+    """(finish reason, count)."""
+    ttft_s: Histogram
+    tpot_s: Histogram
+    e2e_s: Histogram
+    step_s: Histogram
+    tenants: tuple[TenantUse, ...]
+
+
+class EngineClient(Protocol):
+    """The whole engine, as a front end sees it: in process, in its own process, or a cluster's router."""
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """Start a request; closing the iterator cancels it within a step."""
+
+    async def info(self) -> ModelInfo:
+        """Return the model's description, once loaded and warm."""
+
+    async def stats(self) -> EngineStats:
+        """Return counters and gauges; raises `EngineStopped` where the engine has died."""
+
+    async def set_tenants(self, quotas: dict[str, float]) -> None:
+        """Set the reserved share of each tenant (sum <= 1); requests of tenants left out are cancelled."""
+
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Stop taking requests, wait up to `drain_s` for those running, and end."""

@@ -1,0 +1,131 @@
+"""Every error kvkeep raises on purpose.
+
+KvkeepError
+├── ConfigError                a setting is wrong: names the field and the remedy
+├── ModelError                 a checkpoint can't be used
+│   ├── ModelNotFound          no such directory or hub id
+│   ├── UnsupportedModel       a family or feature outside the supported set, by the field's name
+│   └── CheckpointError        missing, truncated or contradictory files
+├── RequestError               the client's request can't be served (carries an HTTP status and the field)
+│   ├── InvalidRequest         400
+│   ├── Unauthenticated        401
+│   ├── Forbidden              403
+│   ├── PayloadTooLarge        413
+│   └── TooManyRequests        429
+├── CapacityError              memory for pages is used up
+│   ├── PoolExhausted          no free tile in the pool
+│   └── QuotaExceeded          a tenant's reserved share is used up
+├── KernelInputError           arrays handed to a kernel do not fit together
+├── SealError                  sealed bytes do not open in the reader's context
+└── EngineError                the engine itself failed
+    ├── EngineStopped          it is shutting down or has died
+    ├── RequestCancelled       cancelled by its client or by revocation
+    └── DeadlineExceeded       the request's own deadline passed
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KvkeepError(Exception):
+    """Base of all kvkeep errors."""
+
+
+class ConfigError(KvkeepError):
+    """A setting is wrong; the message names the field and the remedy."""
+
+
+class ModelError(KvkeepError):
+    """A checkpoint can't be used."""
+
+
+class ModelNotFound(ModelError):
+    """No checkpoint under this path or id."""
+
+
+class UnsupportedModel(ModelError):
+    """The checkpoint uses a feature outside the supported set."""
+
+
+class CheckpointError(ModelError):
+    """Checkpoint files are missing, truncated or contradict each other."""
+
+
+class RequestError(KvkeepError):
+    """A client's request can't be served; `param` names the field, never its value."""
+
+    status: ClassVar[int] = 400
+    code: ClassVar[str] = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field is malformed, out of range or not supported."""
+
+
+class Unauthenticated(RequestError):
+    """No valid API key."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The key is valid but may not do this."""
+
+    status = 403
+    code = "permission_denied"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is larger than the configured cap."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class TooManyRequests(RequestError):
+    """The tenant's own concurrency or queue cap is reached."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class CapacityError(KvkeepError):
+    """Memory for pages is used up."""
+
+
+class PoolExhausted(CapacityError):
+    """No free tile is left in the pool."""
+
+
+class QuotaExceeded(CapacityError):
+    """A tenant's reserved share of the pool is used up."""
+
+
+class KernelInputError(KvkeepError):
+    """Arrays handed to a kernel do not fit together."""
+
+
+class SealError(KvkeepError):
+    """Sealed bytes do not open in the reader's context."""
+
+
+class EngineError(KvkeepError):
+    """The engine itself failed."""
+
+
+class EngineStopped(EngineError):
+    """The engine is shutting down or has died."""
+
+
+class RequestCancelled(EngineError):
+    """The request was cancelled by its client or by revocation."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request's own deadline passed."""

@@ -1,0 +1,191 @@
+"""Shapes, tile layouts and the plan that kernels execute: the one source of truth for memory order.
+
+Shape letters, used in every docstring: `T` tokens (query rows of a step), `Hq`/`Hkv` query/KV heads, `G` = Hq / Hkv,
+`D` head_dim, `L` layers, `P` pages, `S` = 64 tokens per page.
+
+Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned):
+
+  BF16  K [S/16][D/2][16][2]  token lanes, pairs of dims: vdpbf16ps needs no horizontal sum
+        V [S/2][D][2]         dim lanes, pairs of tokens
+  F32   K [S/16][D][16]       token lanes
+        V [S][D]
+
+Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens at absolute
+positions; the running state (m, l, O) is carried over the steps of one span of 1,024 tokens and starts afresh at each
+multiple of 1,024; the spans' states are merged left to right. Thread splits happen only between spans, so
+a row's bits depend on its own tokens and positions alone. `lse2 = m + log2(l)`, base 2, float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, Layout, UInt64Array
+
+STEP_TOKENS = 128
+"""Tokens per online-softmax step; nodes and coded boundaries are cut only at its multiples."""
+
+SPAN_TOKENS = 1024
+"""Tokens per carried state; threads split only at its multiples."""
+
+ELEMENT_BYTES = {Layout.F32: 4, Layout.BF16: 2}
+TORCH_DTYPE = {Layout.F32: torch.float32, Layout.BF16: torch.bfloat16}
+
+
+def float_tile_bytes(layout: Layout, head_dim: int) -> int:
+    """Return the bytes of one K+V tile of a float layout."""
+    return 2 * PAGE_TOKENS * head_dim * ELEMENT_BYTES[layout]
+
+
+class Run(NamedTuple):
+    """Columns of `AttentionPlan.runs`: consecutive pages seen by the group's rows."""
+
+    page_begin: int
+    """First entry of `AttentionPlan.pages`."""
+    page_count: int
+    first_position: int
+    """Absolute position of the run's first token, a multiple of S."""
+    layout: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What to attend, the same for every layer.
+
+    A group is a range of query rows and the runs they see, in order of position; a row sees the tokens of its
+    group's runs at positions <= its own. Every row belongs to exactly one group.
+    """
+
+    row_positions: Int32Array
+    """[T] absolute position of each query row."""
+    groups: Int32Array
+    """[N, 4] row_begin, row_end, run_begin, run_end."""
+    runs: Int32Array
+    """[R, 4] as `Run`."""
+    pages: Int32Array
+    """[E] page slots; negative entries -1-i name row i of `private_tiles`."""
+    private_tiles: Int32Array | None = None
+    """[n, L, Hkv] tile ids of views that diverged from their pages."""
+    masks: UInt64Array | None = None
+    """[E, L, Hkv] live masks; None where nothing is evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer of the pool, as kernels see it."""
+
+    buffer: torch.Tensor
+    """[bytes] uint8, 64-byte aligned; tile i starts at `i * tile_bytes`."""
+    tile_table: Int32Array
+    """[page slots, L, Hkv] tile ids."""
+    tile_bytes: int
+    layer: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """Ask which tokens the rows looked at: weight >= 2 ** log2_threshold."""
+
+    log2_thresholds: FloatArray
+    """[T]; +inf for rows that are not observed."""
+
+
+class Attended(NamedTuple):
+    """What attention returns."""
+
+    out: torch.Tensor
+    """[T, Hq, D] in the query's dtype."""
+    lse2: torch.Tensor
+    """[T, Hq] float32 log-sum-exp, base 2."""
+    hits: UInt64Array | None
+    """[E, Hkv] bit per token that some observed row and head of the group hit; None unless asked."""
+
+
+class AttentionOps(Protocol):
+    """The attention kernels of one backend."""
+
+    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
+        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row (already stored)."""
+
+    def attend(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
+    ) -> Attended:
+        """Attend q [T, Hq, D] (scale 1/sqrt(D) applied inside) over the plan's runs."""
+
+    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; a part with lse2 = -inf is empty."""
+
+
+class PackedWeight(Protocol):
+    """A weight [N, K] in a backend's own order; opaque to callers."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (N, K)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes read to apply it once."""
+
+
+class LeafOps(Protocol):
+    """Row-wise kernels whose bits do not depend on the number of rows."""
+
+    def pack(self, weight: torch.Tensor, *, int8: bool = False) -> PackedWeight:
+        """Pack weight [N, K]; int8 keeps one scale per output channel."""
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x [T, K] W^T + bias as [T, N] in x's dtype; sums over K in one order for every T."""
+
+    def gated_mlp(
+        self, x: torch.Tensor, gate_up: PackedWeight, down: PackedWeight
+    ) -> torch.Tensor:
+        """Return down(silu(gate(x)) * up(x)); `gate_up` is [2 F, K], gate rows first."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight over the last dimension, in x's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One backend: its name as shown to the operator and its kernels."""
+
+    name: str
+    attention: AttentionOps
+    leaf: LeafOps
+
+
+def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
+    """Raise `KernelInputError` where a plan does not fit its arrays, before any kernel runs."""
+    rows, heads, dim = q.shape
+    if dim != kv.head_dim or heads % kv.num_kv_heads:
+        raise KernelInputError(
+            f"q has {heads} heads of {dim}; the pool has {kv.num_kv_heads} of {kv.head_dim}"
+        )
+    if len(plan.row_positions) != rows:
+        raise KernelInputError(f"plan has {len(plan.row_positions)} rows, q has {rows}")
+    if len(plan.pages):
+        private = 0 if plan.private_tiles is None else len(plan.private_tiles)
+        low, high = int(plan.pages.min()), int(plan.pages.max())
+        if high >= len(kv.tile_table) or low < -private:
+            raise KernelInputError("plan names a page outside the pool's tile table")
+    if len(plan.runs):
+        ends = plan.runs[:, 0] + plan.runs[:, 1]
+        if int(ends.max()) > len(plan.pages) or int(plan.runs.min()) < 0:
+            raise KernelInputError("a run reaches outside the plan's pages")
+        if np.any(plan.runs[:, 2] % PAGE_TOKENS):
+            raise KernelInputError("a run starts inside a page")
+    groups = plan.groups
+    if len(groups) and (int(groups[:, 1].max()) > rows or int(groups[:, 3].max()) > len(plan.runs)):
+        raise KernelInputError("a group reaches outside the plan's rows or runs")
+    if plan.masks is not None and plan.masks.shape[0] != len(plan.pages):
+        raise KernelInputError("live masks and pages differ in length")

@@ -1,0 +1,196 @@
+"""The nouns that cross package boundaries: numpy only, no torch.
+
+Shape letters are those of `ops/layout.py`: `L` layers, `Hkv` KV heads, `D` head_dim, `P` pages, `S` = 64 tokens
+per page, `T` tokens (rows) of a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_TOKENS = 64
+"""S: tokens per page and per tile, everywhere."""
+
+PUBLIC_SCOPE = "public"
+"""The scope of pages every tenant may read."""
+
+ALL_LIVE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+"""A tile's live mask when nothing was evicted."""
+
+Int32Array = NDArray[np.int32]
+UInt64Array = NDArray[np.uint64]
+FloatArray = NDArray[np.float32]
+
+
+class Layout(IntEnum):
+    """How one tile's bytes are arranged; every run of tiles carries one (see `ops/layout.py`)."""
+
+    F32 = 0
+    BF16 = 1
+
+
+class PageState(IntEnum):
+    """A page's life: rows are being appended; all rows there; stored in its codec's final form."""
+
+    OPEN = 0
+    CLOSED = 1
+    ENCODED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PageTag:
+    """What, beside the tokens, decides a page's bytes and who may read it; part of every chain hash."""
+
+    scope: str
+    codec: str = "float"
+    shield: str = "none"
+    adapter: str = ""
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that differ for any two different tags (fields are length-framed)."""
+        h = hashlib.blake2b(digest_size=16, person=b"kvkeep-tag")
+        for part in (self.scope, self.codec, self.shield, self.adapter):
+            raw = part.encode()
+            h.update(len(raw).to_bytes(4, "little") + raw)
+        return h.digest()
+
+
+def chain_hash(parent: bytes, tag: bytes, tokens: bytes) -> bytes:
+    """Return h_i = H(h_{i-1}, tag_i, tokens_i), 32 bytes; `tokens` is the page's int32 ids, little-endian."""
+    h = hashlib.blake2b(digest_size=32, person=b"kvkeep-chain")
+    h.update(parent)
+    h.update(tag)
+    h.update(tokens)
+    return h.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class PageSpec:
+    """The shape of a codec's pages for one model; sizes in bytes."""
+
+    layout: Layout
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tile_bytes: int
+    recent_tokens: int = 0
+    """Tokens before a query that it still sees in the model's dtype; 0 where the codec is the model's dtype."""
+
+    @property
+    def tiles_per_page(self) -> int:
+        """Return L * Hkv."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of one page over all layers and KV heads."""
+        return self.tiles_per_page * self.tile_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Return the bytes of one token over all layers and KV heads."""
+        return self.page_bytes // PAGE_TOKENS
+
+
+@dataclass(slots=True)
+class EvictState:
+    """What a token evictor remembers of one view; copied by fork, preempt and resume."""
+
+    masks: UInt64Array
+    """[P, L, Hkv] live masks, one bit per token of the tile."""
+    last_hit: Int32Array
+    """[P * S, L, Hkv] absolute time at which a token was last looked at."""
+    seen_tokens: int = 0
+
+    def copy(self) -> EvictState:
+        """Return an independent copy."""
+        return EvictState(self.masks.copy(), self.last_hit.copy(), self.seen_tokens)
+
+
+@dataclass(slots=True)
+class View:
+    """What one request attends to: page slots in order, the last of them possibly open."""
+
+    id: int
+    tag: PageTag
+    slots: Int32Array = field(default_factory=lambda: np.zeros(8, np.int32))
+    """Page slots; only the first `num_pages` entries count (capacity doubles)."""
+    num_pages: int = 0
+    length: int = 0
+    """Tokens whose K and V are stored."""
+    tainted_from: int | None = None
+    """First position computed with a mask, a shadow or a lossy fallback; nothing from there on is indexed."""
+    evict: EvictState | None = None
+
+    def push(self, slot: int) -> None:
+        """Append one page slot."""
+        if self.num_pages == len(self.slots):
+            self.slots = np.concatenate([self.slots, np.zeros_like(self.slots)])
+        self.slots[self.num_pages] = slot
+        self.num_pages += 1
+
+    def pages(self) -> Int32Array:
+        """Return the page slots in order, a view of `slots`."""
+        return self.slots[: self.num_pages]
+
+    def taint(self, position: int) -> None:
+        """Mark everything from `position` on as not indexable."""
+        if self.tainted_from is None or position < self.tainted_from:
+            self.tainted_from = position
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One request's share of a step: `num_rows` consecutive query rows from `first_position`."""
+
+    view: View
+    first_row: int
+    num_rows: int
+    first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGeometry:
+    """A step's shape, the same for all layers: what a planner may look at."""
+
+    segments: tuple[Segment, ...]
+    num_rows: int
+    layout: Layout
+    coded_layout: Layout
+    recent_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDelta:
+    """What an epoch's end changed: chain hashes of pages made public and withdrawn, from one immutable snapshot."""
+
+    epoch: int
+    promoted: tuple[bytes, ...] = ()
+    withdrawn: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SealContext:
+    """What a sealed blob is bound to; the reader rebuilds it from its own request, never from the frame."""
+
+    tag: PageTag
+    chain_hash: bytes
+    layer: int
+    position: int
+    model_digest: bytes
+
+    def associated_data(self) -> bytes:
+        """Return the length-framed bytes a seal authenticates."""
+        parts = (
+            self.tag.digest(),
+            self.chain_hash,
+            self.layer.to_bytes(4, "little"),
+            self.position.to_bytes(8, "little"),
+            self.model_digest,
+        )
+        return b"".join(len(p).to_bytes(4, "little") + p for p in parts)

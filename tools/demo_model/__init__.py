@@ -1,0 +1,1 @@
+"""The demo model: corpus and tokenizer, training samples, network, curriculum, checkpoint, scores."""
