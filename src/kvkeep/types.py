@@ -78,8 +78,8 @@ class PageSpec:
     num_kv_heads: int
     head_dim: int
     tile_bytes: int
-    recent_tokens: int = 0
-    """Tokens before a query that it still sees in the model's dtype; 0 where the codec is the model's dtype."""
+    recent_tokens: int | None = None
+    """Tokens before a query that it still sees in the model's dtype; None where pages are stored in it."""
 
     @property
     def tiles_per_page(self) -> int:
@@ -152,6 +152,9 @@ class Segment:
     first_row: int
     num_rows: int
     first_position: int
+    staged: Int32Array
+    """Slots of pages in the model's dtype, from page `staged_from` on; a codec's pages stay here until encoded."""
+    staged_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +164,18 @@ class BatchGeometry:
     segments: tuple[Segment, ...]
     num_rows: int
     layout: Layout
+    """Layout of pages in the model's dtype."""
     coded_layout: Layout
-    recent_tokens: int = 0
+    """Layout of encoded pages."""
+    recent_tokens: int | None = None
+    """A query at p sees pages that end at or before p - recent_tokens as they are encoded; None: nothing is."""
+
+    def coded_pages(self, position: int) -> int:
+        """Return how many leading pages a query at `position` sees encoded: a function of the position alone."""
+        if self.recent_tokens is None:
+            return 0
+        pages = max(0, position - self.recent_tokens) // PAGE_TOKENS
+        return pages if self.coded_layout == self.layout else pages - pages % 2
 
 
 @dataclass(frozen=True, slots=True)

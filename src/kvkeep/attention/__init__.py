@@ -1,1 +1,1 @@
-"""kvkeep.attention."""
+"""Planning which tiles each query row reads."""

@@ -1,1 +1,1 @@
-"""kvkeep.eviction."""
+"""Forgetting tokens that recent queries ignore."""

@@ -1,1 +1,1 @@
-"""kvkeep.quant."""
+"""Page codecs: how closed pages are stored."""

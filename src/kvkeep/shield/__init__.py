@@ -1,1 +1,1 @@
-"""kvkeep.shield."""
+"""Shielded and sealed KV."""

@@ -1,0 +1,99 @@
+"""The codec seam: the form in which pages are stored once they leave the recent window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvkeep.ops.layout import TORCH_DTYPE, float_tile_bytes
+from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
+
+Tiles = NDArray[np.uint8]
+WeightFold = Callable[[str, torch.Tensor], torch.Tensor]
+"""Changes one named weight at load, in the order the folds are listed."""
+
+
+class KVShape(NamedTuple):
+    """What a codec needs to know of a model."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    layout: Layout
+    """Layout of the model's dtype."""
+
+
+class Codec(Protocol):
+    """Stores pages; attention reads the stored form, `decode` is for tests and tools."""
+
+    name: str
+
+    def page_spec(self, shape: KVShape) -> PageSpec:
+        """Return the stored page's shape and size."""
+
+    def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
+        """Return weight changes this codec wants at load."""
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
+        """Return [N, tile_bytes] for k, v [N, S, D]."""
+
+    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k, v [N, S, D] of stored tiles."""
+
+
+class Float:
+    """Pages stay in the model's dtype: the baseline."""
+
+    name = "float"
+
+    def page_spec(self, shape: KVShape) -> PageSpec:
+        """Return the float layout's spec; nothing is ever encoded."""
+        return PageSpec(
+            layout=shape.layout,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            tile_bytes=float_tile_bytes(shape.layout, shape.head_dim),
+        )
+
+    def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
+        """No weight changes."""
+        return ()
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
+        """Return tiles in the float layout of k's dtype."""
+        return pack_float_tiles(k, v)
+
+    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the stored values."""
+        return unpack_float_tiles(tiles, shape)
+
+
+def pack_float_tiles(k: torch.Tensor, v: torch.Tensor) -> Tiles:
+    """Arrange k, v [N, S, D] as float tiles of their dtype (layouts of `ops/layout.py`)."""
+    n, _, d = k.shape
+    if k.dtype == torch.bfloat16:
+        keys = k.reshape(n, PAGE_TOKENS // 16, 16, d // 2, 2).permute(0, 1, 3, 2, 4)
+        values = v.reshape(n, PAGE_TOKENS // 2, 2, d).permute(0, 1, 3, 2)
+    else:
+        keys = k.reshape(n, PAGE_TOKENS // 16, 16, d).permute(0, 1, 3, 2)
+        values = v
+    parts = [x.contiguous().reshape(n, -1).view(torch.uint8) for x in (keys, values)]
+    return np.asarray(torch.cat(parts, 1).numpy())
+
+
+def unpack_float_tiles(tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return k, v [N, S, D] of float tiles [N, tile_bytes]."""
+    n, d = len(tiles), shape.head_dim
+    values = torch.from_numpy(np.ascontiguousarray(tiles)).view(TORCH_DTYPE[shape.layout])
+    k, v = values[:, : PAGE_TOKENS * d], values[:, PAGE_TOKENS * d :]
+    if shape.layout == Layout.BF16:
+        k = k.reshape(n, PAGE_TOKENS // 16, d // 2, 16, 2).permute(0, 1, 3, 2, 4)
+        v = v.reshape(n, PAGE_TOKENS // 2, d, 2).permute(0, 1, 3, 2)
+    else:
+        k = k.reshape(n, PAGE_TOKENS // 16, d, 16).permute(0, 1, 3, 2)
+    return k.reshape(n, PAGE_TOKENS, d), v.reshape(n, PAGE_TOKENS, d)
