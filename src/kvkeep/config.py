@@ -1,0 +1,176 @@
+"""Every setting of kvkeep in one model: flags win over `KVKEEP_*` variables, which win over `kvkeep.toml`.
+
+Flags are the field names with dashes; names are vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from kvkeep.errors import ConfigError
+
+ENV_PREFIX: Final = "KVKEEP_"
+DEFAULT_FILE: Final = Path("kvkeep.toml")
+DEMO_MODEL: Final = Path(__file__).parent / "demo"
+"""The checkpoint that comes with the package."""
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Settings(BaseSettings):
+    """What one kvkeep process is told; read-only once made. Make one with `load`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    config: Path | None = Field(None, description="settings file (default: kvkeep.toml, if there)")
+
+    model: str = Field(str(DEMO_MODEL), description="checkpoint directory or hub id")
+    served_model_name: str | None = Field(None, description="name shown to clients")
+    allow_download: bool = Field(False, description="fetch a hub id that isn't on this machine")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="arithmetic and KV")
+    weights: Literal["float", "int8"] = Field("float", description="int8: per output channel")
+    kernel: Literal["auto", "avx512", "avx2", "portable", "reference"] = Field(
+        "auto", description="code path; reference is the slow oracle"
+    )
+    threads: Count | None = Field(None, description="kernel threads (default: every core)")
+
+    max_model_len: Count | None = Field(None, description="tokens of prompt and answer together")
+    max_num_seqs: Count = Field(64, description="sequences in one step")
+    max_num_batched_tokens: Count = Field(512, description="tokens in one step")
+    kv_cache_memory_bytes: ByteSize = Field(ByteSize(1 << 30), description="pages, such as 4GiB")
+    seed: int = Field(0, ge=0, description="base of the random generators")
+
+    prefix_caching: bool = Field(True, description="keep pages for later requests")
+    share: Literal["nothing", "all"] = Field("nothing", description="pages across tenants")
+    unsafe_share_all: bool = Field(False, description="confirm --share all: it leaks by timing")
+
+    host: str = Field("127.0.0.1", description="public address")
+    port: Port = Field(8000, description="public port")
+    admin_host: str = Field("127.0.0.1", description="admin address, loopback only")
+    admin_port: Port = Field(8001, description="admin port")
+    admin_socket: Path | None = Field(None, description="admin Unix socket, in place of the port")
+    admin_token_file: Path | None = Field(None, description="file that holds the admin token")
+    keys: Path = Field(Path("kvkeep-keys.json"), description="API keys of the tenants")
+    no_auth: bool = Field(False, description="no keys: loopback only, a tenant per connection")
+
+    max_body_bytes: ByteSize = Field(ByteSize(4 << 20), description="largest request body")
+    max_n: Count = Field(16, description="largest n of one request")
+    max_stops: Count = Field(16, description="most stop strings of one request")
+    tenant_concurrency: Count = Field(64, description="requests of one tenant at a time")
+    drain_s: Seconds = Field(30.0, description="wait for running requests at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of stderr")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put flags before the environment before the file."""
+        named = init_settings().get("config") or env_settings().get("config")
+        file = InitSettingsSource(settings_cls, read_file(Path(named) if named else None))
+        return init_settings, env_settings, file
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.share == "all" and not self.unsafe_share_all:
+            raise ConfigError(
+                "share: 'all' lets tenants time each other's prompts; add --unsafe-share-all, "
+                "or leave it at 'nothing'"
+            )
+        if self.no_auth and not is_loopback(self.host):
+            raise ConfigError(
+                "no_auth: serves without keys, so host must be a loopback address; "
+                "use --keys FILE to serve others"
+            )
+        if not is_loopback(self.admin_host):
+            raise ConfigError(
+                "admin_host: must be a loopback address; use --admin-socket or a tunnel"
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError("max_model_len: needs room for a prompt and an answer, at least 2")
+        return self
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """Return the valid key that looks most like `key`."""
+    plain = key.replace("-", "_")
+    return max(sorted(valid), key=lambda name: difflib.SequenceMatcher(None, plain, name).ratio())
+
+
+def check_keys(keys: Iterable[str], where: str, valid: Iterable[str]) -> None:
+    """Raise `ConfigError` for the first key that is no setting, naming the nearest one."""
+    known = set(valid)
+    for key in keys:
+        if key not in known:
+            raise ConfigError(
+                f"{where} has an unknown key {key!r}; the nearest one is {nearest(key, known)!r}"
+            )
+
+
+def read_file(named: Path | None) -> dict[str, object]:
+    """Return the keys of the settings file; a file that isn't named may be missing."""
+    path = named or DEFAULT_FILE
+    if named is None and not path.exists():
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config: {path} is no TOML: {error}") from None
+    check_keys(values, str(path), Settings.model_fields)
+    return values
+
+
+def load(flags: Mapping[str, object] | None = None) -> Settings:
+    """Return the settings from flags, environment and file; raise `ConfigError` naming a bad one."""
+    variables = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    given = (name for name in os.environ if name.startswith(ENV_PREFIX))
+    check_keys(given, "the environment", variables)
+    chosen = dict(flags or {})
+    check_keys(chosen, "the command line", Settings.model_fields)
+    try:
+        return Settings.model_validate(chosen)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """Return one sentence for the first problem: the field, what is wrong, where to set it."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = str(first["loc"][0])
+    flag = field.replace("_", "-")
+    return (
+        f"{field}: {first['msg'].lower()}; "
+        f"set it with --{flag}, {ENV_PREFIX}{field.upper()} or in {DEFAULT_FILE}"
+    )

@@ -1,0 +1,34 @@
+"""What every test relies on: no setting of the caller's shell, two threads, no network, a count per backend."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("KVKEEP_")]:
+    del os.environ[_name]
+
+BACKENDS = ("reference", "portable", "avx2", "avx512", "triton")
+
+
+def backend_of(nodeid: str) -> str | None:
+    """Return the kernel backend that a test's parameters name."""
+    words = nodeid.partition("[")[2].rstrip("]").split("-")
+    return next((name for name in BACKENDS if name in words), None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests of each kernel backend passed and were skipped."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            name = backend_of(report.nodeid)
+            if name and (outcome == "skipped" or report.when == "call"):
+                counts[name, outcome] += 1
+    if counts:
+        shown = (f"{name} {outcome} {count}" for (name, outcome), count in sorted(counts.items()))
+        terminalreporter.write_line("backends: " + ", ".join(shown))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kvkeep.config import Settings, is_loopback, load
+from kvkeep.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_serve_the_demo_model_to_this_machine_only() -> None:
+    settings = load()
+    assert Path(settings.model).name == "demo"
+    assert is_loopback(settings.host)
+    assert settings.share == "nothing"
+
+
+def test_flags_win_over_environment_wins_over_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kvkeep.toml").write_text("port = 1\nmax_num_seqs = 2\nseed = 3\n")
+    monkeypatch.setenv("KVKEEP_MAX_NUM_SEQS", "20")
+    monkeypatch.setenv("KVKEEP_SEED", "30")
+    settings = load({"seed": 300})
+    assert (settings.port, settings.max_num_seqs, settings.seed) == (1, 20, 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("512MiB", 512 << 20), ("1GB", 10**9), ("4096", 4096)],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert load({"kv_cache_memory_bytes": text}).kv_cache_memory_bytes == size
+
+
+def test_a_named_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.toml").write_text("port = 7\n")
+    (tmp_path / "kvkeep.toml").write_text("port = 8\n")
+    assert load({"config": "other.toml"}).port == 7
+    monkeypatch.setenv("KVKEEP_CONFIG", "other.toml")
+    assert load().port == 7
+
+
+@pytest.mark.parametrize("typo", ["max_num_seq", "max-num-seqs", "max_num_sequences"])
+def test_an_unknown_key_in_the_file_names_the_nearest(tmp_path: Path, typo: str) -> None:
+    (tmp_path / "kvkeep.toml").write_text(f"{typo} = 1\n")
+    with pytest.raises(ConfigError, match=rf"kvkeep.toml .*'{typo}'.*'max_num_seqs'"):
+        load()
+
+
+def test_an_unknown_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVKEEP_MODLE", "x")
+    with pytest.raises(ConfigError, match=r"environment .*'KVKEEP_MODLE'.*'KVKEEP_MODEL'"):
+        load()
+
+
+def test_an_unknown_flag_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"command line .*'portt'.*'port'"):
+        load({"portt": 1})
+
+
+def test_a_missing_named_file_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"config: can't read gone.toml"):
+        load({"config": "gone.toml"})
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"\xff\xfe"])
+def test_a_broken_file_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "kvkeep.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"kvkeep.toml is no TOML"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("port", "many"),
+        ("port", 70_000),
+        ("dtype", "float8"),
+        ("max_num_seqs", 0),
+        ("max_model_len", 1),
+        ("drain_s", "nan"),
+        ("drain_s", -1),
+        ("seed", -1),
+        ("kv_cache_memory_bytes", "4 parsecs"),
+        ("admin_host", "0.0.0.0"),
+        ("share", "all"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_field(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}: "):
+        load({field: value})
+
+
+def test_sharing_everything_needs_its_confirmation() -> None:
+    assert load({"share": "all", "unsafe_share_all": True}).share == "all"
+
+
+def test_no_auth_stays_on_loopback() -> None:
+    assert load({"no_auth": True, "host": "::1"}).no_auth
+    with pytest.raises(ConfigError, match=r"^no_auth: "):
+        load({"no_auth": True, "host": "0.0.0.0"})
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("127.0.0.2", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("example.org", False),
+    ],
+)
+def test_loopback(host: str, *, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_settings_are_read_only() -> None:
+    settings = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
