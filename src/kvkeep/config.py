@@ -31,6 +31,7 @@ DEMO_MODEL: Final = Path(__file__).parent / "demo"
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def is_loopback(host: str) -> bool:
@@ -63,7 +64,9 @@ class Settings(BaseSettings):
     max_model_len: Count | None = Field(None, description="tokens of prompt and answer together")
     max_num_seqs: Count = Field(64, description="sequences in one step")
     max_num_batched_tokens: Count = Field(512, description="tokens in one step")
-    kv_cache_memory_bytes: ByteSize = Field(ByteSize(1 << 30), description="pages, such as 4GiB")
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        None, description="memory for pages, such as 4GiB (default: 4GiB or half of what is free)"
+    )
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")
@@ -82,7 +85,8 @@ class Settings(BaseSettings):
     max_body_bytes: ByteSize = Field(ByteSize(4 << 20), description="largest request body")
     max_n: Count = Field(16, description="largest n of one request")
     max_stops: Count = Field(16, description="most stop strings of one request")
-    tenant_concurrency: Count = Field(64, description="requests of one tenant at a time")
+    no_auth_concurrency: Count = Field(256, description="requests at a time under --no-auth")
+    deadline_s: PositiveSeconds | None = Field(None, description="longest run of one request")
     drain_s: Seconds = Field(30.0, description="wait for running requests at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of stderr")
 

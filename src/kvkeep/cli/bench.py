@@ -1,0 +1,42 @@
+"""`kvkeep bench NAME`: run `bench/NAME.py` of a checkout."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvkeep.cli.options import new_app
+from kvkeep.errors import ConfigError
+
+app = new_app("Run a benchmark (from a checkout).")
+
+
+def checkout() -> Path:
+    """Return the root of the checkout this command runs in or was installed from."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
+        if (root / "bench" / "harness.py").is_file():
+            return root
+    raise ConfigError("bench: benchmarks come with a checkout; run this in one")
+
+
+def names(root: Path) -> list[str]:
+    """Return the benchmarks of a checkout."""
+    return sorted(p.stem for p in (root / "bench").glob("[a-z]*.py") if p.stem != "harness")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="benchmark")] = ""
+) -> None:
+    """Run a benchmark; its own flags follow its name: [--quick] [--json FILE|-] [--peer P]."""
+    root = checkout()
+    if name not in names(root):
+        known = ", ".join(names(root)) or "none yet"
+        raise ConfigError(f"name: there is no benchmark {name!r}; there are: {known}")
+    sys.path.insert(0, str(root))
+    main = importlib.import_module(f"bench.{name}").main
+    raise typer.Exit(main(context.args))

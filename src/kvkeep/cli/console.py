@@ -1,0 +1,51 @@
+"""What the command line prints: tables and a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+OUT = Console(highlight=False, soft_wrap=True)
+"""Results."""
+NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Everything that is not a result."""
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:
+    """Return a table; columns that start with a number align to the right."""
+    shown = [[str(cell) for cell in row] for row in rows]
+    table = Table(title=title or None, title_justify="left")
+    for index, name in enumerate(columns):
+        numeric = bool(shown) and all(row[index][:1].isdigit() for row in shown)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in shown:
+        table.add_row(*row)
+    return table
+
+
+@contextmanager
+def loading_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for (done, total) bytes; silent where stderr is no terminal."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=NOTES, transient=True, disable=not NOTES.is_terminal
+    ) as progress:
+        task = progress.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield report

@@ -1,0 +1,108 @@
+"""`kvkeep tenant`: who may call, with which share; a running server sees every change at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from kvkeep.cli.console import NOTES, OUT, make_table
+from kvkeep.cli.options import new_app, with_settings
+from kvkeep.config import Settings
+from kvkeep.errors import ConfigError
+from kvkeep.server.keys import ApiKey
+from kvkeep.server.tenants import TenantFile
+
+app = new_app("Add, revoke, rotate and list tenants' keys.")
+
+Name = Annotated[str, typer.Argument(help="tenant")]
+Days = Annotated[float | None, typer.Option("--expires-days", help="end of the key's life")]
+
+
+def _show(name: str, key: ApiKey) -> None:
+    NOTES.print(f"The key of {name}; it is stored as a digest and not shown again:")
+    OUT.print(key.text)
+
+
+def _seconds(days: float | None) -> float | None:
+    return None if days is None else days * 86_400
+
+
+def _children(pairs: list[str]) -> dict[str, float]:
+    children = {}
+    for pair in pairs:
+        name, _, fraction = pair.partition("=")
+        try:
+            children[name] = float(fraction)
+        except ValueError:
+            raise ConfigError(f"child: {pair!r} must read NAME=FRACTION, such as a=0.5") from None
+    return children
+
+
+@app.command()
+@with_settings("keys")
+def add(
+    settings: Settings,
+    name: Name,
+    share: Annotated[float, typer.Option(help="reserved part of the pool, 0 to 1")],
+    concurrency: Annotated[int, typer.Option(help="requests at a time")] = 64,
+    gateway: Annotated[bool, typer.Option("--gateway", help="may assert tenants")] = False,
+    child: Annotated[list[str] | None, typer.Option(help="NAME=FRACTION of a gateway")] = None,
+    expires_days: Days = None,
+) -> None:
+    """Add a tenant and print its first key."""
+    key = TenantFile(settings.keys).add(
+        name,
+        share=share,
+        concurrency=concurrency,
+        gateway=gateway,
+        children=_children(child or []),
+        expires_s=_seconds(expires_days),
+    )
+    _show(name, key)
+
+
+@app.command()
+@with_settings("keys")
+def rotate(
+    settings: Settings,
+    name: Name,
+    overlap_hours: Annotated[float, typer.Option(help="the old key's remaining life")] = 24.0,
+    expires_days: Days = None,
+) -> None:
+    """Print a new key; the newest old one lives on for a while."""
+    key = TenantFile(settings.keys).rotate(
+        name, overlap_s=overlap_hours * 3600, expires_s=_seconds(expires_days)
+    )
+    _show(name, key)
+
+
+@app.command()
+@with_settings("keys")
+def revoke(
+    settings: Settings,
+    name: Name,
+    key: Annotated[str | None, typer.Option(help="id of one key (default: the tenant)")] = None,
+) -> None:
+    """Remove a tenant, or one of its keys; what runs under them is cancelled."""
+    TenantFile(settings.keys).revoke(name, key)
+    NOTES.print(f"Revoked {name if key is None else key}.")
+
+
+@app.command(name="list")
+@with_settings("keys")
+def list_tenants(settings: Settings) -> None:
+    """List tenants, shares and live keys."""
+    now = time.time()
+    rows = [
+        (
+            tenant.name,
+            f"{tenant.share:g}",
+            tenant.concurrency,
+            "yes" if tenant.gateway else "",
+            ", ".join(key.id for key in tenant.keys if key.live(now)),
+        )
+        for tenant in TenantFile(settings.keys).list()
+    ]
+    OUT.print(make_table(("tenant", "share", "concurrency", "gateway", "live keys"), rows))
