@@ -1,0 +1,340 @@
+"""The cache as the engine sees it: match, open a view, make room, commit, release.
+
+    match ── pending? ── begin_fetch ─ poll ─ end_fetch ─┐
+      └────────────────── open_view <─── match again ────┘
+                              │
+              ┌─ extend ─> (forward) ─> commit ─┐      fork: the same for n > 1
+              └─────────────────────────────────┴──> release
+
+A view's chain is public pages first, then pages of its own scope: [pub pub pub own own open]. Its
+own pages hang below the public page they continue, so every page's chain hash binds exactly what
+was read to compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvkeep.cache.accounts import AccountUse
+from kvkeep.cache.epochs import Promoter
+from kvkeep.cache.fetch import Fetch
+from kvkeep.cache.matching import Match, Matcher
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_bytes
+from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
+from kvkeep.cache.tiers import Tier
+from kvkeep.cache.views import Closer, HeldView
+from kvkeep.errors import CapacityError, EngineError
+from kvkeep.sharing.policy import Access, SharingPolicy
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, Layout, PageTag, View
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The cache at one moment."""
+
+    pages_total: int
+    pages_used: int
+    pages_free: int
+    open_views: int
+    accounts: dict[str, AccountUse]
+
+
+class CacheManager:
+    """Owns every page; an account's results depend on its own calls and the public tree alone.
+
+    Not thread-safe: one thread (the engine's) calls it.
+    """
+
+    def __init__(
+        self,
+        pool: TilePool,
+        index: RadixIndex,
+        policy: SharingPolicy,
+        tag_of: Callable[[str], PageTag],
+        tier: Tier | None = None,
+    ) -> None:
+        self.pool = pool
+        self.index = index
+        self._policy = policy
+        self._tier = tier
+        self._store = PageStore(pool, index, tier)
+        public_tag = tag_of(PUBLIC_SCOPE)
+        copies_rows = pool.spec.layout in (Layout.F32, Layout.BF16)
+        self._matcher = Matcher(index, policy, tag_of, tier, copies_rows=copies_rows)
+        self._closer = Closer(self._store, policy, public_tag, copies_rows=copies_rows)
+        self._promoter = Promoter(self._store, public_tag)
+        self._held: dict[int, HeldView] = {}
+        self._fetches: set[Fetch] = set()
+        self._next_view = 0
+
+    # Shares
+
+    def set_quotas(self, quotas: Mapping[str, int], public_pages: int) -> None:
+        """Set each account's share in pages.
+
+        What no longer fits and is not in use is evicted at once.
+
+        Raises `ConfigError` where the shares exceed the pool.
+        """
+        self._store.set_quotas(quotas, public_pages)
+
+    def fits(self, account: str, num_pages: int) -> bool:
+        """Tell whether an account could ever hold this many pages at once."""
+        owner = self._store.accounts.get(account)
+        return owner is not None and num_pages <= owner.quota_pages
+
+    def room(self, account: str) -> int:
+        """Return the new pages an account could hold now, evicting all it does not use."""
+        owner = self._store.accounts.get(account)
+        return 0 if owner is None else max(owner.room_pages, 0)
+
+    def used(self, account: str) -> int:
+        """Return the pages charged to an account, in use or cached."""
+        owner = self._store.accounts.get(account)
+        return 0 if owner is None else owner.used_pages
+
+    def evict_pages(self, account: str, count: int) -> int:
+        """Evict up to `count` of an account's unused pages, oldest first; return how many."""
+        return self._store.evict_pages(account, count)
+
+    def stats(self) -> CacheStats:
+        """Return counts; they are global, so for the operator only."""
+        free = self.pool.free_pages
+        uses = {
+            name: AccountUse(a.quota_pages, a.used_pages, len(a.unreferenced), a.evicted_pages)
+            for name, a in self._store.accounts.items()
+        }
+        total = self.pool.num_pages
+        return CacheStats(total, total - free, free, len(self._held), uses)
+
+    # Matching and fetching
+
+    def match(self, tokens: TokenIds, *, account: str, scope: str) -> Match:
+        """Return the longest cached start of a prompt, see `Matcher.match`."""
+        return self._matcher.match(tokens, account=account, scope=scope)
+
+    def begin_fetch(self, match: Match, tokens: TokenIds) -> Fetch | None:
+        """Start to fetch a match's pending pages, as many as the account has room for.
+
+        None where none.
+
+        Ask `Fetch.done` after `poll`, then `end_fetch` and match again. `tokens` are those that
+        were matched.
+        """
+        prefix = match.attached()
+        whole = len(prefix) == len(match.public) + len(match.own)
+        if self._tier is None or not whole or not match.pending:
+            return None
+        for page in prefix:
+            self._store.lock(page)
+        try:
+            fetch = self._reserve(match, prefix, tokens)
+        finally:
+            for page in reversed(prefix):
+                self._store.unlock(page)
+        if fetch is not None:
+            self._fetches.add(fetch)
+            fetch.start(self._tier, match.pending)
+        return fetch
+
+    def poll(self) -> None:
+        """Let the tier run what is due."""
+        if self._tier is not None:
+            self._tier.poll()
+
+    def end_fetch(self, fetch: Fetch) -> None:
+        """End a fetch, done or not; what arrived stays cached."""
+        if fetch not in self._fetches:
+            raise EngineError("this fetch has ended before")
+        self._fetches.remove(fetch)
+        fetch.end()
+        self._store.trim(fetch.account)
+
+    # Views
+
+    def open_view(self, match: Match, prompt_len: int) -> View:
+        """Return a view of what a match found, its pages locked.
+
+        A page evicted since then ends it sooner.
+
+        `View.length` says how much of the prompt it holds: all of it where all was cached. Rows of
+        a partial match are copied to a page of the view's own; where the account has no room for it
+        they are left out.
+        """
+        pages = match.attached()
+        public = sum(page.account == PUBLIC_ACCOUNT for page in pages)
+        for page in pages:
+            self._store.lock(page)
+        view = View(self._next_view, match.tag)
+        self._next_view += 1
+        held = HeldView(view, match.account, pages, len(pages))
+        rows = 0
+        if match.partial is not None and len(pages) == len(match.public) + len(match.own):
+            rows = self._copy_rows(held, *match.partial)
+        held.set_slots()
+        view.length = min(held.closed * PAGE_TOKENS + rows, prompt_len)
+        self._held[view.id] = held
+        self._observe(held, view.length, prompt_len, public)
+        return view
+
+    def extend(self, view: View, n_tokens: int) -> None:
+        """Make room for `n_tokens` after `view.length`, evicting unused pages of its account.
+
+        Raises `QuotaExceeded` or `PoolExhausted`; the view is as before then.
+        """
+        needed = -(-(view.length + n_tokens) // PAGE_TOKENS) - view.num_pages
+        if needed <= 0:
+            return
+        held = self._require(view)
+        for page in self._store.new_pages(held.account, view.tag, needed):
+            held.pages.append(page)
+            view.push(page.slot)
+
+    def commit(self, view: View, tokens: TokenIds) -> None:
+        """Say which tokens' K and V the view holds from 0 on.
+
+        Full pages are indexed and `length` is set.
+
+        A page equal to one that is indexed already is swapped for it, so slots of full pages may
+        change.
+        """
+        held = self._require(view)
+        if len(tokens) > view.num_pages * PAGE_TOKENS:
+            raise EngineError(
+                f"view {view.id} has no room for {len(tokens)} tokens: extend it first"
+            )
+        view.length = len(tokens)
+        if len(tokens) // PAGE_TOKENS > held.closed:
+            self._closer.close_pages(held, tokens)
+
+    def fork(self, view: View) -> View:
+        """Return a second view of the same tokens: full pages shared, an open page copied.
+
+        Raises `QuotaExceeded` or `PoolExhausted` where there is no room for the copy.
+        """
+        held = self._require(view)
+        full, rows = divmod(view.length, PAGE_TOKENS)
+        pages = held.pages[:full]
+        if rows:
+            copy = self._store.new_pages(held.account, view.tag, 1)[0]
+            self.pool.copy_page(held.pages[full].slot, copy.slot)
+            pages.append(copy)
+        for page in pages[:full]:
+            self._store.lock(page)
+        twin = View(self._next_view, view.tag, length=view.length, tainted_from=view.tainted_from)
+        twin.evict = None if view.evict is None else view.evict.copy()
+        self._next_view += 1
+        copy_held = HeldView(twin, held.account, pages, min(held.closed, full), held.indexable)
+        copy_held.set_slots()
+        self._held[twin.id] = copy_held
+        return twin
+
+    def release(self, view: View, tokens: TokenIds) -> None:
+        """End a view.
+
+        What `tokens` vouch for, from 0 on, stays cached, the open page as a partial leaf.
+        """
+        held = self._require(view)
+        del self._held[view.id]
+        if len(tokens) // PAGE_TOKENS > held.closed:
+            self._closer.close_pages(held, tokens)
+        self._closer.keep_rows(held, tokens)
+        for page in reversed(held.pages):
+            self._store.unlock(page)
+        held.pages = []
+        self._store.trim(held.account)
+
+    # Forgetting and sharing
+
+    def drop_scope(self, account: str, scope: str) -> int:
+        """Drop every page of one scope.
+
+        Return how many. Views of it go on, but leave nothing behind.
+        """
+        return self._drop_trees(account, scope)
+
+    def forget(self, account: str) -> int:
+        """Drop every page of an account and all its policy state; return how many pages."""
+        self._policy.forget(account)
+        return self._drop_trees(account, None)
+
+    def end_epoch(self, now: float) -> EpochDelta:
+        """Close the policy's epoch and apply its snapshot to the public tree."""
+        delta = self._policy.end_epoch(now)
+        self._promoter.apply(delta)
+        return delta
+
+    def promote(self, page: Page) -> Page | None:
+        """Copy one page into the public tree; see `Promoter.promote`."""
+        return self._promoter.promote(page)
+
+    # Inside
+
+    def _require(self, view: View) -> HeldView:
+        held = self._held.get(view.id)
+        if held is None or held.view is not view:
+            raise EngineError(
+                f"view {view.id} is not open: it was released, or another cache made it"
+            )
+        return held
+
+    def _reserve(self, match: Match, prefix: list[Page], tokens: TokenIds) -> Fetch | None:
+        """Return a fetch with a page for each pending one that there is room for."""
+        count = min(len(match.pending), self.room(match.account))
+        if count == 0:
+            return None
+        first = len(prefix) * PAGE_TOKENS
+        raw = token_bytes(tokens[first : first + count * PAGE_TOKENS])
+        keys = [raw[begin : begin + KEY_BYTES] for begin in range(0, len(raw), KEY_BYTES)]
+        pages = self._store.new_pages(match.account, match.tag, count)
+        before = prefix[-1] if prefix else None
+
+        def parent() -> Page | None:
+            return self._closer.own_parent(before, match.account, match.tag)
+
+        return Fetch(self._store, prefix, parent, pages, keys)
+
+    def _copy_rows(self, held: HeldView, source: Page, rows: int) -> int:
+        """Copy the page of a partial match into a new open page.
+
+        Return the rows it gives, 0 without room.
+        """
+        if not source.attached:
+            return 0
+        self._store.lock(source)
+        try:
+            page = self._store.new_pages(held.account, held.view.tag, 1)[0]
+        except CapacityError:
+            return 0
+        else:
+            self.pool.copy_page(source.slot, page.slot)
+            held.pages.append(page)
+            return rows
+        finally:
+            self._store.unlock(source)
+
+    def _observe(self, held: HeldView, cached: int, prompt_len: int, public: int) -> None:
+        owner = self._store.accounts.get(held.account)
+        at = 0
+        if owner is not None:
+            at, owner.clock = owner.clock, owner.clock + 1
+        chain = tuple(page.hash for page in held.pages[:public])
+        own_tokens = max(cached - public * PAGE_TOKENS, 0)
+        self._policy.observe(Access(held.account, at, prompt_len, own_tokens, chain))
+
+    def _drop_trees(self, account: str, scope: str | None) -> int:
+        """Drop an account's trees, all or one scope's; nothing in flight is indexed after it."""
+        for held in self._held.values():
+            if held.account == account and scope in (None, held.view.tag.scope):
+                held.indexable = False
+        for fetch in self._fetches:
+            if fetch.account == account and scope in (None, fetch.scope):
+                fetch.give_up()
+        dropped = 0
+        for root in self.index.roots():
+            if root.account == account and scope in (None, root.tag.scope):
+                dropped += self._store.drop_below(root)
+        self._store.trim(account)
+        return dropped

@@ -1,0 +1,110 @@
+"""What the cache holds of a prompt, for one scope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_bytes
+from kvkeep.cache.store import PUBLIC_ACCOUNT
+from kvkeep.cache.tiers import Tier
+from kvkeep.errors import ConfigError
+from kvkeep.sharing.policy import SharingPolicy
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageTag, chain_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the cache holds of a prompt for one scope; nothing is locked until it is opened."""
+
+    account: str
+    tag: PageTag
+    public: tuple[Page, ...]
+    own: tuple[Page, ...]
+    """Pages of the scope that continue the public ones."""
+    partial: tuple[Page, int] | None
+    """A page of the scope that shares this many rows with the prompt's next page."""
+    pending: tuple[bytes, ...]
+    """Chain hashes of the next pages, which a tier holds."""
+    cached_tokens: int
+
+    def attached(self) -> list[Page]:
+        """Return the matched pages up to the first that has left the index since."""
+        return list(takewhile(lambda page: page.attached, self.public + self.own))
+
+
+class Matcher:
+    """Reads the index; changes nothing."""
+
+    def __init__(
+        self,
+        index: RadixIndex,
+        policy: SharingPolicy,
+        tag_of: Callable[[str], PageTag],
+        tier: Tier | None,
+        *,
+        copies_rows: bool,
+    ) -> None:
+        self._index = index
+        self._policy = policy
+        self._tag_of = tag_of
+        self._tier = tier
+        self._copies_rows = copies_rows
+        self._public_tag = tag_of(PUBLIC_SCOPE)
+
+    def match(self, tokens: TokenIds, *, account: str, scope: str) -> Match:
+        """Return the longest cached start of a prompt: public pages, own pages, an own page's rows.
+
+        Of equally long ones, the one with the most public pages.
+        """
+        tag = self._private_tag(scope)
+        raw = token_bytes(tokens)
+        public = self._match_public(raw, account)
+        best = Match(account, tag, public, (), None, (), len(public) * PAGE_TOKENS)
+        for shared in range(len(public), -1, -1):
+            start = public[shared - 1].hash if shared else self._index.model_digest
+            root = self._index.find_root(start, account, tag)
+            if root is None:
+                continue
+            own = self._index.walk(root, raw, shared)
+            pages = shared + len(own)
+            rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
+            partial = None
+            if rest and self._copies_rows:
+                partial = self._index.longest_partial(own[-1] if own else root, rest)
+            cached = pages * PAGE_TOKENS + (partial[1] if partial else 0)
+            if cached > best.cached_tokens:
+                best = Match(account, tag, public[:shared], tuple(own), partial, (), cached)
+        return best if self._tier is None else self._with_pending(best, raw, self._tier)
+
+    def _private_tag(self, scope: str) -> PageTag:
+        tag = self._tag_of(scope)
+        if scope == PUBLIC_SCOPE or tag.scope != scope:
+            raise ConfigError(
+                "scope: a request needs a scope of its own; derive it from its tenant"
+            )
+        return tag
+
+    def _match_public(self, raw: bytes, account: str) -> tuple[Page, ...]:
+        root = self._index.find_root(self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
+        if root is None:
+            return ()
+        pages = self._index.walk(root, raw)
+        if not pages:
+            return ()
+        allowed = self._policy.public_len(tuple(page.hash for page in pages), account)
+        return tuple(pages[: max(allowed, 0)])
+
+    def _with_pending(self, match: Match, raw: bytes, tier: Tier) -> Match:
+        """Add the next pages that the tier holds."""
+        pages = match.public + match.own
+        last = pages[-1].hash if pages else self._index.model_digest
+        digest = match.tag.digest()
+        pending: list[bytes] = []
+        for begin in range(len(pages) * KEY_BYTES, len(raw) - KEY_BYTES + 1, KEY_BYTES):
+            last = chain_hash(last, digest, raw[begin : begin + KEY_BYTES])
+            if not tier.holds(last):
+                break
+            pending.append(last)
+        return replace(match, pending=tuple(pending))

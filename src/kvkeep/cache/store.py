@@ -1,0 +1,183 @@
+"""Pages with their owners: pool, index and accounts are changed together, so that none drifts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from kvkeep.cache.accounts import Account
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
+from kvkeep.cache.tiers import Tier
+from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageState, PageTag
+
+PUBLIC_ACCOUNT = PUBLIC_SCOPE
+"""The account that public pages are charged to."""
+
+
+class PageStore:
+    """Makes, locks, charges, evicts and frees pages; knows nothing of views."""
+
+    def __init__(self, pool: TilePool, index: RadixIndex, tier: Tier | None) -> None:
+        self.pool = pool
+        self.index = index
+        self._tier = tier
+        self.accounts: dict[str, Account] = {}
+
+    def set_quotas(self, quotas: Mapping[str, int], public_pages: int) -> None:
+        """Set every account's share; accounts left out keep only what running views hold."""
+        wanted = {**quotas, PUBLIC_ACCOUNT: public_pages}
+        if PUBLIC_ACCOUNT in quotas:
+            raise ConfigError(f"quotas: {PUBLIC_ACCOUNT!r} is reserved; use public_pages")
+        if any(pages < 0 for pages in wanted.values()):
+            raise ConfigError("quotas: a share is negative; give 0 pages or more")
+        total = sum(wanted.values())
+        if total > self.pool.num_pages:
+            raise ConfigError(
+                f"quotas: {total} pages of a pool of {self.pool.num_pages}; lower the shares"
+            )
+        for name in wanted.keys() - self.accounts.keys():
+            self.accounts[name] = Account(name)
+        for name, account in list(self.accounts.items()):
+            account.quota_pages = wanted.get(name, 0)
+            self.trim(name)
+
+    def account(self, name: str) -> Account:
+        """Return an account; raises `QuotaExceeded` where it has no share at all."""
+        found = self.accounts.get(name)
+        if found is None:
+            raise QuotaExceeded(f"account {name!r} has no reserved share: add it to the quotas")
+        return found
+
+    def new_pages(self, account: str, tag: PageTag, count: int) -> list[Page]:
+        """Return `count` empty pages, locked once, evicting unreferenced ones of this account.
+
+        Raises `QuotaExceeded` before anything changes, `PoolExhausted` where the pool is short
+        all the same.
+        """
+        owner = self.account(account)
+        if count > owner.room_pages:
+            raise QuotaExceeded(
+                f"account {account!r} needs {count} more pages; its share of "
+                f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
+            )
+        self.evict_pages(account, owner.used_pages + count - owner.quota_pages)
+        pages: list[Page] = []
+        try:
+            for _ in range(count):
+                page = Page(self._alloc(owner), account, tag)
+                page.ref_count = 1
+                owner.used_pages += 1
+                pages.append(page)
+        except PoolExhausted:
+            for page in pages:
+                self.unlock(page)
+            raise
+        return pages
+
+    def lock(self, page: Page) -> None:
+        """Hold a page: it is neither evicted nor freed until `unlock`."""
+        if page.ref_count == 0:
+            del self.accounts[page.account].unreferenced[page]
+        page.ref_count += 1
+
+    def unlock(self, page: Page) -> None:
+        """Let go of a page.
+
+        Of a chain, the deepest first, so that children are evicted before parents.
+        """
+        if page.ref_count <= 0:
+            raise EngineError("a page was unlocked more often than locked")
+        page.ref_count -= 1
+        if page.ref_count == 0:
+            if page.attached:
+                self.accounts[page.account].unreferenced[page] = None
+            else:
+                self._free(page)
+
+    def evict_pages(self, account: str, count: int) -> int:
+        """Evict up to `count` unreferenced pages, the least recently used first.
+
+        Return how many.
+        """
+        owner = self.account(account)
+        for done in range(count):
+            if not owner.unreferenced:
+                return done
+            page = next(iter(owner.unreferenced))
+            if (
+                self._tier is not None
+                and page.n_tokens == PAGE_TOKENS
+                and account != PUBLIC_ACCOUNT
+            ):
+                self._tier.store(page.hash, partial(self.pool.read, page.slot))
+            self.drop(page)
+            owner.evicted_pages += 1
+        return max(count, 0)
+
+    def trim(self, account: str) -> None:
+        """Evict what an account holds beyond its share, as far as views allow.
+
+        Forget an account left empty.
+        """
+        owner = self.accounts.get(account)
+        if owner is None:
+            return
+        self.evict_pages(account, owner.used_pages - owner.quota_pages)
+        if owner.idle and account != PUBLIC_ACCOUNT:
+            del self.accounts[account]
+
+    def drop(self, page: Page) -> None:
+        """Take a leaf out of the index; it is freed now, or when its last view lets go."""
+        self.index.detach(page)
+        if page.ref_count == 0:
+            del self.accounts[page.account].unreferenced[page]
+            self._free(page)
+
+    def drop_below(self, top: Page) -> int:
+        """Drop every page below `top`; return how many."""
+        pages = self.index.leaves_first(top)
+        for page in pages:
+            self.drop(page)
+        return len(pages)
+
+    def attach(self, parent: Page, page: Page, key: bytes) -> None:
+        """Index a page below `parent`; partial leaves that it makes redundant are freed."""
+        if page.account != parent.account:
+            raise EngineError(
+                "a page can be indexed only in a tree of the account that pays for it"
+            )
+        self.index.attach(parent, page, key)
+        if len(key) == KEY_BYTES and page.state is PageState.OPEN:
+            page.state = PageState.CLOSED
+        for length in range(4, len(key), 4) if parent.partials else ():
+            shorter = parent.partials.get(key[:length])
+            if shorter is not None and shorter.ref_count == 0:
+                self.drop(shorter)
+
+    def charge_public(self, page: Page) -> bool:
+        """Move a held page's charge to the public share, evicting public pages.
+
+        False where that is full.
+        """
+        public = self.accounts.get(PUBLIC_ACCOUNT)
+        if public is None or public.room_pages < 1:
+            return False
+        self.evict_pages(PUBLIC_ACCOUNT, public.used_pages + 1 - public.quota_pages)
+        owner = page.account
+        self.accounts[owner].used_pages -= 1
+        public.used_pages += 1
+        page.account = PUBLIC_ACCOUNT
+        return True
+
+    def _alloc(self, owner: Account) -> int:
+        """Take a slot; after a quota moved away, the account's own pages make way first."""
+        while not self.pool.free_pages and owner.unreferenced:
+            self.evict_pages(owner.name, 1)
+        return self.pool.alloc_page()
+
+    def _free(self, page: Page) -> None:
+        self.pool.free_page(page.slot)
+        self.accounts[page.account].used_pages -= 1
+        page.slot = -1

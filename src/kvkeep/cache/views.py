@@ -1,0 +1,154 @@
+"""What an open view holds, and how its pages enter the index as they fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
+from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
+from kvkeep.sharing.policy import SharingPolicy
+from kvkeep.types import PAGE_TOKENS, PageState, PageTag, View
+
+
+@dataclass(slots=True)
+class HeldView:
+    """A view and the pages it locks, in order."""
+
+    view: View
+    account: str
+    pages: list[Page]
+    closed: int
+    """Leading pages whose closing was seen."""
+    indexable: bool = True
+    public_hashes: list[bytes] = field(default_factory=list)
+
+    def set_slots(self) -> None:
+        """Write the pages' slots into the view."""
+        view, pages = self.view, self.pages
+        if len(pages) > len(view.slots):
+            view.slots = np.zeros(2 * len(pages), np.int32)
+        view.slots[: len(pages)] = [page.slot for page in pages]
+        view.num_pages = len(pages)
+
+    def clean_tokens(self, count: int) -> int:
+        """Return how many of the first `count` tokens may be indexed."""
+        tainted = self.view.tainted_from
+        if not self.indexable:
+            return 0
+        return count if tainted is None else min(count, tainted)
+
+
+class Closer:
+    """Indexes the pages of views: full ones as they close, the open one's rows at the end."""
+
+    def __init__(
+        self, store: PageStore, policy: SharingPolicy, public_tag: PageTag, *, copies_rows: bool
+    ) -> None:
+        self._store = store
+        self._index = store.index
+        self._policy = policy
+        self._public_tag = public_tag
+        self._public_tag_digest = public_tag.digest()
+        self._copies_rows = copies_rows
+
+    def own_parent(self, before: Page | None, account: str, tag: PageTag) -> Page | None:
+        """Return what a private page after `before` hangs below.
+
+        None where that is no longer indexed.
+        """
+        if before is None:
+            return self._index.root(self._index.model_digest, account, tag)
+        if not before.attached:
+            return None
+        if before.account == PUBLIC_ACCOUNT:
+            return self._index.root(before.hash, account, tag, before.index)
+        return before
+
+    def close_pages(self, held: HeldView, tokens: TokenIds) -> None:
+        """Close all full pages and index them as far as nothing is tainted."""
+        first, last = held.closed, len(tokens) // PAGE_TOKENS
+        clean = held.clean_tokens(last * PAGE_TOKENS) // PAGE_TOKENS
+        raw = token_bytes(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS])
+        for i in range(first, last):
+            page = held.pages[i]
+            page.state = max(page.state, PageState.CLOSED)
+            if i < clean and not page.attached:
+                begin = (i - first) * KEY_BYTES
+                self._index_page(held, i, raw[begin : begin + KEY_BYTES])
+        held.closed = last
+        if clean > first:
+            self._policy.offer(self._public_chain(held, tokens, clean), held.account)
+
+    def _public_chain(self, held: HeldView, tokens: TokenIds, pages: int) -> PublicChain:
+        return PublicChain(
+            self._index.model_digest, self._public_tag_digest, tokens, pages, held.public_hashes
+        )
+
+    def _index_page(self, held: HeldView, i: int, key: bytes) -> None:
+        """Index page i of a view, or swap it for its indexed equal.
+
+        It stays private where neither can be.
+        """
+        page = held.pages[i]
+        before = held.pages[i - 1] if i else None
+        if self._policy.at_once and self._index_public(held, i, key, before):
+            return
+        parent = self.own_parent(before, held.account, held.view.tag)
+        if parent is None:
+            return
+        twin = parent.children.get(key)
+        if twin is None:
+            self._store.attach(parent, page, key)
+        else:
+            self._swap(held, i, twin)
+
+    def _index_public(self, held: HeldView, i: int, key: bytes, before: Page | None) -> bool:
+        """Index a page below public ones or the root.
+
+        False where its parent is private or no room is left.
+        """
+        if before is not None and not (before.attached and before.account == PUBLIC_ACCOUNT):
+            return False
+        twin = self._public_parent(before).children.get(key)
+        if twin is not None:
+            self._swap(held, i, twin)
+            return True
+        page = held.pages[i]
+        if not self._store.charge_public(page):
+            return False
+        self._store.attach(self._public_parent(before), page, key)
+        return True
+
+    def _public_parent(self, before: Page | None) -> Page:
+        if before is not None:
+            return before
+        return self._index.root(self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
+
+    def _swap(self, held: HeldView, i: int, twin: Page) -> None:
+        self._store.lock(twin)
+        self._store.unlock(held.pages[i])
+        held.pages[i] = twin
+        held.view.slots[i] = twin.slot
+
+    def keep_rows(self, held: HeldView, tokens: TokenIds) -> None:
+        """Index the open page's rows as a partial leaf.
+
+        Not where some page already begins with them.
+        """
+        clean = held.clean_tokens(len(tokens))
+        full, rows = divmod(clean, PAGE_TOKENS)
+        if not rows or not self._copies_rows or full >= len(held.pages):
+            return
+        page = held.pages[full]
+        if page.attached or page.ref_count > 1:
+            return
+        before = held.pages[full - 1] if full else None
+        parent = self.own_parent(before, held.account, held.view.tag)
+        if parent is None:
+            return
+        key = token_bytes(tokens[full * PAGE_TOKENS : clean])
+        found = self._index.longest_partial(parent, key)
+        if found is None or found[1] < rows:
+            self._store.attach(parent, page, key)
