@@ -26,8 +26,16 @@ from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.cache.tiers import Tier
 from kvkeep.cache.views import Closer, HeldView
 from kvkeep.errors import CapacityError, EngineError
-from kvkeep.sharing.policy import Access, SharingPolicy
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, Layout, PageTag, View
+from kvkeep.types import (
+    PAGE_TOKENS,
+    PUBLIC_SCOPE,
+    Access,
+    EpochDelta,
+    Layout,
+    PageTag,
+    SharingPolicy,
+    View,
+)
 
 
 @dataclass(frozen=True, slots=True)

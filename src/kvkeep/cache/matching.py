@@ -10,8 +10,7 @@ from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_byte
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError
-from kvkeep.sharing.policy import SharingPolicy
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageTag, chain_hash
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageTag, SharingPolicy, chain_hash
 
 
 @dataclass(frozen=True, slots=True)

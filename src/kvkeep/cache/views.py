@@ -8,8 +8,7 @@ import numpy as np
 
 from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.sharing.policy import SharingPolicy
-from kvkeep.types import PAGE_TOKENS, PageState, PageTag, View
+from kvkeep.types import PAGE_TOKENS, PageState, PageTag, SharingPolicy, View
 
 
 @dataclass(slots=True)

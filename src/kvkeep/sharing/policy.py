@@ -7,48 +7,11 @@ computed lazily and is valid during the call only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from kvkeep.types import EpochDelta
+from kvkeep.types import Access, EpochDelta, SharingPolicy
 
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """One prompt of one tenant, as opened."""
-
-    tenant: str
-    at: int
-    """The tenant's own logical time: views it has opened before."""
-    prompt_tokens: int
-    own_tokens: int
-    public_chain: tuple[bytes, ...]
-    """The public pages it was served."""
-
-
-class SharingPolicy(Protocol):
-    """Decides which chains are public, and when; everything else stays in its scope."""
-
-    at_once: bool
-    """Whether pages become public as they are computed; a safe policy waits for an epoch's end."""
-
-    def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
-        """Return how many leading pages of a chain this tenant may read as public ones."""
-
-    def offer(self, chain: Sequence[bytes], tenant: str) -> None:
-        """Hear that a tenant has computed or reused all pages of a chain."""
-
-    def observe(self, access: Access) -> None:
-        """Hear of one prompt and what it hit."""
-
-    def end_epoch(self, now: float) -> EpochDelta:
-        """Close an epoch at `now` (seconds) and return what changes.
-
-        Parents come before children.
-        """
-
-    def forget(self, tenant: str) -> None:
-        """Drop everything remembered of a tenant."""
+__all__ = ["Access", "ShareAll", "ShareNothing", "SharingPolicy", "StateStore"]
 
 
 class StateStore(Protocol):
