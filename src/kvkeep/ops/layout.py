@@ -108,6 +108,13 @@ class Attended(NamedTuple):
     """[E, Hkv] bit per token that some observed row and head of the group hit; None unless asked."""
 
 
+class WeightFold(Protocol):
+    """A change of weights that leaves the model's function alone; applied in order, packing last."""
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor to use for checkpoint tensor `name`, in the same shape and dtype."""
+
+
 class AttentionOps(Protocol):
     """The attention kernels of one backend."""
 

@@ -1,0 +1,138 @@
+"""One step's view of the cache, as the model's attention layers use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.tiers import PageListener
+from kvkeep.eviction.policy import Evictor
+from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe
+from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles
+from kvkeep.shield.policy import Shield
+from kvkeep.types import BatchGeometry, Int32Array, UInt64Array
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """A page whose rows are complete within this step; `staged` is -1 where it is stored as it was written."""
+
+    slot: int
+    staged: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepKV:
+    """Everything of a step that is the same for all layers."""
+
+    geometry: BatchGeometry
+    plan: AttentionPlan
+    slots: Int32Array
+    """[T] page slot * S + row to write; -1 where K and V are already stored."""
+    closing: tuple[Closing, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Techniques:
+    """The real or null object of each seam that works inside a step."""
+
+    codec: Codec
+    shield: Shield
+    evictor: Evictor
+
+
+class BatchKV:
+    """Appends and attends one step's rows, layer by layer."""
+
+    def __init__(
+        self,
+        step: StepKV,
+        pool: TilePool,
+        layers: Sequence[LayerKV],
+        ops: AttentionOps,
+        techniques: Techniques,
+        shape: KVShape,
+        listeners: Sequence[PageListener] = (),
+    ) -> None:
+        self._step = step
+        self._pool = pool
+        self._layers = layers
+        self._ops = ops
+        self._codec = techniques.codec
+        self._shield = techniques.shield
+        self._evictor = techniques.evictor
+        self._shape = shape
+        self._listeners = listeners
+        self._observe = self._thresholds()
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
+        shield, kv = self._shield, self._layers[layer]
+        self._ops.append(kv, shield.transform(k, "k"), shield.transform(v, "v"), self._step.slots)
+        for page in self._step.closing:
+            if page.staged >= 0:
+                self._encode(page, layer)
+            for listener in self._listeners:
+                listener.layer_closed(page.slot, layer)
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Return attention [T, Hq, D] of the step's rows over their views."""
+        attended = self._ops.attend(
+            self._shield.transform(q, "q"), self._layers[layer], self._step.plan, self._observe
+        )
+        if attended.hits is not None:
+            self._hand_out(layer, attended.hits)
+        return self._shield.restore(attended.out)
+
+    def finish(self) -> None:
+        """Let the evictor decide what stays live; taints a view whose masks changed."""
+        for segment in self._step.geometry.segments:
+            view = segment.view
+            if view.evict is None:
+                continue
+            last = segment.first_position + segment.num_rows - 1
+            view.evict.seen_tokens = max(view.evict.seen_tokens, last + 1)
+            masks = self._evictor.keep(view.evict, last)
+            if masks.size and np.any(masks != np.iinfo(np.uint64).max):
+                view.taint(last + 1)
+            view.evict.masks = masks
+
+    def _encode(self, page: Closing, layer: int) -> None:
+        """Write the codec's tiles of one staged page and layer."""
+        table = self._pool.tile_table
+        k, v = unpack_float_tiles(self._pool.tiles[table[page.staged, layer]], self._shape)
+        self._pool.tiles[table[page.slot, layer]] = self._codec.encode(k, v)
+
+    def _thresholds(self) -> Observe | None:
+        """Return the observed rows' thresholds; only each segment's last row observes."""
+        values: list[tuple[int, float]] = []
+        for segment in self._step.geometry.segments:
+            if segment.view.evict is None:
+                continue
+            last = segment.first_position + segment.num_rows - 1
+            threshold = self._evictor.thresholds(segment.view.evict, last)
+            if threshold < float("inf"):
+                values.append((segment.first_row + segment.num_rows - 1, threshold))
+        if not values:
+            return None
+        log2_thresholds = np.full(self._step.geometry.num_rows, np.inf, np.float32)
+        for row, threshold in values:
+            log2_thresholds[row] = threshold
+        return Observe(log2_thresholds)
+
+    def _hand_out(self, layer: int, hits: UInt64Array) -> None:
+        """Give each observed view the hits of the group that holds its last row."""
+        plan = self._step.plan
+        ends = {int(group[1]): group for group in plan.groups}
+        for segment in self._step.geometry.segments:
+            if segment.view.evict is None:
+                continue
+            _, _, run_begin, run_end = ends[segment.first_row + segment.num_rows]
+            begin = int(plan.runs[run_begin, 0])
+            end = int(plan.runs[run_end - 1, 0] + plan.runs[run_end - 1, 1])
+            last = segment.first_position + segment.num_rows - 1
+            self._evictor.observe(segment.view.evict, layer, hits[begin:end], last)

@@ -1,0 +1,193 @@
+"""Assemble an engine core from options: the one place where parts meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+import torch
+
+from kvkeep import ops
+from kvkeep.attention.planner import AttentionPlanner, FlatPlanner
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.radix import RadixIndex
+from kvkeep.cache.tiers import PageListener, Tier
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
+from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.output import OutputFactory
+from kvkeep.engine.runner import ModelRunner, RunnerParts
+from kvkeep.engine.scheduler import SchedulerLimits
+from kvkeep.errors import ConfigError
+from kvkeep.eviction.policy import KeepAll
+from kvkeep.models import hub, loader
+from kvkeep.models.host import HostedModel
+from kvkeep.models.text import TextModel
+from kvkeep.quant.codec import Float, KVShape
+from kvkeep.shield.policy import NoShield
+from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
+from kvkeep.types import PAGE_TOKENS, Layout, PageTag
+
+DEFAULT_KV_BYTES = 4 << 30
+WARM_UP = "warm-up"
+"""Tenant of the request that runs before the engine reports ready."""
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine is started with; crosses the process boundary."""
+
+    model: str
+    served_name: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weights: Literal["float", "int8"] = "float"
+    kernel: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    chunk_tokens: int = 256
+    kv_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    share: Literal["nothing", "all"] = "nothing"
+    allow_download: bool = False
+
+
+class Parts(msgspec.Struct, kw_only=True):
+    """The techniques an engine runs with; the defaults are the null objects."""
+
+    techniques: Techniques
+    planner: AttentionPlanner
+    policy: SharingPolicy
+    listeners: tuple[PageListener, ...] = ()
+    tier: Tier | None = None
+
+
+def default_parts(options: EngineOptions) -> Parts:
+    """Return the techniques `options` ask for."""
+    return Parts(
+        techniques=Techniques(Float(), NoShield(), KeepAll()),
+        planner=FlatPlanner(),
+        policy=ShareAll() if options.share == "all" else ShareNothing(),
+    )
+
+
+def build_core(
+    options: EngineOptions,
+    reply: Callable[[m.Reply], None] = lambda _: None,
+    parts: Parts | None = None,
+) -> EngineCore:
+    """Load the model, reserve the pool and warm up; raises `ModelError` or `ConfigError`."""
+    parts = parts or default_parts(options)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    kernels = ops.select(options.kernel, threads)
+    torch.set_num_threads(threads if kernels.name == "reference" else 1)
+    path = hub.resolve(options.model, allow_download=options.allow_download)
+    text = TextModel.load(path)
+    model = loader.load(
+        path,
+        dtype=options.dtype,
+        ops=kernels,
+        weights=options.weights,
+        folds=parts.techniques.shield.folds(),
+        progress=lambda done, total: reply(m.Loading(done, total)),
+    )
+    shape = _shape_of(model)
+    max_model_len = _max_model_len(options, model)
+    spec = parts.techniques.codec.page_spec(shape)
+    pool = TilePool(spec, _num_pages(options, spec.page_bytes, max_model_len))
+    techniques = parts.techniques
+    manager = CacheManager(
+        pool,
+        RadixIndex(model.spec.digest),
+        parts.policy,
+        lambda scope: PageTag(scope, techniques.codec.name, techniques.shield.name),
+        parts.tier,
+    )
+    runner = ModelRunner(
+        RunnerParts(model, pool, kernels, parts.planner, parts.techniques, shape, parts.listeners)
+    )
+    info = _info(options, model, pool, kernels.name, max_model_len)
+    core = EngineCore(
+        info,
+        manager,
+        runner,
+        OutputFactory(text, info.vocab_size, info.eos_token_ids),
+        SchedulerLimits(
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            options.chunk_tokens,
+            whole_hits=spec.recent_tokens is None,
+        ),
+        prefix_caching=options.prefix_caching,
+    )
+    _warm_up(core)
+    return core
+
+
+def _shape_of(model: HostedModel) -> KVShape:
+    layout = Layout.BF16 if model.spec.dtype == torch.bfloat16 else Layout.F32
+    return KVShape(model.spec.num_layers, model.spec.num_kv_heads, model.spec.head_dim, layout)
+
+
+def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
+    limit = model.spec.max_model_len
+    if options.max_model_len is None:
+        return limit
+    if not 1 <= options.max_model_len <= limit:
+        raise ConfigError(f"max_model_len: must lie between 1 and the model's {limit}")
+    return options.max_model_len
+
+
+def _num_pages(options: EngineOptions, page_bytes: int, max_model_len: int) -> int:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
+    if wanted > available:
+        raise ConfigError(
+            f"kv_cache_memory_bytes: {wanted / 2**30:.1f} GiB were asked for and"
+            f" {available / 2**30:.1f} GiB are free; lower it or free memory"
+        )
+    pages = wanted // page_bytes
+    if pages < 2:
+        raise ConfigError(
+            f"kv_cache_memory_bytes: {wanted} bytes hold no two pages of {page_bytes}; raise it"
+        )
+    return min(pages, max(2, options.max_num_seqs * (max_model_len // PAGE_TOKENS + 2)))
+
+
+def _info(
+    options: EngineOptions, model: HostedModel, pool: TilePool, kernel: str, max_model_len: int
+) -> ModelInfo:
+    spec = model.spec
+    return ModelInfo(
+        name=options.served_name or os.path.basename(os.path.normpath(options.model)),
+        path=options.model,
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        num_pages=pool.num_pages,
+        bytes_per_token=pool.spec.bytes_per_token,
+        kernel=kernel,
+        eos_token_ids=spec.eos_token_ids,
+    )
+
+
+def _warm_up(core: EngineCore) -> None:
+    """Run one short request so that the first client pays for nothing but its own."""
+    core.set_tenants({WARM_UP: 1.0})
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    core.submit(
+        GenerateRequest(
+            id=WARM_UP, tenant=WARM_UP, scope=WARM_UP, prompt_ids=(0,) * 8, params=params
+        )
+    )
+    while not core.idle():
+        core.step()
+    core.set_tenants({})
+    core.reset_counters()

@@ -1,0 +1,171 @@
+"""The asyncio side of an engine loop, whatever carries its messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+from kvkeep import errors
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, ModelInfo
+from kvkeep.errors import ConfigError, EngineError, EngineStopped
+
+Progress = Callable[[int, int], None]
+
+
+class Transport(Protocol):
+    """Carries commands to a loop; replies come back through the callback given to `start`."""
+
+    def start(self, deliver: Callable[[m.Reply], None]) -> None:
+        """Begin; `deliver` may be called from any thread."""
+
+    def send(self, command: m.Command) -> None:
+        """Hand a command over without blocking for long."""
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the loop to end, then make it end."""
+
+
+class MessageClient:
+    """`EngineClient` over a transport; create it inside a running event loop."""
+
+    def __init__(self, transport: Transport, progress: Progress | None = None) -> None:
+        self._transport = transport
+        self._progress = progress
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, asyncio.Queue[Chunk | EngineError]] = {}
+        self._ready: asyncio.Future[ModelInfo] = self._loop.create_future()
+        self._stats: deque[asyncio.Future[EngineStats]] = deque()
+        self._tenants: deque[asyncio.Future[None]] = deque()
+        self._failure: Exception | None = None
+        self._closing = False
+        transport.start(self._deliver)
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """Start a request; closing the iterator cancels it within a step."""
+        self._raise_if_down()
+        if request.id in self._streams:
+            raise EngineError("a request with this id is already running")
+        stream: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
+        self._streams[request.id] = stream
+        self._transport.send(m.Submit(request))
+        return self._chunks(request, stream)
+
+    async def info(self) -> ModelInfo:
+        """Return the model's description, once loaded and warm."""
+        return await asyncio.shield(self._ready)
+
+    async def stats(self) -> EngineStats:
+        """Return counters and gauges."""
+        self._raise_if_down()
+        future: asyncio.Future[EngineStats] = self._loop.create_future()
+        self._stats.append(future)
+        self._transport.send(m.GetStats())
+        return await future
+
+    async def set_tenants(self, quotas: dict[str, float]) -> None:
+        """Set the reserved share of each tenant; raises `ConfigError` where they do not fit."""
+        self._raise_if_down()
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._tenants.append(future)
+        self._transport.send(m.SetTenants(quotas))
+        await future
+
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Stop taking requests, wait up to `drain_s` for those running, and end the loop."""
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                while self._streams and self._failure is None:
+                    await asyncio.sleep(0.01)
+        if self._failure is None:
+            self._transport.send(m.Stop())
+        await asyncio.to_thread(self._transport.join, 10.0)
+        self._fail(EngineStopped("the engine was stopped"))
+
+    async def _chunks(
+        self, request: GenerateRequest, stream: asyncio.Queue[Chunk | EngineError]
+    ) -> AsyncIterator[Chunk]:
+        left, finished = request.params.n, False
+        try:
+            while left:
+                item = await stream.get()
+                if isinstance(item, EngineError):
+                    raise item
+                left = 0 if item.error is not None else left - (item.finish is not None)
+                yield item
+            finished = True
+        finally:
+            self._streams.pop(request.id, None)
+            if not finished and self._failure is None:
+                self._transport.send(m.Cancel(request.id))
+
+    def _deliver(self, reply: m.Reply) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is gone: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._on_reply, reply)
+
+    def _on_reply(self, reply: m.Reply) -> None:
+        match reply:
+            case m.Outputs(items):
+                for request_id, chunk in items:
+                    stream = self._streams.get(request_id)
+                    if stream is not None:
+                        stream.put_nowait(chunk)
+            case m.Stats(stats):
+                _resolve(self._stats.popleft(), stats)
+            case m.TenantsSet(error):
+                future = self._tenants.popleft()
+                if error is None:
+                    _resolve(future, None)
+                elif not future.done():
+                    future.set_exception(ConfigError(error))
+            case m.Loading(done, total):
+                if self._progress is not None:
+                    self._progress(done, total)
+            case m.Ready(info):
+                _resolve(self._ready, info)
+            case m.Failed(kind, message):
+                self._fail(_error(kind, message))
+            case m.Stopped():
+                self._fail(EngineStopped("the engine was stopped"))
+
+    def _fail(self, error: Exception) -> None:
+        """End everything that waits; later calls raise `EngineStopped`."""
+        if self._failure is not None:
+            return
+        self._failure = error
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # retrieved here; `info()` raises it again to whoever asks
+        down = error if isinstance(error, EngineError) else EngineStopped(str(error))
+        for stream in self._streams.values():
+            stream.put_nowait(down)
+        waiting: asyncio.Future[Any]
+        for waiting in (*self._stats, *self._tenants):
+            if not waiting.done():
+                waiting.set_exception(down)
+
+    def _raise_if_down(self) -> None:
+        if self._failure is not None:
+            raise EngineStopped(f"the engine is not running: {self._failure}")
+        if self._closing:
+            raise EngineStopped("the engine is shutting down")
+
+
+T = TypeVar("T")
+
+
+def _resolve(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _error(kind: str, message: str) -> Exception:
+    """Return the kvkeep error of that name (an `EngineError` for any other)."""
+    found = getattr(errors, kind, EngineError)
+    if isinstance(found, type) and issubclass(found, errors.KvkeepError):
+        return found(message)
+    return EngineError(message)

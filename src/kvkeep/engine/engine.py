@@ -1,0 +1,323 @@
+"""The engine's core, without threads or processes: submit, cancel, step."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.engine.api import (
+    Chunk,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    TenantUse,
+)
+from kvkeep.engine.output import OutputFactory
+from kvkeep.engine.prompt_logprobs import PromptLogprobs
+from kvkeep.engine.runner import ModelRunner, Stepped
+from kvkeep.engine.sampling import Sampler, TokenScores
+from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
+from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
+from kvkeep.engine.stats import EngineCounters
+from kvkeep.errors import InvalidRequest, QuotaExceeded
+from kvkeep.types import PAGE_TOKENS, EpochDelta
+
+
+class Output(NamedTuple):
+    """Something for the front end."""
+
+    request_id: str
+    chunk: Chunk
+
+
+class EngineCore:
+    """Joins scheduler, cache, runner and sampler; `step` is schedule, run, emit."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        manager: CacheManager,
+        runner: ModelRunner,
+        outputs: OutputFactory,
+        limits: SchedulerLimits,
+        *,
+        prefix_caching: bool = True,
+    ) -> None:
+        self._prefix_caching = prefix_caching
+        self.info = info
+        self._manager = manager
+        self._runner = runner
+        self._outputs = outputs
+        self._sampler = Sampler(info.vocab_size)
+        self._scheduler = Scheduler(manager, limits, self._exhaust, runner.forget)
+        self._requests: dict[str, Request] = {}
+        self._shares: dict[str, float] = {}
+        self._pending: list[Output] = []
+        self.stalled = False
+        """Whether the last step found nothing it could run."""
+        self.counters = EngineCounters()
+
+    def set_tenants(self, shares: Mapping[str, float]) -> None:
+        """Reserve each tenant's share of the pool; requests of tenants left out end as cancelled."""
+        for request in list(self._requests.values()):
+            if request.spec.tenant not in shares:
+                self._end_request(request, FinishReason.CANCELLED)
+        quotas = {name: int(share * self.info.num_pages) for name, share in shares.items()}
+        self._manager.set_quotas(quotas, self._public_pages(quotas))
+        for name in self._shares.keys() - shares.keys():
+            self._manager.forget(name)
+        self._shares = dict(shares)
+        self._scheduler.set_tenants(shares)
+
+    def _public_pages(self, quotas: Mapping[str, int]) -> int:
+        """Return the pages left for public content once every tenant has its own."""
+        return max(0, self.info.num_pages - sum(quotas.values()))
+
+    def submit(self, spec: GenerateRequest) -> None:
+        """Queue a request; one that can never run ends at once with an error chunk."""
+        try:
+            self._check(spec)
+        except InvalidRequest as error:
+            self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
+            return
+        if not self._prefix_caching:
+            spec = msgspec.structs.replace(spec, scope=f"{spec.scope}/{spec.id}")
+        now = time.monotonic()
+        deadline = None if spec.deadline_s is None else now + spec.deadline_s
+        request = Request(spec, now, deadline)
+        seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
+        request.sequences.append(self._sequence(request, 0, seed))
+        self._requests[spec.id] = request
+        self.counters.prompt_tokens += len(spec.prompt_ids)
+        self._scheduler.add(request.sequences[0])
+
+    def cancel(self, request_id: str) -> None:
+        """End a request without another word to its client; unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end_request(request, FinishReason.CANCELLED)
+
+    def end_epoch(self, now: float) -> EpochDelta:
+        """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
+        return self._manager.end_epoch(now)
+
+    def reset_counters(self) -> None:
+        """Start counting afresh, after warm-up."""
+        self.counters = EngineCounters()
+
+    def idle(self) -> bool:
+        """Return whether nothing is queued or running."""
+        return not self._requests and not self._pending
+
+    def step(self) -> list[Output]:
+        """Advance every scheduled sequence by one step and return what is new."""
+        begun = time.perf_counter()
+        self._expire(time.monotonic())
+        work = self._scheduler.schedule()
+        self.stalled = not work
+        if work:
+            stepped = self._runner.step(work)
+            self._after(work, stepped)
+            elapsed = time.perf_counter() - begun
+            self.counters.steps += 1
+            self.counters.step_seconds += elapsed
+            self.counters.model_seconds += stepped.model_s
+            self.counters.step.add(elapsed)
+        out, self._pending = self._pending, []
+        return out
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot for the admin port."""
+        c, pool = self.counters, self._manager.stats()
+        tenants = []
+        for name in sorted(self._shares):
+            running, waiting = self._scheduler.counts(name)
+            tenants.append(
+                TenantUse(
+                    tenant=name,
+                    quota_pages=int(self._shares[name] * self.info.num_pages),
+                    used_pages=self._manager.used(name),
+                    running=running,
+                    waiting=waiting,
+                )
+            )
+        return EngineStats(
+            requests_running=sum(t.running for t in tenants),
+            requests_waiting=sum(t.waiting for t in tenants),
+            pages_total=self.info.num_pages,
+            pages_used=self.info.num_pages - pool.pages_free,
+            pages_free=pool.pages_free,
+            prompt_tokens_total=c.prompt_tokens,
+            generation_tokens_total=c.generated_tokens,
+            prefix_cache_queries_total=c.cache_queries,
+            prefix_cache_hits_total=c.cache_hits,
+            preemptions_total=self._scheduler.preemptions,
+            steps_total=c.steps,
+            finished=tuple((reason.value, c.finished[reason]) for reason in FinishReason),
+            ttft_s=c.ttft.snapshot(),
+            tpot_s=c.tpot.snapshot(),
+            e2e_s=c.e2e.snapshot(),
+            step_s=c.step.snapshot(),
+            tenants=tuple(tenants),
+        )
+
+    def _check(self, spec: GenerateRequest) -> None:
+        length = len(spec.prompt_ids)
+        if spec.tenant not in self._shares:
+            raise InvalidRequest("tenant: not known to the engine", param="tenant")
+        if not length:
+            raise InvalidRequest("prompt: must hold at least one token", param="prompt")
+        if length + min(1, spec.params.max_tokens) > self.info.max_model_len:
+            raise InvalidRequest(
+                f"prompt: {length} tokens leave no room for an answer within the model's"
+                f" {self.info.max_model_len}; shorten it",
+                param="prompt",
+            )
+        if not 0 <= min(spec.prompt_ids) <= max(spec.prompt_ids) < self.info.vocab_size:
+            raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
+        if not self._manager.fits(spec.tenant, length // PAGE_TOKENS + 1):
+            raise InvalidRequest(
+                f"prompt: {length} tokens do not fit this tenant's reserved share of the cache;"
+                " shorten it or raise the share",
+                param="prompt",
+            )
+
+    def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
+        spec = request.spec
+        ids = np.array(spec.prompt_ids, np.int32)
+        return Sequence(
+            request=request,
+            index=index,
+            tokens=TokenBuffer(ids, min(spec.params.max_tokens, 4096)),
+            sampling=self._outputs.sampling(spec, index, seed),
+            output=self._outputs.sequence(spec, index),
+        )
+
+    def _after(self, work: list[Work], stepped: Stepped) -> None:
+        """Index what closed, take in prompt log-probabilities, sample and emit."""
+        for item in work:
+            view, tokens = item.sequence.view, item.sequence.tokens
+            assert view is not None
+            if view.length // PAGE_TOKENS > item.start // PAGE_TOKENS:
+                self._manager.commit(view, tokens.ids(view.length))
+        row = 0
+        for item in work:
+            prompt = item.sequence.output.prompt
+            if prompt is not None:
+                row += self._take_prompt_rows(item, prompt, stepped, row)
+        sampling = [item.sequence for item in work if item.samples]
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        for offset, sequence in enumerate(sampling):
+            for family in self._family(sequence):
+                rows.append(stepped.prompt_rows + offset)
+                sequences.append(family)
+        if not sequences:
+            return
+        logits = stepped.logits[rows] if len(rows) != len(stepped.logits) else stepped.logits
+        sampled = self._sampler.sample(logits, [s.sampling for s in sequences])
+        now = time.monotonic()
+        for sequence, token, scores, error in zip(sequences, *sampled, strict=True):
+            if error is not None:
+                self._fail(sequence, str(error), now)
+            else:
+                self._accept(sequence, token, scores, now)
+
+    def _take_prompt_rows(
+        self, item: Work, prompt: PromptLogprobs, stepped: Stepped, row: int
+    ) -> int:
+        count = max(0, min(item.start + item.count, item.sequence.prompt_len) - item.start)
+        prompt.add(self._sampler, stepped.logits[row : row + count], item.start)
+        return count
+
+    def _family(self, sequence: Sequence) -> list[Sequence]:
+        """Return the sequence, and on its request's first sampling step its new siblings too."""
+        request = sequence.request
+        n = request.spec.params.n
+        if sequence.generated or len(request.sequences) == n or request.spec.params.max_tokens == 0:
+            return [sequence]
+        for index in range(1, n):
+            sibling = self._sequence(request, index, sequence.sampling.seed)
+            assert sequence.view is not None
+            try:
+                sibling.view = self._manager.fork(sequence.view)
+            except QuotaExceeded:
+                sibling.view = None
+            request.sequences.append(sibling)
+            self._scheduler.adopt(sibling)
+        return list(request.sequences)
+
+    def _accept(
+        self, sequence: Sequence, token: int, scores: TokenScores | None, now: float
+    ) -> None:
+        """Append a sampled token, emit its text and end the sequence where it must."""
+        request, params = sequence.request, sequence.request.spec.params
+        cached = request.cached_tokens or 0
+        if request.first_token_s is None:
+            request.first_token_s = now
+            self.counters.ttft.add(now - request.arrived_s)
+            self.counters.cache_queries += sequence.prompt_len
+            self.counters.cache_hits += cached
+        if params.max_tokens == 0:
+            chunk: Chunk | None = sequence.output.finish(FinishReason.LENGTH, cached)
+        else:
+            sequence.tokens.append(token)
+            sequence.sampling.accept(token)
+            sequence.generated += 1
+            self.counters.generated_tokens += 1
+            full = len(sequence.tokens) >= self.info.max_model_len
+            last = full or sequence.generated >= params.max_tokens
+            chunk = sequence.output.push(token, scores, cached, last=last)
+        if chunk is not None:
+            self._emit(request.spec.id, chunk)
+            if chunk.finish is not None:
+                self._end(sequence, chunk.finish, now)
+
+    def _fail(self, sequence: Sequence, message: str, now: float) -> None:
+        chunk = Chunk(
+            index=sequence.index,
+            finish=FinishReason.ERROR,
+            error=message,
+            cached_tokens=sequence.request.cached_tokens or 0,
+        )
+        self._emit(sequence.request.spec.id, chunk)
+        self._end(sequence, FinishReason.ERROR, now)
+
+    def _exhaust(self, sequence: Sequence) -> None:
+        """End a sequence that its tenant's share can't hold even alone."""
+        cached = sequence.request.cached_tokens or 0
+        self._emit(sequence.request.spec.id, sequence.output.finish(FinishReason.LENGTH, cached))
+        self._end(sequence, FinishReason.LENGTH, time.monotonic())
+
+    def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
+        request = sequence.request
+        self._scheduler.remove(sequence)
+        self.counters.finished[reason] += 1
+        if sequence.generated > 1 and request.first_token_s is not None:
+            self.counters.tpot.add((now - request.first_token_s) / (sequence.generated - 1))
+        if all(s.status is Status.FINISHED for s in request.sequences):
+            self.counters.e2e.add(now - request.arrived_s)
+            self._requests.pop(request.spec.id, None)
+
+    def _end_request(self, request: Request, reason: FinishReason) -> None:
+        now = time.monotonic()
+        for sequence in request.sequences:
+            if sequence.status is not Status.FINISHED:
+                cached = request.cached_tokens or 0
+                self._emit(request.spec.id, sequence.output.finish(reason, cached))
+                self._end(sequence, reason, now)
+
+    def _expire(self, now: float) -> None:
+        for request in list(self._requests.values()):
+            if request.deadline_s is not None and now >= request.deadline_s:
+                self._end_request(request, FinishReason.DEADLINE)
+
+    def _emit(self, request_id: str, chunk: Chunk) -> None:
+        self._pending.append(Output(request_id, chunk))

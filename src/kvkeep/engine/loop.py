@@ -1,0 +1,74 @@
+"""Drive an engine core from a queue of commands: the body of the engine's thread or process."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+
+from kvkeep.engine import messages as m
+from kvkeep.engine.engine import EngineCore
+from kvkeep.errors import KvkeepError
+
+STALL_WAIT_S = 0.002
+"""How long to wait for a command while every sequence waits for a lower tier."""
+
+log = logging.getLogger(__name__)
+
+Inbox = queue.SimpleQueue[m.Command]
+Sink = Callable[[m.Reply], None]
+
+
+def run(build: Callable[[Sink], EngineCore], inbox: Inbox, reply: Sink) -> None:
+    """Build a core, then serve commands until `Stop`; a failure is told as `Failed`, never raised."""
+    try:
+        core = build(reply)
+        reply(m.Ready(core.info))
+        _serve(core, inbox, reply)
+        reply(m.Stopped())
+    except KvkeepError as error:
+        reply(m.Failed(type(error).__name__, str(error)))
+    except Exception as error:  # the loop's last line: whatever it was, clients must hear of it
+        log.exception("engine failed")
+        reply(m.Failed("EngineError", f"the engine failed inside a step ({type(error).__name__})"))
+
+
+def _serve(core: EngineCore, inbox: Inbox, reply: Sink) -> None:
+    while True:
+        wait = None if core.idle() else (STALL_WAIT_S if core.stalled else 0.0)
+        for command in _drain(inbox, wait):
+            if isinstance(command, m.Stop):
+                return
+            _handle(core, command, reply)
+        outputs = core.step()
+        if outputs:
+            reply(m.Outputs(tuple((o.request_id, o.chunk) for o in outputs)))
+
+
+def _drain(inbox: Inbox, wait: float | None) -> list[m.Command]:
+    """Return all queued commands, waiting for the first (None: for ever)."""
+    commands: list[m.Command] = []
+    try:
+        if wait is None or wait > 0:
+            commands.append(inbox.get(timeout=wait))
+        while True:
+            commands.append(inbox.get_nowait())
+    except queue.Empty:
+        return commands
+
+
+def _handle(core: EngineCore, command: m.Command, reply: Sink) -> None:
+    match command:
+        case m.Submit(request):
+            core.submit(request)
+        case m.Cancel(request_id):
+            core.cancel(request_id)
+        case m.GetStats():
+            reply(m.Stats(core.stats()))
+        case m.SetTenants(shares):
+            try:
+                core.set_tenants(shares)
+            except KvkeepError as error:
+                reply(m.TenantsSet(str(error)))
+            else:
+                reply(m.TenantsSet(None))

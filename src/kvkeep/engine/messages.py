@@ -1,0 +1,100 @@
+"""What crosses between a client and an engine loop, in a thread or in another process: tagged records, no pickle."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, ModelInfo
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Queue a request."""
+
+    request: GenerateRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request within a step."""
+
+    request_id: str
+
+
+class SetTenants(msgspec.Struct, frozen=True, tag=True):
+    """Replace the tenants' reserved shares."""
+
+    shares: dict[str, float]
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a snapshot."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the loop now."""
+
+
+Command = Submit | Cancel | SetTenants | GetStats | Stop
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Weights read so far, in bytes."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and warm."""
+
+    info: ModelInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start, or died; `kind` is the error class's name."""
+
+    kind: str
+    message: str
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    """A step's news: (request id, chunk)."""
+
+    items: tuple[tuple[str, Chunk], ...]
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `GetStats`."""
+
+    stats: EngineStats
+
+
+class TenantsSet(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `SetTenants`; `error` says why nothing changed."""
+
+    error: str | None
+
+
+class Stopped(msgspec.Struct, frozen=True, tag=True):
+    """The loop has ended as asked."""
+
+
+Reply = Loading | Ready | Failed | Outputs | Stats | TenantsSet | Stopped
+
+_ENCODER = msgspec.msgpack.Encoder()
+_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Command | Reply) -> bytes:
+    """Return a message's bytes."""
+    return _ENCODER.encode(message)
+
+
+def decode_command(raw: bytes) -> Command:
+    """Return the command in `raw`."""
+    return _COMMANDS.decode(raw)
+
+
+def decode_reply(raw: bytes) -> Reply:
+    """Return the reply in `raw`."""
+    return _REPLIES.decode(raw)

@@ -1,0 +1,93 @@
+"""An engine in its own spawned process, so that no interpreter lock is shared with the web server."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from kvkeep.engine import loop
+from kvkeep.engine import messages as m
+from kvkeep.engine.build import EngineOptions, build_core
+from kvkeep.engine.client import MessageClient, Progress
+from kvkeep.engine.local import ThreadTransport
+
+
+class PipeTransport:
+    """Runs the loop in a spawned process, messages over a pipe as msgpack."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        context = mp.get_context("spawn")
+        self._pipe, self._child_pipe = context.Pipe()
+        self._process = context.Process(
+            target=_main, args=(options, self._child_pipe), name="kvkeep-engine", daemon=True
+        )
+        self._sending = threading.Lock()
+
+    def start(self, deliver: Callable[[m.Reply], None]) -> None:
+        """Start the process and a thread that reads its replies."""
+        self._process.start()
+        self._child_pipe.close()
+        threading.Thread(
+            target=_read_replies, args=(self._pipe, deliver), name="kvkeep-replies", daemon=True
+        ).start()
+
+    def send(self, command: m.Command) -> None:
+        """Write a command to the pipe; a dead process is told by the reading thread."""
+        try:
+            with self._sending:
+                self._pipe.send_bytes(m.encode(command))
+        except (BrokenPipeError, ConnectionResetError, OSError):
+            return
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the process, then terminate it."""
+        self._process.join(timeout_s)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(timeout_s)
+
+
+def spawn_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
+    """Return a client of an engine in its own process; call inside a running event loop."""
+    return MessageClient(PipeTransport(options), progress)
+
+
+def local_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
+    """Return a client of an engine in a thread of this process; call inside a running event loop."""
+    return MessageClient(ThreadTransport(lambda reply: build_core(options, reply)), progress)
+
+
+def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:
+    try:
+        while True:
+            deliver(m.decode_reply(pipe.recv_bytes()))
+    except (EOFError, OSError):
+        deliver(m.Failed("EngineStopped", "the engine process ended"))
+
+
+def _main(options: EngineOptions, pipe: Connection) -> None:
+    """Run the loop; ends when the parent stops it or goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's to handle
+    inbox: loop.Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()
+    loop.run(lambda reply: build_core(options, reply), inbox, lambda r: _reply(pipe, r))
+
+
+def _read_commands(pipe: Connection, inbox: loop.Inbox) -> None:
+    try:
+        while True:
+            inbox.put(m.decode_command(pipe.recv_bytes()))
+    except (EOFError, OSError):
+        os._exit(0)  # the server is gone; nobody is left to answer
+
+
+def _reply(pipe: Connection, reply: m.Reply) -> None:
+    try:
+        pipe.send_bytes(m.encode(reply))
+    except (BrokenPipeError, OSError):
+        os._exit(0)  # as above

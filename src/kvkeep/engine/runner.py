@@ -1,0 +1,132 @@
+"""Run one step's work through the model: build the batch's KV, forward, hand back logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kvkeep.attention.planner import AttentionPlanner
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.tiers import PageListener
+from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
+from kvkeep.engine.scheduler import Work
+from kvkeep.engine.staging import Staging
+from kvkeep.models.host import HostedModel
+from kvkeep.ops.layout import Ops
+from kvkeep.quant.codec import KVShape
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, View
+
+
+class Stepped(NamedTuple):
+    """What a step produced."""
+
+    logits: torch.Tensor
+    """[R, V] for the work items that sample, in their order, after the rows of `prompt_rows`."""
+    prompt_rows: int
+    """Leading rows of `logits` that belong to prompts asked for log-probabilities."""
+    model_s: float
+    """Seconds inside the model's forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """What a runner joins."""
+
+    model: HostedModel
+    pool: TilePool
+    ops: Ops
+    planner: AttentionPlanner
+    techniques: Techniques
+    shape: KVShape
+    listeners: tuple[PageListener, ...] = ()
+
+
+class ModelRunner:
+    """Turns scheduled work into logits."""
+
+    def __init__(self, parts: RunnerParts) -> None:
+        self._parts = parts
+        self._spec = parts.techniques.codec.page_spec(parts.shape)
+        self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
+        self._staging = Staging(parts.pool, self._spec.recent_tokens)
+
+    @torch.inference_mode()
+    def step(self, work: Sequence[Work]) -> Stepped:
+        """Compute K, V and logits of the work's rows; afterwards their views hold them."""
+        parts = self._parts
+        step = self._build(work)
+        kv = BatchKV(
+            step, parts.pool, self._layers, parts.ops.attention, parts.techniques, parts.shape,
+            parts.listeners,
+        )  # fmt: skip
+        ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
+        rows, prompt_rows = _logit_rows(work)
+        begun = time.perf_counter()
+        logits = parts.model.forward(
+            torch.from_numpy(ids.astype(np.int64)),
+            torch.from_numpy(step.plan.row_positions.astype(np.int64)),
+            kv,
+            torch.from_numpy(rows),
+        )
+        model_s = time.perf_counter() - begun
+        kv.finish()
+        for item in work:
+            view = item.sequence.view
+            assert view is not None
+            view.length = max(view.length, item.start + item.count)
+        self._staging.drop_encoded(step.geometry)
+        return Stepped(logits, prompt_rows, model_s)
+
+    def forget(self, view: View) -> None:
+        """Drop what planner and staging remember of a view that ended."""
+        self._parts.planner.forget(view)
+        self._staging.forget(view)
+
+    def _build(self, work: Sequence[Work]) -> StepKV:
+        segments: list[Segment] = []
+        slots: list[Int32Array] = []
+        closing: list[Closing] = []
+        row = 0
+        for item in work:
+            view = item.sequence.view
+            assert view is not None
+            if view.evict is None:
+                view.evict = self._parts.techniques.evictor.new_state(self._spec)
+            staged, staged_from = self._staging.pages_of(view, item.start + item.count)
+            segments.append(Segment(view, row, item.count, item.start, staged, staged_from))
+            positions = np.arange(item.start, item.start + item.count)
+            pages = positions // PAGE_TOKENS
+            target = staged[pages - staged_from] * PAGE_TOKENS + positions % PAGE_TOKENS
+            target[positions < view.length] = -1
+            slots.append(target.astype(np.int32))
+            for page in range(view.length // PAGE_TOKENS, (item.start + item.count) // PAGE_TOKENS):
+                coded, written = int(view.slots[page]), int(staged[page - staged_from])
+                closing.append(Closing(coded, written if written != coded else -1))
+            row += item.count
+        geometry = BatchGeometry(
+            tuple(segments), row, self._parts.shape.layout, self._spec.layout,
+            self._spec.recent_tokens,
+        )  # fmt: skip
+        plan = self._parts.planner.plan(geometry)
+        return StepKV(geometry, plan, np.concatenate(slots), tuple(closing))
+
+
+def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
+    """Return the rows whose logits are needed (prompts' first, then sampling rows) and how many are prompts'."""
+    prompt: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+    last: list[int] = []
+    row = 0
+    for item in work:
+        end = min(item.start + item.count, item.sequence.prompt_len)
+        if item.sequence.request.spec.params.prompt_logprobs is not None and end > item.start:
+            prompt.append(np.arange(row, row + end - item.start))
+        if item.samples:
+            last.append(row + item.count - 1)
+        row += item.count
+    rows = np.concatenate([*prompt, np.array(last, np.int64)])
+    return rows.astype(np.int64), len(rows) - len(last)

@@ -1,0 +1,242 @@
+"""Who runs in the next step: admit, continue the decodes, chunk the prefills, preempt.
+
+Everything decided for a tenant's sequences reads that tenant's own queue, quota and history only; other tenants
+decide how soon a step comes, never what it does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.engine.fairness import DeficitRoundRobin
+from kvkeep.engine.sequence import Sequence, Status
+from kvkeep.errors import QuotaExceeded
+from kvkeep.types import View
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """How much one step may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunk_tokens: int = 256
+    """Prefill is cut at absolute multiples of this."""
+    whole_hits: bool = True
+    """Whether a prompt's last token may be cached too; not where a query sees its own page unencoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows of one sequence in one step: positions `start` to `start + count`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Return whether the step reaches the sequence's last token."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """One tenant's queue, oldest first, and its running sequences in order of admission."""
+
+    max_running: int
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """First in, first out within a tenant; deficit round robin between tenants."""
+
+    def __init__(
+        self,
+        manager: CacheManager,
+        limits: SchedulerLimits,
+        exhausted: Callable[[Sequence], None],
+        forget: Callable[[View], None],
+    ) -> None:
+        """`exhausted` is told of a sequence its tenant's quota can't hold even alone, `forget` of ended views."""
+        self._manager = manager
+        self._limits = limits
+        self._exhausted = exhausted
+        self._forget = forget
+        self._tenants: dict[str, _Tenant] = {}
+        self._robin = DeficitRoundRobin(limits.chunk_tokens)
+        self.preemptions = 0
+
+    def set_tenants(self, shares: Mapping[str, float]) -> None:
+        """Set each tenant's part of the running sequences; tenants left out must have no sequences."""
+        for name, share in shares.items():
+            cap = max(1, int(self._limits.max_num_seqs * share))
+            if name in self._tenants:
+                self._tenants[name].max_running = cap
+            else:
+                self._tenants[name] = _Tenant(cap)
+        for name in [n for n in self._tenants if n not in shares]:
+            del self._tenants[name]
+        self._robin.set_tenants(list(self._tenants))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind its tenant's others."""
+        self._tenants[sequence.account].waiting.append(sequence)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Take over a forked sequence: running if it holds a view, else first in its tenant's queue."""
+        tenant = self._tenants[sequence.account]
+        if sequence.view is not None:
+            sequence.status = Status.RUNNING
+            tenant.running.append(sequence)
+        else:
+            sequence.status = Status.WAITING
+            tenant.waiting.appendleft(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended or was cancelled, releasing its view."""
+        tenant = self._tenants.get(sequence.account)
+        if tenant is not None:
+            if sequence in tenant.running:
+                tenant.running.remove(sequence)
+            elif sequence in tenant.waiting:
+                tenant.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self._release(sequence)
+
+    def counts(self, tenant: str) -> tuple[int, int]:
+        """Return (running, waiting) sequences of a tenant."""
+        own = self._tenants[tenant]
+        return len(own.running), len(own.waiting)
+
+    def has_work(self) -> bool:
+        """Return whether any sequence is running or waiting."""
+        return any(t.running or t.waiting for t in self._tenants.values())
+
+    def schedule(self) -> list[Work]:
+        """Return the next step's work: one row per decode, whole chunks of prefills within the budget."""
+        for name in sorted(self._tenants):
+            self._admit(self._tenants[name])
+        work = [w for name in sorted(self._tenants) for w in self._decodes(self._tenants[name])]
+        planned: dict[Sequence, int] = {}
+        self._robin.spend(
+            self._limits.max_num_batched_tokens,
+            lambda name: self._next_chunk(self._tenants[name], planned)[1],
+            lambda name: self._take_chunk(self._tenants[name], planned),
+        )
+        work.extend(
+            Work(s, s.next_position(), end - s.next_position()) for s, end in planned.items()
+        )
+        return work
+
+    def _admit(self, tenant: _Tenant) -> None:
+        while tenant.waiting and len(tenant.running) < tenant.max_running:
+            sequence = tenant.waiting[0]
+            if not self._open(sequence, alone=not tenant.running):
+                if sequence.status is Status.FINISHED:
+                    continue
+                return
+            tenant.waiting.popleft()
+            tenant.running.append(sequence)
+
+    def _open(self, sequence: Sequence, *, alone: bool) -> bool:
+        """Match and lock the prefix and reserve room for the rest; False where the sequence must wait."""
+        manager, spec, tokens = self._manager, sequence.request.spec, sequence.tokens.ids()
+        manager.poll()
+        if sequence.fetch is not None:
+            if not sequence.fetch.done:
+                return False
+            manager.end_fetch(sequence.fetch)
+            sequence.fetch = None
+        match = manager.match(
+            tokens[: self._reusable(sequence)], account=sequence.account, scope=spec.scope
+        )
+        if match.pending and sequence.status is Status.WAITING:
+            sequence.fetch = manager.begin_fetch(match, tokens)
+            if sequence.fetch is not None:
+                sequence.status = Status.WAITING_FETCH
+                return False
+        view = manager.open_view(match, len(tokens))
+        try:
+            manager.extend(view, len(tokens) - view.length)
+        except QuotaExceeded:
+            manager.release(view, tokens[: view.length])
+            if alone:
+                self._exhausted(sequence)
+            return False
+        sequence.view = view
+        sequence.status = Status.RUNNING
+        if sequence.request.cached_tokens is None:
+            sequence.request.cached_tokens = min(view.length, sequence.prompt_len)
+        return True
+
+    def _reusable(self, sequence: Sequence) -> int:
+        """Return how many leading tokens may come from the cache."""
+        spec = sequence.request.spec
+        if spec.params.prompt_logprobs is not None and not sequence.generated:
+            return 0
+        return len(sequence.tokens) - (0 if self._limits.whole_hits else 1)
+
+    def _decodes(self, tenant: _Tenant) -> list[Work]:
+        work = []
+        for sequence in list(tenant.running):
+            if sequence.status is not Status.RUNNING or sequence.remaining() > 1:
+                continue
+            if self._make_room(tenant, sequence):
+                work.append(Work(sequence, sequence.next_position(), 1))
+        return [w for w in work if w.sequence.status is Status.RUNNING]
+
+    def _make_room(self, tenant: _Tenant, sequence: Sequence) -> bool:
+        """Find room for the sequence's next token, preempting its tenant's youngest; False: not this step."""
+        assert sequence.view is not None
+        needed = len(sequence.tokens) - sequence.view.length
+        while True:
+            try:
+                self._manager.extend(sequence.view, needed)
+            except QuotaExceeded:
+                victim = tenant.running[-1]
+                if victim is sequence and len(tenant.running) == 1:
+                    self._exhausted(sequence)
+                    return False
+                self._preempt(tenant, victim)
+                if victim is sequence:
+                    return False
+            else:
+                return True
+
+    def _preempt(self, tenant: _Tenant, victim: Sequence) -> None:
+        self.preemptions += 1
+        tenant.running.remove(victim)
+        self._release(victim)
+        victim.status = Status.WAITING
+        tenant.waiting.appendleft(victim)
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.fetch is not None:
+            self._manager.end_fetch(sequence.fetch)
+            sequence.fetch = None
+        if sequence.view is not None:
+            self._forget(sequence.view)
+            self._manager.release(sequence.view, sequence.tokens.ids(sequence.view.length))
+            sequence.view = None
+
+    def _next_chunk(
+        self, tenant: _Tenant, planned: dict[Sequence, int]
+    ) -> tuple[Sequence | None, int | None]:
+        """Return the tenant's first sequence with prefill left and the rows up to its next chunk edge."""
+        for sequence in tenant.running:
+            begin = planned.get(sequence, sequence.next_position())
+            left = len(sequence.tokens) - begin
+            if left and (sequence in planned or sequence.remaining() > 1):
+                chunk = self._limits.chunk_tokens
+                return sequence, min(left, chunk - begin % chunk)
+        return None, None
+
+    def _take_chunk(self, tenant: _Tenant, planned: dict[Sequence, int]) -> None:
+        sequence, rows = self._next_chunk(tenant, planned)
+        assert sequence is not None and rows is not None
+        planned[sequence] = planned.get(sequence, sequence.next_position()) + rows

@@ -1,0 +1,97 @@
+"""A request while the engine works on it: its sequences, their tokens and where each stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from kvkeep.cache.fetch import Fetch
+from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.output import SequenceOutput
+from kvkeep.engine.sampling import SequenceSampling
+from kvkeep.types import Int32Array, View
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()
+    WAITING_FETCH = auto()
+    """Pages of its prefix are on their way from a lower tier."""
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class TokenBuffer:
+    """Token ids that grow at the end."""
+
+    __slots__ = ("_ids", "_length")
+
+    def __init__(self, ids: Int32Array, reserve: int = 64) -> None:
+        self._ids = np.empty(len(ids) + reserve, np.int32)
+        self._ids[: len(ids)] = ids
+        self._length = len(ids)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, token_id: int) -> None:
+        """Add one token."""
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+        self._ids[self._length] = token_id
+        self._length += 1
+
+    def ids(self, end: int | None = None) -> Int32Array:
+        """Return the first `end` tokens (default all), a view that later appends leave alone."""
+        return self._ids[: self._length if end is None else end]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A submitted request."""
+
+    spec: GenerateRequest
+    arrived_s: float
+    deadline_s: float | None
+    sequences: list[Sequence] = field(default_factory=list)
+    cached_tokens: int | None = None
+    """Prompt tokens found in the cache when it was first admitted."""
+    first_token_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of a request's `n` sequences."""
+
+    request: Request
+    index: int
+    tokens: TokenBuffer
+    sampling: SequenceSampling
+    output: SequenceOutput
+    status: Status = Status.WAITING
+    view: View | None = None
+    fetch: Fetch | None = None
+    """Pages of its prefix on their way up, while `WAITING_FETCH`."""
+    generated: int = 0
+
+    @property
+    def account(self) -> str:
+        """Return the tenant whose quota and queue it uses."""
+        return self.request.spec.tenant
+
+    @property
+    def prompt_len(self) -> int:
+        """Return the number of prompt tokens."""
+        return len(self.request.spec.prompt_ids)
+
+    def next_position(self) -> int:
+        """Return the first position to compute: what is not stored, or the last token if all is."""
+        assert self.view is not None
+        return min(self.view.length, len(self.tokens) - 1)
+
+    def remaining(self) -> int:
+        """Return how many rows are left until the next token can be sampled (at least 1)."""
+        return len(self.tokens) - self.next_position()

@@ -1,0 +1,20 @@
+"""Tiny random checkpoints of every family, made once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvkeep.models import make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a directory per family."""
+    root = tmp_path_factory.mktemp("tiny")
+    paths = {}
+    for family in make.TINY_FAMILIES:
+        paths[family] = root / family
+        make.tiny(family, paths[family], seed=0)
+    return paths

@@ -1,0 +1,197 @@
+"""A toy real object of each seam: small, but with an effect a null object does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from kvkeep.attention.planner import FlatPlanner
+from kvkeep.errors import SealError
+from kvkeep.ops.layout import AttentionPlan, WeightFold
+from kvkeep.quant.codec import Float, KVShape, Tiles
+from kvkeep.sharing.policy import Access
+from kvkeep.shield.policy import Role
+from kvkeep.types import (
+    PAGE_TOKENS,
+    BatchGeometry,
+    EpochDelta,
+    EvictState,
+    PageSpec,
+    SealContext,
+    UInt64Array,
+    View,
+)
+
+
+class WindowEvictor:
+    """Keeps the first four tokens and a window of the latest; counts how often it observed."""
+
+    def __init__(self, window_tokens: int) -> None:
+        self._window = window_tokens
+        self.observed = 0
+
+    def new_state(self, spec: PageSpec) -> EvictState:
+        shape = (0, spec.num_layers, spec.num_kv_heads)
+        return EvictState(np.zeros(shape, np.uint64), np.zeros(shape, np.int32))
+
+    def thresholds(self, state: EvictState, position: int) -> float:
+        return -float(np.log2(position + 1))
+
+    def observe(self, state: EvictState, layer: int, hits: UInt64Array, position: int) -> None:
+        assert hits.any(), "some token always has at least the mean weight"
+        self.observed += 1
+
+    def keep(self, state: EvictState, position: int) -> UInt64Array:
+        pages = position // PAGE_TOKENS + 2
+        at = np.arange(pages * PAGE_TOKENS)
+        live = (at < 4) | (at > position - self._window)
+        bits = (
+            live.reshape(pages, PAGE_TOKENS).astype(np.uint64) << np.arange(64, dtype=np.uint64)
+        ).sum(1, dtype=np.uint64)
+        shape = (pages, *state.masks.shape[1:])
+        return np.ascontiguousarray(np.broadcast_to(bits[:, None, None], shape))
+
+
+class PromoteOffered:
+    """Makes public, at each epoch's end, every chain that was offered."""
+
+    at_once = False
+
+    def __init__(self) -> None:
+        self._offered: dict[bytes, None] = {}
+        self._public: set[bytes] = set()
+        self._epoch = 0
+
+    def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
+        return next((i for i, h in enumerate(chain) if h not in self._public), len(chain))
+
+    def offer(self, chain: Sequence[bytes], tenant: str) -> None:
+        self._offered.update(dict.fromkeys(chain))
+
+    def observe(self, access: Access) -> None:
+        return
+
+    def end_epoch(self, now: float) -> EpochDelta:
+        promoted, self._offered = tuple(self._offered), {}
+        self._public.update(promoted)
+        self._epoch += 1
+        return EpochDelta(self._epoch, promoted)
+
+    def forget(self, tenant: str) -> None:
+        return
+
+
+class MirrorShield:
+    """Stores keys and values with their dims in reverse order; a seal is the context in front of the bytes."""
+
+    name = "mirror"
+
+    def folds(self) -> tuple[WeightFold, ...]:
+        return ()
+
+    def transform(self, x: torch.Tensor, role: Role) -> torch.Tensor:
+        return x.flip(-1)
+
+    def restore(self, out: torch.Tensor) -> torch.Tensor:
+        return out.flip(-1)
+
+    def seal(self, blob: bytes, context: SealContext) -> bytes:
+        return context.associated_data() + blob
+
+    def open(self, blob: bytes, context: SealContext) -> bytes:
+        head = context.associated_data()
+        if not blob.startswith(head):
+            raise SealError("the bytes were sealed in another context")
+        return blob[len(head) :]
+
+
+class EightBit(Float):
+    """Rounds each tile to 255 levels; stored in the float layout."""
+
+    name = "eight-bit"
+
+    def page_spec(self, shape: KVShape) -> PageSpec:
+        spec = super().page_spec(shape)
+        return PageSpec(
+            layout=spec.layout,
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            tile_bytes=spec.tile_bytes,
+            recent_tokens=0,
+        )
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
+        return super().encode(_round(k), _round(v))
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    scale = wide.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-9) / 127
+    return ((wide / scale).round() * scale).to(x.dtype)
+
+
+class RowPlanner:
+    """One group per query row: as little shared as can be, and the same bits."""
+
+    def __init__(self) -> None:
+        self._flat = FlatPlanner()
+        self.forgotten = 0
+
+    def plan(self, geometry: BatchGeometry) -> AttentionPlan:
+        flat = self._flat.plan(geometry)
+        rows = [
+            (row, row + 1, run_begin, run_end)
+            for begin, end, run_begin, run_end in flat.groups.tolist()
+            for row in range(begin, end)
+        ]
+        return AttentionPlan(
+            flat.row_positions, np.array(rows, np.int32), flat.runs, flat.pages, None, flat.masks
+        )
+
+    def forget(self, view: View) -> None:
+        self.forgotten += 1
+
+
+class DelayedTier:
+    """Keeps evicted pages in memory and answers fetches only after some polls."""
+
+    def __init__(self, polls: int, *, fail: bool = False) -> None:
+        self._polls = polls
+        self._fail = fail
+        self._pages: dict[bytes, list[bytes]] = {}
+        self._due: list[tuple[int, Callable[[], None]]] = []
+        self._now = 0
+        self.fetched = 0
+
+    def holds(self, chain_hash: bytes) -> bool:
+        return chain_hash in self._pages
+
+    def fetch(
+        self,
+        chain_hash: bytes,
+        install: Callable[[int, bytes], None],
+        done: Callable[[bool], None],
+    ) -> None:
+        def deliver() -> None:
+            if not self._fail:
+                for layer, data in enumerate(self._pages[chain_hash]):
+                    install(layer, data)
+            self.fetched += 1
+            done(not self._fail)
+
+        self._due.append((self._now + self._polls, deliver))
+
+    def poll(self) -> None:
+        self._now += 1
+        due = [call for at, call in self._due if at <= self._now]
+        self._due = [(at, call) for at, call in self._due if at > self._now]
+        for call in due:
+            call()
+
+    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
+        self._pages[chain_hash] = [read(layer) for layer in range(self.num_layers)]
+
+    num_layers = 2
