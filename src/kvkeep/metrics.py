@@ -1,0 +1,83 @@
+"""The names of all metrics, modelled on vLLM's: one place, so that dashboards and code agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+PREFIX = "kvkeep:"
+
+
+class Kind(StrEnum):
+    """How a metric behaves over time."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's name (a counter's without `_total`), its meaning and its labels."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """Return the name with the prefix."""
+        return PREFIX + self.name
+
+
+REQUESTS_RUNNING = Metric("num_requests_running", Kind.GAUGE, "Requests in the current batch.")
+REQUESTS_WAITING = Metric(
+    "num_requests_waiting", Kind.GAUGE, "Requests waiting for a place in the batch."
+)
+CACHE_USAGE = Metric("kv_cache_usage_perc", Kind.GAUGE, "Share of the page pool in use, 0 to 1.")
+PAGES_TOTAL = Metric("kv_cache_pages", Kind.GAUGE, "Pages of the pool.")
+PAGES_USED = Metric("kv_cache_pages_used", Kind.GAUGE, "Pages in use.")
+PAGES_FREE = Metric("kv_cache_pages_free", Kind.GAUGE, "Pages free.")
+PROMPT_TOKENS = Metric("prompt_tokens", Kind.COUNTER, "Prompt tokens of all requests.")
+GENERATION_TOKENS = Metric("generation_tokens", Kind.COUNTER, "Tokens generated.")
+PREFIX_QUERIES = Metric(
+    "prefix_cache_queries", Kind.COUNTER, "Prompt tokens looked up in the cache."
+)
+PREFIX_HITS = Metric("prefix_cache_hits", Kind.COUNTER, "Prompt tokens found in the cache.")
+PREEMPTIONS = Metric("num_preemptions", Kind.COUNTER, "Requests preempted and computed again.")
+STEPS = Metric("engine_steps", Kind.COUNTER, "Steps of the engine.")
+FINISHED = Metric(
+    "request_success", Kind.COUNTER, "Sequences ended, by reason.", ("finished_reason",)
+)
+TTFT = Metric("time_to_first_token_seconds", Kind.HISTOGRAM, "Time to first token.")
+TPOT = Metric(
+    "time_per_output_token_seconds", Kind.HISTOGRAM, "Time per output token after the first."
+)
+E2E = Metric(
+    "e2e_request_latency_seconds", Kind.HISTOGRAM, "Time from submission to the last token."
+)
+STEP_TIME = Metric("engine_step_seconds", Kind.HISTOGRAM, "Time of a step.")
+TENANT_QUOTA = Metric("tenant_pages_quota", Kind.GAUGE, "Pages reserved for a tenant.", ("tenant",))
+TENANT_USED = Metric("tenant_pages_used", Kind.GAUGE, "Pages in use by a tenant.", ("tenant",))
+TENANT_RUNNING = Metric(
+    "tenant_requests_running", Kind.GAUGE, "Requests of a tenant in the batch.", ("tenant",)
+)
+TENANT_WAITING = Metric(
+    "tenant_requests_waiting", Kind.GAUGE, "Requests of a tenant waiting.", ("tenant",)
+)
+ENGINE_UP = Metric("engine_up", Kind.GAUGE, "1 while the engine is ready.")
+HTTP_REQUESTS = Metric(
+    "http_requests", Kind.COUNTER, "HTTP requests by route and status.", ("route", "status")
+)
+HTTP_IN_FLIGHT = Metric("http_requests_in_flight", Kind.GAUGE, "Generation requests under way.")
+IGNORED_FIELDS = Metric(
+    "ignored_fields", Kind.COUNTER, "Fields without effect that were sent.", ("field",)
+)
+AUTH_FAILURES = Metric("auth_failures", Kind.COUNTER, "Requests without a valid key or right.")
+DISCONNECTS = Metric("client_disconnects", Kind.COUNTER, "Requests whose client went away.")
+REVOKED = Metric("requests_revoked", Kind.COUNTER, "Requests cancelled because their key ended.")
+RELOADS = Metric("tenant_reloads", Kind.COUNTER, "Times the tenant file was taken.")
+RELOAD_FAILURES = Metric(
+    "tenant_reload_failures", Kind.COUNTER, "Times the tenant file was not valid."
+)

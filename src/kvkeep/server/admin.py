@@ -1,0 +1,100 @@
+"""The admin port: metrics, readiness with details and reload, behind a token of its own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvkeep.engine.api import EngineStats, ModelInfo
+from kvkeep.errors import ConfigError, EngineError, Unauthenticated
+from kvkeep.server.app import http_problem, plain, reply
+from kvkeep.server.frontend import Frontend, Health
+from kvkeep.server.gate import Gate
+from kvkeep.server.keys import same_secret
+from kvkeep.server.metrics_page import render
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the server stands, for its operator."""
+
+    status: str
+    in_flight: int
+    accounts: int
+    model: ModelInfo | None
+    engine: EngineStats | None
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of a reload."""
+
+    reloaded: bool
+    message: str
+
+
+def create_admin_app(front: Frontend, token: str) -> Starlette:
+    """Return the admin port's app over the public app's `state.frontend`; every route needs the token."""
+    if not token:
+        raise ConfigError("admin token: must not be empty")
+
+    def authorize(headers: Headers, connection: str) -> None:
+        scheme, _, presented = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not same_secret(presented.strip(), token):
+            raise Unauthenticated(
+                "send the admin token as `Authorization: Bearer ...`", param="Authorization"
+            )
+
+    app = Starlette(
+        routes=[
+            plain("/metrics", "GET", partial(_metrics, front)),
+            plain("/ready", "GET", partial(_ready, front)),
+            plain("/reload", "POST", partial(_reload, front)),
+        ],
+        middleware=[Middleware(Gate, front, authorize)],
+        exception_handlers={HTTPException: http_problem},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _metrics(front: Frontend, request: Request) -> Response:
+    stats = await _stats(front)
+    return Response(render(front, stats), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _ready(front: Frontend, request: Request) -> Response:
+    stats = await _stats(front)
+    body = Readiness(
+        status=front.health.value,
+        in_flight=len(front.running),
+        accounts=len(front.tenants.quotas()),
+        model=front.model,
+        engine=stats,
+    )
+    return reply(body, 200 if front.health is Health.OK else 503)
+
+
+async def _reload(front: Frontend, request: Request) -> Response:
+    try:
+        await front.reload()
+    except ConfigError as error:
+        return reply(Reloaded(reloaded=False, message=str(error)), 409)
+    return reply(Reloaded(reloaded=True, message=f"{len(front.tenants.quotas())} accounts"))
+
+
+async def _stats(front: Frontend) -> EngineStats | None:
+    """Return the engine's figures; None while it is starting or when it has died."""
+    if front.model is None:
+        return None
+    try:
+        return await front.client.stats()
+    except EngineError:
+        front.engine_died()
+        return None

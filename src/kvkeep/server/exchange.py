@@ -1,0 +1,169 @@
+"""One generation request from its body to its last byte."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from kvkeep.errors import EngineStopped, Unauthenticated
+from kvkeep.metrics import IGNORED_FIELDS
+from kvkeep.server.body import read_body
+from kvkeep.server.frontend import Frontend
+from kvkeep.server.gate import call_of, send_json
+from kvkeep.server.generation import Event, Generation, check_finish
+from kvkeep.server.identity import Identity
+from kvkeep.server.logs import RequestRecord, log_failure
+from kvkeep.server.prepare import Context, Prepared
+from kvkeep.server.problems import ClientGone, problem_of
+from kvkeep.server.running import Job
+from kvkeep.server.streaming import DONE, KEEPALIVE, SSE_HEADERS
+
+Prepare = Callable[[Context, bytes], Prepared]
+
+
+class GenerateRoute:
+    """An ASGI endpoint that generates; `prepare` makes the difference between chats and completions."""
+
+    def __init__(self, frontend: Frontend, route: str, prepare: Prepare) -> None:
+        self._frontend = frontend
+        self._route = route
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        front, call = self._frontend, call_of(scope)
+        call.record.route = self._route
+        identity = known(call.identity)
+        front.ready()
+        with front.running.admit(call.record.id, identity) as job:
+            raw = await read_body(Request(scope, receive), front.options.limits)
+            async with _cancelled_by_disconnect(receive, job):
+                context = context_of(front, call.record.id, identity)
+                prepared = await front.workers.run(
+                    identity.account, partial(self._prepare, context, raw)
+                )
+                job.check()
+                _note(front, call.record, prepared)
+                async with Generation(front.client, prepared.requests, job) as generation:
+                    run = _Run(front, call.record, prepared, generation)
+                    await (run.stream(send) if prepared.stream else run.answer(send))
+
+
+class _Run:
+    """A prepared request being answered."""
+
+    def __init__(
+        self, frontend: Frontend, record: RequestRecord, prepared: Prepared, generation: Generation
+    ) -> None:
+        self._frontend = frontend
+        self._record = record
+        self._prepared = prepared
+        self._generation = generation
+
+    async def answer(self, send: Send) -> None:
+        """Send the whole reply once all of it is there."""
+        answer, tally = self._prepared.answer, self._prepared.tally
+        while (events := await self._generation.next()) is not None:
+            for event in events:
+                self._count(event)
+                answer.add(event)
+        await send_json(send, answer.json(tally))
+
+    async def stream(self, send: Send) -> None:
+        """Send what is new as it comes; an error before the first event is an ordinary error answer."""
+        silence_s = self._frontend.options.keepalive_s
+        events = await self._generation.next(silence_s)
+        data = self._render(events or [])
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        try:
+            while events is not None:
+                if data or not events:
+                    await send(_part(data or KEEPALIVE))
+                events = await self._generation.next(silence_s)
+                data = self._render(events or [])
+            await send(_part(self._prepared.events.end(self._prepared.tally) + DONE, more=False))
+        except (ClientGone, OSError):
+            raise
+        except Exception as error:
+            await self._fail(error, send)
+
+    def _render(self, events: list[Event]) -> bytes:
+        parts = []
+        for event in events:
+            self._count(event)
+            parts.append(self._prepared.events.render(event, self._prepared.tally))
+        return b"".join(parts)
+
+    def _count(self, event: Event) -> None:
+        check_finish(event.chunk)
+        tally, record = self._prepared.tally, self._record
+        tally.add(event.prompt, event.chunk)
+        if event.chunk.token_ids:
+            record.first_token()
+        record.cached_tokens, record.completion_tokens = (
+            tally.cached_tokens,
+            tally.completion_tokens,
+        )
+        record.finish = tally.finish
+
+    async def _fail(self, error: Exception, send: Send) -> None:
+        """End a stream that has begun with an error event."""
+        problem = problem_of(error)
+        self._record.error = self._record.finish = problem.body.error.code
+        if isinstance(error, EngineStopped):
+            self._frontend.engine_died()
+        if problem.body.error.code == "internal_error":
+            log_failure(self._record, error)
+        await send(_part(b"data: " + problem.json() + b"\n\n", more=False))
+
+
+def known(identity: Identity | None) -> Identity:
+    """Return the identity the gate found; no route that needs one is open."""
+    if identity is None:
+        raise Unauthenticated("send a valid API key")
+    return identity
+
+
+def context_of(front: Frontend, request_id: str, identity: Identity) -> Context:
+    """Return what a request is prepared with."""
+    info = front.ready()
+    return Context(
+        id=request_id,
+        identity=identity,
+        scope_key=front.tenants.scope_key,
+        text=front.text,
+        info=info,
+        names=front.names(info),
+        options=front.options,
+    )
+
+
+@asynccontextmanager
+async def _cancelled_by_disconnect(receive: Receive, job: Job) -> AsyncIterator[None]:
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        job.cancel(ClientGone())
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _note(front: Frontend, record: RequestRecord, prepared: Prepared) -> None:
+    record.stream = prepared.stream
+    record.prompt_tokens = prepared.tally.prompt_tokens
+    record.ignored = prepared.ignored
+    for name in prepared.ignored:
+        front.count(IGNORED_FIELDS, name)
+
+
+def _part(body: bytes, *, more: bool = True) -> dict[str, object]:
+    return {"type": "http.response.body", "body": body, "more_body": more}

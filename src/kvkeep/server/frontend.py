@@ -1,0 +1,160 @@
+"""What both ports share: the engine's state, the tenants in use, the requests under way, and their counters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+from kvkeep.engine.api import EngineClient, ModelInfo
+from kvkeep.errors import ConfigError, EngineError, EngineStopped, KvkeepError, Unauthenticated
+from kvkeep.metrics import RELOAD_FAILURES, RELOADS, REVOKED, Metric
+from kvkeep.server.identity import Authenticator, Headers, Identity, LoopbackAuthenticator
+from kvkeep.server.logs import log_event
+from kvkeep.server.options import ServerOptions
+from kvkeep.server.problems import Unavailable
+from kvkeep.server.running import Running
+from kvkeep.server.store import TenantStore
+from kvkeep.server.text import TextModel, TextWorkers
+
+
+class Health(StrEnum):
+    """Where the server stands."""
+
+    STARTING = "starting"
+    OK = "ok"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Frontend:
+    """The server's state; `alive` keeps it current."""
+
+    def __init__(
+        self, client: EngineClient, text: TextModel, tenants: TenantStore, options: ServerOptions
+    ) -> None:
+        self.client = client
+        self.text = text
+        self.tenants = tenants
+        self.options = options
+        self.running = Running()
+        self.workers = TextWorkers(options.text_workers)
+        self.counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
+        self._auth = (
+            LoopbackAuthenticator(options.limits.no_auth_concurrency)
+            if options.no_auth
+            else Authenticator(tenants)
+        )
+        self._info: ModelInfo | None = None
+        self._dead = False
+        self._draining = False
+
+    @property
+    def health(self) -> Health:
+        """Return where the server stands."""
+        if self._dead:
+            return Health.DEAD
+        if self._draining:
+            return Health.DRAINING
+        return Health.OK if self._info is not None else Health.STARTING
+
+    def ready(self) -> ModelInfo:
+        """Return the model's description; raises 503 unless requests can be served."""
+        if self._info is None or self.health is not Health.OK:
+            raise Unavailable(f"the server is {self.health.value}; try again later")
+        return self._info
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """Return the model's description once it is loaded."""
+        return self._info
+
+    def names(self, info: ModelInfo) -> tuple[str, ...]:
+        """Return the names that requests may ask for, the first of them the canonical one."""
+        return self.options.served_names or (info.name,)
+
+    def identify(self, headers: Headers, connection: str) -> Identity:
+        """Return who asks; raises 401, 403 or 400."""
+        return self._auth.identify(headers, connection)
+
+    def count(self, metric: Metric, *labels: str) -> None:
+        """Add one to a counter."""
+        self.counts[metric, labels] += 1
+
+    def drain(self) -> None:
+        """Take no more requests; those under way go on."""
+        self._draining = True
+
+    def stop_running(self) -> None:
+        """End every request under way, for the drain's time is over."""
+        self.running.cancel_where(
+            lambda _: True, lambda: Unavailable("the server is shutting down; try again later")
+        )
+
+    def engine_died(self) -> None:
+        """End every request under way, so that no client hangs."""
+        if not self._dead:
+            self._dead = True
+            log_event("engine_died")
+        self.running.cancel_where(lambda _: True, lambda: EngineStopped("the engine has stopped"))
+
+    async def reload(self) -> None:
+        """Take the tenant file's state; raises `ConfigError` and keeps the old one where it is not valid."""
+        try:
+            self.tenants.reload()
+            await self.client.set_tenants(self.tenants.quotas())
+        except ConfigError:
+            self.count(RELOAD_FAILURES)
+            log_event("tenant_file_refused")
+            raise
+        self.count(RELOADS)
+        self.cancel_revoked()
+
+    def cancel_revoked(self) -> None:
+        """Cancel what runs under keys that are no longer valid."""
+        if self.options.no_auth:
+            return
+        live = self.tenants.live_keys(time.time())
+        cancelled = self.running.cancel_where(
+            lambda identity: identity.key_id not in live,
+            lambda: Unauthenticated("this API key is no longer valid"),
+        )
+        self.counts[REVOKED, ()] += cancelled
+
+    @asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Keep the state current for as long as the context lasts."""
+        task = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self.workers.close()
+
+    async def _watch(self) -> None:
+        try:
+            info = await self.client.info()
+            await self.client.set_tenants(self.tenants.quotas())
+        except KvkeepError as error:
+            log_event("engine_start_failed", type=type(error).__name__)
+            self.engine_died()
+            return
+        self._info = info
+        while not self._dead:
+            await asyncio.sleep(self.options.poll_s)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            if self.tenants.changed():
+                await self.reload()
+            self.cancel_revoked()
+            await self.client.stats()
+        except ConfigError:
+            pass
+        except EngineError:
+            self.engine_died()

@@ -1,0 +1,113 @@
+"""Renders the engine's figures and the server's counters in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from kvkeep import metrics as m
+from kvkeep.engine.api import EngineStats, Histogram
+from kvkeep.server.frontend import Frontend, Health
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+Sample = tuple[tuple[str, ...], float]
+
+_SERVER_COUNTERS = (
+    m.HTTP_REQUESTS,
+    m.IGNORED_FIELDS,
+    m.AUTH_FAILURES,
+    m.DISCONNECTS,
+    m.REVOKED,
+    m.RELOADS,
+    m.RELOAD_FAILURES,
+)
+
+
+def render(front: Frontend, stats: EngineStats | None) -> bytes:
+    """Return the page; without `stats` it has the server's own part only."""
+    families = list(_server(front))
+    if stats is not None:
+        families += _engine(stats, front.model.name if front.model else "")
+    registry = CollectorRegistry()
+    registry.register(_Families(families))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        """Return what was rendered for this one page."""
+        return self._families
+
+
+def _server(front: Frontend) -> Iterator[Family]:
+    yield _simple(m.ENGINE_UP, [((), float(front.health in (Health.OK, Health.DRAINING)))])
+    yield _simple(m.HTTP_IN_FLIGHT, [((), float(len(front.running)))])
+    for metric in _SERVER_COUNTERS:
+        samples = [
+            (labels, float(n)) for (counted, labels), n in front.counts.items() if counted is metric
+        ]
+        yield _simple(metric, samples or ([] if metric.labels else [((), 0.0)]))
+
+
+def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
+    used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+    plain = (
+        (m.REQUESTS_RUNNING, stats.requests_running),
+        (m.REQUESTS_WAITING, stats.requests_waiting),
+        (m.CACHE_USAGE, used),
+        (m.PAGES_TOTAL, stats.pages_total),
+        (m.PAGES_USED, stats.pages_used),
+        (m.PAGES_FREE, stats.pages_free),
+        (m.PROMPT_TOKENS, stats.prompt_tokens_total),
+        (m.GENERATION_TOKENS, stats.generation_tokens_total),
+        (m.PREFIX_QUERIES, stats.prefix_cache_queries_total),
+        (m.PREFIX_HITS, stats.prefix_cache_hits_total),
+        (m.PREEMPTIONS, stats.preemptions_total),
+        (m.STEPS, stats.steps_total),
+    )
+    for metric, value in plain:
+        yield _simple(metric, [((), float(value))], model)
+    yield _simple(m.FINISHED, [((reason,), float(n)) for reason, n in stats.finished], model)
+    for metric, histogram in (
+        (m.TTFT, stats.ttft_s),
+        (m.TPOT, stats.tpot_s),
+        (m.E2E, stats.e2e_s),
+        (m.STEP_TIME, stats.step_s),
+    ):
+        yield _histogram(metric, histogram, model)
+    for metric, values in (
+        (m.TENANT_QUOTA, [(u.tenant, u.quota_pages) for u in stats.tenants]),
+        (m.TENANT_USED, [(u.tenant, u.used_pages) for u in stats.tenants]),
+        (m.TENANT_RUNNING, [(u.tenant, u.running) for u in stats.tenants]),
+        (m.TENANT_WAITING, [(u.tenant, u.waiting) for u in stats.tenants]),
+    ):
+        yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
+
+
+def _simple(metric: m.Metric, samples: Iterable[Sample], model: str | None = None) -> Family:
+    names, values = _model_label(model)
+    kind = CounterMetricFamily if metric.kind is m.Kind.COUNTER else GaugeMetricFamily
+    family = kind(metric.full_name, metric.help, labels=[*names, *metric.labels])
+    for labels, value in samples:
+        family.add_metric([*values, *labels], value)
+    return family
+
+
+def _histogram(metric: m.Metric, histogram: Histogram, model: str) -> Family:
+    names, values = _model_label(model)
+    family = HistogramMetricFamily(metric.full_name, metric.help, labels=names)
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    family.add_metric(
+        values, list(zip(bounds, map(float, histogram.counts), strict=True)), histogram.total
+    )
+    return family
+
+
+def _model_label(model: str | None) -> tuple[list[str], list[str]]:
+    return ([], []) if model is None else (["model_name"], [model])

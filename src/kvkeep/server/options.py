@@ -1,0 +1,86 @@
+"""What a server may be told at start: plain frozen records, filled from the settings by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvkeep.config import is_loopback
+from kvkeep.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Caps checked before any tokenising; every one of them holds per request unless said otherwise."""
+
+    max_body_bytes: int = 4 << 20
+    max_body_wait_s: float = 30.0
+    """How long a client may take to send its body."""
+    max_json_depth: int = 16
+    max_prompt_chars: int = 2_000_000
+    max_messages: int = 4096
+    max_n: int = 16
+    max_prompts: int = 256
+    """Prompts of one batch for `/v1/completions`."""
+    max_sequences: int = 256
+    """Prompts of a batch times `n`."""
+    max_stops: int = 16
+    max_stop_chars: int = 256
+    max_stop_token_ids: int = 64
+    max_logit_bias: int = 1024
+    max_logprobs: int = 20
+    no_auth_concurrency: int = 256
+    """Requests at a time in all without authentication; with it, each tenant has its own cap."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the public port behaves."""
+
+    served_names: tuple[str, ...] = ()
+    """Names a request may ask for; the model's own name where empty."""
+    no_auth: bool = False
+    keepalive_s: float = 15.0
+    """Silence after which a stream carries a comment."""
+    retry_after_s: int = 1
+    """A constant: the live load is nobody's to see."""
+    drain_s: float = 30.0
+    deadline_s: float | None = None
+    """Seconds a request may run; None for as long as it takes."""
+    poll_s: float = 1.0
+    """How often the tenant file and the engine are looked at."""
+    text_workers: int = 2
+    """Threads that parse, render templates and tokenise."""
+    limits: ServerLimits = field(default_factory=ServerLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("keepalive_s", "retry_after_s", "poll_s", "text_workers"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0")
+        if self.drain_s < 0:
+            raise ConfigError("drain_s must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """Where a port listens: a host and a port (0 picks a free one), or the path of a Unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    unix: Path | None = None
+
+    def is_local(self) -> bool:
+        """Return whether only this machine can reach it."""
+        return self.unix is not None or is_loopback(self.host)
+
+    def url(self) -> str:
+        """Return the address for people."""
+        if self.unix is not None:
+            return f"unix:{self.unix}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
