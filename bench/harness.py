@@ -1,8 +1,8 @@
-"""How every benchmark measures and reports: interleaved pairs, medians with intervals, goals, one JSON shape.
+"""How every benchmark measures and reports: interleaved pairs, intervals, goals, one JSON shape.
 
-A figure is the median over samples taken in one run, with its 95 % bootstrap interval. A goal is "shown" where
-the whole interval reaches it, "missed" where none of it does, "not shown" where it lies inside, or where fewer than
-`MIN_PAIRS` samples were taken.
+A figure is the median over samples taken in one run, with its 95 % bootstrap interval. A goal is
+"shown" where the whole interval reaches it, "missed" where none of it does, "not shown" where it
+lies inside, or where fewer than `MIN_PAIRS` samples were taken.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-from kvkeep.cli.console import NOTES, OUT, make_table
 from rich.console import Console
+
+from kvkeep.cli.console import NOTES, OUT, make_table
 
 MIN_PAIRS: Final = 10
 RESAMPLES: Final = 10_000
@@ -240,4 +241,3 @@ def run(name: str, arguments: Sequence[str], measure: Callable[[Options], Report
     options = parse(name, arguments)
     deliver(measure(options), options)
     return 0
-

@@ -1,4 +1,4 @@
-"""What every test relies on: no setting of the caller's shell, two threads, no network, a count per backend."""
+"""What every test relies on: none of the caller's settings, two threads, no network."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kvkeep.config import Settings, is_loopback, load
 from kvkeep.errors import ConfigError
 

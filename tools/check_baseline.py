@@ -1,7 +1,7 @@
 """Hold that the baseline objects of the extension hold no AVX-512 (and no AVX2) instruction.
 
-Each instruction set is compiled into objects of its own and chosen at run time; a wheel runs on any x86-64 machine
-only while the objects without a suffix stay free of wide registers.
+Each instruction set is compiled into objects of its own and chosen at run time; a wheel runs on
+any x86-64 machine only while the objects without a suffix stay free of wide registers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hold that only `kvkeep.ops` imports the compiled extension, which import-linter cannot see (it has no source)."""
+"""Hold that only `kvkeep.ops` imports the compiled extension, which import-linter cannot see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting of kvkeep in one model: flags win over `KVKEEP_*` variables, which win over `kvkeep.toml`.
+"""Every setting in one model: flags win over `KVKEEP_*` variables, these over `kvkeep.toml`.
 
 Flags are the field names with dashes; names are vLLM's where the meaning is the same.
 """
@@ -157,7 +157,7 @@ def read_file(named: Path | None) -> dict[str, object]:
 
 
 def load(flags: Mapping[str, object] | None = None) -> Settings:
-    """Return the settings from flags, environment and file; raise `ConfigError` naming a bad one."""
+    """Return the settings of flags, environment and file; a bad one is a `ConfigError`."""
     variables = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
     given = (name for name in os.environ if name.startswith(ENV_PREFIX))
     check_keys(given, "the environment", variables)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from bench.harness import (
     MIN_PAIRS,
     Estimate,

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tools import check_baseline
 
 SOURCE = "void f(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }\n"
@@ -19,9 +20,7 @@ def compiled(tmp_path: Path) -> Path:
 
 
 def compile_to(folder: Path, name: str, *flags: str) -> None:
-    subprocess.run(
-        ["c++", "-O3", *flags, "-c", folder / "f.cpp", "-o", folder / name], check=True
-    )
+    subprocess.run(["c++", "-O3", *flags, "-c", folder / "f.cpp", "-o", folder / name], check=True)
 
 
 def test_narrow_objects_pass_beside_wide_ones_of_their_own(compiled: Path) -> None:

@@ -1,4 +1,4 @@
-"""The `kvkeep` command: finds the subcommand, imports that one alone, and turns errors into one sentence."""
+"""The `kvkeep` command: imports one subcommand alone and turns errors into one sentence."""
 
 from __future__ import annotations
 

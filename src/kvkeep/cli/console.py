@@ -41,7 +41,11 @@ def loading_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for (done, total) bytes; silent where stderr is no terminal."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(
-        *columns, TimeRemainingColumn(), console=NOTES, transient=True, disable=not NOTES.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        console=NOTES,
+        transient=True,
+        disable=not NOTES.is_terminal,
     ) as progress:
         task = progress.add_task(what, total=None)
 

@@ -1,0 +1,79 @@
+"""From settings to a running engine, with what the operator sees on the way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from kvkeep.cli.console import NOTES, human_bytes, loading_bar
+from kvkeep.config import Settings
+from kvkeep.engine.api import EngineClient, ModelInfo
+from kvkeep.engine.build import EngineOptions
+from kvkeep.engine.process import spawn_engine
+
+MODEL_SETTINGS = (
+    "config",
+    "model",
+    "served_model_name",
+    "allow_download",
+    "dtype",
+    "weights",
+    "kernel",
+    "threads",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "prefix_caching",
+)
+"""What concerns an engine without a server."""
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Return what the engine is started with."""
+    return EngineOptions(
+        model=settings.model,
+        served_name=settings.served_model_name,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        kernel=settings.kernel,
+        threads=settings.threads,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_bytes=settings.kv_cache_memory_bytes,
+        prefix_caching=settings.prefix_caching,
+        share=settings.share,
+        allow_download=settings.allow_download,
+    )
+
+
+def describe(info: ModelInfo) -> str:
+    """Return what is served, in a few lines."""
+    pool = info.num_pages * info.bytes_per_token * 64
+    rows = (
+        ("model", f"{info.name} ({info.path})"),
+        ("dtype", f"{info.dtype}, {info.num_layers} layers, {info.num_kv_heads} KV heads"),
+        ("context", f"{info.max_model_len} tokens"),
+        ("pages", f"{info.num_pages} of 64 tokens, {human_bytes(pool)}"),
+        ("bytes per token", str(info.bytes_per_token)),
+        ("kernel", info.kernel),
+    )
+    return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+@asynccontextmanager
+async def running_engine(settings: Settings) -> AsyncIterator[tuple[EngineClient, ModelInfo]]:
+    """Start an engine in its own process, wait until it is warm, and end it on the way out."""
+    with loading_bar("loading") as report:
+        client = spawn_engine(engine_options(settings), report)
+        try:
+            info = await client.info()
+        except BaseException:
+            await client.close()
+            raise
+    NOTES.print(describe(info))
+    try:
+        yield client, info
+    finally:
+        await client.close()

@@ -1,0 +1,102 @@
+"""`kvkeep serve`: the engine in its own process, the public and the admin port in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sys
+from pathlib import Path
+
+from kvkeep.cli.console import NOTES
+from kvkeep.cli.engine import running_engine
+from kvkeep.cli.options import new_app, with_settings
+from kvkeep.config import Settings
+from kvkeep.errors import ConfigError
+from kvkeep.models.hub import resolve
+from kvkeep.models.text import TextModel
+from kvkeep.server.options import Bind, ServerLimits, ServerOptions
+from kvkeep.server.serve import Listening, check_binds, serve
+from kvkeep.server.store import TenantStore
+
+app = new_app("Serve a model to several tenants over the OpenAI API.")
+
+MIN_TOKEN_CHARS = 16
+
+
+def server_options(settings: Settings) -> ServerOptions:
+    """Return how the public port behaves."""
+    return ServerOptions(
+        served_names=(settings.served_model_name,) if settings.served_model_name else (),
+        no_auth=settings.no_auth,
+        drain_s=settings.drain_s,
+        deadline_s=settings.deadline_s,
+        limits=ServerLimits(
+            max_body_bytes=settings.max_body_bytes,
+            max_n=settings.max_n,
+            max_stops=settings.max_stops,
+            no_auth_concurrency=settings.no_auth_concurrency,
+        ),
+    )
+
+
+def admin_token(file: Path | None) -> str:
+    """Return the admin token: the file's, or a random one for this run."""
+    if file is None:
+        return secrets.token_urlsafe(32)
+    try:
+        mode, token = file.stat().st_mode & 0o777, file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"admin_token_file: can't read {file}: {error.strerror}") from None
+    if mode & 0o177:
+        raise ConfigError(f"admin_token_file: {file} has mode {mode:04o}; run chmod 600 on it")
+    if len(token) < MIN_TOKEN_CHARS:
+        raise ConfigError(f"admin_token_file: needs at least {MIN_TOKEN_CHARS} characters")
+    return token
+
+
+def announce(listening: Listening, settings: Settings, token: str) -> None:
+    """Say where the server listens and how to talk to it."""
+    public = listening.public.url()
+    NOTES.print(f"  {'API':<16} {public}/v1")
+    NOTES.print(f"  {'admin':<16} {listening.admin.url()} (/metrics, /ready)")
+    if settings.admin_token_file is None:
+        shown = token if sys.stderr.isatty() else "random; set --admin-token-file to know it"
+        NOTES.print(f"  {'admin token':<16} {shown}")
+    keys = "any key, this machine only" if settings.no_auth else f"keys of {settings.keys}"
+    NOTES.print(f"  {'tenants':<16} {keys}")
+    if settings.share == "all":
+        NOTES.print("WARNING: --share all: tenants can time each other's prompts")
+    NOTES.print(f"Ready. Try: kvkeep chat --url {public}")
+
+
+async def _serve(settings: Settings) -> None:
+    options = server_options(settings)
+    public = Bind(settings.host, settings.port)
+    admin = Bind(settings.admin_host, settings.admin_port, settings.admin_socket)
+    check_binds(public, admin, options)
+    tenants = TenantStore.local() if settings.no_auth else TenantStore.open(settings.keys)
+    token = admin_token(settings.admin_token_file)
+    path = resolve(settings.model, allow_download=settings.allow_download)
+    text = TextModel.load(path)
+    async with running_engine(settings) as (client, _):
+        await serve(
+            client,
+            text,
+            tenants,
+            options,
+            public=public,
+            admin=admin,
+            admin_token=token,
+            announce=lambda listening: announce(listening, settings, token),
+        )
+
+
+@app.command(name="serve")
+@with_settings()
+def serve_command(settings: Settings) -> None:
+    """Serve a model to several tenants over the OpenAI API."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(message)s", stream=sys.stderr, force=True
+    )
+    asyncio.run(_serve(settings))
