@@ -1,1 +1,1 @@
-"""The demo model: corpus and tokenizer, training samples, network, curriculum, checkpoint, scores."""
+"""The demo model: text, tokenizer, samples, network, curriculum, checkpoint, scores."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from demo_model import data
-from demo_model.model import Llama, Shape
+from tools.demo_model import data
+from tools.demo_model.model import Llama, Shape
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -60,6 +61,10 @@ def export(net: Llama, tok: Tokenizer, folder: Path) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     wrap(tok, net.shape.positions).save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named.pop("backend", None)  # older releases of transformers know neither
+    settings.write_text(json.dumps(named, indent=2) + "\n")
 
 
 def wrap(tok: Tokenizer, positions: int) -> PreTrainedTokenizerFast:

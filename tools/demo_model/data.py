@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from demo_model.words import (
+from tools.demo_model.words import (
     CITY_ENDS,
     CITY_STARTS,
     COLOURS,
@@ -85,7 +85,7 @@ def phrase(rng: random.Random, *lists: tuple[str, ...]) -> str:
 
 
 def any_fact(rng: random.Random, held_out: bool) -> Fact:
-    """A fact of one of four kinds; its value is on the asked side of the split, its identity on any."""
+    """A fact of one of four kinds; a code in it is on the asked side of the split."""
     kind = rng.randrange(4)
     place = "the " + phrase(rng, SIDES, PLACES)
     person = f"{phrase(rng, NAMES)} the {phrase(rng, ROLES)}"

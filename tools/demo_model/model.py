@@ -34,6 +34,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normed `x` of any leading shape."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -56,6 +57,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attention of x [B, T, hidden] over itself."""
         b, t, _ = x.shape
         h, kv, d = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         q = rotate(self.q_proj(x).view(b, t, h, d).transpose(1, 2), cos, sin)
@@ -77,6 +79,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.inner, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feed-forward of x [B, T, hidden]."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -92,6 +95,7 @@ class Layer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The layer applied to x [B, T, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

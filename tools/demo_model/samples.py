@@ -1,4 +1,4 @@
-"""Samples as rows of token ids and weights, and batches that depend on (seed, stage, index) alone."""
+"""Samples as rows of ids and weights, and batches that depend on (seed, stage, index) alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from demo_model import data
-from demo_model.stages import KINDS, Part, Stage
+from tools.demo_model import data
+from tools.demo_model.stages import KINDS, Part, Stage
 
 Ids = NDArray[np.int32]
 Weights = NDArray[np.float32]
@@ -27,9 +29,9 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """kinds [B] index KINDS; ids and weights are [B, T + 1]."""
 
-    kinds: NDArray[np.int64]
-    ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
+    kinds: Tensor
+    ids: Tensor
+    weights: Tensor
 
 
 class Corpus:
@@ -47,7 +49,9 @@ class Corpus:
         self.train, self.held_out = self._join(texts[cut:]), self._join(texts[:cut])
 
     def _join(self, texts: list[str]) -> Ids:
-        return np.concatenate([np.array([*e.ids, 0], np.int32) for e in self.tok.encode_batch(texts)])
+        return np.concatenate(
+            [np.array([*e.ids, 0], np.int32) for e in self.tok.encode_batch(texts)]
+        )
 
 
 def copy_order(vocab: int) -> NDArray[np.int64]:
@@ -188,7 +192,7 @@ class StageBatches:
         )
         rows = [sampler.sample(kind, part) for kind in kinds]
         return Batch(
-            np.array([KINDS.index(kind) for kind in kinds]),
-            np.stack([row.ids for row in rows]),
-            np.stack([row.weights for row in rows]),
+            torch.tensor([KINDS.index(kind) for kind in kinds]),
+            torch.from_numpy(np.stack([row.ids for row in rows])).long(),
+            torch.from_numpy(np.stack([row.weights for row in rows])),
         )

@@ -14,14 +14,15 @@ from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from demo_model import data
+from tools.demo_model import data
+from tools.demo_model.words import CITY_ENDS, CITY_STARTS
 
 VOCAB = 2048
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idle_test", "__pycache__"}
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Docstrings of more than 60 characters of one module; nothing for a file that does not parse."""
+    """Docstrings of more than 60 characters of one module; none of a file that does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,7 +70,7 @@ def corpus(seed: int) -> list[str]:
 
 
 def build(texts: list[str], seed: int, vocab: int = VOCAB) -> Tokenizer:
-    """A tokenizer whose digits are single tokens and whose merges cover the words of the samples."""
+    """A tokenizer with single digits whose merges cover the words of the samples."""
     rng = random.Random(seed)
     made = [data.recall_text(rng, 6, data.no_filler, False) for _ in range(2000)]
     made += [data.render(data.chat_turns(rng, 6, data.no_filler, False)) for _ in range(1000)]
@@ -77,6 +78,7 @@ def build(texts: list[str], seed: int, vocab: int = VOCAB) -> Tokenizer:
     words = ["".join(p.text for p in pieces) for pieces in made]
     for special in data.SPECIALS:
         words = [w.replace(special, "\n") for w in words]
+    words += ["\n".join(start + end for end in CITY_ENDS) for start in CITY_STARTS] * 60
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [

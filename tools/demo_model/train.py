@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from demo_model import data
-from demo_model.model import Llama, Shape, spread_rows
-from demo_model.samples import Batch, Corpus, StageBatches, copy_order
-from demo_model.stages import KINDS, Stage
+from tools.demo_model import data
+from tools.demo_model.model import Llama, Shape, spread_rows
+from tools.demo_model.samples import Batch, Corpus, StageBatches, copy_order
+from tools.demo_model.stages import KINDS, Stage
 
 
 class GateError(RuntimeError):
@@ -68,7 +68,7 @@ def smoothed(old: float | None, new: float) -> float:
 
 def learning_rate(plan: Plan, stage: Stage, progress: Progress) -> float:
     """Warm-up, constant, and in a fixed stage a linear decay over its last seven tenths."""
-    rate = plan.rate * min(1.0, (progress.step + 1) / plan.warm_up)
+    rate: float = plan.rate * min(1.0, (progress.step + 1) / plan.warm_up)
     if not stage.fixed:
         return rate
     left = 1 - progress.stage_tokens / stage.limit
@@ -113,18 +113,18 @@ class Trainer:
                 "net": self.net.state_dict(),
                 "opt": self.opt.state_dict(),
                 "rng": torch.get_rng_state(),
-                "progress": self.progress,
+                "progress": asdict(self.progress),
             },
             fresh,
         )
-        os.replace(fresh, self.state_file)
+        fresh.replace(self.state_file)
 
     def _load(self) -> None:
-        state = torch.load(self.state_file, weights_only=False)
+        state = torch.load(self.state_file, weights_only=True)
         self.net.load_state_dict(state["net"])
         self.opt.load_state_dict(state["opt"])
         torch.set_rng_state(state["rng"])
-        self.progress = state["progress"]
+        self.progress = Progress(**state["progress"])
         lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
         self.log_file.write_text("".join(line + "\n" for line in kept))
@@ -170,7 +170,7 @@ class Trainer:
             for kind, accuracy in result.accuracy.items():
                 p.accuracy[kind] = smoothed(p.accuracy.get(kind), accuracy)
             p.loss = smoothed(p.loss if p.index else None, result.loss)
-            size = batch.weights[:, 1:].numel()  # type: ignore[operator]
+            size = batch.weights[:, 1:].numel()
             p.step, p.index = p.step + 1, p.index + 1
             p.tokens, p.stage_tokens = p.tokens + size, p.stage_tokens + size
             p.seconds = time.monotonic() - start
@@ -212,15 +212,13 @@ class Trainer:
         print(json.dumps(line), flush=True)
 
     def step(self, batch: Batch, rate: float) -> StepResult:
-        """One optimiser step on a batch of tensors."""
-        ids, weights = torch.as_tensor(batch.ids).long(), torch.as_tensor(batch.weights)
-        kinds = torch.as_tensor(batch.kinds)
+        """One optimiser step on a batch."""
         for group in self.opt.param_groups:
             group["lr"] = rate
-        target, weight = ids[:, 1:], weights[:, 1:]
+        target, weight = batch.ids[:, 1:], batch.weights[:, 1:]
         rows = weight > 0
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.net.logits(self.hidden(ids[:, :-1])[rows])
+            logits = self.net.logits(self.hidden(batch.ids[:, :-1])[rows])
         losses = F.cross_entropy(logits.float(), target[rows], reduction="none")
         loss = (losses * weight[rows]).sum() / weight[rows].sum()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -232,12 +230,12 @@ class Trainer:
         accuracy: dict[str, float] = {}
         for i, kind in enumerate(KINDS):
             scored = rows if kind in ("copy", "text") else weight == data.ANSWER
-            mine = (kinds == i)[:, None] & scored
+            mine = (batch.kinds == i)[:, None] & scored
             if mine.any():
                 accuracy[kind] = right[mine].mean().item()
         return StepResult(loss.item(), accuracy)
 
 
-def be_nice(worker: int) -> None:
+def be_nice(_worker: int) -> None:
     """Let the making of batches yield to the training."""
     os.nice(5)

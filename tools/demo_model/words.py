@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-PLACES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PLACES = _words(
     "gate door tower bridge vault cellar library garden station harbour market chapel mill "
-    "warehouse stable office kitchen tunnel courtyard lighthouse".split()
+    "warehouse stable office kitchen tunnel courtyard lighthouse"
 )
-SIDES = tuple(
+SIDES = _words(
     "north south east west old new upper lower inner outer red green stone iron wooden silver "
-    "quiet hidden long narrow".split()
+    "quiet hidden long narrow"
 )
-NAMES = tuple(
+NAMES = _words(
     "Anna Boris Clara David Elena Felix Greta Henry Irene Jonas Karin Louis Maria Nora Oscar "
-    "Paula Robert Sofia Thomas Vera".split()
+    "Paula Robert Sofia Thomas Vera"
 )
-ROLES = tuple(
+ROLES = _words(
     "baker captain doctor driver farmer gardener judge keeper miller painter pilot sailor "
-    "singer smith teacher weaver".split()
+    "singer smith teacher weaver"
 )
-COLOURS = tuple(
-    "red blue green yellow black white brown grey pink orange purple golden".split()
-)
-OBJECTS = tuple("coat lamp boat house hat cup flag bag chair scarf wagon ring".split())
-CITY_STARTS = tuple("Mar Tel Bran Kor Sil Ver Lun Dor Hal Nor Pel Ras Win Ost Cal Fen".split())
-CITY_ENDS = tuple("low ford mere wick stad burg ton field holm dale port haven".split())
-KEYS = tuple(
+COLOURS = _words("red blue green yellow black white brown grey pink orange purple golden")
+OBJECTS = _words("coat lamp boat house hat cup flag bag chair scarf wagon ring")
+CITY_STARTS = _words("Mar Tel Bran Kor Sil Ver Lun Dor Hal Nor Pel Ras Win Ost Cal Fen")
+CITY_ENDS = _words("low ford mere wick stad burg ton field holm dale port haven")
+KEYS = _words(
     "alpha beta gamma delta node disk port user host file queue cache table page batch index "
     "block frame group image label level limit line lock log map mode name path plan pool rate "
-    "role scale slot stage task time zone".split()
+    "role scale slot stage task time zone"
 )
 INSTRUCTIONS = (
     "You are a helpful assistant.",
