@@ -5,10 +5,19 @@
 #include <cstdint>
 #include <mutex>
 
+#include "buffer.hpp"
 #include "cpu_features.hpp"
 #include "thread_pool.hpp"
 
 namespace kvkeep {
+
+// Memory of the leaf kernels, grown on demand and kept.
+struct Scratch {
+  Buffer staged;      // activations in the units a kernel reads
+  Buffer per_thread;  // spilled accumulators and decoded weights
+  Buffer gate_up;
+  Buffer hidden;
+};
 
 struct Backend {
   Backend(Isa isa, int threads) : isa(isa), pool(threads) {}
@@ -21,6 +30,7 @@ struct Backend {
 
   const Isa isa;
   ThreadPool pool;
+  Scratch scratch;
   std::mutex mutex;
   std::atomic<uint64_t> calls{0};
 };

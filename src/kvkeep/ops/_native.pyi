@@ -1,0 +1,147 @@
+# Addresses and sizes are trusted here: only kvkeep.ops calls these, after its checks.
+
+from enum import Enum
+
+class Isa(Enum):
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+class Dtype(Enum):
+    F32 = 0
+    BF16 = 1
+
+class Layout(Enum):
+    F32 = 0
+    BF16 = 1
+
+def missing_feature(isa: Isa) -> str | None: ...
+
+class Backend:
+    def __init__(self, isa: Isa, threads: int) -> None: ...
+    @property
+    def isa(self) -> Isa: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+
+class PackedWeight:
+    @property
+    def nbytes(self) -> int: ...
+
+def pack(
+    backend: Backend, dtype: Dtype, int8: bool, weight: int, n: int, k: int, stride: int
+) -> PackedWeight: ...
+def linear(
+    backend: Backend,
+    weight: PackedWeight,
+    x: int,
+    rows: int,
+    x_stride: int,
+    bias: int,
+    out: int,
+    out_stride: int,
+) -> None: ...
+def gated_mlp(
+    backend: Backend,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    x: int,
+    rows: int,
+    x_stride: int,
+    out: int,
+    out_stride: int,
+) -> None: ...
+def rms_norm(
+    backend: Backend,
+    dtype: Dtype,
+    x: int,
+    outer: int,
+    outer_stride: int,
+    inner: int,
+    inner_stride: int,
+    weight: int,
+    out: int,
+    dim: int,
+    eps: float,
+) -> None: ...
+
+class PreparedPlan: ...
+
+def prepare_plan(
+    backend: Backend,
+    positions: int,
+    rows: int,
+    groups: int,
+    num_groups: int,
+    runs: int,
+    num_runs: int,
+    pages: int,
+    num_pages: int,
+    private_tiles: int,
+    num_private: int,
+    masks: int,
+    layout: Layout,
+    group: int,
+    kv_heads: int,
+    dim: int,
+) -> PreparedPlan: ...
+
+class Cache:
+    def __init__(
+        self,
+        base: int,
+        num_tiles: int,
+        tile_bytes: int,
+        table: int,
+        page_slots: int,
+        layers: int,
+        layer: int,
+        kv_heads: int,
+        dim: int,
+    ) -> None: ...
+
+class Attention:
+    def __init__(self, backend: Backend) -> None: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    def append(
+        self,
+        layout: Layout,
+        cache: Cache,
+        k: int,
+        k_token: int,
+        k_head: int,
+        v: int,
+        v_token: int,
+        v_head: int,
+        slots: int,
+        count: int,
+    ) -> None: ...
+    def attend(
+        self,
+        plan: PreparedPlan,
+        cache: Cache,
+        q: int,
+        q_token: int,
+        q_head: int,
+        out: int,
+        lse2: int,
+        scale: float,
+        thresholds: int,
+        hits: int,
+    ) -> None: ...
+    def merge(
+        self,
+        layout: Layout,
+        outs: int,
+        lse2s: int,
+        parts: int,
+        rows: int,
+        dim: int,
+        out: int,
+        lse2: int,
+    ) -> None: ...

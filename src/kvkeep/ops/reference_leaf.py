@@ -1,0 +1,91 @@
+"""Reference row-wise kernels: plain torch in float64, rounded once; what kernels are tested against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops.layout import PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWeight:
+    """A weight as it came, or its int8 codes [N, K] with `scales` [N]."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (N, K)."""
+        n, k = self.codes.shape
+        return n, k
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes read to apply it once."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+class ReferenceLeaf:
+    """`LeafOps` in plain torch."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        """Number of kernel calls so far, packing excluded."""
+
+    def pack(self, weight: torch.Tensor, *, int8: bool = False) -> ReferenceWeight:
+        """Pack weight [N, K]; int8 keeps one scale per output channel."""
+        if weight.dim() != 2:
+            raise KernelInputError(f"weight {tuple(weight.shape)} must be [N, K]")
+        if not int8:
+            return ReferenceWeight(weight.clone(), None, weight.dtype)
+        top = weight.float().abs().amax(dim=1)
+        scales = torch.where(top > 0, top / 127, torch.ones_like(top))
+        codes = torch.round(weight.float() / scales[:, None]).to(torch.int8)
+        return ReferenceWeight(codes, scales, weight.dtype)
+
+    def linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x [T, K] W^T + bias as [T, N] in x's dtype."""
+        self.calls += 1
+        return self._linear(x, _own(weight), bias)
+
+    def gated_mlp(self, x: torch.Tensor, gate_up: PackedWeight, down: PackedWeight) -> torch.Tensor:
+        """Return down(silu(gate(x)) * up(x)); `gate_up` is [2 F, K], gate rows first."""
+        self.calls += 1
+        gate, up = self._linear(x, _own(gate_up), None).chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+        return self._linear(hidden, _own(down), None)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight over the last dimension, in x's dtype."""
+        self.calls += 1
+        wide = x.double()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype)
+
+    @staticmethod
+    def _linear(
+        x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+            raise KernelInputError(
+                f"x {tuple(x.shape)} {x.dtype} must be [T, {weight.shape[1]}] {weight.dtype}"
+            )
+        out = x.double() @ weight.codes.double().T
+        if weight.scales is not None:
+            out *= weight.scales
+        if bias is not None:
+            out += bias
+        return out.to(x.dtype)
+
+
+def _own(weight: PackedWeight) -> ReferenceWeight:
+    if not isinstance(weight, ReferenceWeight):
+        raise KernelInputError(f"{type(weight).__name__} was packed by another backend")
+    return weight
