@@ -1,1 +1,29 @@
 """kvkeep: the KV cache of a language-model server, made to be shared safely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvkeep.engine.api import SamplingParams as SamplingParams
+    from kvkeep.engine.llm import LLM as LLM
+    from kvkeep.engine.llm import Completion as Completion
+    from kvkeep.engine.llm import Engine as Engine
+
+__all__ = ["LLM", "Completion", "Engine", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "kvkeep.engine.llm",
+    "Completion": "kvkeep.engine.llm",
+    "Engine": "kvkeep.engine.llm",
+    "SamplingParams": "kvkeep.engine.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public API on first use, so that `import kvkeep` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvkeep' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
+    return getattr(import_module(_HOMES[name]), name)

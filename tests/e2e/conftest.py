@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.models import make
+from kvkeep.models import make, shapes
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a directory per family."""
     root = tmp_path_factory.mktemp("tiny")
     paths = {}
-    for family in make.TINY_FAMILIES:
+    for family in shapes.TINY:
         paths[family] = root / family
         make.tiny(family, paths[family], seed=0)
     return paths

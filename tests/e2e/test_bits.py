@@ -7,11 +7,11 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from engines import core_for, drive, request
 from hypothesis import given, settings
 
 from kvkeep.engine.api import Chunk, SamplingParams
 from kvkeep.engine.engine import EngineCore
+from tests.engines import core_for, drive, request
 
 PARAMS = SamplingParams(max_tokens=10, temperature=0.8, seed=7, logprobs=4, ignore_eos=True)
 LENGTHS = (1, 64, 130, 300)

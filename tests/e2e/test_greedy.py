@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import GREEDY, core_for, drive, greedy_oracle, request, tokens
+
+from tests.engines import GREEDY, core_for, drive, greedy_oracle, request, tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 TOKENS = 12

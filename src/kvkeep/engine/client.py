@@ -143,10 +143,10 @@ class MessageClient:
         down = error if isinstance(error, EngineError) else EngineStopped(str(error))
         for stream in self._streams.values():
             stream.put_nowait(down)
-        waiting: asyncio.Future[Any]
-        for waiting in (*self._stats, *self._tenants):
-            if not waiting.done():
-                waiting.set_exception(down)
+        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._tenants]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(down)
 
     def _raise_if_down(self) -> None:
         if self._failure is not None:
