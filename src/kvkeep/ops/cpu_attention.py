@@ -1,0 +1,252 @@
+"""Attention on the CPU: checks shapes once per plan and hands addresses to the native kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops import _native
+from kvkeep.ops.layout import (
+    TORCH_DTYPE,
+    Attended,
+    AttentionPlan,
+    LayerKV,
+    Observe,
+    float_tile_bytes,
+    validate,
+)
+from kvkeep.types import Int32Array, Layout
+
+_LAYOUT = {dtype: layout for layout, dtype in TORCH_DTYPE.items()}
+_NATIVE = {Layout.F32: _native.Layout.F32, Layout.BF16: _native.Layout.BF16}
+_DIM_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plan cut into work for one query shape, and the arrays whose addresses it keeps."""
+
+    plan: AttentionPlan
+    tile_table: Int32Array
+    query: tuple[torch.Size, torch.dtype]
+    native: _native.PreparedPlan
+    arrays: tuple[np.ndarray | None, ...]
+
+
+class CpuAttention:
+    """`AttentionOps` of one native backend; calls take turns.
+
+    A plan is prepared once for all layers of a step: its arrays must not change in between.
+    """
+
+    def __init__(self, backend: _native.Backend) -> None:
+        self._backend = backend
+        self._native = _native.Attention(backend)
+        self._last: _Prepared | None = None
+
+    @property
+    def calls(self) -> int:
+        """Return the number of `attend` calls so far."""
+        return self._native.calls
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes of K and V that `attend` has read so far."""
+        return self._native.bytes_read
+
+    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
+        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
+        layout = _layout_of(k.dtype, "k")
+        shape = (len(slots), kv.num_kv_heads, kv.head_dim)
+        if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
+            raise KernelInputError(
+                f"k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} "
+                f"must both be {shape}"
+            )
+        k, v = _dense_rows(k), _dense_rows(v)
+        slots = np.ascontiguousarray(slots, np.int32)
+        k_token, k_head, _ = k.stride()
+        v_token, v_head, _ = v.stride()
+        cache, _table = _cache(kv, layout)
+        try:
+            self._native.append(
+                _NATIVE[layout],
+                cache,
+                k.data_ptr(),
+                k_token,
+                k_head,
+                v.data_ptr(),
+                v_token,
+                v_head,
+                slots.ctypes.data,
+                len(slots),
+            )
+        except ValueError as error:
+            raise KernelInputError(str(error)) from None
+
+    def attend(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
+    ) -> Attended:
+        """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
+        layout = _layout_of(q.dtype, "q")
+        prepared = self._prepare(q, kv, plan, layout)
+        q = _dense_rows(q)
+        rows, heads, dim = q.shape
+        q_token, q_head, _ = q.stride()
+        out = torch.empty((rows, heads, dim), dtype=q.dtype)
+        lse2 = torch.empty((rows, heads), dtype=torch.float32)
+        thresholds = hits = None
+        if observe is not None:
+            thresholds = np.ascontiguousarray(observe.log2_thresholds, np.float32)
+            if len(thresholds) != rows:
+                raise KernelInputError(f"{len(thresholds)} thresholds for {rows} rows")
+            hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
+        cache, _table = _cache(kv, layout)
+        try:
+            self._native.attend(
+                prepared.native,
+                cache,
+                q.data_ptr(),
+                q_token,
+                q_head,
+                out.data_ptr(),
+                lse2.data_ptr(),
+                math.log2(math.e) / math.sqrt(dim),
+                _address(thresholds),
+                _address(hits),
+            )
+        except ValueError as error:
+            raise KernelInputError(str(error)) from None
+        return Attended(out, lse2, hits)
+
+    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf marks an empty one."""
+        layout = _layout_of(outs.dtype, "outs")
+        if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
+            raise KernelInputError(
+                f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
+                "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
+            )
+        parts, rows, heads, dim = outs.shape
+        _check_dim(dim)
+        outs, lse2s = outs.contiguous(), lse2s.contiguous()
+        out = torch.empty((rows, heads, dim), dtype=outs.dtype)
+        lse2 = torch.empty((rows, heads), dtype=torch.float32)
+        self._native.merge(
+            _NATIVE[layout],
+            outs.data_ptr(),
+            lse2s.data_ptr(),
+            parts,
+            rows * heads,
+            dim,
+            out.data_ptr(),
+            lse2.data_ptr(),
+        )
+        return out, lse2
+
+    def _prepare(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, layout: Layout
+    ) -> _Prepared:
+        """Return the plan's work list, kept from the layer before where nothing changed."""
+        last = self._last
+        query = (q.shape, q.dtype)
+        if (
+            last is not None
+            and last.plan is plan
+            and last.tile_table is kv.tile_table
+            and last.query == query
+        ):
+            return last
+        validate(q, kv, plan)
+        _check_dim(kv.head_dim)
+        arrays = (
+            np.ascontiguousarray(plan.row_positions, np.int32),
+            np.ascontiguousarray(plan.groups, np.int32),
+            np.ascontiguousarray(plan.runs, np.int32),
+            np.ascontiguousarray(plan.pages, np.int32),
+            _optional(plan.private_tiles, np.int32),
+            _optional(plan.masks, np.uint64),
+        )
+        positions, groups, runs, pages, private, masks = arrays
+        try:
+            native = _native.prepare_plan(
+                self._backend,
+                _address(positions),
+                len(plan.row_positions),
+                _address(groups),
+                len(plan.groups),
+                _address(runs),
+                len(plan.runs),
+                _address(pages),
+                len(plan.pages),
+                _address(private),
+                0 if plan.private_tiles is None else len(plan.private_tiles),
+                _address(masks),
+                _NATIVE[layout],
+                q.shape[1] // kv.num_kv_heads,
+                kv.num_kv_heads,
+                kv.head_dim,
+            )
+        except ValueError as error:
+            raise KernelInputError(str(error)) from None
+        self._last = _Prepared(plan, kv.tile_table, query, native, arrays)
+        return self._last
+
+
+def _layout_of(dtype: torch.dtype, name: str) -> Layout:
+    layout = _LAYOUT.get(dtype)
+    if layout is None:
+        raise KernelInputError(f"{name} is {dtype}; the kernels take float32 and bfloat16")
+    return layout
+
+
+def _check_dim(dim: int) -> None:
+    if dim <= 0 or dim % _DIM_STEP:
+        raise KernelInputError(f"head_dim {dim} is not a multiple of {_DIM_STEP}")
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x with its last dimension contiguous: kernels take any stride of the others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _cache(kv: LayerKV, layout: Layout) -> tuple[_native.Cache, Int32Array]:
+    """Describe the pool to the native side; the second value keeps the addressed table alive."""
+    _check_dim(kv.head_dim)
+    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
+        raise KernelInputError(
+            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
+        )
+    table = kv.tile_table
+    slots, layers, heads = table.shape
+    if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
+        raise KernelInputError(
+            f"the tile table has {layers} layers of {heads} heads; "
+            f"asked for layer {kv.layer} of {kv.num_kv_heads}"
+        )
+    if table.dtype != np.int32 or not table.flags.c_contiguous:
+        raise KernelInputError("the tile table must be contiguous int32")
+    native = _native.Cache(
+        kv.buffer.data_ptr(),
+        kv.buffer.numel() // kv.tile_bytes,
+        kv.tile_bytes,
+        table.ctypes.data,
+        slots,
+        layers,
+        kv.layer,
+        heads,
+        kv.head_dim,
+    )
+    return native, table
+
+
+def _optional(array: np.ndarray | None, dtype: type[np.int32 | np.uint64]) -> np.ndarray | None:
+    return None if array is None else np.ascontiguousarray(array, dtype)
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data

@@ -1,0 +1,72 @@
+// Paged attention over tiles: work is cut into panels of rows x KV heads x blocks of spans and handed to the pool,
+// longest first. How it is cut never shows in a bit of the result; see the order of sums in kvkeep/ops/layout.py.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "attention_job.hpp"
+#include "backend.hpp"
+#include "buffer.hpp"
+
+namespace kvkeep::attention {
+
+// kvkeep.ops.layout.AttentionPlan with its lengths; the arrays outlive the PreparedPlan made of it.
+struct PlanArrays {
+  Plan plan;
+  const int32_t (*groups)[4];
+  int64_t num_rows, num_groups, num_runs, num_pages, num_private;
+};
+
+// A plan checked and cut into items, good for all layers of a step.
+struct PreparedPlan {
+  struct Work {
+    Item item;
+    int64_t offset;  // of its states in scratch; -1: it folds and finishes on its own
+    int64_t cost;
+  };
+
+  Plan plan;
+  Layout layout;
+  int group, kv_heads, dim;
+  int64_t num_rows, num_pages;
+  std::vector<Work> work;   // longest first
+  std::vector<Work> folds;  // panels whose spans were split over items
+  int64_t state_floats = 0;
+};
+
+// Throws std::invalid_argument where the plan contradicts itself.
+PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim, int threads);
+
+// k and v [T, Hkv, D] by strides in elements; slots [T] = page slot * 64 + row, -1 skips.
+struct NewRows {
+  const void *k, *v;
+  int64_t k_token, k_head, v_token, v_head;
+  const int32_t* slots;
+  int64_t count;
+};
+
+class Attention {
+ public:
+  explicit Attention(Backend& backend) : backend_(backend) {}
+
+  void append(Layout layout, const Cache& cache, const NewRows& rows);
+  void attend(const PreparedPlan& prepared, Job job);
+  void merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows, int dim, void* out,
+             float* lse2);
+
+  Backend& backend() const { return backend_; }
+  uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
+  uint64_t calls() const { return calls_.load(std::memory_order_relaxed); }
+
+ private:
+  const Kernels& kernels(Layout layout) const;
+
+  Backend& backend_;
+  Buffer scratch_, states_;
+  std::atomic<uint64_t> bytes_read_{0};  // of K and V, by attend
+  std::atomic<uint64_t> calls_{0};       // of attend
+};
+
+}  // namespace kvkeep::attention

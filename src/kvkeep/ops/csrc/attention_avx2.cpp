@@ -1,0 +1,117 @@
+// Attention on AVX2 with FMA; bf16 is widened to float32 in registers.
+#include <immintrin.h>
+
+#include "attention_job.hpp"
+
+namespace kvkeep::attention::avx2 {
+namespace {
+
+struct Isa {
+  using V = __m256;
+  static constexpr int kWidth = 8, kRows = 6, kCols = 2;
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set1(float x) { return _mm256_set1_ps(x); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static float first(V x) { return _mm256_cvtss_f32(x); }
+  static float reduce_max(V x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
+  static float reduce_add(V x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+
+  // Lanes whose bit is set from x, -inf elsewhere.
+  static V keep(uint64_t bits, V x) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane);
+    return _mm256_blendv_ps(set1(-__builtin_inff()), x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+  }
+
+  // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0 = 1 exactly.
+  static V exp2(V x) {
+    x = _mm256_max_ps(x, set1(-127.0f));
+    V whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    V rest = sub(x, whole);
+    V y = set1(1.326474252e-03f);
+    y = fma(y, rest, set1(9.671517999e-03f));
+    y = fma(y, rest, set1(5.550733756e-02f));
+    y = fma(y, rest, set1(2.402224200e-01f));
+    y = fma(y, rest, set1(6.931469776e-01f));
+    y = fma(y, rest, set1(1.0f));
+    __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    return mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+  }
+};
+
+#include "attention_block.inl"
+#include "attention_nest.inl"
+
+struct F32 {
+  using A = float;
+  using B = float;
+  using Loaded = V;
+  static constexpr int kPair = 1;
+
+  static V load(const B* p) { return Isa::load(p); }
+  static V load_first(const B* p) { return Isa::load(p); }
+  static V broadcast(const A* p) { return _mm256_broadcast_ss(p); }
+  static V dot(V acc, V a, V b) { return Isa::fma(a, b, acc); }
+  static void store_weight(A* p, V x) { Isa::store(p, x); }
+  static void store_out(B* p, V x) { Isa::store(p, x); }
+  static void gather(A* to, const B* from, int dim) { __builtin_memcpy(to, from, sizeof(A) * dim); }
+  static void widen(float* to, const B* from, int dim) { gather(to, from, dim); }
+};
+
+struct Bf16 {
+  using A = float;
+  using B = uint16_t;
+  struct Loaded {
+    V even, odd;
+  };
+  struct Factor {
+    V even, odd;
+  };
+  static constexpr int kPair = 2;
+
+  static Loaded load(const B* p) {
+    __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+  }
+  static Loaded load_first(const B* p) { return {load(p).even, Isa::zero()}; }
+  static Factor broadcast(const A* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)}; }
+  static V dot(V acc, Factor a, Loaded b) { return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc)); }
+  static void store_weight(A* p, V x) { Isa::store(p, x); }
+  static void store_out(B* p, V x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    bits = _mm256_srli_epi32(bits, 16);
+    __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+  }
+  static void gather(A* to, const B* from, int dim) {
+    for (int d = 0; d < dim; d += W) {
+      __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d)));
+      Isa::store(to + d, _mm256_castsi256_ps(_mm256_slli_epi32(half, 16)));
+    }
+  }
+  static void widen(float* to, const B* from, int dim) { gather(to, from, dim); }
+};
+
+}  // namespace
+
+const Kernels kKernels[kLayouts] = {table<F32>(), table<Bf16>()};
+
+}  // namespace kvkeep::attention::avx2

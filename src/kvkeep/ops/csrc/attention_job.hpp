@@ -1,0 +1,96 @@
+// What an attention kernel is told: plain structs only, because this header is compiled once per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvkeep::attention {
+
+// The constants of kvkeep/ops/layout.py.
+inline constexpr int kPage = 64;    // tokens per page and per tile
+inline constexpr int kStep = 128;   // tokens per online-softmax step
+inline constexpr int kSpan = 1024;  // tokens per carried state
+inline constexpr int kPanel = 126;  // rows whose state is kept in cache together: 21 blocks of 6
+
+enum class Layout : int32_t { kF32 = 0, kBf16 = 1 };
+inline constexpr int kLayouts = 2;
+
+inline constexpr int element_bytes(Layout layout) { return layout == Layout::kF32 ? 4 : 2; }
+
+// kvkeep.ops.layout.Run
+struct Run {
+  int32_t page_begin, page_count, first_position, layout;
+};
+
+// kvkeep.ops.layout.AttentionPlan, less its groups; the arrays belong to the caller.
+struct Plan {
+  const int32_t* positions;      // [T]
+  const Run* runs;               // [R]
+  const int32_t* pages;          // [E]
+  const int32_t* private_tiles;  // [n, L, Hkv] or null
+  const uint64_t* masks;         // [E, L, Hkv] or null
+};
+
+// kvkeep.ops.layout.LayerKV
+struct Cache {
+  char* base;
+  int64_t num_tiles, tile_bytes;
+  const int32_t* table;  // [page slots, L, Hkv]
+  int64_t page_slots;
+  int layers, layer, kv_heads, dim;
+
+  int64_t tile_of(int64_t page, int head) const {
+    return (page * layers + layer) * kv_heads + head;
+  }
+};
+
+// One call of attend.
+struct Job {
+  const void* q;             // [T, Hq, D] in the model's dtype
+  int64_t q_token, q_head;   // strides in elements
+  void* out;                 // [T, Hq, D]
+  float* lse2;               // [T, Hq]
+  int group;                 // G, query heads per KV head
+  float scale;               // log2(e) / sqrt(D)
+  Plan plan;
+  Cache cache;
+  const float* thresholds;   // [T] or null: nothing is observed
+  uint64_t* hits;            // [E, Hkv]
+  int* bad_tile;             // set where a tile id lies outside the pool
+};
+
+// A panel of one group's rows, one KV head, some spans. Rows are (query, head in group) packed: row r is
+// query r / G of the group, head r % G.
+struct Item {
+  int32_t first_query, head;
+  int32_t row_begin, row_end;
+  int32_t run_begin, run_end;
+  int32_t span_begin, span_end;
+  float* states;  // where the spans' states go, one `state_floats` each; null: fold and finish here
+};
+
+// A row's softmax state: m [rows], l [rows], O [rows, D], in one block of memory.
+inline constexpr int64_t state_floats(int rows, int dim) { return int64_t{rows} * (dim + 2); }
+
+// The kernels of one layout on one instruction set. They return the bytes of K and V read.
+struct Kernels {
+  int64_t (*scratch_bytes)(int dim);
+  uint64_t (*attend)(const Job& job, const Item& item, char* scratch);
+  void (*fold)(const Job& job, const Item& item, char* scratch);
+  uint64_t (*observe)(const Job& job, const Item& item, char* scratch);
+  // Merge row `row` of parts [N, rows, D] and lse2s [N, rows].
+  void (*merge)(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row, int dim,
+                void* out, float* lse2, float* scratch);
+};
+
+namespace portable {
+extern const Kernels kKernels[kLayouts];
+}
+namespace avx2 {
+extern const Kernels kKernels[kLayouts];
+}
+namespace avx512 {
+extern const Kernels kKernels[kLayouts];
+}
+
+}  // namespace kvkeep::attention

@@ -1,0 +1,320 @@
+// The loop nest of attention over panels, spans, steps and row blocks; see kvkeep/ops/layout.py for the order of sums.
+
+constexpr float kEmpty = -__builtin_inff();
+
+struct State {
+  float *m, *l, *o;
+
+  static State at(float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows}; }
+
+  void clear(int rows, int dim) const {
+    for (int r = 0; r < rows; r++) m[r] = kEmpty;
+    __builtin_memset(l, 0, sizeof(float) * rows);
+    __builtin_memset(o, 0, sizeof(float) * rows * dim);
+  }
+};
+
+// Merge one row's part (m, l, o) into its state; an empty part or state is skipped.
+inline void merge_row(float& into_m, float& into_l, float* into_o, float m, float l, const float* o, int dim) {
+  if (m == kEmpty) return;
+  if (into_m == kEmpty) {
+    into_m = m;
+    into_l = l;
+    __builtin_memcpy(into_o, o, sizeof(float) * dim);
+    return;
+  }
+  const float top = m > into_m ? m : into_m;
+  const float old = exp2_one(into_m - top), fresh = exp2_one(m - top);
+  for (int d = 0; d < dim; d += W) {
+    V kept = Isa::mul(Isa::load(into_o + d), Isa::set1(old));
+    Isa::store(into_o + d, Isa::fma(Isa::load(o + d), Isa::set1(fresh), kept));
+  }
+  into_l = into_l * old + l * fresh;
+  into_m = top;
+}
+
+template <class K>
+inline void finish_row(float m, float l, const float* o, int dim, typename K::B* out, float* lse2) {
+  const bool empty = m == kEmpty;
+  const V factor = Isa::set1(empty ? 0.0f : 1.0f / l);
+  for (int d = 0; d < dim; d += W) K::store_out(out + d, Isa::mul(Isa::load(o + d), factor));
+  *lse2 = empty ? kEmpty : m + __builtin_log2f(l);
+}
+
+// A panel's rows and working memory.
+template <class K>
+struct Panel {
+  using A = typename K::A;
+  A *q, *p;
+  float *s, *memory;
+  int32_t *position, *query;
+  int rows = 0, first = 0, last = 0;  // lowest and highest position
+
+  static int64_t bytes(int dim) {
+    return kPanel * (sizeof(A) * (dim + kStep) + 4 * kStep + 8) + 8 * state_floats(kPanel, dim) + 512;
+  }
+
+  Panel(char* scratch, int dim) {
+    q = reinterpret_cast<A*>(scratch);
+    p = q + kPanel * dim;
+    s = reinterpret_cast<float*>(p + kPanel * kStep);
+    position = reinterpret_cast<int32_t*>(s + kPanel * kStep);
+    query = position + kPanel;
+    memory = reinterpret_cast<float*>(query + kPanel);
+  }
+
+  // Take in packed row `row` of the group.
+  void push(const Job& job, const Item& item, int row) {
+    const int32_t token = item.first_query + row / job.group;
+    const int head = item.head * job.group + row % job.group;
+    const auto* from = static_cast<const typename K::B*>(job.q) + token * job.q_token + head * job.q_head;
+    K::gather(q + int64_t{rows} * job.cache.dim, from, job.cache.dim);
+    query[rows] = token * job.cache.kv_heads * job.group + head;
+    const int32_t at = job.plan.positions[token];
+    position[rows] = at;
+    first = rows == 0 || at < first ? at : first;
+    last = rows == 0 || at > last ? at : last;
+    rows++;
+  }
+};
+
+// One step's tiles as the panel sees them.
+template <class K>
+struct Step {
+  int position;
+  const typename K::B* tile[2];
+  uint64_t live[2];
+  int64_t ahead[2];  // bytes from a tile to the one two further on, for prefetching; 0 where there is none
+  int32_t entry[2];
+};
+
+template <class K>
+inline const typename K::B* find_tile(const Job& job, const Item& item, int32_t entry, uint64_t* live) {
+  const Cache& cache = job.cache;
+  *live = job.plan.masks ? job.plan.masks[cache.tile_of(entry, item.head)] : ~uint64_t{0};
+  if (*live == 0) return nullptr;
+  const int32_t page = job.plan.pages[entry];
+  const int32_t id = page >= 0 ? cache.table[cache.tile_of(page, item.head)]
+                               : job.plan.private_tiles[cache.tile_of(-1 - page, item.head)];
+  if (id >= 0 && id < cache.num_tiles) {
+    return reinterpret_cast<const typename K::B*>(cache.base + id * cache.tile_bytes);
+  }
+  __atomic_store_n(job.bad_tile, 1, __ATOMIC_RELAXED);
+  *live = 0;
+  return nullptr;
+}
+
+// Fill in the step at `position`; false where the rows up to `last` see none of its tiles. `run` moves forward only.
+template <class K>
+inline bool find_step(const Job& job, const Item& item, int last, int position, int& run, Step<K>& step) {
+  const Run* at = job.plan.runs;
+  while (run < item.run_end && at[run].first_position + at[run].page_count * kPage <= position) run++;
+  if (run == item.run_end || at[run].first_position > position) return false;
+  step.position = position;
+  for (int j = 0; j < 2; j++) {
+    const int start = position + j * kPage;
+    const int index = (start - at[run].first_position) / kPage;
+    step.tile[j] = nullptr;
+    step.live[j] = 0;
+    step.ahead[j] = 0;
+    if (start > last || index >= at[run].page_count) continue;
+    step.entry[j] = at[run].page_begin + index;
+    step.tile[j] = find_tile<K>(job, item, step.entry[j], &step.live[j]);
+    if (step.tile[j] && index + 2 < at[run].page_count && start + kStep <= last) {
+      uint64_t live;
+      const auto* next = find_tile<K>(job, item, step.entry[j] + 2, &live);
+      if (next) step.ahead[j] = reinterpret_cast<const char*>(next) - reinterpret_cast<const char*>(step.tile[j]);
+    }
+  }
+  return step.tile[0] || step.tile[1];
+}
+
+// The first `count` of 64 bits.
+inline uint64_t low_bits(int count) {
+  return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+}
+
+template <class K>
+inline void seen_by(const Step<K>& step, int position, uint64_t (&seen)[2]) {
+  for (int j = 0; j < 2; j++) seen[j] = low_bits(position - step.position - j * kPage + 1) & step.live[j];
+}
+
+// Cut rows [begin, end) into blocks of at most Isa::kRows, as even as can be.
+template <class Fn>
+inline void in_blocks(int begin, int end, Fn&& fn) {
+  for (int blocks = (end - begin + Isa::kRows - 1) / Isa::kRows; blocks > 0; blocks--) {
+    const int rows = (end - begin + blocks - 1) / blocks;
+    fn(begin, rows);
+    begin += rows;
+  }
+}
+
+// The rows [begin, end) outside which no row sees `position`.
+template <class K>
+inline void trim(const Panel<K>& panel, int position, int& begin, int& end) {
+  begin = 0;
+  end = panel.rows;
+  if (panel.first >= position) return;
+  while (begin < end && panel.position[begin] < position) begin++;
+  while (end > begin && panel.position[end - 1] < position) end--;
+}
+
+template <class K>
+inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& step) {
+  const int dim = job.cache.dim;
+  for (int j = 0; j < 2; j++) {
+    if (!step.tile[j]) continue;
+    int begin, end;
+    trim(panel, step.position + j * kPage, begin, end);
+    int64_t ahead = step.ahead[j];
+    in_blocks(begin, end, [&](int row, int rows) {
+      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale, panel.s + row * kStep + j * kPage, ahead);
+      ahead = 0;
+    });
+  }
+}
+
+template <class K>
+inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end, float* o, int dim) {
+  Values<K> values;
+  for (int j = 0; j < 2; j++) {
+    values.tile[j] = step.tile[j] ? step.tile[j] + kPage * dim : nullptr;
+    values.ahead[j] = step.ahead[j];
+  }
+  in_blocks(begin, end, [&](int row, int rows) {
+    int last = panel.position[row];
+    for (int r = 1; r < rows; r++) last = panel.position[row + r] > last ? panel.position[row + r] : last;
+    for (int j = 0; j < 2; j++) {
+      const int tokens = step.tile[j] ? last - step.position - j * kPage + 1 : 0;
+      values.tokens[j] = tokens < 0 ? 0 : tokens > kPage ? kPage : tokens;
+    }
+    weigh<K>(rows, panel.p + row * kStep, values, o + int64_t{row} * dim, dim);
+    values.ahead[0] = values.ahead[1] = 0;
+  });
+}
+
+// Carry the panel's fresh state over one span; return the bytes read.
+template <class K>
+uint64_t walk_span(const Job& job, const Item& item, const Panel<K>& panel, int span, const State& state) {
+  const int dim = job.cache.dim;
+  uint64_t tiles = 0;
+  int run = item.run_begin;
+  for (int position = span * kSpan; position < (span + 1) * kSpan && position <= panel.last; position += kStep) {
+    Step<K> step;
+    if (!find_step<K>(job, item, panel.last, position, run, step)) continue;
+    tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
+    score_step(job, panel, step);
+    int begin, end;
+    trim(panel, position, begin, end);
+    for (int row = begin; row < end; row++) {
+      uint64_t seen[2];
+      seen_by(step, panel.position[row], seen);
+      soften<K>(panel.s + row * kStep, seen, panel.p + row * kStep, state.m[row], state.l[row],
+                state.o + int64_t{row} * dim, dim);
+    }
+    weigh_step(panel, step, begin, end, state.o, dim);
+  }
+  return tiles * 2 * kPage * dim * sizeof(typename K::B);
+}
+
+template <class K>
+void finish(const Job& job, const Panel<K>& panel, const State& state) {
+  const int dim = job.cache.dim;
+  for (int r = 0; r < panel.rows; r++) {
+    auto* out = static_cast<typename K::B*>(job.out) + int64_t{panel.query[r]} * dim;
+    finish_row<K>(state.m[r], state.l[r], state.o + int64_t{r} * dim, dim, out, job.lse2 + panel.query[r]);
+  }
+}
+
+inline void merge_states(const State& into, const State& from, int rows, int dim) {
+  for (int r = 0; r < rows; r++) {
+    const int64_t o = int64_t{r} * dim;
+    merge_row(into.m[r], into.l[r], into.o + o, from.m[r], from.l[r], from.o + o, dim);
+  }
+}
+
+template <class K>
+uint64_t attend(const Job& job, const Item& item, char* scratch) {
+  const int dim = job.cache.dim, rows = item.row_end - item.row_begin;
+  Panel<K> panel(scratch, dim);
+  for (int row = item.row_begin; row < item.row_end; row++) panel.push(job, item, row);
+  float* memory = item.states ? item.states : panel.memory;
+  const State total = State::at(memory, rows);
+  uint64_t bytes = 0;
+  for (int span = item.span_begin; span < item.span_end; span++) {
+    const bool apart = span > item.span_begin;
+    const int64_t offset = apart ? state_floats(rows, dim) * (item.states ? span - item.span_begin : 1) : 0;
+    const State state = State::at(memory + offset, rows);
+    state.clear(rows, dim);
+    bytes += walk_span(job, item, panel, span, state);
+    if (apart && !item.states) merge_states(total, state, rows, dim);
+  }
+  if (item.span_begin == item.span_end) total.clear(rows, dim);
+  if (!item.states) finish(job, panel, total);
+  return bytes;
+}
+
+// Fold the spans' states that `attend` left at item.states, left to right.
+template <class K>
+void fold(const Job& job, const Item& item, char* scratch) {
+  const int dim = job.cache.dim, rows = item.row_end - item.row_begin;
+  Panel<K> panel(scratch, dim);
+  for (int row = item.row_begin; row < item.row_end; row++) panel.push(job, item, row);
+  const State total = State::at(item.states, rows);
+  for (int span = 1; span < item.span_end - item.span_begin; span++) {
+    merge_states(total, State::at(item.states + span * state_floats(rows, dim), rows), rows, dim);
+  }
+  finish(job, panel, total);
+}
+
+// Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2 is final by now.
+template <class K>
+uint64_t observe(const Job& job, const Item& item, char* scratch) {
+  Panel<K> panel(scratch, job.cache.dim);
+  for (int row = item.row_begin; row < item.row_end; row++) {
+    if (__builtin_isfinite(job.thresholds[item.first_query + row / job.group])) panel.push(job, item, row);
+  }
+  if (panel.rows == 0) return 0;
+  uint64_t tiles = 0;
+  int run = item.run_begin;
+  const int end = item.span_end * kSpan - 1 < panel.last ? item.span_end * kSpan - 1 : panel.last;
+  for (int position = item.span_begin * kSpan; position <= end; position += kStep) {
+    Step<K> step;
+    if (!find_step<K>(job, item, end, position, run, step)) continue;
+    tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
+    score_step(job, panel, step);
+    uint64_t hit[2] = {0, 0};
+    for (int r = 0; r < panel.rows; r++) {
+      uint64_t seen[2];
+      seen_by(step, panel.position[r], seen);
+      const int token = panel.query[r] / (job.cache.kv_heads * job.group);
+      const float least = job.lse2[panel.query[r]] + job.thresholds[token];
+      for (int t = 0; t < kStep; t++) {
+        if (seen[t / kPage] >> (t % kPage) & 1 && panel.s[r * kStep + t] >= least) hit[t / kPage] |= uint64_t{1} << t % kPage;
+      }
+    }
+    for (int j = 0; j < 2; j++) {
+      if (!hit[j]) continue;
+      __atomic_fetch_or(job.hits + int64_t{step.entry[j]} * job.cache.kv_heads + item.head, hit[j], __ATOMIC_RELAXED);
+    }
+  }
+  return tiles * kPage * job.cache.dim * sizeof(typename K::B);
+}
+
+template <class K>
+void merge(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row, int dim, void* out,
+           float* lse2, float* scratch) {
+  float m = kEmpty, l = 0;
+  float *part = scratch, *o = scratch + dim;
+  __builtin_memset(o, 0, sizeof(float) * dim);
+  for (int64_t i = 0; i < parts; i++) {
+    K::widen(part, static_cast<const typename K::B*>(outs) + (i * rows + row) * dim, dim);
+    merge_row(m, l, o, lse2s[i * rows + row], 1.0f, part, dim);
+  }
+  finish_row<K>(m, l, o, dim, static_cast<typename K::B*>(out) + row * dim, lse2 + row);
+}
+
+template <class K>
+constexpr Kernels table() {
+  return {&Panel<K>::bytes, &attend<K>, &fold<K>, &observe<K>, &merge<K>};
+}

@@ -1,0 +1,200 @@
+"""Reference attention: slow, obvious and free of kernels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops.layout import (
+    TORCH_DTYPE,
+    Attended,
+    AttentionPlan,
+    LayerKV,
+    Observe,
+    Run,
+    float_tile_bytes,
+    validate,
+)
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
+
+_GROUP_TOKENS = 16
+_PAIR = {Layout.F32: 1, Layout.BF16: 2}
+
+
+class ReferenceAttention:
+    """`AttentionOps` in plain torch; every row is computed alone, in `compute` precision."""
+
+    def __init__(self, compute: torch.dtype = torch.float64) -> None:
+        self._compute = compute
+        self.calls = 0
+        """Number of `attend` calls so far."""
+
+    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
+        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
+        layout = _layout_of(k.dtype)
+        for i, slot in enumerate(slots.tolist()):
+            if slot < 0:
+                continue
+            page, row = divmod(slot, PAGE_TOKENS)
+            for head in range(kv.num_kv_heads):
+                keys, values = _tile(kv, layout, int(kv.tile_table[page, kv.layer, head]))
+                keys[row // _GROUP_TOKENS, :, row % _GROUP_TOKENS, :] = k[i, head].view(
+                    -1, _PAIR[layout]
+                )
+                values[row // _PAIR[layout], :, row % _PAIR[layout]] = v[i, head]
+
+    def attend(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
+    ) -> Attended:
+        """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
+        self.calls += 1
+        validate(q, kv, plan)
+        layout = _layout_of(q.dtype)
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        lse2 = torch.full(q.shape[:2], -math.inf)
+        hits = None if observe is None else np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
+        for row_begin, row_end, run_begin, run_end in plan.groups.tolist():
+            runs = [Run(*run) for run in plan.runs[run_begin:run_end].tolist()]
+            if any(run.layout != layout for run in runs):
+                raise KernelInputError("a run's layout is not that of the queries' dtype")
+            tokens = _GroupTokens(kv, plan, runs, layout, self._compute)
+            for row in range(row_begin, row_end):
+                weights2 = self._row(
+                    q[row], tokens, int(plan.row_positions[row]), out[row], lse2[row]
+                )
+                if observe is not None and hits is not None:
+                    seen = weights2 >= float(observe.log2_thresholds[row])
+                    tokens.mark(hits, seen.any(dim=1))
+        return Attended(out, lse2, hits)
+
+    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf marks an empty one."""
+        top = lse2s.to(self._compute).amax(dim=0)
+        held = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+        total = torch.zeros(outs.shape[1:], dtype=self._compute)
+        weight_sum = torch.zeros_like(held)
+        for out, lse2 in zip(outs, lse2s, strict=True):
+            weight = torch.exp2(lse2.to(self._compute) - held)
+            total += weight[..., None] * out.to(self._compute)
+            weight_sum += weight
+        empty = weight_sum == 0
+        safe = torch.where(empty, torch.ones_like(weight_sum), weight_sum)
+        lse2 = torch.where(empty, torch.full_like(held, -math.inf), held + torch.log2(safe))
+        return (total / safe[..., None]).to(outs.dtype), lse2.float()
+
+    def _row(
+        self,
+        q: torch.Tensor,
+        tokens: _GroupTokens,
+        position: int,
+        out: torch.Tensor,
+        lse2: torch.Tensor,
+    ) -> torch.Tensor:
+        """Fill one row's out [Hq, D] and lse2 [Hq]; return log2 weights [Hkv, G, n]."""
+        heads, dim = q.shape
+        num_kv_heads = tokens.k.shape[0]
+        grouped = q.to(self._compute).view(num_kv_heads, heads // num_kv_heads, dim)
+        count = int((tokens.positions <= position).sum())
+        keys, values, live = tokens.k[:, :count], tokens.v[:, :count], tokens.live[:, :count]
+        scores = torch.einsum("hgd,htd->hgt", grouped, keys) * (math.log2(math.e) / dim**0.5)
+        scores = scores.masked_fill(~live[:, None, :], -math.inf)
+        if count == 0:
+            return scores
+        total = torch.logsumexp(scores * math.log(2), dim=-1) / math.log(2)
+        weights2 = (
+            scores - torch.where(torch.isinf(total), torch.zeros_like(total), total)[..., None]
+        )
+        out.copy_(torch.einsum("hgt,htd->hgd", torch.exp2(weights2), values).view(heads, dim))
+        lse2.copy_(total.view(heads))
+        return weights2
+
+
+class _GroupTokens:
+    """The tokens of a group's runs: k, v [Hkv, n, D], live [Hkv, n], positions [n]."""
+
+    def __init__(
+        self,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        runs: list[Run],
+        layout: Layout,
+        compute: torch.dtype,
+    ) -> None:
+        self.entries = [
+            entry
+            for run in runs
+            for entry in range(run.page_begin, run.page_begin + run.page_count)
+        ]
+        starts = [
+            run.first_position + i * PAGE_TOKENS for run in runs for i in range(run.page_count)
+        ]
+        heads, count = kv.num_kv_heads, len(self.entries) * PAGE_TOKENS
+        self.positions = torch.tensor(
+            [start + row for start in starts for row in range(PAGE_TOKENS)], dtype=torch.int64
+        )
+        self.k = torch.zeros((heads, count, kv.head_dim), dtype=compute)
+        self.v = torch.zeros_like(self.k)
+        self.live = torch.zeros((heads, count), dtype=torch.bool)
+        for i, entry in enumerate(self.entries):
+            rows = slice(i * PAGE_TOKENS, (i + 1) * PAGE_TOKENS)
+            for head in range(heads):
+                self.live[head, rows] = _live(kv, plan, entry, head)
+                if not self.live[head, rows].any():
+                    continue
+                keys, values = _tile(kv, layout, _tile_id(kv, plan, entry, head))
+                self.k[head, rows] = keys.permute(0, 2, 1, 3).reshape(PAGE_TOKENS, -1).to(compute)
+                values = values.permute(0, 2, 1).reshape(PAGE_TOKENS, -1).to(compute)
+                self.v[head, rows] = values
+
+    def mark(self, hits: UInt64Array, seen: torch.Tensor) -> None:
+        """Set the bits of hits [E, Hkv] where seen [Hkv, n]."""
+        for i, entry in enumerate(self.entries):
+            for head in range(len(seen)):
+                bits = seen[head, i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS].tolist()  # [] beyond n
+                hits[entry, head] |= np.uint64(sum(1 << t for t, bit in enumerate(bits) if bit))
+
+
+def _live(kv: LayerKV, plan: AttentionPlan, entry: int, head: int) -> torch.Tensor:
+    """Return which of a tile's tokens are live, [S] bool."""
+    if plan.masks is None:
+        return torch.ones(PAGE_TOKENS, dtype=torch.bool)
+    mask = int(plan.masks[entry, kv.layer, head])
+    return torch.tensor([bool(mask >> t & 1) for t in range(PAGE_TOKENS)])
+
+
+def _tile_id(kv: LayerKV, plan: AttentionPlan, entry: int, head: int) -> int:
+    page = int(plan.pages[entry])
+    if page >= 0:
+        return int(kv.tile_table[page, kv.layer, head])
+    if plan.private_tiles is None:
+        raise KernelInputError("plan names a private tile and brings none")
+    return int(plan.private_tiles[-1 - page, kv.layer, head])
+
+
+def _tile(kv: LayerKV, layout: Layout, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of one tile: K [S/16, D/p, 16, p] and V [S/p, D, p], p tokens or dims paired."""
+    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
+        raise KernelInputError(
+            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
+        )
+    if not 0 <= tile < kv.buffer.numel() // kv.tile_bytes:
+        raise KernelInputError("the plan names a page without a tile in the pool")
+    pair, dim = _PAIR[layout], kv.head_dim
+    raw = kv.buffer[tile * kv.tile_bytes : (tile + 1) * kv.tile_bytes]
+    keys, values = raw.view(TORCH_DTYPE[layout]).view(2, PAGE_TOKENS * dim)
+    return (
+        keys.view(PAGE_TOKENS // _GROUP_TOKENS, dim // pair, _GROUP_TOKENS, pair),
+        values.view(PAGE_TOKENS // pair, dim, pair),
+    )
+
+
+def _layout_of(dtype: torch.dtype) -> Layout:
+    for layout, torch_dtype in TORCH_DTYPE.items():
+        if torch_dtype == dtype:
+            return layout
+    raise KernelInputError(
+        f"queries, keys and values are {dtype}; float32 and bfloat16 are supported"
+    )

@@ -1,0 +1,438 @@
+"""Attention against the float64 oracle, on every path this machine runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops.cpu import CpuKernel, available, cpu_ops
+from kvkeep.ops.cpu_attention import CpuAttention
+from kvkeep.ops.layout import (
+    TORCH_DTYPE,
+    Attended,
+    AttentionOps,
+    AttentionPlan,
+    LayerKV,
+    Observe,
+    float_tile_bytes,
+)
+from kvkeep.ops.reference import ReferenceAttention
+from kvkeep.types import ALL_LIVE, PAGE_TOKENS, Layout
+from tests.oracles import (
+    Heads,
+    OracleResult,
+    World,
+    attention_oracle,
+    causal,
+    flat_plan,
+    make_world,
+    tolerance,
+)
+
+PATHS = ["reference", *available()]
+LAYOUTS = [Layout.F32, Layout.BF16]
+SMALL = Heads(4, 2, 64)
+
+
+def cpu_attention(path: CpuKernel, threads: int = 1) -> CpuAttention:
+    attention = cpu_ops(path, threads).attention
+    assert isinstance(attention, CpuAttention)
+    return attention
+
+
+def ops_for(path: str, threads: int = 1) -> AttentionOps:
+    return ReferenceAttention() if path == "reference" else cpu_attention(path, threads)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda layout: layout.name)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return Layout(request.param)
+
+
+def check(world: World, got: Attended, exact: OracleResult) -> None:
+    error = np.abs(got.out.double().numpy() - exact.out)
+    allowed = tolerance(world.layout, exact.out)
+    assert (error <= allowed).all(), f"worst {error.max():.2e}, allowed {allowed.max():.2e}"
+    empty = np.isinf(exact.lse2)
+    assert np.array_equal(np.isinf(got.lse2.numpy()), empty)
+    assert np.abs(got.lse2.numpy()[~empty] - exact.lse2[~empty]).max(initial=0) <= 1e-3
+
+
+def attend_and_check(
+    world: World,
+    ops: AttentionOps,
+    positions: list[int],
+    *,
+    q: torch.Tensor | None = None,
+) -> None:
+    request = world.requests[-1]
+    if q is None:
+        q = world.tensor(len(positions), world.heads.q, world.heads.dim)
+    plan = flat_plan(world.layout, [(request.slots, positions)])
+    visible = causal(world.heads, positions, len(request.k))
+    check(world, ops.attend(q, world.kv, plan), attention_oracle(q, request.k, request.v, visible))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2055])
+def test_context_lengths(path: str, layout: Layout, length: int) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=40)
+    world.add(ops, length)
+    attend_and_check(world, ops, [length - 1])
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 129])
+def test_row_counts(path: str, layout: Layout, rows: int) -> None:
+    ops = ops_for(path, threads=2)
+    world = make_world(SMALL, layout, pages=8, seed=rows)
+    world.add(ops, 200 + rows)
+    attend_and_check(world, ops, list(range(200, 200 + rows)))
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(14, 2, 64),
+        Heads(16, 8, 128),
+        Heads(3, 3, 80),
+        Heads(4, 2, 96),
+        Heads(32, 2, 16),
+        Heads(20, 1, 48),
+        Heads(130, 1, 112),
+        Heads(2, 1, 256),
+    ],
+    ids=str,
+)
+def test_head_shapes(path: str, layout: Layout, heads: Heads) -> None:
+    ops = ops_for(path)
+    world = make_world(heads, layout, pages=8)
+    world.add(ops, 150)
+    attend_and_check(world, ops, [149, 3, 127, 128])
+
+
+def test_more_than_128_pages(path: str, layout: Layout) -> None:
+    ops = ops_for(path, threads=2)
+    world = make_world(Heads(2, 1, 64), layout, pages=140)
+    world.add(ops, 131 * PAGE_TOKENS - 5)
+    attend_and_check(world, ops, [131 * PAGE_TOKENS - 6])
+
+
+@pytest.mark.parametrize("loud", [0, 70, 1199])
+def test_one_huge_score(path: str, layout: Layout, loud: int) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=20)
+    k = world.tensor(1200, SMALL.kv, SMALL.dim) * 0.1
+    k[loud] = 8.0
+    world.add(ops, 1200, k=k)
+    q = torch.full((1, SMALL.q, SMALL.dim), 4.0, dtype=TORCH_DTYPE[layout])
+    attend_and_check(world, ops, [1199], q=q)
+
+
+def test_equal_scores_average_the_values(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=20)
+    k = torch.zeros((1100, SMALL.kv, SMALL.dim), dtype=TORCH_DTYPE[layout])
+    request = world.add(ops, 1100, k=k)
+    q = world.tensor(1, SMALL.q, SMALL.dim)
+    got = ops.attend(q, world.kv, flat_plan(layout, [(request.slots, [1099])]))
+    torch.testing.assert_close(got.lse2, torch.full((1, SMALL.q), np.log2(1100.0)).float())
+    mean = request.v.double().mean(0).repeat_interleave(2, 0)[None]
+    assert (got.out.double() - mean).abs().max() <= 2e-3 * request.v.double().abs().max()
+
+
+def test_scores_far_apart_stay_finite(path: str) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, Layout.F32, pages=20)
+    k = world.tensor(300, SMALL.kv, SMALL.dim) * 20
+    world.add(ops, 300, k=k)
+    attend_and_check(world, ops, [299, 128], q=world.tensor(2, SMALL.q, SMALL.dim) * 10)
+
+
+def test_strided_queries_keys_and_values(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=8)
+    fused = world.tensor(140, SMALL.q + 2 * SMALL.kv, SMALL.dim)
+    q, k, v = fused.split([SMALL.q, SMALL.kv, SMALL.kv], dim=1)
+    world.add(ops, 140, k=k, v=v)
+    positions = list(range(140))
+    attend_and_check(world, ops, positions, q=q)
+    by_head = q.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    attend_and_check(world, ops, positions, q=by_head)
+
+
+def test_append_skips_negative_slots_and_leaves_neighbours(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=4)
+    request = world.add(ops, 64)
+    before = world.kv.buffer.clone()
+    again = world.tensor(3, SMALL.kv, SMALL.dim)
+    slots = np.array([-1, int(request.slots[0]) * PAGE_TOKENS + 7, -1], np.int32)
+    ops.append(world.kv, again, again, slots)
+    changed = int((world.kv.buffer != before).sum())
+    row_bytes = 2 * SMALL.kv * SMALL.dim * again.element_size()
+    assert 0 < changed <= row_bytes
+    request.k[7], request.v[7] = again[1], again[1]
+    attend_and_check(world, ops, [63])
+
+
+def mixed_masks(world: World, pages: int) -> np.ndarray:
+    masks = world.rng.integers(0, 2**64, (pages, 2, world.heads.kv), np.uint64)
+    masks[1] = 0
+    masks[2, :, 0] = ALL_LIVE
+    return masks
+
+
+def test_live_masks(path: str, layout: Layout) -> None:
+    ops = ops_for(path, threads=2)
+    world = make_world(SMALL, layout, pages=8)
+    request = world.add(ops, 320)
+    masks = mixed_masks(world, 5)
+    positions = [319, 100, 5, 320 - 65]
+    q = world.tensor(len(positions), SMALL.q, SMALL.dim)
+    live = (masks[:, 1, :, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    live_tokens = live.astype(bool).transpose(1, 0, 2).reshape(SMALL.kv, 320)
+    visible = causal(SMALL, positions, 320) & live_tokens[None]
+    got = ops.attend(q, world.kv, flat_plan(layout, [(request.slots, positions)], masks=masks))
+    check(world, got, attention_oracle(q, request.k, request.v, visible))
+
+
+def test_a_fully_masked_row_is_empty(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=4)
+    request = world.add(ops, 130)
+    masks = np.zeros((3, 2, SMALL.kv), np.uint64)
+    masks[2] = 1
+    q = world.tensor(2, SMALL.q, SMALL.dim)
+    got = ops.attend(q, world.kv, flat_plan(layout, [(request.slots, [100, 129])], masks=masks))
+    assert not got.out[0].any()
+    assert bool(torch.isneginf(got.lse2[0]).all())
+    only = request.v[128].repeat_interleave(2, 0)
+    torch.testing.assert_close(got.out[1], only)
+
+
+def test_private_tiles(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=8)
+    request = world.add(ops, 192)
+    stand_in = world.add(ops, 64)
+    private = world.kv.tile_table[stand_in.slots].copy()
+    private[0, 1, 1] = world.kv.tile_table[request.slots[1], 1, 1]  # head 1 has not diverged
+    pages = np.array([request.slots[0], -1, request.slots[2]], np.int32)
+    q = world.tensor(1, SMALL.q, SMALL.dim)
+    got = ops.attend(q, world.kv, flat_plan(layout, [(pages, [191])], private_tiles=private))
+    request.k[64:128, 0], request.v[64:128, 0] = stand_in.k[:, 0], stand_in.v[:, 0]
+    check(
+        world,
+        got,
+        attention_oracle(q, request.k, request.v, causal(SMALL, [191], 192)),
+    )
+
+
+def test_no_runs_and_no_rows(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=2)
+    nothing = ops.attend(world.tensor(0, 4, 64), world.kv, flat_plan(layout, []))
+    assert nothing.out.shape == (0, 4, 64)
+    plan = flat_plan(layout, [(np.zeros(0, np.int32), [5])])
+    got = ops.attend(world.tensor(1, 4, 64), world.kv, plan)
+    assert not got.out.any()
+    assert bool(torch.isneginf(got.lse2).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_hits(path: str, layout: Layout, threads: int) -> None:
+    ops = ops_for(path, threads)
+    world = make_world(SMALL, layout, pages=30)
+    request = world.add(ops, 1500)
+    positions = [1499, 700, 64, 1200]
+    thresholds = np.array([-9.0, -8.0, np.inf, -12.0], np.float32)
+    q = world.tensor(4, SMALL.q, SMALL.dim)
+    plan = flat_plan(layout, [(request.slots, positions)])
+    got = ops.attend(q, world.kv, plan, Observe(thresholds))
+    assert got.hits is not None
+    exact = attention_oracle(q, request.k, request.v, causal(SMALL, positions, 1500))
+    margin = exact.weights2 - thresholds[:, None, None]
+    grouped = margin.reshape(4, SMALL.kv, 2, 1500).max(axis=(0, 2))
+    bits = (got.hits[:, :, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    hit = bits.astype(bool).transpose(1, 0, 2).reshape(SMALL.kv, -1)
+    assert not hit[:, 1500:].any()
+    sure = np.abs(grouped) > 1e-3
+    assert np.array_equal(hit[:, :1500][sure], (grouped >= 0)[sure])
+    assert hit.any()
+    assert not hit.all()
+
+
+def test_nothing_is_observed_unless_asked(path: str) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, Layout.F32, pages=2)
+    request = world.add(ops, 10)
+    plan = flat_plan(Layout.F32, [(request.slots, [9])])
+    q = world.tensor(1, SMALL.q, SMALL.dim)
+    assert ops.attend(q, world.kv, plan).hits is None
+    nobody = Observe(np.full(1, np.inf, np.float32))
+    hits = ops.attend(q, world.kv, plan, nobody).hits
+    assert hits is not None
+    assert not hits.any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    empty=st.sets(st.integers(0, 4)),
+)
+@pytest.mark.parametrize("name", PATHS)
+def test_merged_parts_equal_the_whole(name: str, parts: int, seed: int, empty: set[int]) -> None:
+    rng = np.random.default_rng(seed)
+    ops = ops_for(name)
+    scores = torch.from_numpy(rng.standard_normal((parts, 3, 2, 7)) * 20)
+    values = torch.from_numpy(rng.standard_normal((parts, 3, 2, 7, 32)))
+    for part in empty & set(range(parts)):
+        scores[part] = -np.inf
+    held = torch.nan_to_num(torch.softmax(scores, dim=-1))
+    outs = torch.einsum("nthk,nthkd->nthd", held, values)
+    lse2s = torch.logsumexp(scores, dim=-1) / np.log(2)
+    out, lse2 = ops.merge(outs.float(), lse2s.float())
+    merged = scores.permute(1, 2, 0, 3).reshape(3, 2, -1)
+    weights = torch.nan_to_num(torch.softmax(merged, dim=-1))
+    exact = torch.einsum(
+        "thk,thkd->thd", weights, values.permute(1, 2, 0, 3, 4).reshape(3, 2, -1, 32)
+    )
+    torch.testing.assert_close(out.double(), exact, atol=2e-5, rtol=1e-4)
+    exact_lse2 = torch.logsumexp(merged, dim=-1) / np.log(2)
+    torch.testing.assert_close(lse2.double(), exact_lse2, atol=1e-4, rtol=1e-5)
+
+
+def test_merging_one_part_or_empty_parts_changes_nothing(path: str, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=2)
+    part = world.tensor(1, 3, 4, 64)
+    lse2 = torch.arange(12, dtype=torch.float32).view(1, 3, 4)
+    out, total = ops.merge(part, lse2)
+    assert torch.equal(out, part[0])
+    assert torch.equal(total, lse2[0])
+    nothing = torch.full_like(lse2, -np.inf)
+    out, total = ops.merge(
+        torch.cat([part * 9, part, part * 3]), torch.cat([nothing, lse2, nothing])
+    )
+    assert torch.equal(out, part[0])
+    assert torch.equal(total, lse2[0])
+
+
+def test_counters(layout: Layout) -> None:
+    heads = Heads(14, 2, 64)
+    ops = cpu_attention(available()[-1])
+    world = make_world(heads, layout, pages=8)
+    request = world.add(ops, 200)
+    assert (ops.calls, ops.bytes_read) == (0, 0)
+    tile = float_tile_bytes(layout, 64)
+    ops.attend(world.tensor(1, 14, 64), world.kv, flat_plan(layout, [(request.slots, [199])]))
+    assert (ops.calls, ops.bytes_read) == (1, 4 * heads.kv * tile)  # once per KV head, not per head
+    ops.attend(world.tensor(1, 14, 64), world.kv, flat_plan(layout, [(request.slots, [100])]))
+    assert (ops.calls, ops.bytes_read) == (2, 6 * heads.kv * tile)
+    reference = ReferenceAttention()
+    reference.attend(world.tensor(1, 14, 64), world.kv, flat_plan(layout, [(request.slots, [9])]))
+    assert reference.calls == 1
+
+
+def good(layout: Layout = Layout.F32) -> tuple[World, torch.Tensor, AttentionPlan]:
+    world = make_world(SMALL, layout, pages=4)
+    request = world.add(ReferenceAttention(), 100)
+    plan = flat_plan(layout, [(request.slots, [99])])
+    return world, world.tensor(1, SMALL.q, SMALL.dim), plan
+
+
+def with_run(plan: AttentionPlan, **columns: int) -> AttentionPlan:
+    runs = plan.runs.copy()
+    names = ["page_begin", "page_count", "first_position", "layout"]
+    for name, value in columns.items():
+        runs[0, names.index(name)] = value
+    return dataclasses.replace(plan, runs=runs)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"layout": 7}, "layout"),
+        ({"layout": int(Layout.BF16)}, "layout"),
+        ({"page_count": 9}, "outside the plan's pages"),
+        ({"first_position": 5}, "inside a page"),
+    ],
+)
+def test_bad_runs_are_refused(path: str, columns: dict[str, int], message: str) -> None:
+    world, q, plan = good()
+    with pytest.raises(KernelInputError, match=message):
+        ops_for(path).attend(q, world.kv, with_run(plan, **columns))
+
+
+def test_bad_shapes_are_refused(path: str) -> None:
+    world, q, plan = good()
+    ops = ops_for(path)
+    with pytest.raises(KernelInputError, match="float16"):
+        ops.attend(q.half(), world.kv, plan)
+    with pytest.raises(KernelInputError, match="rows"):
+        ops.attend(q.repeat(2, 1, 1), world.kv, plan)
+    with pytest.raises(KernelInputError, match="heads"):
+        ops.attend(q[:, :3], world.kv, plan)
+    outside = dataclasses.replace(plan, pages=plan.pages + 4)
+    with pytest.raises(KernelInputError, match="tile table"):
+        ops.attend(q, world.kv, outside)
+    with pytest.raises(KernelInputError, match=r"layout|hold"):
+        ops.attend(q.bfloat16(), world.kv, plan)
+
+
+def test_a_page_without_a_tile_is_refused(path: str) -> None:
+    world, q, plan = good()
+    table = world.kv.tile_table.copy()
+    table[plan.pages[0], 1, 0] = 10**6
+    kv = dataclasses.replace(world.kv, tile_table=table)
+    ops = ops_for(path)
+    with pytest.raises(KernelInputError, match="without a tile"):
+        ops.attend(q, kv, plan)
+    slots = np.array([plan.pages[0] * PAGE_TOKENS], np.int32)
+    row = world.tensor(1, SMALL.kv, SMALL.dim)
+    with pytest.raises(KernelInputError, match="without a tile"):
+        ops.append(kv, row, row, slots)
+
+
+@pytest.mark.parametrize("name", available())
+def test_native_refusals(name: str) -> None:
+    ops = cpu_attention(name)
+    world, q, plan = good()
+    with pytest.raises(KernelInputError, match="step of 128"):
+        ops.attend(q, world.kv, with_run(plan, first_position=64))
+    with pytest.raises(KernelInputError, match="every row once"):
+        ops.attend(
+            q.repeat(2, 1, 1),
+            world.kv,
+            dataclasses.replace(plan, row_positions=np.array([9, 9], np.int32)),
+        )
+    twice = dataclasses.replace(
+        plan, runs=np.repeat(plan.runs, 2, axis=0), groups=np.array([[0, 1, 0, 2]], np.int32)
+    )
+    with pytest.raises(KernelInputError, match="order of position"):
+        ops.attend(q, world.kv, twice)
+    odd = LayerKV(world.kv.buffer, world.kv.tile_table, 2 * 64 * 40 * 4, 1, 2, 40)
+    with pytest.raises(KernelInputError, match="multiple of 16"):
+        ops.attend(torch.zeros(1, 4, 40), odd, plan)
+    with pytest.raises(KernelInputError, match="thresholds"):
+        ops.attend(q, world.kv, plan, Observe(np.zeros(3, np.float32)))
+    with pytest.raises(KernelInputError, match=r"k .* and v"):
+        ops.append(world.kv, q, q, np.zeros(1, np.int32))
+    with pytest.raises(KernelInputError, match="outside the tile table"):
+        ops.append(world.kv, q[:, :2], q[:, :2], np.array([9 * PAGE_TOKENS], np.int32))
+    with pytest.raises(KernelInputError, match="layer"):
+        ops.attend(q, dataclasses.replace(world.kv, layer=2), plan)
+    with pytest.raises(KernelInputError, match="do not fit"):
+        ops.merge(torch.zeros(2, 3, 4, 64), torch.zeros(2, 3))
