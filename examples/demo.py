@@ -165,12 +165,11 @@ def main() -> int:
             OUT.print(f"{url}: every tenant sends the same handbook and asks about it.\n")
             found = run(url, keys, given.seed)
     report(found)
-    firsts = [asked for asked in found[: len(TENANTS)]]
-    kept_apart = all(asked.cached_tokens == 0 for asked in firsts)
+    kept_apart = all(asked.cached_tokens == 0 for asked in found[: len(TENANTS)])
     reused = all(asked.cached_tokens > 0 for asked in found[len(TENANTS) :])
     OUT.print("First questions read the handbook; later ones found it in their tenant's own pages.")
     OUT.print(
-        "To keep a server running:   make serve      then, elsewhere:   .venv/bin/kvkeep chat"
+        "To keep a server running: make serve; to talk to it, elsewhere: .venv/bin/kvkeep chat"
     )
     return 0 if kept_apart and reused else 1
 
