@@ -92,7 +92,9 @@ class PageStore:
         page.ref_count -= 1
         if page.ref_count == 0:
             if page.attached:
-                self.accounts[page.account].unreferenced[page] = None
+                owner = self.accounts[page.account]
+                owner.unreferenced[page] = None
+                self.evict_pages(owner.name, owner.used_pages - owner.quota_pages)
             else:
                 self._free(page)
 

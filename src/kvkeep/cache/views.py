@@ -110,20 +110,17 @@ class Closer:
         """
         if before is not None and not (before.attached and before.account == PUBLIC_ACCOUNT):
             return False
-        twin = self._public_parent(before).children.get(key)
+        start = (self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
+        parent = self._index.find_root(*start) if before is None else before
+        twin = None if parent is None else parent.children.get(key)
         if twin is not None:
             self._swap(held, i, twin)
             return True
         page = held.pages[i]
         if not self._store.charge_public(page):
             return False
-        self._store.attach(self._public_parent(before), page, key)
+        self._store.attach(self._index.root(*start) if before is None else before, page, key)
         return True
-
-    def _public_parent(self, before: Page | None) -> Page:
-        if before is not None:
-            return before
-        return self._index.root(self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
 
     def _swap(self, held: HeldView, i: int, twin: Page) -> None:
         self._store.lock(twin)
