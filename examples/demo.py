@@ -169,7 +169,7 @@ def main() -> int:
     reused = all(asked.cached_tokens > 0 for asked in found[len(TENANTS) :])
     OUT.print("First questions read the handbook; later ones found it in their tenant's own pages.")
     OUT.print(
-        "To keep a server running: make serve; to talk to it, elsewhere: .venv/bin/kvkeep chat"
+        "To keep a server running: make serve; to talk to it: .venv/bin/kvkeep chat"
     )
     return 0 if kept_apart and reused else 1
 
