@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from kvkeep.models.make import tiny
-from kvkeep.ops.layout import Ops
-from tests.models.fakes import NoAttention, PlainLeaf
+from kvkeep.ops import Ops, select
 
 
 @pytest.fixture(scope="session")
 def ops() -> Ops:
-    return Ops("plain", NoAttention(), PlainLeaf())
+    """Return the oracle."""
+    return select("reference", 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Plain float kernels and a dense KV cache: what the models package needs of the layers below."""
+"""A dense KV cache: what a hosted model needs of the layers beside it."""
 
 from __future__ import annotations
 
@@ -7,56 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from kvkeep.ops.layout import Attended, AttentionPlan, LayerKV, Observe, PackedWeight
-from kvkeep.types import Int32Array
-
-
-@dataclass(frozen=True)
-class PlainWeight:
-    """A weight as it came, rounded where int8 was asked for."""
-
-    matrix: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (N, K)."""
-        rows, width = self.matrix.shape
-        return rows, width
-
-    @property
-    def nbytes(self) -> int:
-        """Return the matrix's bytes."""
-        return self.matrix.nbytes
-
-
-class PlainLeaf:
-    """LeafOps in torch, row by row: bits do not depend on the number of rows."""
-
-    def pack(self, weight: Tensor, *, int8: bool = False) -> PlainWeight:
-        """Keep a copy; int8 rounds per output channel."""
-        if not int8:
-            return PlainWeight(weight.clone())
-        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        return PlainWeight(((weight.float() / scale).round() * scale).to(weight.dtype))
-
-    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Return [T, N]."""
-        assert x.ndim == 2
-        assert x.is_contiguous()
-        assert isinstance(weight, PlainWeight)
-        return torch.stack([functional.linear(row, weight.matrix, bias) for row in x])
-
-    def gated_mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-        """Return [T, K]."""
-        gate, up = self.linear(x, gate_up, None).chunk(2, -1)
-        return self.linear(functional.silu(gate) * up, down, None)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x's shape."""
-        wide = x.float()
-        scale = (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-        return (weight * (wide * scale)).to(x.dtype)
 
 
 @dataclass
@@ -91,21 +41,3 @@ class DenseKV:
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask, enable_gqa=True
         )
         return out.transpose(0, 1)
-
-
-class NoAttention:
-    """AttentionOps that must not be reached: these tests bring their own cache."""
-
-    def append(self, kv: LayerKV, k: Tensor, v: Tensor, slots: Int32Array) -> None:
-        """Fail."""
-        raise AssertionError
-
-    def attend(
-        self, q: Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
-    ) -> Attended:
-        """Fail."""
-        raise AssertionError
-
-    def merge(self, outs: Tensor, lse2s: Tensor) -> tuple[Tensor, Tensor]:
-        """Fail."""
-        raise AssertionError

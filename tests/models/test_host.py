@@ -14,7 +14,7 @@ from kvkeep.models.host import HostedModel
 from kvkeep.models.loader import load
 from kvkeep.models.make import tiny
 from kvkeep.models.shapes import TINY
-from kvkeep.ops.layout import Ops
+from kvkeep.ops import Kernel, Ops, available, select
 from tests.models.fakes import DenseKV
 
 logging.disable_progress_bar()
@@ -39,22 +39,31 @@ def flat(model: HostedModel, requests: list[Tensor], rows: Tensor | None = None)
     return model.forward(torch.cat(requests), torch.cat(positions), kv, rows)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kernel", ["reference", *available()])
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_flattened_requests_have_transformers_logits(
-    family: str, tied: bool, ops: Ops, tmp_path: Path
+    family: str, kernel: Kernel, shared: Callable[[str], Path]
 ) -> None:
-    path = tiny(family, tmp_path / "m", tied=tied)
     requests = prompts(LENGTHS)
-    want = expected(path, requests)
-    torch.testing.assert_close(flat(load(path, ops=ops), requests), want, atol=1e-4, rtol=0)
+    want = expected(shared(family), requests)
+    got = flat(load(shared(family), ops=select(kernel, 1)), requests)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
+def test_untied_heads(family: str, ops: Ops, tmp_path: Path) -> None:
+    path = tiny(family, tmp_path / "m", tied=False)
+    requests = prompts(LENGTHS)
+    got = flat(load(path, ops=ops), requests)
+    torch.testing.assert_close(got, expected(path, requests), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(TINY))
 def test_rows_do_not_depend_on_their_neighbours(
-    family: str, ops: Ops, shared: Callable[[str], Path]
+    family: str, dtype: Literal["float32", "bfloat16"], shared: Callable[[str], Path]
 ) -> None:
-    model = load(shared(family), ops=ops)
+    model = load(shared(family), ops=select("auto", 2), dtype=dtype)
     requests = prompts(LENGTHS)
     together = flat(model, requests).split_with_sizes(LENGTHS)
     for ids, part in zip(requests, together, strict=True):

@@ -13,7 +13,7 @@ from kvkeep.errors import CheckpointError, UnsupportedModel
 from kvkeep.models.checkpoint import SINGLE_NAME
 from kvkeep.models.loader import load
 from kvkeep.models.make import tiny
-from kvkeep.ops.layout import Ops
+from kvkeep.ops import Ops
 from tests.models.test_host import LENGTHS, flat, prompts
 
 

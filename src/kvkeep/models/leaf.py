@@ -206,8 +206,10 @@ class RMSNorm(Leaf):
         self.read_bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x's shape."""
-        return self._rms_norm(x.contiguous(), self._weight, self._eps)
+        """Return x's shape, [1, T, K] or [1, T, H, D]; heads may be strided."""
+        if x.dim() == 4:
+            return self._rms_norm(x[0], self._weight, self._eps).unsqueeze(0)
+        return self._rms_norm(x, self._weight, self._eps)
 
 
 class Embedding(Leaf):
