@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -81,6 +82,8 @@ class FakeEngine:
     first_delay_s: float = 0.0
     cached_tokens: int = 0
     fail_with: Callable[[GenerateRequest], Exception | None] = lambda _: None
+    mute: bool = False
+    """Whether chunks come without text."""
     fail_after: int = 0
     """Tokens before `fail_with` strikes."""
     finish: FinishReason | None = None
@@ -141,7 +144,7 @@ class FakeEngine:
             prompt_logprobs = (None, *(scored(i, params.prompt_logprobs) for i in ids[1:]))
         return Chunk(
             index=index,
-            text=text,
+            text="" if self.mute else text,
             token_ids=(token,),
             logprobs=() if params.logprobs is None else (scored(token, params.logprobs),),
             prompt_logprobs=prompt_logprobs,
@@ -156,7 +159,7 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         if self.dead:
             raise EngineStopped("the engine has died")
-        histogram = Histogram(bounds=(0.1, 1.0), counts=(1, 2, 3), total=4.5)
+        histogram = Histogram(bounds=(0.1, 1.0, math.inf), counts=(1, 2, 3), total=4.5)
         return EngineStats(
             requests_running=len(self.live),
             requests_waiting=2,

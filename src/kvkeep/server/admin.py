@@ -40,11 +40,11 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def create_admin_app(front: Frontend, token: str) -> Starlette:
-    """Return the admin port's app over the public app's `state.frontend`; every route needs the token."""
+    """Return the admin app over the public app's `state.frontend`; all of it needs the token."""
     if not token:
         raise ConfigError("admin token: must not be empty")
 
-    def authorize(headers: Headers, connection: str) -> None:
+    def authorize(headers: Headers, _connection: str) -> None:
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not same_secret(presented.strip(), token):
             raise Unauthenticated(
@@ -64,12 +64,12 @@ def create_admin_app(front: Frontend, token: str) -> Starlette:
     return app
 
 
-async def _metrics(front: Frontend, request: Request) -> Response:
+async def _metrics(front: Frontend, _request: Request) -> Response:
     stats = await _stats(front)
     return Response(render(front, stats), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _ready(front: Frontend, request: Request) -> Response:
+async def _ready(front: Frontend, _request: Request) -> Response:
     stats = await _stats(front)
     body = Readiness(
         status=front.health.value,
@@ -81,7 +81,7 @@ async def _ready(front: Frontend, request: Request) -> Response:
     return reply(body, 200 if front.health is Health.OK else 503)
 
 
-async def _reload(front: Frontend, request: Request) -> Response:
+async def _reload(front: Frontend, _request: Request) -> Response:
     try:
         await front.reload()
     except ConfigError as error:

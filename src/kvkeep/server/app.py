@@ -1,4 +1,7 @@
-"""The public port: POST /v1/chat/completions -> identity, schema, `EngineClient.submit()`; tokens go back as they come."""
+"""The public port: POST /v1/chat/completions -> identity, schema, `EngineClient.submit()`.
+
+Tokens go back as they come.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,11 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def create_app(
     client: EngineClient, text: TextModel, tenants: TenantStore, options: ServerOptions
 ) -> Starlette:
-    """Return the public port's app; its `state.frontend` is what the admin port's app is made of."""
+    """Return the public app; its `state.frontend` is what the admin app is made of."""
     front = Frontend(client, text, tenants, options)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with front.alive():
             yield
 
@@ -74,7 +77,7 @@ def reply(body: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-async def http_problem(request: Request, error: Exception) -> Response:
+async def http_problem(_request: Request, error: Exception) -> Response:
     """Return a routing error (404, 405) in OpenAI's shape."""
     problem = problem_of(error)
     headers = error.headers if isinstance(error, HTTPException) else None
@@ -95,17 +98,17 @@ def _routes(front: Frontend) -> list[Route]:
     ]
 
 
-async def _health(front: Frontend, request: Request) -> Response:
+async def _health(front: Frontend, _request: Request) -> Response:
     """Tell whether requests can be served; nothing of the load."""
     health = front.health
     return reply(Health(status=health.value), 200 if health is state.Health.OK else 503)
 
 
-async def _openapi(request: Request) -> Response:
+async def _openapi(_request: Request) -> Response:
     return Response(document(), media_type="application/json")
 
 
-async def _models(front: Frontend, request: Request) -> Response:
+async def _models(front: Frontend, _request: Request) -> Response:
     info = front.ready()
     return reply(ModelList(data=[_card(name, info) for name in front.names(info)]))
 

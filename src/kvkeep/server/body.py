@@ -21,7 +21,7 @@ JsonObject = dict[str, Any]
 
 
 async def read_body(request: Request, limits: ServerLimits) -> bytes:
-    """Return the body; raises 415, 413 without keeping more than the cap, and 408 where it takes too long."""
+    """Return the body; raises 415, 413 (keeping no more than the cap) and 408 where it is late."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("send the body as application/json", param="Content-Type")
@@ -47,7 +47,7 @@ async def read_body(request: Request, limits: ServerLimits) -> bytes:
 
 
 def parse_object(raw: bytes, limits: ServerLimits) -> JsonObject:
-    """Return the JSON object in `raw`; raises `InvalidRequest` for anything two parsers might read differently."""
+    """Return the JSON object in `raw`; refuses all that two parsers might read differently."""
     _check_depth(raw, limits.max_json_depth)
     try:
         text = raw.decode()
@@ -96,7 +96,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     return result
 
 
-def _no_constant(name: str) -> None:
+def _no_constant(_name: str) -> None:
     raise InvalidRequest("must not contain NaN or Infinity", param="body")
 
 

@@ -112,7 +112,7 @@ class ChatEvents:
         self,
         choices: Sequence[ChatDeltaChoice],
         tally: Tally,
-        usage: Usage | None | UnsetType = UNSET,
+        usage: Usage | UnsetType | None = UNSET,
     ) -> bytes:
         head = self._head
         return sse(

@@ -171,7 +171,7 @@ class CompletionEvents:
 
 
 def _reply(
-    head: Head, choices: list[CompletionChoice], usage: Usage | None | UnsetType
+    head: Head, choices: list[CompletionChoice], usage: Usage | UnsetType | None
 ) -> CompletionReply:
     return CompletionReply(
         id=head.id,

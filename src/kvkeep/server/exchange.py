@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from kvkeep.engine.api import ModelInfo
 from kvkeep.errors import EngineStopped, Unauthenticated
 from kvkeep.metrics import IGNORED_FIELDS
 from kvkeep.server.body import read_body
@@ -22,12 +25,13 @@ from kvkeep.server.prepare import Context, Prepared
 from kvkeep.server.problems import ClientGone, problem_of
 from kvkeep.server.running import Job
 from kvkeep.server.streaming import DONE, KEEPALIVE, SSE_HEADERS
+from kvkeep.types import PAGE_TOKENS
 
 Prepare = Callable[[Context, bytes], Prepared]
 
 
 class GenerateRoute:
-    """An ASGI endpoint that generates; `prepare` makes the difference between chats and completions."""
+    """An ASGI endpoint that generates; `prepare` tells chats from completions."""
 
     def __init__(self, frontend: Frontend, route: str, prepare: Prepare) -> None:
         self._frontend = frontend
@@ -35,6 +39,7 @@ class GenerateRoute:
         self._prepare = prepare
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         front, call = self._frontend, call_of(scope)
         call.record.route = self._route
         identity = known(call.identity)
@@ -74,21 +79,22 @@ class _Run:
         await send_json(send, answer.json(tally))
 
     async def stream(self, send: Send) -> None:
-        """Send what is new as it comes; an error before the first event is an ordinary error answer."""
-        silence_s = self._frontend.options.keepalive_s
-        events = await self._generation.next(silence_s)
+        """Send what is new as it comes; an error before the first event is an ordinary one."""
+        pulse = _Pulse(self._frontend.options.keepalive_s)
+        events = await self._generation.next(pulse.left_s())
         data = self._render(events or [])
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         try:
             while events is not None:
-                if data or not events:
+                if data or pulse.left_s() == 0:
                     await send(_part(data or KEEPALIVE))
-                events = await self._generation.next(silence_s)
+                    pulse.restart()
+                events = await self._generation.next(pulse.left_s())
                 data = self._render(events or [])
             await send(_part(self._prepared.events.end(self._prepared.tally) + DONE, more=False))
         except (ClientGone, OSError):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the stream has begun: its error is an event
             await self._fail(error, send)
 
     def _render(self, events: list[Event]) -> bytes:
@@ -121,6 +127,22 @@ class _Run:
         await send(_part(b"data: " + problem.json() + b"\n\n", more=False))
 
 
+class _Pulse:
+    """How long a stream may stay silent; chunks that show nothing do not count as a sign of life."""
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._last = time.monotonic()
+
+    def restart(self) -> None:
+        """Note that something was sent."""
+        self._last = time.monotonic()
+
+    def left_s(self) -> float:
+        """Return the seconds until a comment is due."""
+        return max(0.0, self._last + self._silence_s - time.monotonic())
+
+
 def known(identity: Identity | None) -> Identity:
     """Return the identity the gate found; no route that needs one is open."""
     if identity is None:
@@ -130,7 +152,7 @@ def known(identity: Identity | None) -> Identity:
 
 def context_of(front: Frontend, request_id: str, identity: Identity) -> Context:
     """Return what a request is prepared with."""
-    info = front.ready()
+    info = _fitting(front, front.ready(), identity)
     return Context(
         id=request_id,
         identity=identity,
@@ -140,6 +162,13 @@ def context_of(front: Frontend, request_id: str, identity: Identity) -> Context:
         names=front.names(info),
         options=front.options,
     )
+
+
+def _fitting(front: Frontend, info: ModelInfo, identity: Identity) -> ModelInfo:
+    """Return the model's description with the length that fits the account's reserved share."""
+    share = front.tenants.quotas().get(identity.account, 0.0)
+    tokens = int(share * info.num_pages) * PAGE_TOKENS
+    return msgspec.structs.replace(info, max_model_len=min(info.max_model_len, tokens))
 
 
 @asynccontextmanager

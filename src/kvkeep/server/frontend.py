@@ -1,4 +1,4 @@
-"""What both ports share: the engine's state, the tenants in use, the requests under way, and their counters."""
+"""What both ports share: the engine's state, the tenants, the requests under way, counters."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class Frontend:
             else Authenticator(tenants)
         )
         self._info: ModelInfo | None = None
+        self._settled = asyncio.Event()
+        self._start_error: KvkeepError | None = None
         self._dead = False
         self._draining = False
 
@@ -84,12 +86,18 @@ class Frontend:
         """Add one to a counter."""
         self.counts[metric, labels] += 1
 
+    async def started(self) -> None:
+        """Wait until requests are served; raises what the engine failed with instead."""
+        await self._settled.wait()
+        if self._start_error is not None:
+            raise self._start_error
+
     def drain(self) -> None:
         """Take no more requests; those under way go on."""
         self._draining = True
 
     def stop_running(self) -> None:
-        """End every request under way, for the drain's time is over."""
+        """End every request under way: the drain's time is over."""
         self.running.cancel_where(
             lambda _: True, lambda: Unavailable("the server is shutting down; try again later")
         )
@@ -102,16 +110,16 @@ class Frontend:
         self.running.cancel_where(lambda _: True, lambda: EngineStopped("the engine has stopped"))
 
     async def reload(self) -> None:
-        """Take the tenant file's state; raises `ConfigError` and keeps the old one where it is not valid."""
+        """Take the tenant file; raises `ConfigError` and keeps the old state where it is bad."""
         try:
             self.tenants.reload()
+            self.cancel_revoked()
             await self.client.set_tenants(self.tenants.quotas())
         except ConfigError:
             self.count(RELOAD_FAILURES)
             log_event("tenant_file_refused")
             raise
         self.count(RELOADS)
-        self.cancel_revoked()
 
     def cancel_revoked(self) -> None:
         """Cancel what runs under keys that are no longer valid."""
@@ -141,9 +149,13 @@ class Frontend:
             await self.client.set_tenants(self.tenants.quotas())
         except KvkeepError as error:
             log_event("engine_start_failed", type=type(error).__name__)
+            self._start_error = error
             self.engine_died()
             return
-        self._info = info
+        else:
+            self._info = info
+        finally:
+            self._settled.set()
         while not self._dead:
             await asyncio.sleep(self.options.poll_s)
             await self._look()

@@ -54,6 +54,7 @@ class Gate:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass HTTP on through the gate; refuse what is neither HTTP nor a lifespan."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -78,7 +79,7 @@ class Gate:
         except asyncio.CancelledError:
             record.status = record.status or 503
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last place where it can be told
             await self._refuse(error, record, outer)
         finally:
             self._frontend.count(HTTP_REQUESTS, record.route, str(record.status))
@@ -139,7 +140,7 @@ async def send_json(
 
 
 def connection_of(scope: Scope) -> str:
-    """Return what tells one connection from another: the listener's own number, else the peer's address."""
+    """Return what tells connections apart: the listener's own number, else the peer's address."""
     number = scope.get("state", {}).get("connection")
     client = scope.get("client")
     address = f"{client[0]} {client[1]}" if client else "unknown"

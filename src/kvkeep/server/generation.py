@@ -1,4 +1,4 @@
-"""Runs one HTTP request's prompts on the engine and hands back what is new, all of it, as soon as there is any."""
+"""Runs one HTTP request's prompts on the engine and hands back what is new as soon as it comes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from kvkeep.engine.api import Chunk, EngineClient, FinishReason, GenerateRequest
-from kvkeep.errors import DeadlineExceeded, EngineStopped, RequestCancelled
+from kvkeep.errors import DeadlineExceeded, RequestCancelled
 from kvkeep.server.problems import GenerationFailed
 from kvkeep.server.running import Job
 
@@ -27,7 +27,7 @@ class _Closable(Protocol):
 
 
 class Generation:
-    """An async context over the engine's iterators; leaving it, or the job's cancellation, closes them at once."""
+    """A context over the engine's iterators; leaving it, or cancelling the job, closes them."""
 
     def __init__(self, client: EngineClient, requests: Sequence[GenerateRequest], job: Job) -> None:
         self._client = client
@@ -57,8 +57,8 @@ class Generation:
     async def next(self, silence_s: float | None = None) -> list[Event] | None:
         """Return all that came since the last call, waiting for the first of it.
 
-        An empty list after `silence_s` without any; None at the end. Raises what the engine raised, or what the job
-        was cancelled with.
+        An empty list after `silence_s` without any; None at the end. Raises what the engine raised,
+        or what the job was cancelled with.
         """
         if not self._wake.is_set():
             try:
@@ -86,8 +86,8 @@ class Generation:
                 unfinished -= chunk.finish is not None
                 self._wake.set()
             if unfinished:
-                raise EngineStopped("the engine ended a request before its last token")
-        except Exception as error:
+                self._fail(GenerationFailed("the engine ended the request before its last token"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request's handler raises it
             self._fail(error)
         finally:
             await _close(chunks)

@@ -37,7 +37,7 @@ class Identity:
     key_id: str
     concurrency: int
     subject: str | None = None
-    """A gateway's end user, or the connection where nobody authenticates: an own scope, the account's quota."""
+    """A gateway's end user, or the connection without authentication: own scope, shared quota."""
     salt: str | None = None
     """From the header; one in the body narrows further."""
 
@@ -109,13 +109,13 @@ class Authenticator:
 
 
 class LoopbackAuthenticator:
-    """Gives each connection its own scope where nobody authenticates; only for a port bound to loopback."""
+    """Gives each connection its own scope, nobody authenticating; for a loopback port only."""
 
     def __init__(self, concurrency: int) -> None:
         self._concurrency = concurrency
 
     def identify(self, headers: Headers, connection: str) -> Identity:
-        """Return the connection's identity; raises 403 for what came through a proxy or from a web page's name."""
+        """Return the connection's identity; raises 403 for a proxy's or a foreign host name's."""
         for name in _FORWARDING:
             if headers.getlist(name):
                 raise Forbidden(

@@ -46,7 +46,7 @@ def parse_key(text: str) -> ApiKey | None:
 
 
 def key_digest(text: str) -> str:
-    """Return what is stored: SHA-256 in hex (the secret has 256 random bits, so no slow hash is needed)."""
+    """Return what is stored: SHA-256 in hex (256 random bits need no slow hash)."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -67,14 +67,14 @@ def log_request(record: RequestRecord) -> None:
     logging.getLogger(REQUEST_LOGGER).info("%s", record.line())
 
 
-def log_event(event: str, **details: str | int | float) -> None:
-    """Write a line about the server itself; `details` are fixed words and numbers, never a client's."""
+def log_event(event: str, **details: str | float) -> None:
+    """Write a line about the server; `details` are fixed words and numbers, never a client's."""
     text = msgspec.json.encode({"time": time.time(), "event": event, **details}).decode()
     logging.getLogger(SERVER_LOGGER).warning("%s", text)
 
 
 def log_failure(record: RequestRecord, error: BaseException) -> None:
-    """Write where an unforeseen error came from: its type and places in the code; its words may hold content."""
+    """Write an unforeseen error's type and places in the code; its words may hold content."""
     places = []
     trace = error.__traceback__
     while trace is not None:

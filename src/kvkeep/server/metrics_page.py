@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -102,7 +103,7 @@ def _simple(metric: m.Metric, samples: Iterable[Sample], model: str | None = Non
 def _histogram(metric: m.Metric, histogram: Histogram, model: str) -> Family:
     names, values = _model_label(model)
     family = HistogramMetricFamily(metric.full_name, metric.help, labels=names)
-    bounds = [*map(str, histogram.bounds), "+Inf"]
+    bounds = ["+Inf" if bound == math.inf else str(bound) for bound in histogram.bounds]
     family.add_metric(
         values, list(zip(bounds, map(float, histogram.counts), strict=True)), histogram.total
     )

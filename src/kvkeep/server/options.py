@@ -1,4 +1,4 @@
-"""What a server may be told at start: plain frozen records, filled from the settings by the command line."""
+"""What a server may be told at start: plain frozen records, filled from the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvkeep.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Caps checked before any tokenising; every one of them holds per request unless said otherwise."""
+    """Caps checked before any tokenising, per request unless said otherwise."""
 
     max_body_bytes: int = 4 << 20
     max_body_wait_s: float = 30.0
@@ -68,7 +68,7 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """Where a port listens: a host and a port (0 picks a free one), or the path of a Unix socket."""
+    """Where a port listens: host and port (0 picks a free one), or a Unix socket's path."""
 
     host: str = "127.0.0.1"
     port: int = 0

@@ -56,7 +56,7 @@ class Unavailable(RequestError):
 
 
 class GenerationFailed(RequestError):
-    """The engine ended a sequence with an error; the message is the engine's own, without content."""
+    """The engine ended a sequence with an error; the words are its own, without content."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "engine_error"

@@ -102,7 +102,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
-    stop_reason: str | int | None | UnsetType = UNSET
+    stop_reason: str | int | UnsetType | None = UNSET
 
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +124,7 @@ class ChatDeltaReply(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     choices: list[ChatDeltaChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""The requests under way: who runs what, so that a cap can be kept and a revoked key's work be cancelled."""
+"""The requests under way: keeps each account's cap, finds a revoked key's work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvkeep.server.identity import Identity
 
 
 class Job:
-    """One HTTP request under way; `cancel` ends it from outside with the error its client shall see."""
+    """One HTTP request under way; `cancel` ends it with the error its client shall see."""
 
     def __init__(self, request_id: str, identity: Identity) -> None:
         self.id = request_id
@@ -54,7 +54,7 @@ class Running:
         taken = self._per_account.get(account, 0)
         if taken >= identity.concurrency:
             raise TooManyRequests(
-                f"this tenant may run {identity.concurrency} requests at a time; wait for one to end"
+                f"this tenant may run {identity.concurrency} requests at a time; let one end"
             )
         job = Job(request_id, identity)
         self._jobs.add(job)

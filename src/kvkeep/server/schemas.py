@@ -1,4 +1,4 @@
-"""Requests as OpenAI's clients send them; types and plain ranges only, the rest is in `validation`."""
+"""Requests as OpenAI's clients send them: types and plain ranges; `validation` does the rest."""
 
 from __future__ import annotations
 
@@ -157,7 +157,10 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "documents": (),
 }
-"""Fields that would change the answer and are not served, with the values that ask for nothing (null always does)."""
+"""Fields that would change the answer and are not served, with the values that ask for nothing.
+
+Null always asks for nothing.
+"""
 
 UNSUPPORTED_MESSAGE_FIELDS: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),

@@ -54,7 +54,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, let running requests end, and close the engine.
 
-    Raises `ConfigError` for a port in use, an admin port others can reach, and `no_auth` off loopback.
+    Raises `ConfigError` for a port in use, an admin port that others can reach, and `no_auth` off
+    loopback.
     """
     check_binds(public, admin, options)
     app = create_app(client, text, tenants, options)
@@ -83,7 +84,16 @@ def check_binds(public: Bind, admin: Bind, options: ServerOptions) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to us: there are two of them in one loop."""
+    """A server that leaves signals to us, there being two in one loop, and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -102,17 +112,15 @@ class _Servers:
     async def run(
         self, public: socket.socket, admin: socket.socket, announce: Callable[[], None]
     ) -> None:
-        """Serve both until the public one has ended."""
+        """Serve both until the public one has ended; raises what the engine failed with."""
         with _on_signals(self._stop):
             tasks = [
                 asyncio.create_task(self._admin.serve([admin])),
                 asyncio.create_task(self._public.serve([public])),
             ]
             try:
-                while not (self._public.started and self._admin.started) and not any(
-                    t.done() for t in tasks
-                ):
-                    await asyncio.sleep(0.01)
+                await asyncio.gather(self._admin.listening.wait(), self._public.listening.wait())
+                await self._front.started()
                 announce()
                 await asyncio.wait(tasks[1:])
             finally:
@@ -145,7 +153,7 @@ def _server(app: Starlette, *, lifespan: bool, grace_s: float) -> _Server:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> asyncio.Protocol:
-        """Return a connection's protocol; its number survives the reuse of a peer's port by somebody else."""
+        """Return a connection's protocol; its number tells it from others of the same address."""
         return AutoHTTPProtocol(
             config=config,
             server_state=server_state,
@@ -160,6 +168,7 @@ def _server(app: Starlette, *, lifespan: bool, grace_s: float) -> _Server:
             ws="none",
             lifespan="on" if lifespan else "off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -182,7 +191,8 @@ def _listening(bind: Bind) -> Iterator[socket.socket]:
 
 def _tcp_socket(bind: Bind) -> socket.socket:
     family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's delay off only where the protocol is named
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((bind.host.strip("[]"), bind.port))
@@ -196,7 +206,7 @@ def _tcp_socket(bind: Bind) -> socket.socket:
 
 
 def _unix_socket(bind: Bind) -> socket.socket:
-    """Return a listening socket that only this user can open; one left behind by a dead server is replaced."""
+    """Return a listening socket for this user alone; one left by a dead server is replaced."""
     path = bind.unix
     assert path is not None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

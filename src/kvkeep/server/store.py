@@ -16,7 +16,7 @@ _NOBODY = key_digest("")
 
 
 class TenantStore:
-    """Answers who holds a key, from memory; `reload` takes the file's new state or leaves the old one."""
+    """Answers who holds a key, from memory; `reload` takes the file's state as a whole."""
 
     def __init__(self, table: TenantTable, file: TenantFile | None = None) -> None:
         self._file = file
@@ -42,7 +42,7 @@ class TenantStore:
         return self._scope_key
 
     def lookup(self, presented: str, now: float) -> tuple[Tenant, KeyRecord] | None:
-        """Return the tenant and the record of a live key; one digest is compared whatever the outcome."""
+        """Return a live key's tenant and record; one digest is compared whatever the outcome."""
         key = parse_key(presented)
         entry = self._keys.get(key.id) if key else None
         same = same_digest(key_digest(presented), entry[1].sha256 if entry else _NOBODY)
@@ -69,7 +69,7 @@ class TenantStore:
         return self._file is not None and self._file.stamp() != self._stamp
 
     def reload(self) -> None:
-        """Take the file's state; raises `ConfigError` and keeps the old one where it is not valid."""
+        """Take the file's state; raises `ConfigError` and keeps the old one where it is bad."""
         if self._file is None:
             raise ConfigError(
                 "tenants: this server runs without authentication and has no tenant file"

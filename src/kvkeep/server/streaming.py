@@ -38,7 +38,7 @@ class UsageMode:
             bool(options.include_usage and options.continuous_usage_stats),
         )
 
-    def of_event(self, tally: Tally) -> Usage | None | UnsetType:
+    def of_event(self, tally: Tally) -> Usage | UnsetType | None:
         """Return the usage field of an event with tokens: absent unless usage was asked for."""
         if self.always:
             return tally.usage()

@@ -48,7 +48,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int = 64
     gateway: bool = False
     children: dict[str, float] = msgspec.field(default_factory=dict)
-    """A gateway's own tenants and the fraction of its share reserved for each; the rest stays with the gateway."""
+    """A gateway's own tenants and the fraction of its share for each; the rest is its own."""
     keys: tuple[KeyRecord, ...] = ()
 
 
@@ -93,7 +93,7 @@ def _check_tenant(tenant: Tenant) -> None:
     for name in (tenant.name, *tenant.children):
         if NAME.fullmatch(name) is None:
             raise ConfigError(
-                "name: use letters, digits, '_', '.' and '-', at most 63 of them, a letter or digit first"
+                "name: use at most 63 letters, digits, '_', '.' and '-', a letter or digit first"
             )
     if not 0 < tenant.share <= 1:
         raise ConfigError(f"share: tenant {tenant.name} needs a share above 0 and at most 1")
@@ -134,7 +134,7 @@ class TenantFile:
         return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
     def read(self) -> TenantTable:
-        """Return the checked table; raises `ConfigError` where it is missing, readable by others or malformed."""
+        """Return the checked table; raises `ConfigError` for a missing, open or malformed file."""
         try:
             with self.path.open("rb") as file:
                 mode = os.fstat(file.fileno()).st_mode & 0o777
@@ -173,7 +173,7 @@ class TenantFile:
         with self._editing() as cell:
             if any(t.name == name for t in cell.table.tenants):
                 raise ConfigError(
-                    f"name: tenant {name} exists already; use `kvkeep tenant rotate {name}` for a new key"
+                    f"name: tenant {name} exists; `kvkeep tenant rotate {name}` makes a new key"
                 )
             tenant = Tenant(
                 name=name,
@@ -189,7 +189,7 @@ class TenantFile:
     def rotate(
         self, name: str, *, overlap_s: float = 86_400.0, expires_s: float | None = None
     ) -> ApiKey:
-        """Return a new key; the newest of the old ones lives on for `overlap_s`, any other is revoked."""
+        """Return a new key; the newest old one lives on for `overlap_s`, any other is revoked."""
         key, now = new_key(), self._now()
 
         def change(tenant: Tenant) -> Tenant:

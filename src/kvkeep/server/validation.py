@@ -1,4 +1,4 @@
-"""From a parsed body to a checked request: every refusal names the field and never repeats its value."""
+"""From a parsed body to a checked request: a refusal names the field, never its value."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Wanted:
 
 
 def decode(body: JsonObject, kind: type[S]) -> Decoded[S]:
-    """Return `body` as a request; raises `InvalidRequest` for unknown, unsupported and mistyped fields."""
+    """Return `body` as a request; refuses unknown, unsupported and mistyped fields."""
     known = frozenset(kind.__struct_fields__)
     kept, ignored = _sift(body, known, COSMETIC_FIELDS, UNSUPPORTED_FIELDS, "")
     if isinstance(messages := kept.get("messages"), list):
@@ -110,7 +110,7 @@ def check_prompt(ids: Sequence[int], param: str, info: ModelInfo) -> None:
         raise InvalidRequest("must hold at least one token", param=param)
     if len(ids) >= info.max_model_len:
         raise InvalidRequest(
-            f"has {len(ids)} tokens; this model takes {info.max_model_len} with the answer",
+            f"has {len(ids)} tokens; prompt and answer may have {info.max_model_len}",
             param=param,
         )
 
@@ -162,7 +162,7 @@ def _sift(
     unsupported: dict[str, tuple[Any, ...]],
     prefix: str,
 ) -> tuple[JsonObject, tuple[str, ...]]:
-    """Split off the fields without effect; raise for those that would have one and are not served."""
+    """Split off the fields without effect; refuse those that would have one."""
     kept: JsonObject = {}
     ignored: list[str] = []
     for name, value in fields.items():
@@ -230,7 +230,7 @@ def _max_tokens(wanted: Wanted, info: ModelInfo) -> int:
         raise InvalidRequest("must be at least 1", param=wanted.max_tokens_field)
     if wanted.max_tokens > room:
         raise InvalidRequest(
-            f"must be at most {room}: the prompt has {wanted.prompt_tokens} tokens of {info.max_model_len}",
+            f"must be at most {room}: {info.max_model_len} less the prompt's tokens",
             param=wanted.max_tokens_field,
         )
     return wanted.max_tokens
