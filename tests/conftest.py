@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith("KVKEEP_")]:
     del os.environ[_name]
 
+pytest_plugins = ("tests.checkpoints",)
 BACKENDS = ("reference", "portable", "avx2", "avx512", "triton")
 
 

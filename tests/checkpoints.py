@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, made once per run."""
+"""A fixture: tiny random checkpoints of every family, made once per run."""
 
 from __future__ import annotations
 
