@@ -41,7 +41,7 @@ def prompt(*blocks: int, tail: int = 0) -> list[int]:
 
 
 def row_marks(tokens: TokenIds) -> Marks:
-    """Return for each row what stands for its K and V: a number that depends on all tokens so far."""
+    """Return what stands for each row's K and V: a number that depends on all tokens so far."""
     powers = np.cumprod(np.full(len(tokens), 6364136223846793005, np.uint64))
     return np.cumsum((np.asarray(tokens, np.uint64) + np.uint64(1)) * powers, dtype=np.uint64)
 

@@ -1,4 +1,4 @@
-"""The manager under random operations of several accounts: its invariants, and that accounts do not interfere."""
+"""The manager under random operations of several accounts: invariants and noninterference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvkeep.cache.store import PageStore
@@ -128,7 +128,6 @@ class PromotingMachine(Machine):
 
 
 RUNS = settings(
-    phases=(Phase.generate,),
     max_examples=60,
     stateful_step_count=30,
     deadline=None,

@@ -37,8 +37,8 @@ class PageStore:
             raise ConfigError(
                 f"quotas: {total} pages of a pool of {self.pool.num_pages}; lower the shares"
             )
-        for name in wanted.keys() - self.accounts.keys():
-            self.accounts[name] = Account(name)
+        for name in wanted:
+            self.accounts.setdefault(name, Account(name))
         for name, account in list(self.accounts.items()):
             account.quota_pages = wanted.get(name, 0)
             self.trim(name)

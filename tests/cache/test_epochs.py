@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.radix import Page, RadixIndex
+from kvkeep.sharing.policy import Access, ShareNothing
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, PageTag
+from tests.cache.player import DIGEST, SPEC, Player, check, check_rows, make_manager, prompt
+from tests.toys import PromoteOffered
+
+TOKENS = prompt(1, 2, 3, tail=9)
+
+
+def warmed(public_pages: int = 4) -> tuple[CacheManager, Player]:
+    manager = make_manager(24, PromoteOffered())
+    manager.set_quotas({"a": 8, "b": 8}, public_pages)
+    player = Player(manager)
+    player.open("a", "a/1", TOKENS)
+    player.release(player.running["a"][0], len(TOKENS))
+    return manager, player
+
+
+def test_what_is_promoted_is_read_by_others_from_the_next_epoch_on() -> None:
+    manager, player = warmed()
+    assert manager.match(TOKENS, account="b", scope="b/1").cached_tokens == 0
+    assert len(manager.end_epoch(1.0).promoted) == 3
+    check(manager)
+    match = manager.match(TOKENS, account="b", scope="b/1")
+    assert (len(match.public), match.own, match.partial) == (3, (), None)
+    view = manager.open_view(match, len(TOKENS))
+    check_rows(manager, view, TOKENS)
+    assert manager.used("b") == 0
+    manager.release(view, TOKENS[: view.length])
+    player.open("b", "b/1", prompt(1, 2, 3, 4, tail=2))
+    player.release(player.running["b"][0], 258)
+    match = manager.match(prompt(1, 2, 3, 4, tail=2), account="b", scope="b/1")
+    assert (len(match.public), len(match.own), match.cached_tokens) == (3, 1, 258)
+    assert manager.used("b") == 2
+    check(manager)
+
+
+def test_the_owner_prefers_public_pages_only_where_nothing_is_lost() -> None:
+    manager, _ = warmed()
+    manager.end_epoch(1.0)
+    match = manager.match(TOKENS, account="a", scope="a/1")
+    assert (len(match.public), len(match.own), match.cached_tokens) == (0, 3, len(TOKENS))
+    match = manager.match(TOKENS[:192], account="a", scope="a/1")
+    assert (len(match.public), len(match.own)) == (3, 0)
+
+
+def test_own_pages_behind_evicted_public_ones_are_found_again() -> None:
+    manager, player = warmed()
+    manager.end_epoch(1.0)
+    longer = prompt(1, 2, 3, 4)
+    player.open("b", "b/1", longer)
+    player.release(player.running["b"][0], 256)
+    manager.evict_pages("public", 9)
+    assert manager.match(longer, account="b", scope="b/1").cached_tokens == 0
+    own = manager.match(TOKENS[:192], account="a", scope="a/1").own
+    for page in own:
+        assert manager.promote(page) is not None
+    assert manager.match(longer, account="b", scope="b/1").cached_tokens == 256
+    check(manager)
+
+
+def test_a_page_that_cannot_be_public_stays_private() -> None:
+    manager, player = warmed(public_pages=1)
+    own = manager.match(TOKENS, account="a", scope="a/1")
+    assert own.partial is not None
+    assert manager.promote(own.own[1]) is None
+    assert manager.promote(own.partial[0]) is None
+    first = manager.promote(own.own[0])
+    assert first is not None
+    assert manager.promote(own.own[0]) is first
+    assert manager.promote(own.own[1]) is None, "its parent may not be evicted for it"
+    check(manager)
+    manager.evict_pages("a", 9)
+    assert manager.promote(own.own[0]) is None
+    player.end()
+
+
+def test_a_page_of_another_codec_is_not_copied() -> None:
+    manager = CacheManager(
+        TilePool(SPEC, 4),
+        RadixIndex(DIGEST),
+        ShareNothing(),
+        lambda scope: PageTag(scope, shield="none" if scope == PUBLIC_SCOPE else "own"),
+    )
+    manager.set_quotas({"a": 2}, 2)
+    player = Player(manager)
+    player.open("a", "a/1", prompt(1))
+    page = manager.match(prompt(1), account="a", scope="a/1").own[0]
+    assert manager.promote(page) is None
+
+
+class Withdraws:
+    """Promotes once, then withdraws the second page; shows tenant c nothing."""
+
+    at_once = False
+
+    def __init__(self) -> None:
+        self.chain: tuple[bytes, ...] = ()
+        self.seen: list[Access] = []
+        self.forgotten: list[str] = []
+
+    def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
+        return 0 if tenant == "c" else len(chain)
+
+    def offer(self, chain: Sequence[bytes], tenant: str) -> None:
+        self.chain = tuple(chain)
+
+    def observe(self, access: Access) -> None:
+        self.seen.append(access)
+
+    def end_epoch(self, now: float) -> EpochDelta:
+        if now == 1.0:
+            return EpochDelta(1, promoted=self.chain)
+        return EpochDelta(2, withdrawn=(self.chain[1], b"unknown"))
+
+    def forget(self, tenant: str) -> None:
+        self.forgotten.append(tenant)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_withdrawn_pages_go_at_once_or_with_their_last_view(held: bool) -> None:
+    policy = Withdraws()
+    manager = make_manager(24, policy)
+    manager.set_quotas({"a": 8, "b": 8, "c": 2}, 4)
+    player = Player(manager)
+    player.open("a", "a/1", TOKENS)
+    manager.end_epoch(1.0)
+    assert manager.match(TOKENS, account="c", scope="c/1").cached_tokens == 0
+    if held:
+        player.open("b", "b/1", TOKENS)
+        assert policy.seen[-1] == Access("b", 0, len(TOKENS), 0, policy.chain)
+    manager.end_epoch(2.0)
+    check(manager)
+    assert manager.match(TOKENS, account="b", scope="b/2").cached_tokens == PAGE_TOKENS
+    assert manager.used("public") == (3 if held else 1)
+    if held:
+        check_rows(manager, player.running["b"][0].view, TOKENS)
+        player.feed(player.running["b"][0], [7] * 80)
+        player.release(player.running["b"][0], len(TOKENS) + 80)
+        assert manager.used("b") == 0, "nothing is indexed behind a withdrawn page"
+    assert manager.used("public") == 1
+    assert manager.forget("a") == 3
+    assert policy.forgotten == ["a"]
+    assert isinstance(manager.match(TOKENS, account="a", scope="a/1").public[0], Page)
+    player.end()

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvkeep.cache.pool import FreeList, TilePool
+from kvkeep.errors import ConfigError, EngineError, PoolExhausted
+from kvkeep.types import Layout, PageSpec
+from tests.cache.player import SPEC
+
+
+def test_the_buffer_is_aligned_and_covers_all_tiles() -> None:
+    pool = TilePool(SPEC, 3)
+    assert pool.buffer.data_ptr() % 64 == 0
+    assert pool.buffer.numel() == 3 * SPEC.page_bytes == pool.tiles.size
+    pool.tiles[1, 0] = 7
+    assert int(pool.buffer[SPEC.tile_bytes]) == 7
+
+
+def test_pages_have_distinct_tiles_until_the_pool_is_exhausted() -> None:
+    pool = TilePool(SPEC, 3)
+    slots = [pool.alloc_page() for _ in range(3)]
+    assert sorted(pool.tile_table[slots].ravel().tolist()) == list(range(12))
+    with pytest.raises(PoolExhausted, match="0 left"):
+        pool.alloc_page()
+    assert pool.free_pages == 0
+    pool.free_page(slots[1])
+    assert pool.free_pages == 1
+    assert (pool.tile_table[slots[1]] == -1).all()
+
+
+def test_a_page_comes_back_zeroed() -> None:
+    pool = TilePool(SPEC, 2)
+    first = pool.alloc_page()
+    pool.tiles[:] = 255
+    pool.free_page(first)
+    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
+    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
+
+
+def test_zeroing_and_copying_follow_scattered_tiles() -> None:
+    pool = TilePool(SPEC, 3)
+    private = pool.alloc_tiles(5)
+    pool.free_tiles(private[[0, 2, 4, 1]])
+    page, other = pool.alloc_page(), pool.alloc_page()
+    pool.tiles[pool.tile_table[page].ravel()] = 9
+    pool.tiles[private[3]] = 5
+    pool.copy_page(page, other)
+    assert (pool.tiles[pool.tile_table[other].ravel()] == 9).all()
+    assert (pool.tiles[private[3]] == 5).all()
+    pool.free_page(page)
+    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
+
+
+def test_tiles_of_views_leave_less_room_for_pages() -> None:
+    pool = TilePool(SPEC, 2)
+    tiles = pool.alloc_tiles(1)
+    assert pool.free_pages == 1
+    pool.alloc_page()
+    with pytest.raises(PoolExhausted):
+        pool.alloc_page()
+    pool.free_tiles(tiles)
+    pool.alloc_page()
+    assert pool.free_tiles_count == 0
+
+
+def test_freeing_twice_or_what_was_never_taken_is_an_error() -> None:
+    pool = TilePool(SPEC, 2)
+    slot = pool.alloc_page()
+    pool.free_page(slot)
+    for bad in (slot, -1, 2):
+        with pytest.raises(EngineError, match="not in use"):
+            pool.free_page(bad)
+    with pytest.raises(EngineError, match="not in use"):
+        pool.copy_page(slot, slot)
+    free = FreeList(4, "tile")
+    ids = free.take(2)
+    with pytest.raises(EngineError):
+        free.give_back(np.array([ids[0], ids[0]], np.int32))
+    free.give_back(ids[:0])
+    assert len(free) == 2
+
+
+def test_a_layer_is_read_and_installed_as_bytes() -> None:
+    pool = TilePool(SPEC, 2)
+    a, b = pool.alloc_page(), pool.alloc_page()
+    pool.tiles[pool.tile_table[a, 1, 0]] = 3
+    pool.tiles[pool.tile_table[a, 1, 1]] = 4
+    data = pool.read(a, 1)
+    assert data == bytes([3]) * 4096 + bytes([4]) * 4096
+    pool.install(b, 1, data)
+    assert pool.read(b, 1) == data
+    assert not any(pool.read(b, 0))
+    for layer, wrong in ((1, data[1:]), (2, data), (-1, data)):
+        with pytest.raises(EngineError, match="does not fit"):
+            pool.install(b, layer, wrong)
+
+
+def test_layer_kv_is_made_once() -> None:
+    pool = TilePool(SPEC, 1)
+    kv = pool.layer_kv(1)
+    assert kv is pool.layer_kv(1)
+    assert (kv.layer, kv.num_kv_heads, kv.head_dim, kv.tile_bytes) == (1, 2, 8, 4096)
+    assert kv.tile_table is pool.tile_table
+
+
+@pytest.mark.parametrize(
+    ("spec", "pages", "word"),
+    [
+        (SPEC, 0, "num_pages"),
+        (PageSpec(Layout.F32, 1, 1, 8, 100), 1, "tile_bytes"),
+        (PageSpec(Layout.F32, 1, 1, 8, 64), 2**62, "share of memory"),
+    ],
+)
+def test_what_cannot_be_a_pool_is_refused(spec: PageSpec, pages: int, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        TilePool(spec, pages)
