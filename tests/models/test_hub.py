@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.errors import ModelNotFound
+from kvkeep.errors import ModelNotFound, UnsupportedModel
 from kvkeep.models.hub import resolve
 
 
@@ -43,3 +43,41 @@ def test_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelNotFound, match="the hub can't be reached"):
         resolve("nobody/nothing", allow_download=True)
+
+
+class FakeHub:
+    """A hub with one repository; remembers which patterns were asked for."""
+
+    def __init__(self, snapshot: Path) -> None:
+        self.snapshot = snapshot
+        self.asked: list[tuple[set[str], bool]] = []
+
+    def download(self, _repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        self.asked.append((set(allow_patterns), local_files_only))
+        return str(self.snapshot)
+
+
+def test_downloads_check_the_config_before_any_weight(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(broken)
+    monkeypatch.setattr("kvkeep.models.hub.snapshot_download", hub.download)
+    assert resolve("owner/name", allow_download=True) == broken
+    assert hub.asked == [
+        ({"*.json", "*.jinja"}, False),
+        ({"*.json", "*.jinja", "model*.safetensors"}, False),
+    ]
+    (broken / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Evil"}}')
+    hub.asked.clear()
+    with pytest.raises(UnsupportedModel, match="`auto_map`"):
+        resolve("owner/name", allow_download=True)
+    assert len(hub.asked) == 1
+
+
+def test_without_the_flag_only_the_cache_is_read(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(broken)
+    monkeypatch.setattr("kvkeep.models.hub.snapshot_download", hub.download)
+    assert resolve("owner/name") == broken
+    assert [offline for _, offline in hub.asked] == [True]

@@ -19,6 +19,7 @@ from kvkeep.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from kvkeep.models.graft import Slot, build_skeleton, head_dim_of, leaves_of, read_config, slots_of
 from kvkeep.models.host import HostedModel
 from kvkeep.models.leaf import Packing
+from kvkeep.models.memory import check_fits
 from kvkeep.models.spec import ModelSpec
 from kvkeep.ops.layout import Ops
 
@@ -60,6 +61,13 @@ def load(
     slots = slots_of(skeleton)
     tied = _tied(checkpoint)
     _check_names(checkpoint, slots, tied=tied)
+    check_fits(
+        checkpoint,
+        embedding=EMBEDDING,
+        tied=tied,
+        element_bytes=model_dtype.itemsize,
+        packed_bytes=1 if weights == "int8" else model_dtype.itemsize,
+    )
     _fill(checkpoint, slots, model_dtype, folds, progress, tied=tied)
     return HostedModel(skeleton, _describe(checkpoint, config, model_dtype, weights, skeleton))
 
