@@ -90,7 +90,7 @@ wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objec
 	@ls -1 dist/manylinux
 
 docs: setup $(VENV)/.docs ## the documentation in site/, strict
-	$(BIN)/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 nightly: setup ## every test, the slow ones too, and the demo
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
