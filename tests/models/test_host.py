@@ -128,6 +128,14 @@ def test_int8_weights_stay_close(
     assert weights == "float" or error > 1e-4
 
 
+def test_routing_weights_without_normalisation(ops: Ops, tmp_path: Path) -> None:
+    overrides = {"norm_topk_prob": False, "mlp_only_layers": [1]}
+    path = tiny("qwen3_moe", tmp_path / "m", overrides=overrides)
+    requests = prompts(LENGTHS)
+    got = flat(load(path, ops=ops), requests)
+    torch.testing.assert_close(got, expected(path, requests), atol=1e-4, rtol=0)
+
+
 def test_attention_bias_is_applied(ops: Ops, tmp_path: Path) -> None:
     path = tiny("qwen3", tmp_path / "m", overrides={"attention_bias": True})
     requests = prompts(LENGTHS)

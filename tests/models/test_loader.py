@@ -100,6 +100,12 @@ def test_end_tokens_come_from_the_generation_config_first(
     assert load(broken, ops=ops).spec.eos_token_ids == ids
 
 
+def test_a_model_may_have_no_end_token(ops: Ops, broken: Path) -> None:
+    (broken / "generation_config.json").unlink()
+    edit_config(broken, eos_token_id=None)
+    assert load(broken, ops=ops).spec.eos_token_ids == ()
+
+
 def test_malformed_end_tokens(ops: Ops, broken: Path) -> None:
     (broken / "generation_config.json").write_text('{"eos_token_id": ["stop"]}')
     with pytest.raises(CheckpointError, match="`eos_token_id`"):

@@ -88,7 +88,7 @@ def _write_config(fields: Fields, out: Path, dtype: DtypeName, special: SpecialI
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def _shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def checkpoint_shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield checkpoint names and shapes; fused experts are stored one by one."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -111,7 +111,7 @@ def _shapes(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _random_tensors(
     config: PreTrainedConfig, dtype: torch.dtype, std: float, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in _shapes(config):
+    for name, shape in checkpoint_shapes(config):
         noise = torch.empty(shape, dtype=dtype).normal_(std=std, generator=generator)
         yield name, noise + 1 if name.endswith("norm.weight") else noise
 
