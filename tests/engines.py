@@ -41,7 +41,7 @@ def request(
     prompt: Sequence[int],
     params: SamplingParams = GREEDY,
     *,
-    id: str = "r",
+    id: str = "r",  # noqa: A002 - the request field's own name
     tenant: str = "a",
     scope: str | None = None,
     deadline_s: float | None = None,

@@ -84,7 +84,9 @@ class PromoteOffered:
 
 
 class MirrorShield:
-    """Stores keys and values with their dims in reverse order; a seal is the context in front of the bytes."""
+    """Stores keys and values with their dims in reverse order; a seal is the context in front of
+    the bytes.
+    """
 
     name = "mirror"
 

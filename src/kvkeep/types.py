@@ -1,7 +1,7 @@
 """The nouns that cross package boundaries: numpy only, no torch.
 
-Shape letters are those of `ops/layout.py`: `L` layers, `Hkv` KV heads, `D` head_dim, `P` pages, `S` = 64 tokens
-per page, `T` tokens (rows) of a step.
+Shape letters are those of `ops/layout.py`: `L` layers, `Hkv` KV heads, `D` head_dim, `P` pages, `S`
+= 64 tokens per page, `T` tokens (rows) of a step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PageState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PageTag:
-    """What, beside the tokens, decides a page's bytes and who may read it; part of every chain hash."""
+    """What decides a page's bytes and readers beside its tokens; in every chain hash."""
 
     scope: str
     codec: str = "float"
@@ -63,7 +63,7 @@ class PageTag:
 
 
 def chain_hash(parent: bytes, tag: bytes, tokens: bytes) -> bytes:
-    """Return h_i = H(h_{i-1}, tag_i, tokens_i), 32 bytes; `tokens` is the page's int32 ids, little-endian."""
+    """Return h_i = H(h_{i-1}, tag_i, tokens_i), 32 bytes; token ids are little-endian int32."""
     h = hashlib.blake2b(digest_size=32, person=b"kvkeep-chain")
     h.update(parent)
     h.update(tag)
@@ -81,7 +81,9 @@ class PageSpec:
     head_dim: int
     tile_bytes: int
     recent_tokens: int | None = None
-    """Tokens before a query that it still sees in the model's dtype; None where pages are stored in it."""
+    """Tokens before a query that it still sees in the model's dtype; None where pages are stored in
+    it.
+    """
 
     @property
     def tiles_per_page(self) -> int:
@@ -126,7 +128,9 @@ class View:
     length: int = 0
     """Tokens whose K and V are stored."""
     tainted_from: int | None = None
-    """First position computed with a mask, a shadow or a lossy fallback; nothing from there on is indexed."""
+    """First position computed with a mask, a shadow or a lossy fallback; nothing from there on is
+    indexed.
+    """
     evict: EvictState | None = None
 
     def push(self, slot: int) -> None:
@@ -155,7 +159,9 @@ class Segment:
     num_rows: int
     first_position: int
     staged: Int32Array
-    """Slots of pages in the model's dtype, from page `staged_from` on; a codec's pages stay here until encoded."""
+    """Slots of pages in the model's dtype, from page `staged_from` on; a codec's pages stay here
+    until encoded.
+    """
     staged_from: int = 0
 
 
@@ -170,10 +176,12 @@ class BatchGeometry:
     coded_layout: Layout
     """Layout of encoded pages."""
     recent_tokens: int | None = None
-    """A query at p sees pages that end at or before p - recent_tokens as they are encoded; None: nothing is."""
+    """A query at p sees pages that end at or before p - recent_tokens as they are encoded; None:
+    nothing is.
+    """
 
     def coded_pages(self, position: int) -> int:
-        """Return how many leading pages a query at `position` sees encoded: a function of the position alone."""
+        """Return how many leading pages a query at `position` sees encoded."""
         if self.recent_tokens is None:
             return 0
         pages = max(0, position - self.recent_tokens) // PAGE_TOKENS
@@ -182,7 +190,7 @@ class BatchGeometry:
 
 @dataclass(frozen=True, slots=True)
 class EpochDelta:
-    """What an epoch's end changed: chain hashes of pages made public and withdrawn, from one immutable snapshot."""
+    """Chain hashes of pages that an epoch's end made public or withdrew."""
 
     epoch: int
     promoted: tuple[bytes, ...] = ()
@@ -234,7 +242,7 @@ class SharingPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SealContext:
-    """What a sealed blob is bound to; the reader rebuilds it from its own request, never from the frame."""
+    """What a sealed blob is bound to; rebuilt by its reader, never read from the frame."""
 
     tag: PageTag
     chain_hash: bytes

@@ -1,4 +1,6 @@
-"""Bits do not depend on company: alone, batched, cold, warm, chunked, any thread count, any tenant beside."""
+"""Bits do not depend on company: alone, batched, cold, warm, chunked, any thread count, any tenant
+beside.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ STRANGER = st.tuples(st.integers(0, 12), st.integers(1, 260), st.integers(0, 3))
 def test_what_a_tenant_sees_is_a_function_of_its_own_history(
     tiny: dict[str, Path], strangers: list[tuple[int, int, int]]
 ) -> None:
-    """Run a tenant's conversation with and without others around it: hits, tokens, bits and order are equal."""
+    """Run a tenant's conversation with and without others around it: hits, tokens, bits and order
+    are equal.
+    """
 
     def world(company: list[tuple[int, int, int]]) -> list[object]:
         core = core_for(tiny["llama"], tenants={"a": 0.5, "b": 0.5}, kv_cache_bytes=8 << 20)

@@ -42,7 +42,8 @@ async def test_a_client_from_start_to_end(tiny: dict[str, Path], start: Start) -
     await anext(stream)
     with pytest.raises(EngineError):
         client.submit(request([1], SHORT, id="endless"))
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
+    await client.submit(request([1, 2, 3], ENDLESS, id="unread")).aclose()
     await wait_for_quiet(client)
     many = [client.submit(request([i + 1], SHORT, id=f"m{i}")) for i in range(20)]
     ends = await asyncio.gather(*[collect(s) for s in many])
@@ -75,9 +76,7 @@ async def test_a_killed_engine_process_ends_every_stream(tiny: dict[str, Path]) 
     await anext(stream)
     os.kill(client._transport._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     with pytest.raises(EngineStopped):
-        async with asyncio.timeout(10):
-            async for _ in stream:
-                pass
+        await asyncio.wait_for(collect(stream), 10)
     with pytest.raises(EngineStopped):
         await client.stats()
     await client.close()

@@ -60,7 +60,7 @@ class FlatPlanner:
 
 
 def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, end row, encoded pages) within the segment, cut where the encoded pages change."""
+    """Yield (first row, end row, encoded pages), cut where the encoded pages change."""
     begin, coded = 0, geometry.coded_pages(segment.first_position)
     if geometry.recent_tokens is not None:
         for row in range(1, segment.num_rows):
@@ -72,7 +72,7 @@ def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int
 
 
 def _pages(segment: Segment, coded: int, count: int) -> Int32Array:
-    """Return `count` page slots, the first `coded` of them encoded, the others in the model's dtype."""
+    """Return `count` page slots: the first `coded` encoded, the others in the model's dtype."""
     if segment.staged_from >= count or coded == count:
         return segment.view.slots[:count]
     head = segment.view.slots[: max(coded, segment.staged_from)]
@@ -91,7 +91,7 @@ def _runs(
 
 
 def _stack_masks(parts: list[tuple[int, UInt64Array]], total: int) -> UInt64Array | None:
-    """Return [E, L, Hkv] live masks, all ones where a view evicts nothing; None if no view evicts."""
+    """Return [E, L, Hkv] live masks, all ones where nothing is evicted; None if nowhere."""
     if not parts:
         return None
     full = np.full((total, *parts[0][1].shape[1:]), np.iinfo(np.uint64).max, np.uint64)

@@ -1,4 +1,4 @@
-"""What a front end says to an engine and hears back: plain frozen records that cross the process boundary as bytes."""
+"""What a front end says to an engine and hears back: frozen records that cross as bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are chosen and when a sequence ends; ranges are checked by the front end and by `validate`."""
+    """How tokens are chosen and when a sequence ends; the front end checks the ranges."""
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -30,7 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """0 keeps the whole vocabulary."""
     min_p: float = 0.0
     seed: int | None = None
-    """None draws a random one; the generator is counter-based per (seed, sample index, position)."""
+    """None draws a random one; the generator is counter-based per (seed, sample index, position).
+    """
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -145,11 +146,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     tenants: tuple[TenantUse, ...]
 
 
-class EngineClient(Protocol):
-    """The whole engine, as a front end sees it: in process, in its own process, or a cluster's router."""
+class ChunkStream(AsyncIterator[Chunk], Protocol):
+    """One request's chunks as they come."""
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """Start a request; closing the iterator cancels it within a step."""
+    async def aclose(self) -> None:
+        """Stop reading; a request that is not finished is cancelled within a step."""
+
+
+class EngineClient(Protocol):
+    """The whole engine, as a front end sees it: in a thread, a process or a cluster."""
+
+    def submit(self, request: GenerateRequest) -> ChunkStream:
+        """Start a request; closing the stream early cancels it."""
 
     async def info(self) -> ModelInfo:
         """Return the model's description, once loaded and warm."""
@@ -158,7 +166,7 @@ class EngineClient(Protocol):
         """Return counters and gauges; raises `EngineStopped` where the engine has died."""
 
     async def set_tenants(self, quotas: dict[str, float]) -> None:
-        """Set the reserved share of each tenant (sum <= 1); requests of tenants left out are cancelled."""
+        """Set each tenant's reserved share (sum <= 1); tenants left out lose their requests."""
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop taking requests, wait up to `drain_s` for those running, and end."""

@@ -19,7 +19,7 @@ from kvkeep.types import BatchGeometry, Int32Array, UInt64Array
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """A page whose rows are complete within this step; `staged` is -1 where it is stored as it was written."""
+    """A page completed in this step; `staged` is -1 where it stays as it was written."""
 
     slot: int
     staged: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -28,8 +29,8 @@ from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.text import TextModel
 from kvkeep.quant.codec import Float, KVShape
-from kvkeep.shield.policy import NoShield
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
+from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout, PageTag
 
 DEFAULT_KV_BYTES = 4 << 30
@@ -163,7 +164,7 @@ def _info(
 ) -> ModelInfo:
     spec = model.spec
     return ModelInfo(
-        name=options.served_name or os.path.basename(os.path.normpath(options.model)),
+        name=options.served_name or Path(options.model).name,
         path=options.model,
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar
 
 from kvkeep import errors
 from kvkeep.engine import messages as m
-from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, ModelInfo
+from kvkeep.engine.api import Chunk, ChunkStream, EngineStats, GenerateRequest, ModelInfo
 from kvkeep.errors import ConfigError, EngineError, EngineStopped
 
 Progress = Callable[[int, int], None]
+Arrivals = asyncio.Queue[Chunk | EngineError]
 
 
 class Transport(Protocol):
@@ -29,6 +30,45 @@ class Transport(Protocol):
         """Wait for the loop to end, then make it end."""
 
 
+class _Stream:
+    """One request's chunks as they come; `aclose` before the end cancels the request."""
+
+    def __init__(
+        self, request: GenerateRequest, arrivals: Arrivals, ended: Callable[..., None]
+    ) -> None:
+        self._request = request
+        self._arrivals = arrivals
+        self._ended = ended
+        self._left = request.params.n
+        self._open = True
+
+    def __aiter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Return the next chunk; raises `EngineError` where the engine ended."""
+        if not self._open:
+            raise StopAsyncIteration
+        item = await self._arrivals.get()
+        if isinstance(item, EngineError):
+            self._close(finished=True)
+            raise item
+        self._left = 0 if item.error is not None else self._left - (item.finish is not None)
+        if not self._left:
+            self._close(finished=True)
+        return item
+
+    async def aclose(self) -> None:
+        """Stop reading; a request that is not finished is cancelled within a step."""
+        if self._open:
+            self._close(finished=False)
+
+    def _close(self, *, finished: bool) -> None:
+        self._open = False
+        self._ended(self._request, finished=finished)
+
+
 class MessageClient:
     """`EngineClient` over a transport; create it inside a running event loop."""
 
@@ -36,23 +76,27 @@ class MessageClient:
         self._transport = transport
         self._progress = progress
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[str, asyncio.Queue[Chunk | EngineError]] = {}
+        self._streams: dict[str, Arrivals] = {}
         self._ready: asyncio.Future[ModelInfo] = self._loop.create_future()
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._tenants: deque[asyncio.Future[None]] = deque()
         self._failure: Exception | None = None
+        self._drained = asyncio.Event()
+        """No stream is open."""
+        self._drained.set()
         self._closing = False
         transport.start(self._deliver)
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    def submit(self, request: GenerateRequest) -> ChunkStream:
         """Start a request; closing the iterator cancels it within a step."""
         self._raise_if_down()
         if request.id in self._streams:
             raise EngineError("a request with this id is already running")
-        stream: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
+        stream: Arrivals = asyncio.Queue()
         self._streams[request.id] = stream
+        self._drained.clear()
         self._transport.send(m.Submit(request))
-        return self._chunks(request, stream)
+        return _Stream(request, stream, self._ended)
 
     async def info(self) -> ModelInfo:
         """Return the model's description, once loaded and warm."""
@@ -79,29 +123,19 @@ class MessageClient:
         self._closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                while self._streams and self._failure is None:
-                    await asyncio.sleep(0.01)
+                await self._drained.wait()
         if self._failure is None:
             self._transport.send(m.Stop())
         await asyncio.to_thread(self._transport.join, 10.0)
         self._fail(EngineStopped("the engine was stopped"))
 
-    async def _chunks(
-        self, request: GenerateRequest, stream: asyncio.Queue[Chunk | EngineError]
-    ) -> AsyncIterator[Chunk]:
-        left, finished = request.params.n, False
-        try:
-            while left:
-                item = await stream.get()
-                if isinstance(item, EngineError):
-                    raise item
-                left = 0 if item.error is not None else left - (item.finish is not None)
-                yield item
-            finished = True
-        finally:
-            self._streams.pop(request.id, None)
-            if not finished and self._failure is None:
-                self._transport.send(m.Cancel(request.id))
+    def _ended(self, request: GenerateRequest, *, finished: bool) -> None:
+        """Forget a stream; one that its reader left early is cancelled."""
+        self._streams.pop(request.id, None)
+        if not self._streams:
+            self._drained.set()
+        if not finished and self._failure is None:
+            self._transport.send(m.Cancel(request.id))
 
     def _deliver(self, reply: m.Reply) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is gone: nobody is left to tell

@@ -60,12 +60,15 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
+        self.kernels = runner.kernels
+        self.weight_bytes = runner.weight_bytes
+        """Bytes of packed weights read to compute one row."""
         self.stalled = False
         """Whether the last step found nothing it could run."""
         self.counters = EngineCounters()
 
     def set_tenants(self, shares: Mapping[str, float]) -> None:
-        """Reserve each tenant's share of the pool; requests of tenants left out end as cancelled."""
+        """Reserve each tenant's share of the pool; tenants left out lose their requests."""
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)

@@ -1,4 +1,4 @@
-"""Deficit round robin between tenants: who may spend a step's prefill tokens, from tenants' own queues alone."""
+"""Deficit round robin: which tenant may spend a step's prefill tokens next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Take = Callable[[str], None]
 
 
 class DeficitRoundRobin:
-    """Gives tenants turns in a fixed order; a turn adds a quantum to the tenant's deficit, work spends it.
+    """Turns in a fixed order; a turn adds a quantum to a tenant's deficit, work spends it.
 
     Source: Shreedhar and Varghese, 1996. A tenant without work loses its deficit.
     """

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -115,10 +116,11 @@ class Engine:
             prompt_ids=tuple(ids),
             params=params or SamplingParams(),
         )
-        async for chunk in self._running().submit(request):
-            if chunk.error is not None:
-                raise EngineError(chunk.error)
-            yield chunk
+        async with aclosing(self._running().submit(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.error is not None:
+                    raise EngineError(chunk.error)
+                yield chunk
 
     async def generate(
         self,

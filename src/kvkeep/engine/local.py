@@ -22,8 +22,11 @@ class ThreadTransport:
     def start(self, deliver: Callable[[m.Reply], None]) -> None:
         """Start the thread."""
         self._thread = threading.Thread(
-            target=loop.run, args=(self._build, self._inbox, deliver), name="kvkeep-engine", daemon=True
-        )  # fmt: skip
+            target=loop.run,
+            args=(self._build, self._inbox, deliver),
+            name="kvkeep-engine",
+            daemon=True,
+        )
         self._thread.start()
 
     def send(self, command: m.Command) -> None:

@@ -20,7 +20,7 @@ Sink = Callable[[m.Reply], None]
 
 
 def run(build: Callable[[Sink], EngineCore], inbox: Inbox, reply: Sink) -> None:
-    """Build a core, then serve commands until `Stop`; a failure is told as `Failed`, never raised."""
+    """Build a core, then serve commands until `Stop`; a failure is told, never raised."""
     try:
         core = build(reply)
         reply(m.Ready(core.info))
@@ -30,7 +30,7 @@ def run(build: Callable[[Sink], EngineCore], inbox: Inbox, reply: Sink) -> None:
         reply(m.Failed(type(error).__name__, str(error)))
     except Exception as error:  # the loop's last line: whatever it was, clients must hear of it
         log.exception("engine failed")
-        reply(m.Failed("EngineError", f"the engine failed inside a step ({type(error).__name__})"))
+        reply(m.Failed("EngineError", f"the engine failed in a step: {type(error).__name__}"))
 
 
 def _serve(core: EngineCore, inbox: Inbox, reply: Sink) -> None:

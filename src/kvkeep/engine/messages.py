@@ -1,4 +1,4 @@
-"""What crosses between a client and an engine loop, in a thread or in another process: tagged records, no pickle."""
+"""What crosses between a client and an engine loop: tagged records, no pickle."""
 
 from __future__ import annotations
 

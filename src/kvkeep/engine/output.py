@@ -20,7 +20,7 @@ class OutputFactory:
         self._eos_ids = eos_ids
 
     def sampling(self, spec: GenerateRequest, index: int, seed: int) -> SequenceSampling:
-        """Return the sampling state of sequence `index`; siblings share a seed and differ by index."""
+        """Return the sampling state of sequence `index`; siblings share a seed, not an index."""
         return SequenceSampling(
             msgspec.structs.replace(spec.params, seed=seed),
             spec.prompt_ids,
@@ -30,7 +30,7 @@ class OutputFactory:
         )
 
     def sequence(self, spec: GenerateRequest, index: int) -> SequenceOutput:
-        """Return the output side of sequence `index`; the first one carries the prompt's log-probabilities."""
+        """Return the output side of sequence `index`; the first scores the prompt too."""
         params, prompt = spec.params, None
         if params.prompt_logprobs is not None and index == 0:
             prompt = PromptLogprobs(spec.prompt_ids, params.prompt_logprobs, self._text.token_text)
@@ -42,7 +42,8 @@ class OutputFactory:
 class SequenceOutput:
     """Turns one sequence's tokens into chunks.
 
-    A token whose text may still become part of a stop string waits, with its log-probabilities, until it can't.
+    A token whose text may still become part of a stop string waits, with its log-probabilities,
+    until it can't.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SequenceOutput:
         return self._chunk(verdict.text, cached)
 
     def finish(self, reason: FinishReason, cached: int, text: str = "") -> Chunk:
-        """End the sequence for `reason`, sending `text` and what was held back; a late stop string still counts."""
+        """End the sequence, sending `text` and what was held back; a late stop still counts."""
         verdict = self._stops.finish(self._stream.finish())
         if verdict.stopped:
             reason = FinishReason.STOP
@@ -117,7 +118,7 @@ class SequenceOutput:
 
 
 def _within(logprobs: list[TokenLogprob], length: int) -> list[TokenLogprob]:
-    """Return the leading entries whose texts fit into `length` characters: the others are part of a stop string."""
+    """Return the entries within `length` characters: the others are part of a stop string."""
     kept = []
     for entry in logprobs:
         length -= len(entry.text)

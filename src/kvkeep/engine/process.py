@@ -1,4 +1,4 @@
-"""An engine in its own spawned process, so that no interpreter lock is shared with the web server."""
+"""An engine in its own spawned process: no interpreter lock is shared with the server."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class PipeTransport:
 
 
 def spawn_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
-    """Return a client of an engine in its own process; call inside a running event loop."""
+    """Return a client of an engine in a process; call inside a running event loop."""
     return MessageClient(PipeTransport(options), progress)
 
 
 def local_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
-    """Return a client of an engine in a thread of this process; call inside a running event loop."""
+    """Return a client of an engine in a thread; call inside a running event loop."""
     return MessageClient(ThreadTransport(lambda reply: build_core(options, reply)), progress)
 
 

@@ -55,6 +55,16 @@ class ModelRunner:
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
         self._staging = Staging(parts.pool, self._spec.recent_tokens)
 
+    @property
+    def kernels(self) -> Ops:
+        """Return the backend in use."""
+        return self._parts.ops
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of packed weights read to compute one row."""
+        return self._parts.model.spec.weight_bytes
+
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Stepped:
         """Compute K, V and logits of the work's rows; afterwards their views hold them."""
@@ -117,7 +127,7 @@ class ModelRunner:
 
 
 def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
-    """Return the rows whose logits are needed (prompts' first, then sampling rows) and how many are prompts'."""
+    """Return the rows whose logits are needed, prompts' first, and how many are prompts'."""
     prompt: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
     last: list[int] = []
     row = 0

@@ -1,7 +1,7 @@
 """Who runs in the next step: admit, continue the decodes, chunk the prefills, preempt.
 
-Everything decided for a tenant's sequences reads that tenant's own queue, quota and history only; other tenants
-decide how soon a step comes, never what it does.
+Everything decided for a tenant's sequences reads that tenant's own queue, quota and history only;
+other tenants decide how soon a step comes, never what it does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class SchedulerLimits:
     chunk_tokens: int = 256
     """Prefill is cut at absolute multiples of this."""
     whole_hits: bool = True
-    """Whether a prompt's last token may be cached too; not where a query sees its own page unencoded."""
+    """Whether a prompt's last token may be cached too; not where a query sees its own page
+    unencoded.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Scheduler:
         exhausted: Callable[[Sequence], None],
         forget: Callable[[View], None],
     ) -> None:
-        """`exhausted` is told of a sequence its tenant's quota can't hold even alone, `forget` of ended views."""
+        """`exhausted` hears of sequences too large for their quota, `forget` of ended views."""
         self._manager = manager
         self._limits = limits
         self._exhausted = exhausted
@@ -72,7 +74,7 @@ class Scheduler:
         self.preemptions = 0
 
     def set_tenants(self, shares: Mapping[str, float]) -> None:
-        """Set each tenant's part of the running sequences; tenants left out must have no sequences."""
+        """Set each tenant's part of the running sequences; tenants left out must have none."""
         for name, share in shares.items():
             cap = max(1, int(self._limits.max_num_seqs * share))
             if name in self._tenants:
@@ -88,7 +90,7 @@ class Scheduler:
         self._tenants[sequence.account].waiting.append(sequence)
 
     def adopt(self, sequence: Sequence) -> None:
-        """Take over a forked sequence: running if it holds a view, else first in its tenant's queue."""
+        """Take over a forked sequence: running if it has a view, else first in its queue."""
         tenant = self._tenants[sequence.account]
         if sequence.view is not None:
             sequence.status = Status.RUNNING
@@ -118,7 +120,7 @@ class Scheduler:
         return any(t.running or t.waiting for t in self._tenants.values())
 
     def schedule(self) -> list[Work]:
-        """Return the next step's work: one row per decode, whole chunks of prefills within the budget."""
+        """Return the next step's work: a row per decode, prefill chunks within the budget."""
         for name in sorted(self._tenants):
             self._admit(self._tenants[name])
         work = [w for name in sorted(self._tenants) for w in self._decodes(self._tenants[name])]
@@ -144,7 +146,7 @@ class Scheduler:
             tenant.running.append(sequence)
 
     def _open(self, sequence: Sequence, *, alone: bool) -> bool:
-        """Match and lock the prefix and reserve room for the rest; False where the sequence must wait."""
+        """Match and lock the prefix, reserve room for the rest; False where it must wait."""
         manager, spec, tokens = self._manager, sequence.request.spec, sequence.tokens.ids()
         manager.poll()
         if sequence.fetch is not None:
@@ -191,7 +193,7 @@ class Scheduler:
         return [w for w in work if w.sequence.status is Status.RUNNING]
 
     def _make_room(self, tenant: _Tenant, sequence: Sequence) -> bool:
-        """Find room for the sequence's next token, preempting its tenant's youngest; False: not this step."""
+        """Find room for the next token, preempting the tenant's youngest; False: not now."""
         assert sequence.view is not None
         needed = len(sequence.tokens) - sequence.view.length
         while True:
@@ -227,7 +229,7 @@ class Scheduler:
     def _next_chunk(
         self, tenant: _Tenant, planned: dict[Sequence, int]
     ) -> tuple[Sequence | None, int | None]:
-        """Return the tenant's first sequence with prefill left and the rows up to its next chunk edge."""
+        """Return the tenant's first sequence with prefill left, and the rows to its next edge."""
         for sequence in tenant.running:
             begin = planned.get(sequence, sequence.next_position())
             left = len(sequence.tokens) - begin
@@ -238,5 +240,6 @@ class Scheduler:
 
     def _take_chunk(self, tenant: _Tenant, planned: dict[Sequence, int]) -> None:
         sequence, rows = self._next_chunk(tenant, planned)
-        assert sequence is not None and rows is not None
+        assert sequence is not None
+        assert rows is not None
         planned[sequence] = planned.get(sequence, sequence.next_position()) + rows

@@ -1,4 +1,4 @@
-"""Pages in the model's dtype that a codec has not encoded yet, beside the pages they will be encoded into."""
+"""Pages in the model's dtype that a codec has yet to encode."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Staging:
             self._pool.free_page(slot)
 
     def _take(self, view: View, page: int) -> int:
-        """Allocate a staged page; rows a view starts with (copied from a cached page) come along."""
+        """Allocate a staged page; rows the view starts with come along."""
         slot = self._pool.alloc_page()
         if page * PAGE_TOKENS < view.length:
             self._pool.copy_page(int(view.slots[page]), slot)

@@ -16,7 +16,7 @@ class Evictor(Protocol):
         """Return the state of a fresh view."""
 
     def thresholds(self, state: EvictState, position: int) -> float:
-        """Return log2 of the weight from which a query at `position` counts a token as hit; +inf: unobserved."""
+        """Return log2 of the weight that makes a hit at `position`; +inf: unobserved."""
 
     def observe(self, state: EvictState, layer: int, hits: UInt64Array, position: int) -> None:
         """Take in hits [P, Hkv] of one layer, seen by a query at `position`."""

@@ -1,7 +1,7 @@
 """Shapes, tile layouts and the plan that kernels execute: the one source of truth for memory order.
 
-Shape letters, used in every docstring: `T` tokens (query rows of a step), `Hq`/`Hkv` query/KV heads, `G` = Hq / Hkv,
-`D` head_dim, `L` layers, `P` pages, `S` = 64 tokens per page.
+Shape letters, used in every docstring: `T` tokens (query rows of a step), `Hq`/`Hkv` query/KV
+heads, `G` = Hq / Hkv, `D` head_dim, `L` layers, `P` pages, `S` = 64 tokens per page.
 
 Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned):
 
@@ -10,10 +10,11 @@ Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned
   F32   K [S/16][D][16]       token lanes
         V [S][D]
 
-Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens at absolute
-positions; the running state (m, l, O) is carried over the steps of one span of 1,024 tokens and starts afresh at each
-multiple of 1,024; the spans' states are merged left to right. Thread splits happen only between spans, so
-a row's bits depend on its own tokens and positions alone. `lse2 = m + log2(l)`, base 2, float32.
+Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens
+at absolute positions; the running state (m, l, O) is carried over the steps of one span of 1,024
+tokens and starts afresh at each multiple of 1,024; the spans' states are merged left to right.
+Thread splits happen only between spans, so a row's bits depend on its own tokens and positions
+alone. `lse2 = m + log2(l)`, base 2, float32.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Run(NamedTuple):
 class AttentionPlan:
     """What to attend, the same for every layer.
 
-    A group is a range of query rows and the runs they see, in order of position; a row sees the tokens of its
-    group's runs at positions <= its own. Every row belongs to exactly one group.
+    A group is a range of query rows and the runs they see, in order of position; a row sees the
+    tokens of its group's runs at positions <= its own. Every row belongs to exactly one group.
     """
 
     row_positions: Int32Array
@@ -105,11 +106,11 @@ class Attended(NamedTuple):
     lse2: torch.Tensor
     """[T, Hq] float32 log-sum-exp, base 2."""
     hits: UInt64Array | None
-    """[E, Hkv] bit per token that some observed row and head of the group hit; None unless asked."""
+    """[E, Hkv] bit per token hit by an observed row and a head of its group, if asked."""
 
 
 class WeightFold(Protocol):
-    """A change of weights that leaves the model's function alone; applied in order, packing last."""
+    """A change of weights that leaves the model's function alone; packing comes last."""
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor to use for checkpoint tensor `name`, in the same shape and dtype."""
@@ -119,7 +120,7 @@ class AttentionOps(Protocol):
     """The attention kernels of one backend."""
 
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
-        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row (already stored)."""
+        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
 
     def attend(
         self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
@@ -127,7 +128,7 @@ class AttentionOps(Protocol):
         """Attend q [T, Hq, D] (scale 1/sqrt(D) applied inside) over the plan's runs."""
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; a part with lse2 = -inf is empty."""
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf: empty."""
 
 
 class PackedWeight(Protocol):
@@ -151,11 +152,9 @@ class LeafOps(Protocol):
     def linear(
         self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return x [T, K] W^T + bias as [T, N] in x's dtype; sums over K in one order for every T."""
+        """Return x [T, K] W^T + bias as [T, N] in x's dtype, summed in one order for all T."""
 
-    def gated_mlp(
-        self, x: torch.Tensor, gate_up: PackedWeight, down: PackedWeight
-    ) -> torch.Tensor:
+    def gated_mlp(self, x: torch.Tensor, gate_up: PackedWeight, down: PackedWeight) -> torch.Tensor:
         """Return down(silu(gate(x)) * up(x)); `gate_up` is [2 F, K], gate rows first."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

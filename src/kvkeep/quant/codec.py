@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvkeep.ops.layout import TORCH_DTYPE, float_tile_bytes
+from kvkeep.ops.layout import TORCH_DTYPE, WeightFold, float_tile_bytes
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 
 Tiles = NDArray[np.uint8]
-WeightFold = Callable[[str, torch.Tensor], torch.Tensor]
-"""Changes one named weight at load, in the order the folds are listed."""
 
 
 class KVShape(NamedTuple):

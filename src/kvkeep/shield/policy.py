@@ -1,17 +1,15 @@
-"""The shield seam: what K, V and Q look like in memory, and what a page's bytes look like below it."""
+"""The shield seam: how K, V and Q look in memory, and a page's bytes below it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 
+from kvkeep.ops.layout import WeightFold
 from kvkeep.types import SealContext
 
 Role = Literal["q", "k", "v"]
-WeightFold = Callable[[str, torch.Tensor], torch.Tensor]
-"""Changes one named weight at load, in the order the folds are listed."""
 
 
 class Shield(Protocol):
