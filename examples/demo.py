@@ -168,9 +168,7 @@ def main() -> int:
     kept_apart = all(asked.cached_tokens == 0 for asked in found[: len(TENANTS)])
     reused = all(asked.cached_tokens > 0 for asked in found[len(TENANTS) :])
     OUT.print("First questions read the handbook; later ones found it in their tenant's own pages.")
-    OUT.print(
-        "To keep a server running: make serve; to talk to it: .venv/bin/kvkeep chat"
-    )
+    OUT.print("To keep a server running: make serve; to talk to it: .venv/bin/kvkeep chat")
     return 0 if kept_apart and reused else 1
 
 

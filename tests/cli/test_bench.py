@@ -13,7 +13,7 @@ def test_an_unknown_benchmark_names_those_there_are(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "harness.py").touch()
-    (tmp_path / "bench" / "toy.py").touch()
+    (tmp_path / "bench" / "toy.py").write_text("x = 1\n\ndef main(arguments):\n    return 0\n")
     assert run(["bench", "nope"]) == 1
     assert capsys.readouterr().err.strip().endswith("'nope'; there are: toy")
 

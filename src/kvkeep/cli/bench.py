@@ -24,8 +24,9 @@ def checkout() -> Path:
 
 
 def names(root: Path) -> list[str]:
-    """Return the benchmarks of a checkout."""
-    return sorted(p.stem for p in (root / "bench").glob("[a-z]*.py") if p.stem != "harness")
+    """Return the benchmarks of a checkout: the files in `bench/` that have a `main`."""
+    files = (root / "bench").glob("*.py")
+    return sorted(p.stem for p in files if "\ndef main(" in p.read_text(encoding="utf-8"))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
