@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final, Literal
+
+import torch
 
 from kvkeep.errors import ConfigError
 from kvkeep.ops import _native
@@ -18,10 +21,34 @@ _ISAS: Final[dict[CpuKernel, _native.Isa]] = {
     "portable": _native.Isa.PORTABLE,
 }
 
+_PIECE_BYTES: Final = 16 << 20
+
 
 def available() -> tuple[CpuKernel, ...]:
     """Return the paths this CPU runs, fastest first."""
     return tuple(name for name, isa in _ISAS.items() if _native.missing_feature(isa) is None)
+
+
+class ReadBandwidth:
+    """Measures how fast this machine reads memory, the ceiling of kernels that stream weights."""
+
+    def __init__(self, threads: int, size_bytes: int = 192 << 20) -> None:
+        self._backend = _native.Backend(_native.Isa.PORTABLE, threads)
+        self._buffer = torch.zeros(size_bytes, dtype=torch.uint8)
+
+    def measure_gb_s(self) -> float:
+        """Return GB/s over one read of the whole buffer."""
+        return self._read_gb_s(0, self._buffer.nbytes)
+
+    def best_gb_s(self) -> float:
+        """Return GB/s of the fastest 16 MiB of one read, for a machine shared with others."""
+        starts = range(0, self._buffer.nbytes, _PIECE_BYTES)
+        return max(self._read_gb_s(i, min(_PIECE_BYTES, self._buffer.nbytes - i)) for i in starts)
+
+    def _read_gb_s(self, first: int, size: int) -> float:
+        begin = time.perf_counter()
+        _native.read_all(self._backend, self._buffer.data_ptr() + first, size)
+        return size / (time.perf_counter() - begin) / 1e9
 
 
 def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:

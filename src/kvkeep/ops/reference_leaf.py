@@ -1,4 +1,4 @@
-"""Reference row-wise kernels: plain torch in float64, rounded once; what kernels are tested against."""
+"""Reference row-wise kernels: torch in float64, rounded once; what kernels are tested against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-// What one `ops.select` owns: an instruction set, its threads, and a count of the kernel calls made.
+// What one `ops.select` owns: an instruction set, its threads, and a count of the kernel calls
+// made.
 #pragma once
 
 #include <atomic>
@@ -22,7 +23,8 @@ struct Scratch {
 struct Backend {
   Backend(Isa isa, int threads) : isa(isa), pool(threads) {}
 
-  // Count a kernel call and hold the backend until it ends: its pool and scratch memory serve one call at a time.
+  // Count a kernel call and hold the backend until it ends: its pool and scratch memory serve one
+  // call at a time.
   [[nodiscard]] std::unique_lock<std::mutex> enter() {
     calls.fetch_add(1, std::memory_order_relaxed);
     return std::unique_lock(mutex);

@@ -9,7 +9,8 @@ namespace kvkeep {
 namespace {
 constexpr size_t kLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kReadAhead = 4096;  // kernels prefetch past a buffer's end; keep that inside the allocation
+constexpr size_t kReadAhead =
+    4096;  // kernels prefetch past a buffer's end; keep that inside the allocation
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : bytes_(bytes) {

@@ -16,9 +16,11 @@ struct NestedRows {
 };
 
 // Normalise rows of `dim` elements into `out`, contiguous.
-void rms_norm(Backend& backend, Dtype dtype, NestedRows x, const void* weight, void* out, int64_t dim, float eps);
+void rms_norm(Backend& backend, Dtype dtype, NestedRows x, const void* weight, void* out,
+              int64_t dim, float eps);
 
 // out = down(silu(gate(x)) * up(x)), `gate_up` holding the gate's outputs first.
-void gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWeight& down, Rows x, MutableRows out);
+void gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWeight& down, Rows x,
+               MutableRows out);
 
 }  // namespace kvkeep

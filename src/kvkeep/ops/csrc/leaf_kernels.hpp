@@ -8,7 +8,8 @@ namespace kvkeep {
 struct LeafKernels {
   // out[i] = x[i] / sqrt(mean(x^2) + eps), rounded to the dtype, times weight[i].
   void (*rms_norm_f32)(const float* x, const float* weight, float* out, int64_t dim, float eps);
-  void (*rms_norm_bf16)(const uint16_t* x, const uint16_t* weight, uint16_t* out, int64_t dim, float eps);
+  void (*rms_norm_bf16)(const uint16_t* x, const uint16_t* weight, uint16_t* out, int64_t dim,
+                        float eps);
   // out[i] = silu(gate[i]) * up[i]; in bf16 each of the two results is rounded.
   void (*silu_mul_f32)(const float* gate, const float* up, float* out, int64_t count);
   void (*silu_mul_bf16)(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t count);

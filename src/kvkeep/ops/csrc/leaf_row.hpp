@@ -1,5 +1,5 @@
-// The row kernels, once for all instruction sets. Tails are padded to whole vectors, so an element's bits do not depend
-// on where in its row it stands.
+// The row kernels, once for all instruction sets. Tails are padded to whole vectors, so an
+// element's bits do not depend on where in its row it stands.
 #pragma once
 
 #include <cstdint>
@@ -79,14 +79,15 @@ struct LeafRow {
     store_tail(out + i, dim - i, S::mul(y, load_tail(weight + i, dim - i)));
   }
 
-  // e^x for x <= 88.3, within 2 units in the last place; below -87 it goes to the smallest normal number.
+  // e^x for x <= 88.3, within 2 units in the last place; below -87 it goes to the smallest normal
+  // number.
   static Vec exp(Vec x) {
     x = S::max(S::set(-87.0f), S::min(S::set(88.0f), x));
     Vec n = S::round(S::mul(x, S::set(1.44269504089f)));
     Vec r = S::fma(n, S::set(-0.693359375f), x);
     r = S::fma(n, S::set(2.12194440e-4f), r);
-    constexpr float kCoefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                       0.5f,             1.0f,             1.0f};
+    constexpr float kCoefficients[] = {
+        1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f, 1.0f, 1.0f};
     Vec p = S::set(1.9875691500e-4f);
     for (float c : kCoefficients) p = S::fma(p, r, S::set(c));
     return S::scale(p, n);
@@ -100,9 +101,11 @@ struct LeafRow {
 
   static void silu_mul_row(const T* gate, const T* up, T* out, int64_t count) {
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) E::store(out + i, silu_mul(E::load(gate + i), E::load(up + i)));
+    for (; i + kLanes <= count; i += kLanes)
+      E::store(out + i, silu_mul(E::load(gate + i), E::load(up + i)));
     if (i == count) return;
-    store_tail(out + i, count - i, silu_mul(load_tail(gate + i, count - i), load_tail(up + i, count - i)));
+    store_tail(out + i, count - i,
+               silu_mul(load_tail(gate + i, count - i), load_tail(up + i, count - i)));
   }
 };
 

@@ -7,8 +7,10 @@
 namespace kvkeep {
 namespace {
 
-constexpr int64_t kPanelRows = 240;  // rows whose activations and accumulators stay in the second-level cache
-constexpr int64_t kStageAlone = 8;   // fewer rows are staged by the caller: waking the pool costs more
+constexpr int64_t kPanelRows =
+    240;  // rows whose activations and accumulators stay in the second-level cache
+constexpr int64_t kStageAlone =
+    8;  // fewer rows are staged by the caller: waking the pool costs more
 
 const LinearKernels& linear_kernels(Isa isa) {
 #if defined(__x86_64__)
@@ -32,7 +34,8 @@ struct Source {
 
   float at(int64_t row, int64_t col) const {
     int64_t i = row * stride + col;
-    return dtype == Dtype::kF32 ? static_cast<const float*>(data)[i] : widen(static_cast<const uint16_t*>(data)[i]);
+    return dtype == Dtype::kF32 ? static_cast<const float*>(data)[i]
+                                : widen(static_cast<const uint16_t*>(data)[i]);
   }
 };
 
@@ -44,7 +47,8 @@ float int8_scale(const Source& source, int64_t row) {
 
 // Copy one block's rows to [units][lanes][k per unit].
 template <class T, class Get>
-void fill_block(T* to, int64_t lanes, int64_t pair, int64_t units, const Source& source, int64_t first, Get get) {
+void fill_block(T* to, int64_t lanes, int64_t pair, int64_t units, const Source& source,
+                int64_t first, Get get) {
   for (int64_t lane = 0; lane < lanes; lane++) {
     int64_t row = first + lane;
     for (int64_t unit = 0; unit < units; unit++) {
@@ -88,8 +92,8 @@ auto kernel_of(const LinearKernels& kernels, const PackedWeight& weight) {
 
 }  // namespace
 
-PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* weight, int64_t n, int64_t k,
-                         int64_t stride) {
+PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* weight, int64_t n,
+                         int64_t k, int64_t stride) {
   const auto& kernels = linear_kernels(backend.isa);
   const int64_t lanes = kernels.block_lanes;
   const int64_t pair = dtype == Dtype::kBf16 && kernels.bf16_pairs ? 2 : 1;
@@ -97,7 +101,8 @@ PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* w
   const int64_t element = int8 ? 1 : dtype == Dtype::kF32 ? 4 : 2;
   const int64_t blocks = (n + lanes - 1) / lanes;
   const int64_t block_bytes = units * pair * lanes * element;
-  PackedWeight packed{backend.isa, dtype, int8, n, k, units, block_bytes, Buffer(blocks * block_bytes), {}};
+  PackedWeight packed{
+      backend.isa, dtype, int8, n, k, units, block_bytes, Buffer(blocks * block_bytes), {}};
   if (int8) packed.scales = Buffer(blocks * lanes * sizeof(float));
   const Source source{dtype, weight, n, k, stride};
   backend.pool.parallel_for(blocks, [&](int64_t block) {
@@ -105,10 +110,13 @@ PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* w
     const int64_t first = block * lanes;
     if (int8) {
       auto* scales = reinterpret_cast<float*>(packed.scales.data()) + first;
-      for (int64_t i = 0; i < lanes; i++) scales[i] = first + i < n ? int8_scale(source, first + i) : 1.0f;
-      fill_block(reinterpret_cast<int8_t*>(to), lanes, pair, units, source, first, [&](int64_t row, int64_t col) {
-        return static_cast<int8_t>(std::nearbyint(source.at(row, col) / scales[row - first]));
-      });
+      for (int64_t i = 0; i < lanes; i++)
+        scales[i] = first + i < n ? int8_scale(source, first + i) : 1.0f;
+      fill_block(
+          reinterpret_cast<int8_t*>(to), lanes, pair, units, source, first,
+          [&](int64_t row, int64_t col) {
+            return static_cast<int8_t>(std::nearbyint(source.at(row, col) / scales[row - first]));
+          });
     } else if (dtype == Dtype::kF32) {
       auto* from = static_cast<const float*>(weight);
       fill_block(reinterpret_cast<float*>(to), lanes, pair, units, source, first,
@@ -122,7 +130,8 @@ PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* w
   return packed;
 }
 
-void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bias, MutableRows out) {
+void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bias,
+            MutableRows out) {
   if (x.count == 0) return;
   const auto& kernels = linear_kernels(weight.isa);
   const auto kernel = kernel_of(kernels, weight);
@@ -132,8 +141,8 @@ void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bi
   const int64_t element = weight.dtype == Dtype::kF32 ? 4 : 2;
   const Rows staged = stage(backend, weight, x);
   const int64_t spill_bytes = kPanelRows * lanes * sizeof(float);
-  uint8_t* scratch =
-      backend.scratch.per_thread.reserve<uint8_t>(backend.pool.threads() * (spill_bytes + kernels.chunk_bytes));
+  uint8_t* scratch = backend.scratch.per_thread.reserve<uint8_t>(
+      backend.pool.threads() * (spill_bytes + kernels.chunk_bytes));
   backend.pool.parallel_shares(blocks * panels, [&](int64_t job, int thread) {
     const int64_t block = job / panels, panel = job % panels;
     const int64_t row = x.count * panel / panels, end = x.count * (panel + 1) / panels;
@@ -146,7 +155,8 @@ void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bi
         .units = weight.units,
         .rows = end - row,
         .lanes = std::min(lanes, weight.n - first),
-        .scales = weight.int8 ? reinterpret_cast<const float*>(weight.scales.data()) + first : nullptr,
+        .scales =
+            weight.int8 ? reinterpret_cast<const float*>(weight.scales.data()) + first : nullptr,
         .bias = bias ? static_cast<const uint8_t*>(bias) + first * element : nullptr,
         .out = static_cast<uint8_t*>(out.data) + (row * out.stride + first) * element,
         .out_stride = out.stride,

@@ -1,8 +1,10 @@
-// y = x W^T + b on packed weights. An output is the sum over k = 0..K-1 in rising order into one float32 accumulator,
-// whatever the number of rows, the row's place among them and the number of threads.
+// y = x W^T + b on packed weights. An output is the sum over k = 0..K-1 in rising order into one
+// float32 accumulator, whatever the number of rows, the row's place among them and the number of
+// threads.
 //
-// Packed order: [N / lanes][units][lanes][k per unit], N padded with zeros to whole blocks. A unit is one k, or a pair
-// of them where the CPU multiplies bf16 pairs; a thread walks consecutive blocks, so it reads one stream of memory.
+// Packed order: [N / lanes][units][lanes][k per unit], N padded with zeros to whole blocks. A unit
+// is one k, or a pair of them where the CPU multiplies bf16 pairs; a thread walks consecutive
+// blocks, so it reads one stream of memory.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +41,10 @@ struct MutableRows {
 };
 
 // Pack weight [n, k]; with int8, q = round(w / scale) and scale = max |w| / 127 per output.
-PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* weight, int64_t n, int64_t k,
-                         int64_t stride);
+PackedWeight pack_weight(Backend& backend, Dtype dtype, bool int8, const void* weight, int64_t n,
+                         int64_t k, int64_t stride);
 
-void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bias, MutableRows out);
+void linear(Backend& backend, const PackedWeight& weight, Rows x, const void* bias,
+            MutableRows out);
 
 }  // namespace kvkeep

@@ -1,5 +1,6 @@
-// The linear kernel, once for all instruction sets: `S` names vectors and `Source` how weights become operands. Every
-// function here is a template over a type of its own instruction set, so no two objects share a copy.
+// The linear kernel, once for all instruction sets: `S` names vectors and `Source` how weights
+// become operands. Every function here is a template over a type of its own instruction set, so no
+// two objects share a copy.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +25,18 @@ struct LinearBlock {
 
   // acc[m] += sum over units of x[m] * weights.
   template <class Source, int M, int Lines>
-  [[gnu::always_inline]] static inline void tile(const uint8_t* w, const uint32_t* x, int64_t x_stride,
-                                                 int64_t units, Stream stream, Vec (&acc)[M][kVecs]) {
+  [[gnu::always_inline]] static inline void tile(const uint8_t* w, const uint32_t* x,
+                                                 int64_t x_stride, int64_t units, Stream stream,
+                                                 Vec (&acc)[M][kVecs]) {
     const uint8_t* ahead = stream.next;
     for (int64_t u = 0; u < units; u++) {
       typename Source::Operand operand[kVecs];
       for (int v = 0; v < kVecs; v++) operand[v] = Source::load(w, v);
       for (int line = 0; line < Lines; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
+#pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         auto xv = Source::broadcast(x + m * x_stride);
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; v++) acc[m][v] = Source::madd(acc[m][v], operand[v], xv);
       }
       w += Source::kUnitBytes;
@@ -42,31 +46,46 @@ struct LinearBlock {
   }
 
   template <int M>
-  [[gnu::always_inline]] static inline void finish(const BlockJob& job, int64_t row, Vec (&acc)[M][kVecs]) {
-    for (int m = 0; m < M; m++) {
-      float buffer[kLanes];
-      uint16_t rounded[kLanes];
-      bool whole = job.lanes == kLanes;
-      int64_t at = (row + m) * job.out_stride;
-      for (int v = 0; v < kVecs; v++) {
-        Vec y = acc[m][v];
-        if (job.scales) y = S::mul(y, S::load(job.scales + v * S::kLanes));
-        if (job.bias) y = S::add(y, bias(job, v));
-        if (job.out_bf16) {
-          auto* to = static_cast<uint16_t*>(job.out) + at;
-          S::store_bf16((whole ? to : rounded) + v * S::kLanes, y);
-        } else {
-          auto* to = static_cast<float*>(job.out) + at;
-          S::store((whole ? to : buffer) + v * S::kLanes, y);
-        }
+  [[gnu::always_inline]] static inline void load(const float* from, Vec (&acc)[M][kVecs]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; v++)
+        acc[m][v] = from ? S::load(from + m * kLanes + v * S::kLanes) : S::zero();
+  }
+
+  template <int M>
+  [[gnu::always_inline]] static inline void store(float* to, const Vec (&acc)[M][kVecs]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; v++) S::store(to + m * kLanes + v * S::kLanes, acc[m][v]);
+  }
+
+  // Scale, add the bias, round and write one row of sums.
+  static void finish(const BlockJob& job, int64_t row, const float* sums) {
+    const bool whole = job.lanes == kLanes;
+    const int64_t at = row * job.out_stride;
+    float floats[kLanes];
+    uint16_t halves[kLanes];
+    float* to = whole && !job.out_bf16 ? static_cast<float*>(job.out) + at : floats;
+    uint16_t* to_bf16 = whole && job.out_bf16 ? static_cast<uint16_t*>(job.out) + at : halves;
+    for (int v = 0; v < kVecs; v++) {
+      Vec y = S::load(sums + v * S::kLanes);
+      if (job.scales) y = S::mul(y, S::load(job.scales + v * S::kLanes));
+      if (job.bias) y = S::add(y, bias(job, v));
+      if (job.out_bf16) {
+        S::store_bf16(to_bf16 + v * S::kLanes, y);
+      } else {
+        S::store(to + v * S::kLanes, y);
       }
-      if (whole) continue;
-      for (int64_t i = 0; i < job.lanes; i++) {
-        if (job.out_bf16) {
-          static_cast<uint16_t*>(job.out)[at + i] = rounded[i];
-        } else {
-          static_cast<float*>(job.out)[at + i] = buffer[i];
-        }
+    }
+    if (whole) return;
+    for (int64_t i = 0; i < job.lanes; i++) {
+      if (job.out_bf16) {
+        static_cast<uint16_t*>(job.out)[at + i] = halves[i];
+      } else {
+        static_cast<float*>(job.out)[at + i] = floats[i];
       }
     }
   }
@@ -92,27 +111,24 @@ struct LinearBlock {
   static void thin(const BlockJob& job) {
     constexpr int kLines = (Source::kUnitBytes + 63) / 64;
     Vec acc[M][kVecs];
-    for (auto& row : acc) for (auto& v : row) v = S::zero();
+    load<M>(nullptr, acc);
     Stream stream{job.weights + S::kAheadBytes, Source::kUnitBytes};
     tile<Source, M, kLines>(job.weights, job.x, job.x_stride, job.units, stream, acc);
-    finish<M>(job, 0, acc);
+    store<M>(job.spill, acc);
+    for (int m = 0; m < M; m++) finish(job, m, job.spill + m * kLanes);
   }
 
   // A panel's share of one chunk of K, accumulators carried from chunk to chunk in `spill`.
   template <class Source, int M>
-  static void chunk(const BlockJob& job, const uint8_t* w, int64_t row, int64_t first, int64_t units, Stream stream) {
+  static void chunk(const BlockJob& job, const uint8_t* w, int64_t row, int64_t first,
+                    int64_t units, Stream stream) {
     Vec acc[M][kVecs];
     float* spill = job.spill + row * kLanes;
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < kVecs; v++)
-        acc[m][v] = first ? S::load(spill + m * kLanes + v * S::kLanes) : S::zero();
+    load<M>(first ? spill : nullptr, acc);
     tile<Source, M, 2>(w, job.x + row * job.x_stride + first, job.x_stride, units, stream, acc);
-    if (first + units == job.units) {
-      finish<M>(job, row, acc);
-      return;
-    }
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < kVecs; v++) S::store(spill + m * kLanes + v * S::kLanes, acc[m][v]);
+    store<M>(spill, acc);
+    if (first + units < job.units) return;
+    for (int m = 0; m < M; m++) finish(job, row + m, spill + m * kLanes);
   }
 
   template <class Source, int M = kMaxRows>
@@ -122,8 +138,8 @@ struct LinearBlock {
   }
 
   template <class Source, int M = kMaxRows>
-  static void call_chunk(int64_t rows, const BlockJob& job, const uint8_t* w, int64_t row, int64_t first,
-                         int64_t units, Stream stream) {
+  static void call_chunk(int64_t rows, const BlockJob& job, const uint8_t* w, int64_t row,
+                         int64_t first, int64_t units, Stream stream) {
     if (rows == M) return chunk<Source, M>(job, w, row, first, units, stream);
     if constexpr (M > 1) call_chunk<Source, M - 1>(rows, job, w, row, first, units, stream);
   }

@@ -1,5 +1,5 @@
-// What each instruction set provides to the linear layer: plain types only, so that this header is safe to compile with
-// any instruction-set flags.
+// What each instruction set provides to the linear layer: plain types only, so that this header is
+// safe to compile with any instruction-set flags.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct BlockJob {
   void* out;
   int64_t out_stride;  // in elements
   bool out_bf16;
-  float* spill;        // [rows][block lanes]
-  uint8_t* decoded;    // one chunk of decoded weights
+  float* spill;      // [rows][block lanes]
+  uint8_t* decoded;  // one chunk of decoded weights
 };
 
 // How one instruction set lays out and applies weights.

@@ -8,6 +8,7 @@
 #include "backend.hpp"
 #include "cpu_features.hpp"
 #include "leaf.hpp"
+#include "stream.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,6 +34,13 @@ void bind_backend(nb::module_& m) {
       .def_ro("isa", &Backend::isa)
       .def_prop_ro("threads", [](const Backend& b) { return b.pool.threads(); })
       .def_prop_ro("calls", [](const Backend& b) { return b.calls.load(); });
+  m.def(
+      "read_all",
+      [](Backend& backend, uintptr_t data, int64_t bytes) {
+        auto turn = backend.enter();
+        return read_all(backend, at<uint8_t>(data), bytes);
+      },
+      "backend"_a, "data"_a, "size"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 // ---- leaf kernels ----------------------------------------------------------------------------------------------

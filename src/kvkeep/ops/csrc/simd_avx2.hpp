@@ -29,7 +29,9 @@ struct Avx2 {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec round(Vec a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   // a * 2^n for integral n in [-126, 127].
   static Vec scale(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -51,7 +53,8 @@ struct Avx2 {
   }
   static void store_bf16(uint16_t* p, Vec v) {
     __m256i bits = bf16_bits(v);
-    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
   }
   static Vec round_bf16(Vec v) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(v), 16)); }
@@ -60,8 +63,12 @@ struct Avx2 {
     using Native = F32;
     using Operand = __m256;
     static constexpr int kUnitBytes = 64;
-    static Operand load(const uint8_t* w, int v) { return _mm256_loadu_ps(reinterpret_cast<const float*>(w) + 8 * v); }
-    static void put(uint8_t* to, int v, Operand w) { _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * v, w); }
+    static Operand load(const uint8_t* w, int v) {
+      return _mm256_loadu_ps(reinterpret_cast<const float*>(w) + 8 * v);
+    }
+    static void put(uint8_t* to, int v, Operand w) {
+      _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * v, w);
+    }
     static __m256 broadcast(const uint32_t* x) {
       return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*x)));
     }
@@ -70,7 +77,9 @@ struct Avx2 {
 
   struct Bf16 : F32 {
     static constexpr int kUnitBytes = 32;
-    static Operand load(const uint8_t* w, int v) { return load_bf16(reinterpret_cast<const uint16_t*>(w) + 8 * v); }
+    static Operand load(const uint8_t* w, int v) {
+      return load_bf16(reinterpret_cast<const uint16_t*>(w) + 8 * v);
+    }
   };
 
   struct Int8 : F32 {

@@ -28,7 +28,9 @@ struct Avx512 {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  static Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec round(Vec a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   // a * 2^n for integral n.
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
@@ -37,7 +39,8 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
   }
   static void store_bf16(uint16_t* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
   }
   static Vec round_bf16(Vec v) {
     __m256i raw = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
@@ -50,7 +53,9 @@ struct Avx512 {
     static constexpr int kUnitBytes = 256;
     static Operand load(const uint8_t* w, int v) { return _mm512_loadu_ps(w + 64 * v); }
     static void put(uint8_t* to, int v, Operand w) { _mm512_storeu_ps(to + 64 * v, w); }
-    static __m512 broadcast(const uint32_t* x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x))); }
+    static __m512 broadcast(const uint32_t* x) {
+      return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x)));
+    }
     static Vec madd(Vec acc, Operand w, __m512 x) { return _mm512_fmadd_ps(w, x, acc); }
   };
 
@@ -71,7 +76,8 @@ struct Avx512 {
   };
 
   static __m512 int8_lanes(const uint8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
   struct Int8F32 {

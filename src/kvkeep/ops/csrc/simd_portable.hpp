@@ -60,7 +60,9 @@ struct Portable {
     if (x != x) return static_cast<uint16_t>((bits | 0x400000u) >> 16);
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
-  static Vec load_bf16(const uint16_t* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static Vec load_bf16(const uint16_t* p) {
+    return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  }
   static void store_bf16(uint16_t* p, Vec v) {
     for (int i = 0; i < kLanes; i++) p[i] = narrow(v[i]);
   }
@@ -73,8 +75,12 @@ struct Portable {
     using Native = F32;
     using Operand = Vec;
     static constexpr int kUnitBytes = 64;
-    static Operand load(const uint8_t* w, int v) { return Portable::load(reinterpret_cast<const float*>(w) + 4 * v); }
-    static void put(uint8_t* to, int v, Operand w) { store(reinterpret_cast<float*>(to) + 4 * v, w); }
+    static Operand load(const uint8_t* w, int v) {
+      return Portable::load(reinterpret_cast<const float*>(w) + 4 * v);
+    }
+    static void put(uint8_t* to, int v, Operand w) {
+      store(reinterpret_cast<float*>(to) + 4 * v, w);
+    }
     static Vec broadcast(const uint32_t* x) {
       float y;
       std::memcpy(&y, x, sizeof(y));
@@ -85,7 +91,9 @@ struct Portable {
 
   struct Bf16 : F32 {
     static constexpr int kUnitBytes = 32;
-    static Operand load(const uint8_t* w, int v) { return load_bf16(reinterpret_cast<const uint16_t*>(w) + 4 * v); }
+    static Operand load(const uint8_t* w, int v) {
+      return load_bf16(reinterpret_cast<const uint16_t*>(w) + 4 * v);
+    }
   };
 
   struct Int8 : F32 {

@@ -9,7 +9,8 @@
 namespace kvkeep {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50);  // covers the host work between two kernels of a step
+constexpr auto kSpin =
+    std::chrono::microseconds(50);  // covers the host work between two kernels of a step
 
 void relax() {
 #if defined(__x86_64__)
@@ -18,6 +19,12 @@ void relax() {
   std::this_thread::yield();
 #endif
 }
+
+constexpr int kPatience = 4096;  // rounds of waiting for the last job before giving the core away
+
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+uint32_t number_of(uint64_t region) { return static_cast<uint32_t>(region >> 32); }
+uint64_t inside(uint64_t region) { return region & (kOpen - 1); }
 
 uint64_t pack(uint64_t begin, uint64_t end) { return begin << 32 | end; }
 uint64_t begin_of(uint64_t range) { return range >> 32; }
@@ -31,10 +38,9 @@ ThreadPool::ThreadPool(int threads)
 }
 
 ThreadPool::~ThreadPool() {
-  stop_.store(true);
   {
     std::lock_guard lock(sleep_mutex_);
-    region_.fetch_add(1);
+    stop_.store(true);
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
@@ -52,16 +58,26 @@ void ThreadPool::start(int64_t jobs, bool shares, Job job, void* context) {
   use_shares_ = shares;
   next_.store(0, std::memory_order_relaxed);
   for (int i = 0; i < threads_; i++) {
-    shares_[i].range.store(pack(jobs * i / threads_, jobs * (i + 1) / threads_), std::memory_order_relaxed);
+    shares_[i].range.store(pack(jobs * i / threads_, jobs * (i + 1) / threads_),
+                           std::memory_order_relaxed);
   }
-  running_.store(threads_ - 1, std::memory_order_relaxed);
-  region_.fetch_add(1);
+  const uint64_t number = number_of(region_.load(std::memory_order_relaxed)) + uint64_t{1};
+  region_.store(number << 32 | kOpen);
   if (sleepers_.load() > 0) {
-    { std::lock_guard lock(sleep_mutex_); }
+    {
+      std::lock_guard lock(sleep_mutex_);
+    }
     wake_.notify_all();
   }
   work(0);
-  while (running_.load(std::memory_order_acquire) != 0) relax();
+  region_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int i = 0; inside(region_.load(std::memory_order_acquire)) != 0; i++) {
+    if (i < kPatience) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 void ThreadPool::work(int thread) {
@@ -82,7 +98,8 @@ void ThreadPool::work_shares(int thread) {
     uint64_t seen = range.load(std::memory_order_relaxed);
     while (begin_of(seen) < end_of(seen)) {
       bool own = step == 0;
-      uint64_t rest = own ? pack(begin_of(seen) + 1, end_of(seen)) : pack(begin_of(seen), end_of(seen) - 1);
+      uint64_t rest =
+          own ? pack(begin_of(seen) + 1, end_of(seen)) : pack(begin_of(seen), end_of(seen) - 1);
       if (!range.compare_exchange_weak(seen, rest, std::memory_order_relaxed)) continue;
       job_(context_, static_cast<int64_t>(own ? begin_of(seen) : end_of(rest)), thread);
       seen = range.load(std::memory_order_relaxed);
@@ -91,26 +108,35 @@ void ThreadPool::work_shares(int thread) {
 }
 
 void ThreadPool::loop(int thread) {
-  uint64_t seen = 0;
-  while (wait_for_region(seen)) {
-    seen = region_.load(std::memory_order_acquire);
+  uint32_t seen = 0;
+  while (join_region(seen)) {
     work(thread);
-    running_.fetch_sub(1, std::memory_order_release);
+    region_.fetch_sub(1, std::memory_order_release);
   }
 }
 
-// Return false once the pool stops.
-bool ThreadPool::wait_for_region(uint64_t seen) {
+// Wait for a region after `seen` and enter it; return false once the pool stops.
+bool ThreadPool::join_region(uint32_t& seen) {
   auto until = std::chrono::steady_clock::now() + kSpin;
-  for (int i = 0; region_.load(std::memory_order_acquire) == seen; i++) {
+  for (int i = 0; !stop_.load(std::memory_order_relaxed); i++) {
+    uint64_t region = region_.load(std::memory_order_acquire);
+    if (number_of(region) != seen) {
+      if (!(region & kOpen)) {
+        seen = number_of(region);
+      } else if (region_.compare_exchange_weak(region, region + 1, std::memory_order_acq_rel)) {
+        seen = number_of(region);
+        return true;
+      }
+      continue;
+    }
     relax();
     if (i % 64 != 63 || std::chrono::steady_clock::now() < until) continue;
     std::unique_lock lock(sleep_mutex_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return region_.load() != seen; });
+    wake_.wait(lock, [&] { return number_of(region_.load()) != seen || stop_.load(); });
     sleepers_.fetch_sub(1);
   }
-  return !stop_.load();
+  return false;
 }
 
 }  // namespace kvkeep

@@ -1,4 +1,4 @@
-// A small pool: the caller and N-1 workers run the jobs of one region together.
+// A small pool: the caller and up to N-1 workers run the jobs of one region together.
 #pragma once
 
 #include <atomic>
@@ -28,8 +28,8 @@ class ThreadPool {
     run(jobs, false, fn);
   }
 
-  // The same, but each thread walks a contiguous share of the jobs from its front; one that is done takes over jobs
-  // from the back of another's share. For jobs that stream neighbouring memory.
+  // The same, but each thread walks a contiguous share of the jobs from its front; one that is done
+  // takes over jobs from the back of another's share. For jobs that stream neighbouring memory.
   template <class Fn>
   void parallel_shares(int64_t jobs, Fn&& fn) {
     run(jobs, true, fn);
@@ -62,7 +62,7 @@ class ThreadPool {
   void work(int thread);
   void work_shares(int thread);
   void loop(int thread);
-  bool wait_for_region(uint64_t seen);
+  bool join_region(uint32_t& seen);
 
   const int threads_;
   std::unique_ptr<Share[]> shares_;
@@ -71,11 +71,13 @@ class ThreadPool {
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 
-  alignas(64) std::atomic<uint64_t> region_{0};  // rises by one per region; the workers' signal
+  // The current region: its number in the upper half; whether it may be joined; how many workers
+  // are inside. The caller closes it when no job is left, so a worker that wakes late is not waited
+  // for.
+  alignas(64) std::atomic<uint64_t> region_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> running_{0};
 
   Job job_ = nullptr;
   void* context_ = nullptr;
