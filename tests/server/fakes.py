@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.engine.api import (
@@ -96,10 +96,10 @@ class FakeEngine:
     dead: bool = False
     shut: bool = False
 
-    def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    def submit(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         return self._run(request)
 
-    async def _run(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def _run(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         self.live.add(request.id)
         done = False

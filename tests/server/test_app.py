@@ -6,17 +6,16 @@ import asyncio
 
 import pytest
 from openai import AsyncOpenAI, NotFoundError
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.server.conftest import Running, Start
 from tests.server.fakes import BOS, MAX_LEN, MODEL, REPLY, FakeEngine
 
-HI = [{"role": "user", "content": "hi"}]
+HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
 def openai_client(server: Running) -> AsyncOpenAI:
-    return AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, http_client=server.client()
-    )
+    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=20)
 
 
 async def test_models_are_listed_and_found(start: Start) -> None:
@@ -30,7 +29,7 @@ async def test_models_are_listed_and_found(start: Start) -> None:
 
 async def test_chat_answers_with_usage_and_cached_tokens(start: Start) -> None:
     async with start(FakeEngine(cached_tokens=7)) as server, openai_client(server) as client:
-        reply = await client.chat.completions.create(model=MODEL, messages=HI)  # type: ignore[arg-type]
+        reply = await client.chat.completions.create(model=MODEL, messages=HI)
         assert reply.object == "chat.completion"
         assert reply.choices[0].message.content == REPLY
         assert reply.choices[0].message.role == "assistant"
@@ -74,7 +73,7 @@ async def test_chat_stream_is_the_answer_with_usage_at_its_end(start: Start) -> 
     async with start() as server, openai_client(server) as client:
         stream = await client.chat.completions.create(
             model=MODEL,
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -93,7 +92,7 @@ async def test_usage_can_come_with_every_event(start: Start) -> None:
     async with start() as server, openai_client(server) as client:
         stream = await client.chat.completions.create(
             model=MODEL,
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             stream=True,
             extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         )
@@ -106,7 +105,7 @@ async def test_n_sequences_with_logprobs(start: Start) -> None:
     async with start() as server, openai_client(server) as client:
         reply = await client.chat.completions.create(
             model=MODEL,
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             n=3,
             logprobs=True,
             top_logprobs=2,
@@ -127,7 +126,7 @@ async def test_sampling_fields_reach_the_engine(start: Start) -> None:
     async with start() as server, openai_client(server) as client:
         await client.chat.completions.create(
             model=MODEL,
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             max_completion_tokens=9,
             temperature=0.3,
             top_p=0.8,
@@ -159,7 +158,7 @@ async def test_defaults_fill_the_context_for_chats_and_16_tokens_for_completions
     start: Start,
 ) -> None:
     async with start() as server, openai_client(server) as client:
-        await client.chat.completions.create(model=MODEL, messages=HI)  # type: ignore[arg-type]
+        await client.chat.completions.create(model=MODEL, messages=HI)
         await client.completions.create(model=MODEL, prompt="hi")
         chat, completion = server.engine.requests
         assert chat.params.max_tokens == MAX_LEN - len(chat.prompt_ids)
@@ -201,9 +200,8 @@ async def test_echo_with_logprobs_scores_the_prompt(start: Start) -> None:
         assert (first.text, second.text) == ("ABCH", "DH")
         assert first.logprobs is not None
         assert first.logprobs.tokens == ["A", "B", "C", "H"]
-        assert first.logprobs.token_logprobs is not None
-        assert first.logprobs.token_logprobs[0] is None
-        assert first.logprobs.token_logprobs[1:] == [-0.5] * 3
+        scores: list[float | None] = [*(first.logprobs.token_logprobs or [])]
+        assert scores == [None, -0.5, -0.5, -0.5]
         assert first.logprobs.text_offset == [0, 1, 2, 3]
         assert first.logprobs.top_logprobs is not None
         assert first.logprobs.top_logprobs[1:] == [{"B": -0.5}, {"C": -0.5}, {"H": -0.5}]

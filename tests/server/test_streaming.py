@@ -1,4 +1,4 @@
-"""How streams begin, keep quiet, and end: well, by their client, by an error, by the engine's death."""
+"""How streams begin, keep quiet, and end: well, by their client, by an error."""
 
 from __future__ import annotations
 
@@ -77,15 +77,18 @@ async def test_tokens_without_text_are_silence_too(start: Start) -> None:
 
 async def test_what_comes_is_sent_at_once(start: Start) -> None:
     """The first event must arrive while the engine still sleeps before its second token."""
-    async with start(FakeEngine(delay_s=0.4)) as server, server.client() as http:
-        async with http.stream("POST", CHAT, json=STREAM) as answer:
-            seen = ""
-            async for part in answer.aiter_text():
-                seen += part
-                if '"H"' in seen:
-                    break
-            assert len(server.engine.live) == 1
-            assert '"e"' not in seen
+    async with (
+        start(FakeEngine(delay_s=0.4)) as server,
+        server.client() as http,
+        http.stream("POST", CHAT, json=STREAM) as answer,
+    ):
+        seen = ""
+        async for part in answer.aiter_text():
+            seen += part
+            if '"H"' in seen:
+                break
+        assert len(server.engine.live) == 1
+        assert '"e"' not in seen
 
 
 @pytest.mark.parametrize("stream", [False, True])

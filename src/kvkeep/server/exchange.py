@@ -128,7 +128,7 @@ class _Run:
 
 
 class _Pulse:
-    """How long a stream may stay silent; chunks that show nothing do not count as a sign of life."""
+    """How long a stream may stay silent; chunks that show nothing are no sign of life."""
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s

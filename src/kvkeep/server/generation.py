@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Self
 
-from kvkeep.engine.api import Chunk, EngineClient, FinishReason, GenerateRequest
+from kvkeep.engine.api import Chunk, ChunkStream, EngineClient, FinishReason, GenerateRequest
 from kvkeep.errors import DeadlineExceeded, RequestCancelled
 from kvkeep.server.problems import GenerationFailed
 from kvkeep.server.running import Job
@@ -18,12 +18,6 @@ class Event(NamedTuple):
 
     prompt: int
     chunk: Chunk
-
-
-@runtime_checkable
-class _Closable(Protocol):
-    async def aclose(self) -> None:
-        """End the iterator."""
 
 
 class Generation:
@@ -77,7 +71,7 @@ class Generation:
         return None
 
     async def _pump(self, prompt: int, request: GenerateRequest) -> None:
-        chunks: AsyncIterator[Chunk] | None = None
+        chunks: ChunkStream | None = None
         unfinished = request.params.n
         try:
             chunks = self._client.submit(request)
@@ -90,7 +84,8 @@ class Generation:
         except Exception as error:  # noqa: BLE001 - whatever it is, the request's handler raises it
             self._fail(error)
         finally:
-            await _close(chunks)
+            if chunks is not None:
+                await chunks.aclose()
             self._left -= 1
             if self._left == 0:
                 self._wake.set()
@@ -104,11 +99,6 @@ class Generation:
             if pump is not current:
                 pump.cancel()
         self._wake.set()
-
-
-async def _close(chunks: object) -> None:
-    if isinstance(chunks, _Closable):
-        await chunks.aclose()
 
 
 def check_finish(chunk: Chunk) -> None:
