@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from kvkeep.cli import run
+from kvkeep.cli.engine import describe, engine_options
+from kvkeep.cli.serve import admin_token, server_options
+from kvkeep.config import load
+from kvkeep.engine.api import ModelInfo
+from kvkeep.errors import ConfigError
+from kvkeep.models.make import tiny
+
+FREE_PORTS = ["--port", "0", "--admin-port", "0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny("llama", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert last.startswith("kvkeep: ")
+    return last
+
+
+def test_settings_reach_the_engine_and_the_server() -> None:
+    settings = load(
+        {"kv_cache_memory_bytes": "2GiB", "kernel": "avx2", "max_n": 3, "served_model_name": "m"}
+    )
+    engine, server = engine_options(settings), server_options(settings)
+    assert (engine.kv_cache_bytes, engine.kernel, engine.served_name) == (2 << 30, "avx2", "m")
+    assert (server.limits.max_n, server.served_names) == (3, ("m",))
+
+
+def test_what_is_served_is_described() -> None:
+    info = ModelInfo(
+        name="toy",
+        path="/models/toy",
+        max_model_len=4096,
+        vocab_size=2048,
+        dtype="bfloat16",
+        num_layers=4,
+        num_kv_heads=2,
+        head_dim=64,
+        num_pages=100,
+        bytes_per_token=2048,
+        kernel="avx2",
+        eos_token_ids=(0,),
+    )
+    shown = describe(info)
+    for word in ("toy", "bfloat16", "100 of 64 tokens, 12.5 MiB", "2048", "avx2"):
+        assert word in shown
+
+
+def test_the_admin_token_comes_from_a_private_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("a token of some length\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        admin_token(file)
+    file.chmod(0o600)
+    assert admin_token(file) == "a token of some length"
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="at least"):
+        admin_token(file)
+    with pytest.raises(ConfigError, match="can't read"):
+        admin_token(tmp_path / "gone")
+    assert admin_token(None) != admin_token(None)
+
+
+def test_no_keys_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--keys", str(tmp_path / "keys.json")]) == 1
+    assert "kvkeep tenant add" in one_sentence(capsys)
+
+
+def test_a_wrong_directory_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", "--no-auth", "--model", str(tmp_path), *FREE_PORTS]) == 1
+    assert str(tmp_path) in one_sentence(capsys)
+
+
+def test_too_little_memory_is_one_sentence(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["serve", "--no-auth", "--model", model, "--kv-cache-memory-bytes", "900TiB"]
+    assert run([*arguments, *FREE_PORTS]) == 1
+    assert "kv_cache_memory_bytes: " in one_sentence(capsys)
+
+
+def test_a_port_in_use_is_one_sentence(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run(["serve", "--no-auth", "--model", model, "--port", port]) == 1
+    assert port in one_sentence(capsys)
