@@ -31,7 +31,6 @@ from kvkeep.types import (
     PUBLIC_SCOPE,
     Access,
     EpochDelta,
-    Layout,
     PageTag,
     SharingPolicy,
     View,
@@ -69,7 +68,7 @@ class CacheManager:
         self._tier = tier
         self._store = PageStore(pool, index, tier)
         public_tag = tag_of(PUBLIC_SCOPE)
-        copies_rows = pool.spec.layout in (Layout.F32, Layout.BF16)
+        copies_rows = pool.spec.recent_tokens is None
         self._matcher = Matcher(index, policy, tag_of, tier, copies_rows=copies_rows)
         self._closer = Closer(self._store, policy, public_tag, copies_rows=copies_rows)
         self._promoter = Promoter(self._store, public_tag)

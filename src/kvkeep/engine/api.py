@@ -146,8 +146,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     tenants: tuple[TenantUse, ...]
 
 
-class ChunkStream(AsyncIterator[Chunk], Protocol):
+class ChunkStream(Protocol):
     """One request's chunks as they come."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Return the stream itself."""
+
+    async def __anext__(self) -> Chunk:
+        """Return the next chunk; raises `EngineError` where the engine has ended."""
 
     async def aclose(self) -> None:
         """Stop reading; a request that is not finished is cancelled within a step."""

@@ -27,6 +27,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
+from kvkeep.models.memory import available_bytes
 from kvkeep.models.text import TextModel
 from kvkeep.quant.codec import Float, KVShape
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
@@ -100,6 +101,7 @@ def build_core(
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)
     pool = TilePool(spec, _num_pages(options, spec.page_bytes, max_model_len))
+    pool.prefault()
     techniques = parts.techniques
     manager = CacheManager(
         pool,
@@ -144,7 +146,7 @@ def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
 
 
 def _num_pages(options: EngineOptions, page_bytes: int, max_model_len: int) -> int:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_bytes() or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
     if wanted > available:
         raise ConfigError(

@@ -26,7 +26,7 @@ from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
 from kvkeep.engine.stats import EngineCounters
-from kvkeep.errors import InvalidRequest, QuotaExceeded
+from kvkeep.errors import CapacityError, InvalidRequest
 from kvkeep.types import PAGE_TOKENS, EpochDelta
 
 
@@ -251,7 +251,7 @@ class EngineCore:
             assert sequence.view is not None
             try:
                 sibling.view = self._manager.fork(sequence.view)
-            except QuotaExceeded:
+            except CapacityError:
                 sibling.view = None
             request.sequences.append(sibling)
             self._scheduler.adopt(sibling)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.sequence import Sequence, Status
-from kvkeep.errors import QuotaExceeded
+from kvkeep.errors import CapacityError
 from kvkeep.types import View
 
 
@@ -165,7 +165,7 @@ class Scheduler:
         view = manager.open_view(match, len(tokens))
         try:
             manager.extend(view, len(tokens) - view.length)
-        except QuotaExceeded:
+        except CapacityError:
             manager.release(view, tokens[: view.length])
             if alone:
                 self._exhausted(sequence)
@@ -199,7 +199,7 @@ class Scheduler:
         while True:
             try:
                 self._manager.extend(sequence.view, needed)
-            except QuotaExceeded:
+            except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
                     self._exhausted(sequence)
