@@ -47,6 +47,7 @@ class CpuAttention:
         self._backend = backend
         self._native = _native.Attention(backend)
         self._last: _Prepared | None = None
+        self._caches: dict[tuple[int, Layout], tuple[LayerKV, _native.Cache]] = {}
 
     @property
     def calls(self) -> int:
@@ -71,7 +72,7 @@ class CpuAttention:
         slots = np.ascontiguousarray(slots, np.int32)
         k_token, k_head, _ = k.stride()
         v_token, v_head, _ = v.stride()
-        cache, _table = _cache(kv, layout)
+        cache = self._cache(kv, layout)
         try:
             self._native.append(
                 _NATIVE[layout],
@@ -105,7 +106,7 @@ class CpuAttention:
             if len(thresholds) != rows:
                 raise KernelInputError(f"{len(thresholds)} thresholds for {rows} rows")
             hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
-        cache, _table = _cache(kv, layout)
+        cache = self._cache(kv, layout)
         try:
             self._native.attend(
                 prepared.native,
@@ -147,6 +148,15 @@ class CpuAttention:
             lse2.data_ptr(),
         )
         return out, lse2
+
+    def _cache(self, kv: LayerKV, layout: Layout) -> _native.Cache:
+        """Return the native view of a layer, kept while the same pool is passed in."""
+        known = self._caches.get((kv.layer, layout))
+        if known is not None and _same_pool(known[0], kv):
+            return known[1]
+        native = _native_cache(kv, layout)
+        self._caches[kv.layer, layout] = (kv, native)
+        return native
 
     def _prepare(
         self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, layout: Layout
@@ -197,6 +207,16 @@ class CpuAttention:
         return self._last
 
 
+def _same_pool(one: LayerKV, other: LayerKV) -> bool:
+    return one is other or (
+        one.buffer is other.buffer
+        and one.tile_table is other.tile_table
+        and one.tile_bytes == other.tile_bytes
+        and one.num_kv_heads == other.num_kv_heads
+        and one.head_dim == other.head_dim
+    )
+
+
 def _layout_of(dtype: torch.dtype, name: str) -> Layout:
     layout = _LAYOUT.get(dtype)
     if layout is None:
@@ -214,34 +234,32 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _cache(kv: LayerKV, layout: Layout) -> tuple[_native.Cache, Int32Array]:
-    """Describe the pool to the native side; the second value keeps the addressed table alive."""
+def _native_cache(kv: LayerKV, layout: Layout) -> _native.Cache:
+    """Describe one layer of the pool to the native side, after checking that it fits the layout."""
     _check_dim(kv.head_dim)
     if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
         raise KernelInputError(
             f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
         )
-    table = kv.tile_table
-    slots, layers, heads = table.shape
+    slots, layers, heads = kv.tile_table.shape
     if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
         raise KernelInputError(
             f"the tile table has {layers} layers of {heads} heads; "
             f"asked for layer {kv.layer} of {kv.num_kv_heads}"
         )
-    if table.dtype != np.int32 or not table.flags.c_contiguous:
+    if kv.tile_table.dtype != np.int32 or not kv.tile_table.flags.c_contiguous:
         raise KernelInputError("the tile table must be contiguous int32")
-    native = _native.Cache(
+    return _native.Cache(
         kv.buffer.data_ptr(),
         kv.buffer.numel() // kv.tile_bytes,
         kv.tile_bytes,
-        table.ctypes.data,
+        kv.tile_table.ctypes.data,
         slots,
         layers,
         kv.layer,
         heads,
         kv.head_dim,
     )
-    return native, table
 
 
 def _optional(array: np.ndarray | None, dtype: type[np.int32 | np.uint64]) -> np.ndarray | None:

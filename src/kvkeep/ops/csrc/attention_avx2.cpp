@@ -67,7 +67,10 @@ struct F32 {
   static V load_first(const B* p) { return Isa::load(p); }
   static V broadcast(const A* p) { return _mm256_broadcast_ss(p); }
   static V dot(V acc, V a, V b) { return Isa::fma(a, b, acc); }
-  static void store_weight(A* p, V x) { Isa::store(p, x); }
+  static void store_weights(A* p, V low, V high) {
+    Isa::store(p, low);
+    Isa::store(p + W, high);
+  }
   static void store_out(B* p, V x) { Isa::store(p, x); }
   static void gather(A* to, const B* from, int dim) { __builtin_memcpy(to, from, sizeof(A) * dim); }
   static void widen(float* to, const B* from, int dim) { gather(to, from, dim); }
@@ -92,7 +95,10 @@ struct Bf16 {
   static Loaded load_first(const B* p) { return {load(p).even, Isa::zero()}; }
   static Factor broadcast(const A* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)}; }
   static V dot(V acc, Factor a, Loaded b) { return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc)); }
-  static void store_weight(A* p, V x) { Isa::store(p, x); }
+  static void store_weights(A* p, V low, V high) {
+    Isa::store(p, low);
+    Isa::store(p + W, high);
+  }
   static void store_out(B* p, V x) {
     __m256i bits = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -28,9 +28,9 @@ struct Isa {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), set1(-__builtin_inff()), x);
   }
 
-  // 2^x for x <= 0; -inf gives 0. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0 = 1 exactly.
+  // 2^x for x <= 0; -inf gives 0, by scalef's rule for a NaN times 2^-inf. Relative error 1e-7; derived, minimax over
+  // [-1/2, 1/2] with 2^0 = 1 exactly.
   static V exp2(V x) {
-    x = _mm512_max_ps(x, set1(-256.0f));
     V whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     V rest = sub(x, whole);
     V y = set1(1.326474252e-03f);
@@ -56,7 +56,10 @@ struct F32 {
   static V load_first(const B* p) { return Isa::load(p); }
   static V broadcast(const A* p) { return Isa::set1(*p); }
   static V dot(V acc, V a, V b) { return Isa::fma(a, b, acc); }
-  static void store_weight(A* p, V x) { Isa::store(p, x); }
+  static void store_weights(A* p, V low, V high) {
+    Isa::store(p, low);
+    Isa::store(p + W, high);
+  }
   static void store_out(B* p, V x) { Isa::store(p, x); }
   static void gather(A* to, const B* from, int dim) { __builtin_memcpy(to, from, sizeof(A) * dim); }
   static void widen(float* to, const B* from, int dim) { gather(to, from, dim); }
@@ -78,10 +81,12 @@ struct Bf16 {
     return (__m512bh)_mm512_set1_epi32(pair);
   }
   static V dot(V acc, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(acc, a, b); }
-  static void store_weight(A* p, V x) {
+  static void store_weights(A* p, V low, V high) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  static void store_out(B* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
   }
-  static void store_out(B* p, V x) { store_weight(p, x); }
   static void gather(A* to, const B* from, int dim) { __builtin_memcpy(to, from, sizeof(A) * dim); }
   static void widen(float* to, const B* from, int dim) {
     for (int d = 0; d < dim; d += W) {

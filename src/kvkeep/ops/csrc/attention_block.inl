@@ -7,8 +7,8 @@ using V = Isa::V;
 constexpr int W = Isa::kWidth;
 constexpr int kLine = 16 / W;  // vectors per 64 bytes of a tile, in both layouts
 
-// acc[m][c] += sum over k of a[m][k] * b[k][c]; with kAhead the same lines `ahead` bytes further are prefetched.
-template <class K, int kRows, int kCols, bool kAhead>
+// acc[m][c] += sum over k of a[m][k] * b[k][c]. With kAhead = n > 0, every n-th line is prefetched `ahead` bytes further.
+template <class K, int kRows, int kCols, int kAhead>
 inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], const typename K::A* a, int64_t a_row,
                                                     const typename K::B* b, int64_t b_step, int64_t b_col, int steps,
                                                     int64_t ahead) {
@@ -17,7 +17,7 @@ inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], cons
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; c++) {
       loaded[c] = K::load(b + c * b_col);
-      if (kAhead && c % kLine == 0) {
+      if (kAhead > 0 && c % (kLine * (kAhead > 0 ? kAhead : 1)) == 0) {
         __builtin_prefetch(reinterpret_cast<const char*>(b + c * b_col) + ahead, 0, 2);
       }
     }
@@ -33,7 +33,7 @@ inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], cons
 }
 
 // s[m][0..63] = scale * q[m] . k for one tile.
-template <class K, int kRows, bool kAhead>
+template <class K, int kRows, int kAhead>
 __attribute__((noinline)) void score_block(const typename K::A* q, const typename K::B* k, int dim, float scale, float* s,
                                            int64_t ahead) {
   constexpr int kCols = Isa::kCols;
@@ -67,7 +67,7 @@ struct Values {
 
 // o[m][column..] += p[m] . v over the step's tiles. Where the count of tokens is odd, the last pair's second value is never
 // looked at: it may be memory that nobody has written.
-template <class K, int kRows, int kCols, bool kAhead>
+template <class K, int kRows, int kCols, int kAhead>
 __attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<K>& v, float* o, int dim, int column) {
   V acc[kRows][kCols];
 #pragma GCC unroll 8
@@ -98,7 +98,7 @@ __attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<
   }
 }
 
-template <class K, int kRows, bool kAhead, int kCols = Isa::kCols>
+template <class K, int kRows, int kAhead, int kCols = Isa::kCols>
 inline void weigh_columns(const typename K::A* p, const Values<K>& v, float* o, int dim, int column, int cols) {
   if (cols == kCols) {
     weigh_block<K, kRows, kCols, kAhead>(p, v, o, dim, column);
@@ -107,7 +107,7 @@ inline void weigh_columns(const typename K::A* p, const Values<K>& v, float* o, 
   }
 }
 
-template <class K, int kRows, bool kAhead>
+template <class K, int kRows, int kAhead>
 void weigh_rows(const typename K::A* p, const Values<K>& v, float* o, int dim) {
   int left = dim / W;
   for (int passes = (left + Isa::kCols - 1) / Isa::kCols, column = 0; passes > 0; passes--) {
@@ -118,31 +118,46 @@ void weigh_rows(const typename K::A* p, const Values<K>& v, float* o, int dim) {
   }
 }
 
+// How the blocks of a step share the prefetching of the next one, so that memory and arithmetic overlap: block 0 takes
+// every `every`-th line from the first, block 1 from the second, ...; 0: none is left to do.
+struct Ahead {
+  int every;
+  int line;
+};
+
+inline Ahead ahead_of(int block, int blocks) {
+  constexpr int kLines = Isa::kCols / kLine;  // per step of a product
+  const int every = blocks == 1 || kLines == 1 ? 1 : blocks < 4 || kLines == 2 ? 2 : 4;
+  return {block < every ? every : 0, block};
+}
+
+// Call fn with a constant 0, 1, 2 or 4.
+template <class Fn>
+inline void with_every(int every, Fn&& fn) {
+  if (every == 0) return fn.template operator()<0>();
+  if (every == 1) return fn.template operator()<1>();
+  if (every == 2) return fn.template operator()<2>();
+  fn.template operator()<4>();
+}
+
 // The blocks above for a number of rows known at run time, 1..Isa::kRows.
 template <class K, int kRows = Isa::kRows>
 inline void score(int rows, const typename K::A* q, const typename K::B* k, int dim, float scale, float* s,
-                  int64_t ahead) {
+                  int64_t ahead, Ahead share) {
   if (rows == kRows) {
-    if (ahead) {
-      score_block<K, kRows, true>(q, k, dim, scale, s, ahead);
-    } else {
-      score_block<K, kRows, false>(q, k, dim, scale, s, 0);
-    }
+    ahead += share.line * int64_t{16} * dim * sizeof(*k);  // one line per 16 tokens
+    with_every(share.every, [&]<int kAhead>() { score_block<K, kRows, kAhead>(q, k, dim, scale, s, ahead); });
   } else if constexpr (kRows > 1) {
-    score<K, kRows - 1>(rows, q, k, dim, scale, s, ahead);
+    score<K, kRows - 1>(rows, q, k, dim, scale, s, ahead, share);
   }
 }
 
 template <class K, int kRows = Isa::kRows>
-inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim) {
+inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim, Ahead share) {
   if (rows == kRows) {
-    if (v.ahead[0] | v.ahead[1]) {
-      weigh_rows<K, kRows, true>(p, v, o, dim);
-    } else {
-      weigh_rows<K, kRows, false>(p, v, o, dim);
-    }
+    with_every(share.every, [&]<int kAhead>() { weigh_rows<K, kRows, kAhead>(p, v, o, dim); });
   } else if constexpr (kRows > 1) {
-    weigh<K, kRows - 1>(rows, p, v, o, dim);
+    weigh<K, kRows - 1>(rows, p, v, o, dim, share);
   }
 }
 
@@ -166,18 +181,19 @@ inline void soften(const float* s, const uint64_t (&seen)[2], typename K::A* p, 
     if (!all) x[c] = Isa::keep(seen[c * W / kPage] >> (c * W % kPage), x[c]);
     top = Isa::max(top, x[c]);
   }
-  const float high = Isa::reduce_max(top);
-  const float now = high > m ? high : m;
+  const float peak = Isa::reduce_max(top);
+  const float now = peak > m ? peak : m;
   if (now == -__builtin_inff()) {
     __builtin_memset(p, 0, sizeof(*p) * kStep);
     return;
   }
   V sum = Isa::zero();
 #pragma GCC unroll 8
-  for (int c = 0; c < kVectors; c++) {
-    V weight = Isa::exp2(Isa::sub(x[c], Isa::set1(now)));
-    sum = Isa::add(sum, weight);
-    K::store_weight(p + c * W, weight);
+  for (int c = 0; c < kVectors; c += 2) {
+    V low = Isa::exp2(Isa::sub(x[c], Isa::set1(now)));
+    V high = Isa::exp2(Isa::sub(x[c + 1], Isa::set1(now)));
+    sum = Isa::add(sum, Isa::add(low, high));
+    K::store_weights(p + c * W, low, high);
   }
   if (now != m) {
     if (m != -__builtin_inff()) {

@@ -142,9 +142,10 @@ inline void seen_by(const Step<K>& step, int position, uint64_t (&seen)[2]) {
 // Cut rows [begin, end) into blocks of at most Isa::kRows, as even as can be.
 template <class Fn>
 inline void in_blocks(int begin, int end, Fn&& fn) {
-  for (int blocks = (end - begin + Isa::kRows - 1) / Isa::kRows; blocks > 0; blocks--) {
-    const int rows = (end - begin + blocks - 1) / blocks;
-    fn(begin, rows);
+  const int blocks = (end - begin + Isa::kRows - 1) / Isa::kRows;
+  for (int block = 0; block < blocks; block++) {
+    const int rows = (end - begin + blocks - block - 1) / (blocks - block);
+    fn(begin, rows, ahead_of(block, blocks));
     begin += rows;
   }
 }
@@ -166,10 +167,10 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& ste
     if (!step.tile[j]) continue;
     int begin, end;
     trim(panel, step.position + j * kPage, begin, end);
-    int64_t ahead = step.ahead[j];
-    in_blocks(begin, end, [&](int row, int rows) {
-      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale, panel.s + row * kStep + j * kPage, ahead);
-      ahead = 0;
+    in_blocks(begin, end, [&](int row, int rows, Ahead share) {
+      if (!step.ahead[j]) share.every = 0;
+      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale, panel.s + row * kStep + j * kPage,
+               step.ahead[j], share);
     });
   }
 }
@@ -179,17 +180,17 @@ inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, in
   Values<K> values;
   for (int j = 0; j < 2; j++) {
     values.tile[j] = step.tile[j] ? step.tile[j] + kPage * dim : nullptr;
-    values.ahead[j] = step.ahead[j];
   }
-  in_blocks(begin, end, [&](int row, int rows) {
+  in_blocks(begin, end, [&](int row, int rows, Ahead share) {
+    if (!(step.ahead[0] && step.ahead[1])) share.every = 0;
     int last = panel.position[row];
     for (int r = 1; r < rows; r++) last = panel.position[row + r] > last ? panel.position[row + r] : last;
     for (int j = 0; j < 2; j++) {
       const int tokens = step.tile[j] ? last - step.position - j * kPage + 1 : 0;
       values.tokens[j] = tokens < 0 ? 0 : tokens > kPage ? kPage : tokens;
+      values.ahead[j] = step.ahead[j] + share.line * 64;
     }
-    weigh<K>(rows, panel.p + row * kStep, values, o + int64_t{row} * dim, dim);
-    values.ahead[0] = values.ahead[1] = 0;
+    weigh<K>(rows, panel.p + row * kStep, values, o + int64_t{row} * dim, dim, share);
   });
 }
 
