@@ -35,7 +35,7 @@ class OutputFactory:
         if params.prompt_logprobs is not None and index == 0:
             prompt = PromptLogprobs(spec.prompt_ids, params.prompt_logprobs, self._text.token_text)
         stream = self._text.stream(
-            after=spec.prompt_ids, skip_special_tokens=params.skip_special_tokens
+            after=spec.prompt_ids[-16:], skip_special_tokens=params.skip_special_tokens
         )
         stops = StopChecker(params, self._eos_ids)
         return SequenceOutput(index, self._text, stream, stops, prompt)
