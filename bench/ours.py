@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from kvkeep.engine.api import GenerateRequest, SamplingParams
+from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
 from kvkeep.engine.build import EngineOptions, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.errors import ConfigError
@@ -21,10 +22,18 @@ TENANT = "bench"
 class Ours:
     """A core with one tenant; every call uses a scope of its own unless told otherwise."""
 
-    def __init__(self, model: Path, *, threads: int, kv_cache_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        threads: int,
+        kv_cache_bytes: int = 2 << 30,
+        weights: Literal["float", "int8"] = "float",
+    ) -> None:
         options = EngineOptions(
             model=str(model),
             dtype="bfloat16",
+            weights=weights,
             threads=threads,
             kv_cache_bytes=kv_cache_bytes,
             max_num_batched_tokens=1024,
@@ -67,6 +76,23 @@ class Ours:
             self.core.step()
             seconds.append(time.perf_counter() - begun)
         return seconds
+
+    def answer(self, prompt: Sequence[int], params: SamplingParams) -> str:
+        """Return the text of one answer."""
+        self.submit(prompt, params)
+        return "".join(chunk.text for chunk in self._chunks())
+
+    def prompt_scores(self, prompt: Sequence[int]) -> list[float]:
+        """Return the log-probability of every prompt token but the first."""
+        self.submit(prompt, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        scores = next(iter(self._chunks())).prompt_logprobs or ()
+        return [score.logprob for score in scores if score is not None]
+
+    def _chunks(self) -> list[Chunk]:
+        found = []
+        while not self.core.idle():
+            found += [output.chunk for output in self.core.step()]
+        return found
 
     def decode_rate(self, batch: int, tokens: int, context: int = 32) -> float:
         """Return generated tokens per second of a batch, its prefill left out."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvkeep.config import DEMO_MODEL
 from tests.engines import GREEDY, core_for, drive, greedy_oracle, request, tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -33,6 +34,15 @@ def test_cold_warm_and_batched_equal_transformers(family: str, tiny: dict[str, P
     batch = drive(core, [request(p, id=n) for n, p in prompts.items()] + strangers)
     for name in prompts:
         assert tokens(batch[name]) == expected[name], name
+
+
+def test_the_demo_model_equals_transformers() -> None:
+    core = core_for(DEMO_MODEL, dtype="float32", chunk_tokens=64)
+    for length in (5, 200):
+        prompt = prompt_of(length, length, vocab=2000)
+        expected = greedy_oracle(DEMO_MODEL, prompt, TOKENS)
+        for name in ("cold", "warm"):
+            assert tokens(drive(core, [request(prompt, id=name)])[name]) == expected
 
 
 def test_preempted_sequences_go_on_with_the_same_tokens(tiny: dict[str, Path]) -> None:
