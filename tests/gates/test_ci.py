@@ -1,4 +1,4 @@
-"""`.ci/run` over a Makefile of our own: what fails decides the exit code, pytest's line comes last."""
+"""`.ci/run` over a Makefile of our own: any failure counts, pytest's line comes last."""
 
 from __future__ import annotations
 
