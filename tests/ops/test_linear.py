@@ -72,8 +72,8 @@ def test_bits_do_not_depend_on_rows_threads_or_place(
 @kernels
 @dtypes
 @int8s
-@pytest.mark.parametrize("k", [1, 2, 63, 64, 127, 128, 129, 896, 1025])
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 65, 130])
+@pytest.mark.parametrize("k", [1, 2, 63, 128, 129, 897])
+@pytest.mark.parametrize("n", [1, 16, 17, 65, 130])
 def test_matches_the_reference(
     kernel: ops.Kernel, dtype: torch.dtype, int8: bool, k: int, n: int
 ) -> None:
