@@ -1,4 +1,4 @@
-"""How near attention is to the machine: prefill in GFLOP/s, decode in GB/s of K and V, by shape and context.
+"""How near attention is to the machine: prefill in GFLOP/s, decode in GB/s of K and V.
 
 Decode walks through as many layers as it takes to leave no K or V in cache from the round before.
 """
@@ -50,7 +50,7 @@ def layers_of(world: World) -> list[LayerKV]:
 
 def best(step: Callable[[], float], seconds: float) -> float:
     """Return the best of at least five figures: others share this machine."""
-    found = []
+    found: list[float] = []
     end = time.perf_counter() + seconds
     while len(found) < 5 or time.perf_counter() < end:
         found.append(step())
@@ -107,7 +107,9 @@ def measure(options: Options) -> Report:
             shape = f"{heads.q}/{heads.kv}x{heads.dim}"
             for tokens in PREFILLS[-2:] if options.quick else PREFILLS:
                 speed = prefill(ops, heads, tokens, seconds)
-                rows.append({"shape": shape, "threads": threads, "prompt": tokens, "GFLOP/s": speed})
+                rows.append(
+                    {"shape": shape, "threads": threads, "prompt": tokens, "GFLOP/s": speed}
+                )
             for tokens in CONTEXTS[::2] if options.quick else CONTEXTS:
                 speed, micros = decode(ops, heads, tokens, seconds)
                 rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -119,9 +120,10 @@ def make_world(
     tile_bytes = float_tile_bytes(layout, heads.dim)
     tiles = pages * layers * heads.kv
     table = rng.permutation(tiles).astype(np.int32).reshape(pages, layers, heads.kv)
-    room = torch.full((tiles * tile_bytes + 64,), 0xFF, dtype=torch.uint8)
-    start = -room.data_ptr() % 64
-    buffer = room[start : start + tiles * tile_bytes]
+    memory = mmap.mmap(-1, tiles * tile_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8).fill_(0xFF)
     kv = LayerKV(buffer, table, tile_bytes, layer, heads.kv, heads.dim)
     return World(heads, layout, kv, rng, rng.permutation(pages).tolist())
 
@@ -135,10 +137,12 @@ def flat_plan(
 ) -> AttentionPlan:
     """Return a plan of one group per part: its page entries and the positions of its rows."""
     positions: list[int] = []
-    groups, runs, pages = [], [], []
+    groups: list[list[int]] = []
+    runs: list[list[int]] = []
+    pages: list[Int32Array] = []
     for slots, rows in parts:
         groups.append([len(positions), len(positions) + len(rows), len(runs), len(runs) + 1])
-        runs.append([sum(map(len, pages)), len(slots), 0, int(layout)])
+        runs.append([sum(len(p) for p in pages), len(slots), 0, int(layout)])
         pages.append(slots)
         positions.extend(rows)
     return AttentionPlan(
@@ -162,4 +166,5 @@ def tolerance(layout: Layout, exact: Float64) -> Float64:
     top = np.abs(exact).max()
     if layout == Layout.F32:
         return np.full(exact.shape, 3e-6 * top)
-    return 2e-3 * top + np.abs(exact) * 2.0**-8
+    allowed: Float64 = 2e-3 * top + np.abs(exact) * 2.0**-8
+    return allowed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ from tests.oracles import (
     tolerance,
 )
 
-PATHS = ["reference", *available()]
+Path = CpuKernel | Literal["reference"]
+PATHS: list[Path] = ["reference", *available()]
 LAYOUTS = [Layout.F32, Layout.BF16]
 SMALL = Heads(4, 2, 64)
 
@@ -46,13 +48,14 @@ def cpu_attention(path: CpuKernel, threads: int = 1) -> CpuAttention:
     return attention
 
 
-def ops_for(path: str, threads: int = 1) -> AttentionOps:
+def ops_for(path: Path, threads: int = 1) -> AttentionOps:
     return ReferenceAttention() if path == "reference" else cpu_attention(path, threads)
 
 
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def path(request: pytest.FixtureRequest) -> Path:
+    name: Path = request.param
+    return name
 
 
 @pytest.fixture(params=LAYOUTS, ids=lambda layout: layout.name)
@@ -85,7 +88,7 @@ def attend_and_check(
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2055])
-def test_context_lengths(path: str, layout: Layout, length: int) -> None:
+def test_context_lengths(path: Path, layout: Layout, length: int) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=40)
     world.add(ops, length)
@@ -93,7 +96,7 @@ def test_context_lengths(path: str, layout: Layout, length: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 129])
-def test_row_counts(path: str, layout: Layout, rows: int) -> None:
+def test_row_counts(path: Path, layout: Layout, rows: int) -> None:
     ops = ops_for(path, threads=2)
     world = make_world(SMALL, layout, pages=8, seed=rows)
     world.add(ops, 200 + rows)
@@ -114,14 +117,14 @@ def test_row_counts(path: str, layout: Layout, rows: int) -> None:
     ],
     ids=str,
 )
-def test_head_shapes(path: str, layout: Layout, heads: Heads) -> None:
+def test_head_shapes(path: Path, layout: Layout, heads: Heads) -> None:
     ops = ops_for(path)
     world = make_world(heads, layout, pages=8)
     world.add(ops, 150)
     attend_and_check(world, ops, [149, 3, 127, 128])
 
 
-def test_more_than_128_pages(path: str, layout: Layout) -> None:
+def test_more_than_128_pages(path: Path, layout: Layout) -> None:
     ops = ops_for(path, threads=2)
     world = make_world(Heads(2, 1, 64), layout, pages=140)
     world.add(ops, 131 * PAGE_TOKENS - 5)
@@ -129,7 +132,7 @@ def test_more_than_128_pages(path: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("loud", [0, 70, 1199])
-def test_one_huge_score(path: str, layout: Layout, loud: int) -> None:
+def test_one_huge_score(path: Path, layout: Layout, loud: int) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=20)
     k = world.tensor(1200, SMALL.kv, SMALL.dim) * 0.1
@@ -139,7 +142,7 @@ def test_one_huge_score(path: str, layout: Layout, loud: int) -> None:
     attend_and_check(world, ops, [1199], q=q)
 
 
-def test_equal_scores_average_the_values(path: str, layout: Layout) -> None:
+def test_equal_scores_average_the_values(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=20)
     k = torch.zeros((1100, SMALL.kv, SMALL.dim), dtype=TORCH_DTYPE[layout])
@@ -151,7 +154,7 @@ def test_equal_scores_average_the_values(path: str, layout: Layout) -> None:
     assert (got.out.double() - mean).abs().max() <= 2e-3 * request.v.double().abs().max()
 
 
-def test_scores_far_apart_stay_finite(path: str) -> None:
+def test_scores_far_apart_stay_finite(path: Path) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, Layout.F32, pages=20)
     k = world.tensor(300, SMALL.kv, SMALL.dim) * 20
@@ -159,11 +162,11 @@ def test_scores_far_apart_stay_finite(path: str) -> None:
     attend_and_check(world, ops, [299, 128], q=world.tensor(2, SMALL.q, SMALL.dim) * 10)
 
 
-def test_strided_queries_keys_and_values(path: str, layout: Layout) -> None:
+def test_strided_queries_keys_and_values(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=8)
     fused = world.tensor(140, SMALL.q + 2 * SMALL.kv, SMALL.dim)
-    q, k, v = fused.split([SMALL.q, SMALL.kv, SMALL.kv], dim=1)
+    q, k, v = torch.split(fused, [SMALL.q, SMALL.kv, SMALL.kv], dim=1)
     world.add(ops, 140, k=k, v=v)
     positions = list(range(140))
     attend_and_check(world, ops, positions, q=q)
@@ -171,7 +174,7 @@ def test_strided_queries_keys_and_values(path: str, layout: Layout) -> None:
     attend_and_check(world, ops, positions, q=by_head)
 
 
-def test_append_skips_negative_slots_and_leaves_neighbours(path: str, layout: Layout) -> None:
+def test_append_skips_negative_slots_and_leaves_neighbours(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=4)
     request = world.add(ops, 64)
@@ -193,7 +196,7 @@ def mixed_masks(world: World, pages: int) -> np.ndarray:
     return masks
 
 
-def test_live_masks(path: str, layout: Layout) -> None:
+def test_live_masks(path: Path, layout: Layout) -> None:
     ops = ops_for(path, threads=2)
     world = make_world(SMALL, layout, pages=8)
     request = world.add(ops, 320)
@@ -207,7 +210,7 @@ def test_live_masks(path: str, layout: Layout) -> None:
     check(world, got, attention_oracle(q, request.k, request.v, visible))
 
 
-def test_a_fully_masked_row_is_empty(path: str, layout: Layout) -> None:
+def test_a_fully_masked_row_is_empty(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=4)
     request = world.add(ops, 130)
@@ -221,7 +224,7 @@ def test_a_fully_masked_row_is_empty(path: str, layout: Layout) -> None:
     torch.testing.assert_close(got.out[1], only)
 
 
-def test_private_tiles(path: str, layout: Layout) -> None:
+def test_private_tiles(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=8)
     request = world.add(ops, 192)
@@ -239,7 +242,7 @@ def test_private_tiles(path: str, layout: Layout) -> None:
     )
 
 
-def test_no_runs_and_no_rows(path: str, layout: Layout) -> None:
+def test_no_runs_and_no_rows(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=2)
     nothing = ops.attend(world.tensor(0, 4, 64), world.kv, flat_plan(layout, []))
@@ -251,7 +254,7 @@ def test_no_runs_and_no_rows(path: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_hits(path: str, layout: Layout, threads: int) -> None:
+def test_hits(path: Path, layout: Layout, threads: int) -> None:
     ops = ops_for(path, threads)
     world = make_world(SMALL, layout, pages=30)
     request = world.add(ops, 1500)
@@ -273,7 +276,7 @@ def test_hits(path: str, layout: Layout, threads: int) -> None:
     assert not hit.all()
 
 
-def test_nothing_is_observed_unless_asked(path: str) -> None:
+def test_nothing_is_observed_unless_asked(path: Path) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, Layout.F32, pages=2)
     request = world.add(ops, 10)
@@ -293,7 +296,7 @@ def test_nothing_is_observed_unless_asked(path: str) -> None:
     empty=st.sets(st.integers(0, 4)),
 )
 @pytest.mark.parametrize("name", PATHS)
-def test_merged_parts_equal_the_whole(name: str, parts: int, seed: int, empty: set[int]) -> None:
+def test_merged_parts_equal_the_whole(name: Path, parts: int, seed: int, empty: set[int]) -> None:
     rng = np.random.default_rng(seed)
     ops = ops_for(name)
     scores = torch.from_numpy(rng.standard_normal((parts, 3, 2, 7)) * 20)
@@ -314,7 +317,7 @@ def test_merged_parts_equal_the_whole(name: str, parts: int, seed: int, empty: s
     torch.testing.assert_close(lse2.double(), exact_lse2, atol=1e-4, rtol=1e-5)
 
 
-def test_merging_one_part_or_empty_parts_changes_nothing(path: str, layout: Layout) -> None:
+def test_merging_one_part_or_empty_parts_changes_nothing(path: Path, layout: Layout) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, layout, pages=2)
     part = world.tensor(1, 3, 4, 64)
@@ -370,13 +373,13 @@ def with_run(plan: AttentionPlan, **columns: int) -> AttentionPlan:
         ({"first_position": 5}, "inside a page"),
     ],
 )
-def test_bad_runs_are_refused(path: str, columns: dict[str, int], message: str) -> None:
+def test_bad_runs_are_refused(path: Path, columns: dict[str, int], message: str) -> None:
     world, q, plan = good()
     with pytest.raises(KernelInputError, match=message):
         ops_for(path).attend(q, world.kv, with_run(plan, **columns))
 
 
-def test_bad_shapes_are_refused(path: str) -> None:
+def test_bad_shapes_are_refused(path: Path) -> None:
     world, q, plan = good()
     ops = ops_for(path)
     with pytest.raises(KernelInputError, match="float16"):
@@ -392,7 +395,7 @@ def test_bad_shapes_are_refused(path: str) -> None:
         ops.attend(q.bfloat16(), world.kv, plan)
 
 
-def test_a_page_without_a_tile_is_refused(path: str) -> None:
+def test_a_page_without_a_tile_is_refused(path: Path) -> None:
     world, q, plan = good()
     table = world.kv.tile_table.copy()
     table[plan.pages[0], 1, 0] = 10**6
@@ -407,7 +410,7 @@ def test_a_page_without_a_tile_is_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize("name", available())
-def test_native_refusals(name: str) -> None:
+def test_native_refusals(name: CpuKernel) -> None:
     ops = cpu_attention(name)
     world, q, plan = good()
     with pytest.raises(KernelInputError, match="step of 128"):

@@ -24,8 +24,9 @@ def cpu_attention(path: CpuKernel, threads: int = 1) -> CpuAttention:
 
 
 @pytest.fixture(params=available())
-def path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def path(request: pytest.FixtureRequest) -> CpuKernel:
+    name: CpuKernel = request.param
+    return name
 
 
 @pytest.fixture(params=[Layout.F32, Layout.BF16], ids=lambda layout: layout.name)
@@ -64,7 +65,7 @@ def decode_plan(world: World, which: list[int]) -> AttentionPlan:
     return flat_plan(world.layout, parts)
 
 
-def test_alone_in_a_batch_and_in_any_order(path: str, layout: Layout, heads: Heads) -> None:
+def test_alone_in_a_batch_and_in_any_order(path: CpuKernel, layout: Layout, heads: Heads) -> None:
     world = filled(heads, layout, LENGTHS)
     q = world.tensor(len(LENGTHS), heads.q, heads.dim)
     one, two = cpu_attention(path, 1), cpu_attention(path, 2)
@@ -81,7 +82,7 @@ def test_alone_in_a_batch_and_in_any_order(path: str, layout: Layout, heads: Hea
 
 @pytest.mark.parametrize("cuts", [[1300], [1, 63, 64, 65, 500, 1024, 1300], [128, 1037, 1300]])
 def test_any_chunking_of_a_prefill(
-    path: str, layout: Layout, heads: Heads, cuts: list[int]
+    path: CpuKernel, layout: Layout, heads: Heads, cuts: list[int]
 ) -> None:
     length = 1300
     world = make_world(heads, layout, pages=24)
@@ -114,7 +115,7 @@ def append_rows(world: World, source: Request, slots: Int32Array, begin: int, en
 
 
 def test_a_row_of_a_prefill_equals_the_same_row_decoded(
-    path: str, layout: Layout, heads: Heads
+    path: CpuKernel, layout: Layout, heads: Heads
 ) -> None:
     world = filled(heads, layout, [1200])
     request = world.requests[0]
@@ -127,7 +128,9 @@ def test_a_row_of_a_prefill_equals_the_same_row_decoded(
         assert same(got, pick(whole, [position]))
 
 
-def test_positions_in_any_order_within_a_group(path: str, layout: Layout, heads: Heads) -> None:
+def test_positions_in_any_order_within_a_group(
+    path: CpuKernel, layout: Layout, heads: Heads
+) -> None:
     world = filled(heads, layout, [1100])
     request = world.requests[0]
     q = world.tensor(90, heads.q, heads.dim)
@@ -139,7 +142,9 @@ def test_positions_in_any_order_within_a_group(path: str, layout: Layout, heads:
         assert same(ops.attend(q[row : row + 1], world.kv, plan), pick(got, [row]))
 
 
-def test_shuffled_page_slots_and_runs_cut_at_steps(path: str, layout: Layout, heads: Heads) -> None:
+def test_shuffled_page_slots_and_runs_cut_at_steps(
+    path: CpuKernel, layout: Layout, heads: Heads
+) -> None:
     world = filled(heads, layout, [2150])
     request = world.requests[0]
     q = world.tensor(1, heads.q, heads.dim)
@@ -159,7 +164,7 @@ def test_shuffled_page_slots_and_runs_cut_at_steps(path: str, layout: Layout, he
 
 
 def test_masks_of_ones_change_nothing_and_masked_tokens_weigh_nothing(
-    path: str, layout: Layout, heads: Heads
+    path: CpuKernel, layout: Layout, heads: Heads
 ) -> None:
     world = filled(heads, layout, [400])
     request = world.requests[0]
@@ -182,7 +187,7 @@ def test_masks_of_ones_change_nothing_and_masked_tokens_weigh_nothing(
 
 
 def test_observing_changes_no_bit_and_hits_do_not_depend_on_threads(
-    path: str, layout: Layout, heads: Heads
+    path: CpuKernel, layout: Layout, heads: Heads
 ) -> None:
     world = filled(heads, layout, [2150, 90])
     q = world.tensor(2, heads.q, heads.dim)
@@ -194,11 +199,12 @@ def test_observing_changes_no_bit_and_hits_do_not_depend_on_threads(
     assert same(cpu_attention(path, 2).attend(q, world.kv, plan), want)
     assert got.hits is not None
     assert got.hits.any()
+    assert want.hits is not None
     assert np.array_equal(got.hits, want.hits)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_repeated_calls_with_one_plan(path: str, layout: Layout, threads: int) -> None:
+def test_repeated_calls_with_one_plan(path: CpuKernel, layout: Layout, threads: int) -> None:
     world = filled(SHAPES[0], layout, [2150])
     plan = decode_plan(world, [0])
     ops = cpu_attention(path, threads)
@@ -208,7 +214,7 @@ def test_repeated_calls_with_one_plan(path: str, layout: Layout, threads: int) -
     assert same(ops.attend(q, world.kv, plan), first)
 
 
-def test_append_is_the_same_on_all_paths(path: str, layout: Layout, heads: Heads) -> None:
+def test_append_is_the_same_on_all_paths(path: CpuKernel, layout: Layout, heads: Heads) -> None:
     lengths = [300]
     ours, reference = (make_world(heads, layout, pages=8) for _ in range(2))
     ours.add(cpu_attention(path, 2), lengths[0])

@@ -125,7 +125,7 @@ class CpuAttention:
         return Attended(out, lse2, hits)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf marks an empty one."""
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
         layout = _layout_of(outs.dtype, "outs")
         if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
             raise KernelInputError(

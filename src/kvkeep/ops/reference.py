@@ -71,7 +71,7 @@ class ReferenceAttention:
         return Attended(out, lse2, hits)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf marks an empty one."""
+        """Merge parts [N, T, Hq, D] and [N, T, Hq]; a part with lse2 = -inf is empty."""
         top = lse2s.to(self._compute).amax(dim=0)
         held = torch.where(torch.isinf(top), torch.zeros_like(top), top)
         total = torch.zeros(outs.shape[1:], dtype=self._compute)
@@ -100,13 +100,12 @@ class ReferenceAttention:
         count = int((tokens.positions <= position).sum())
         keys, values, live = tokens.k[:, :count], tokens.v[:, :count], tokens.live[:, :count]
         scores = torch.einsum("hgd,htd->hgt", grouped, keys) * (math.log2(math.e) / dim**0.5)
-        scores = scores.masked_fill(~live[:, None, :], -math.inf)
+        scores = torch.where(live[:, None, :], scores, -math.inf)
         if count == 0:
             return scores
         total = torch.logsumexp(scores * math.log(2), dim=-1) / math.log(2)
-        weights2 = (
-            scores - torch.where(torch.isinf(total), torch.zeros_like(total), total)[..., None]
-        )
+        held = torch.where(torch.isinf(total), torch.zeros_like(total), total)
+        weights2: torch.Tensor = scores - held[..., None]
         out.copy_(torch.einsum("hgt,htd->hgd", torch.exp2(weights2), values).view(heads, dim))
         lse2.copy_(total.view(heads))
         return weights2

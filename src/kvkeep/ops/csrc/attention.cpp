@@ -7,7 +7,8 @@
 namespace kvkeep::attention {
 namespace {
 
-constexpr int64_t kAppendAlone = 16384;  // elements: fewer are written by the caller, waking the pool costs more
+constexpr int64_t kAppendAlone =
+    16384;  // elements: fewer are written by the caller, waking the pool costs more
 
 // Write the rows of one KV head whose index lies in [begin, end).
 template <class T, int kPair>
@@ -36,10 +37,12 @@ void check_slots(const Cache& cache, const NewRows& rows) {
   for (int64_t i = 0; i < rows.count; i++) {
     const int64_t page = rows.slots[i] < 0 ? -1 : rows.slots[i] / kPage;
     if (page < 0 || page == last) continue;
-    if (page >= cache.page_slots) throw std::invalid_argument("slots name a page outside the tile table");
+    if (page >= cache.page_slots)
+      throw std::invalid_argument("slots name a page outside the tile table");
     for (int head = 0; head < cache.kv_heads; head++) {
       const int32_t id = cache.table[cache.tile_of(page, head)];
-      if (id < 0 || id >= cache.num_tiles) throw std::invalid_argument("slots name a page without a tile in the pool");
+      if (id < 0 || id >= cache.num_tiles)
+        throw std::invalid_argument("slots name a page without a tile in the pool");
     }
     last = page;
   }
@@ -52,17 +55,22 @@ void check(bool ok, const char* message) {
 void check_plan(const PlanArrays& arrays, Layout layout) {
   for (int64_t i = 0; i < arrays.num_runs; i++) {
     const Run& run = arrays.plan.runs[i];
-    check(run.layout == static_cast<int32_t>(layout), "a run's layout is not that of the queries' dtype");
-    check(run.page_begin >= 0 && run.page_count >= 0 && run.page_begin + int64_t{run.page_count} <= arrays.num_pages,
+    check(run.layout == static_cast<int32_t>(layout),
+          "a run's layout is not that of the queries' dtype");
+    check(run.page_begin >= 0 && run.page_count >= 0 &&
+              run.page_begin + int64_t{run.page_count} <= arrays.num_pages,
           "a run reaches outside the plan's pages");
-    check(run.first_position >= 0 && run.first_position % kStep == 0, "a run starts inside a step of 128 tokens");
+    check(run.first_position >= 0 && run.first_position % kStep == 0,
+          "a run starts inside a step of 128 tokens");
   }
   int64_t rows = 0;
   for (int64_t i = 0; i < arrays.num_groups; i++) {
     const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[i];
     rows += row_end - row_begin;
-    check(row_begin >= 0 && row_begin <= row_end && row_end <= arrays.num_rows, "a group reaches outside the rows");
-    check(run_begin >= 0 && run_begin <= run_end && run_end <= arrays.num_runs, "a group reaches outside the runs");
+    check(row_begin >= 0 && row_begin <= row_end && row_end <= arrays.num_rows,
+          "a group reaches outside the rows");
+    check(run_begin >= 0 && run_begin <= run_end && run_end <= arrays.num_runs,
+          "a group reaches outside the runs");
     for (int32_t r = run_begin; r + 1 < run_end; r++) {
       const Run& run = arrays.plan.runs[r];
       check(arrays.plan.runs[r + 1].first_position >= run.first_position + run.page_count * kPage,
@@ -76,7 +84,8 @@ void check_plan(const PlanArrays& arrays, Layout layout) {
 int64_t cost_of(int rows, int32_t first, int32_t last, int32_t begin, int32_t end) {
   constexpr int kTokenCost = 9;  // reading a token costs as much as nine rows' arithmetic on it
   const int64_t middle = (int64_t{first} + last) / 2 + 1;
-  const int64_t tokens = std::clamp<int64_t>(middle, int64_t{begin} * kSpan, int64_t{end} * kSpan) - int64_t{begin} * kSpan;
+  const int64_t tokens = std::clamp<int64_t>(middle, int64_t{begin} * kSpan, int64_t{end} * kSpan) -
+                         int64_t{begin} * kSpan;
   return (tokens + kPage) * (rows + kTokenCost);
 }
 
@@ -93,7 +102,8 @@ std::vector<PanelRange> cut_panels(const PlanArrays& arrays, int group, int kv_h
     for (int begin = 0; begin < rows; begin += kPanel) {
       const int end = std::min(begin + kPanel, rows);
       const auto* at = arrays.plan.positions + row_begin;
-      const auto [first, last] = std::minmax_element(at + begin / group, at + (end - 1) / group + 1);
+      const auto [first, last] =
+          std::minmax_element(at + begin / group, at + (end - 1) / group + 1);
       int32_t seen = *last + 1;
       if (run_end > run_begin) {
         const Run& run = arrays.plan.runs[run_end - 1];
@@ -103,7 +113,8 @@ std::vector<PanelRange> cut_panels(const PlanArrays& arrays, int group, int kv_h
       }
       const int32_t spans = (std::max(seen, 0) + kSpan - 1) / kSpan;
       for (int head = 0; head < kv_heads; head++) {
-        panels.push_back({{row_begin, head, begin, end, run_begin, run_end, 0, spans, nullptr}, *first, *last});
+        panels.push_back(
+            {{row_begin, head, begin, end, run_begin, run_end, 0, spans, nullptr}, *first, *last});
       }
     }
   }
@@ -121,10 +132,12 @@ bool even_enough(const std::vector<PreparedPlan::Work>& work, int threads) {
   return *std::max_element(load.begin(), load.end()) <= total / threads + total / (12 * threads);
 }
 
-void split(PreparedPlan& prepared, const PreparedPlan::Work& whole, const PanelRange& panel, int64_t most) {
+void split(PreparedPlan& prepared, const PreparedPlan::Work& whole, const PanelRange& panel,
+           int64_t most) {
   const int rows = panel.item.row_end - panel.item.row_begin;
   const int32_t spans = panel.item.span_end;
-  const int32_t parts = static_cast<int32_t>(std::min<int64_t>(spans, (whole.cost + most - 1) / most));
+  const int32_t parts =
+      static_cast<int32_t>(std::min<int64_t>(spans, (whole.cost + most - 1) / most));
   PreparedPlan::Work joined = whole;
   joined.offset = prepared.state_floats;
   for (int32_t part = 0; part < parts; part++) {
@@ -141,15 +154,18 @@ void split(PreparedPlan& prepared, const PreparedPlan::Work& whole, const PanelR
 
 }  // namespace
 
-PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim, int threads) {
+PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
+                     int threads) {
   check_plan(arrays, layout);
-  PreparedPlan prepared{arrays.plan, layout, group, kv_heads, dim, arrays.num_rows, arrays.num_pages, {}, {}};
+  PreparedPlan prepared{arrays.plan,     layout,           group, kv_heads, dim,
+                        arrays.num_rows, arrays.num_pages, {},    {}};
   const auto panels = cut_panels(arrays, group, kv_heads);
   const auto longest = [](const auto& a, const auto& b) { return a.cost > b.cost; };
   int64_t total = 0;
   for (const auto& panel : panels) {
     const Item& item = panel.item;
-    const int64_t cost = cost_of(item.row_end - item.row_begin, panel.first, panel.last, 0, item.span_end);
+    const int64_t cost =
+        cost_of(item.row_end - item.row_begin, panel.first, panel.last, 0, item.span_end);
     prepared.work.push_back({item, -1, cost});
     total += cost;
   }
@@ -215,17 +231,22 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
       kernel_of_item(job, item, scratch + each * thread);
     });
   };
-  const auto count = [&](uint64_t bytes) { bytes_read_.fetch_add(bytes, std::memory_order_relaxed); };
-  run(prepared.work, [&](const Job& j, const Item& item, char* memory) { count(kernel.attend(j, item, memory)); });
+  const auto count = [&](uint64_t bytes) {
+    bytes_read_.fetch_add(bytes, std::memory_order_relaxed);
+  };
+  run(prepared.work,
+      [&](const Job& j, const Item& item, char* memory) { count(kernel.attend(j, item, memory)); });
   run(prepared.folds, kernel.fold);
   if (job.thresholds) {
-    run(prepared.work, [&](const Job& j, const Item& item, char* memory) { count(kernel.observe(j, item, memory)); });
+    run(prepared.work, [&](const Job& j, const Item& item, char* memory) {
+      count(kernel.observe(j, item, memory));
+    });
   }
   if (bad_tile) throw std::invalid_argument("the plan names a page without a tile in the pool");
 }
 
-void Attention::merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows, int dim,
-                      void* out, float* lse2) {
+void Attention::merge(Layout layout, const void* outs, const float* lse2s, int64_t parts,
+                      int64_t rows, int dim, void* out, float* lse2) {
   auto held = backend_.enter();
   const Kernels& kernel = kernels(layout);
   const int64_t each = 2 * dim;

@@ -1,5 +1,6 @@
-// Paged attention over tiles: work is cut into panels of rows x KV heads x blocks of spans and handed to the pool,
-// longest first. How it is cut never shows in a bit of the result; see the order of sums in kvkeep/ops/layout.py.
+// Paged attention over tiles: work is cut into panels of rows x KV heads x blocks of spans and
+// handed to the pool, longest first. How it is cut never shows in a bit of the result; see the
+// order of sums in kvkeep/ops/layout.py.
 #pragma once
 
 #include <atomic>
@@ -37,7 +38,8 @@ struct PreparedPlan {
 };
 
 // Throws std::invalid_argument where the plan contradicts itself.
-PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim, int threads);
+PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
+                     int threads);
 
 // k and v [T, Hkv, D] by strides in elements; slots [T] = page slot * 64 + row, -1 skips.
 struct NewRows {
@@ -53,8 +55,8 @@ class Attention {
 
   void append(Layout layout, const Cache& cache, const NewRows& rows);
   void attend(const PreparedPlan& prepared, Job job);
-  void merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows, int dim, void* out,
-             float* lse2);
+  void merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows,
+             int dim, void* out, float* lse2);
 
   Backend& backend() const { return backend_; }
   uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }

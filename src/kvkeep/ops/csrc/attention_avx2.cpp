@@ -35,10 +35,12 @@ struct Isa {
   static V keep(uint64_t bits, V x) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xff)), lane);
-    return _mm256_blendv_ps(set1(-__builtin_inff()), x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+    return _mm256_blendv_ps(set1(-__builtin_inff()), x,
+                            _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
   }
 
-  // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0 = 1 exactly.
+  // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
+  // = 1 exactly.
   static V exp2(V x) {
     x = _mm256_max_ps(x, set1(-127.0f));
     V whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -90,11 +92,16 @@ struct Bf16 {
   static Loaded load(const B* p) {
     __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+            _mm256_castsi256_ps(
+                _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
   }
   static Loaded load_first(const B* p) { return {load(p).even, Isa::zero()}; }
-  static Factor broadcast(const A* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)}; }
-  static V dot(V acc, Factor a, Loaded b) { return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc)); }
+  static Factor broadcast(const A* p) {
+    return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1)};
+  }
+  static V dot(V acc, Factor a, Loaded b) {
+    return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc));
+  }
   static void store_weights(A* p, V low, V high) {
     Isa::store(p, low);
     Isa::store(p + W, high);
@@ -104,12 +111,14 @@ struct Bf16 {
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     bits = _mm256_srli_epi32(bits, 16);
-    __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    __m128i half =
+        _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
   }
   static void gather(A* to, const B* from, int dim) {
     for (int d = 0; d < dim; d += W) {
-      __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d)));
+      __m256i half =
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + d)));
       Isa::store(to + d, _mm256_castsi256_ps(_mm256_slli_epi32(half, 16)));
     }
   }

@@ -28,7 +28,8 @@ struct Isa {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), set1(-__builtin_inff()), x);
   }
 
-  // 2^x for x <= 0; -inf gives 0, by scalef's rule for a NaN times 2^-inf. Relative error 1e-7; derived, minimax over
+  // 2^x for x <= 0; -inf gives 0, by scalef's rule for a NaN times 2^-inf. Relative error 1e-7;
+  // derived, minimax over
   // [-1/2, 1/2] with 2^0 = 1 exactly.
   static V exp2(V x) {
     V whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -90,7 +91,8 @@ struct Bf16 {
   static void gather(A* to, const B* from, int dim) { __builtin_memcpy(to, from, sizeof(A) * dim); }
   static void widen(float* to, const B* from, int dim) {
     for (int d = 0; d < dim; d += W) {
-      __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d)));
+      __m512i half =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d)));
       Isa::store(to + d, _mm512_castsi512_ps(_mm512_slli_epi32(half, 16)));
     }
   }

@@ -1,16 +1,20 @@
-// Register blocks of attention: scores, softmax step and weighted sum, for the `Isa` of the including file's namespace.
+// Register blocks of attention: scores, softmax step and weighted sum, for the `Isa` of the
+// including file's namespace.
 //
-// A kind K says how one layout is multiplied on that Isa: types A (panels of q and p) and B (tiles), kPair elements of a
-// row consumed at a time, and the product itself. No element of a row's result depends on the other rows of a block.
+// A kind K says how one layout is multiplied on that Isa: types A (panels of q and p) and B
+// (tiles), kPair elements of a row consumed at a time, and the product itself. No element of a
+// row's result depends on the other rows of a block.
 
 using V = Isa::V;
 constexpr int W = Isa::kWidth;
 constexpr int kLine = 16 / W;  // vectors per 64 bytes of a tile, in both layouts
 
-// acc[m][c] += sum over k of a[m][k] * b[k][c]. With kAhead = n > 0, every n-th line is prefetched `ahead` bytes further.
+// acc[m][c] += sum over k of a[m][k] * b[k][c]. With kAhead = n > 0, every n-th line is prefetched
+// `ahead` bytes further.
 template <class K, int kRows, int kCols, int kAhead>
-inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], const typename K::A* a, int64_t a_row,
-                                                    const typename K::B* b, int64_t b_step, int64_t b_col, int steps,
+inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], const typename K::A* a,
+                                                    int64_t a_row, const typename K::B* b,
+                                                    int64_t b_step, int64_t b_col, int steps,
                                                     int64_t ahead) {
   for (int k = 0; k < steps; k++) {
     typename K::Loaded loaded[kCols];
@@ -34,8 +38,8 @@ inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], cons
 
 // s[m][0..63] = scale * q[m] . k for one tile.
 template <class K, int kRows, int kAhead>
-__attribute__((noinline)) void score_block(const typename K::A* q, const typename K::B* k, int dim, float scale, float* s,
-                                           int64_t ahead) {
+__attribute__((noinline)) void score_block(const typename K::A* q, const typename K::B* k, int dim,
+                                           float scale, float* s, int64_t ahead) {
   constexpr int kCols = Isa::kCols;
   constexpr int kTokens = kCols * W;
   const int64_t b_col = kTokens > 16 ? int64_t{16} * dim : W * K::kPair;
@@ -46,7 +50,8 @@ __attribute__((noinline)) void score_block(const typename K::A* q, const typenam
 #pragma GCC unroll 8
       for (int c = 0; c < kCols; c++) acc[m][c] = Isa::zero();
     }
-    multiply<K, kRows, kCols, kAhead>(acc, q, dim, k + int64_t{t} * dim, 16 * K::kPair, b_col, dim / K::kPair, ahead);
+    multiply<K, kRows, kCols, kAhead>(acc, q, dim, k + int64_t{t} * dim, 16 * K::kPair, b_col,
+                                      dim / K::kPair, ahead);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; m++) {
 #pragma GCC unroll 8
@@ -57,7 +62,8 @@ __attribute__((noinline)) void score_block(const typename K::A* q, const typenam
   }
 }
 
-// The V halves of a step's tiles: null where absent; `tokens` says how many of a tile's tokens any row of the block sees.
+// The V halves of a step's tiles: null where absent; `tokens` says how many of a tile's tokens any
+// row of the block sees.
 template <class K>
 struct Values {
   const typename K::B* tile[2];
@@ -65,10 +71,11 @@ struct Values {
   int tokens[2];
 };
 
-// o[m][column..] += p[m] . v over the step's tiles. Where the count of tokens is odd, the last pair's second value is never
-// looked at: it may be memory that nobody has written.
+// o[m][column..] += p[m] . v over the step's tiles. Where the count of tokens is odd, the last
+// pair's second value is never looked at: it may be memory that nobody has written.
 template <class K, int kRows, int kCols, int kAhead>
-__attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<K>& v, float* o, int dim, int column) {
+__attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<K>& v, float* o,
+                                           int dim, int column) {
   V acc[kRows][kCols];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; m++) {
@@ -79,7 +86,8 @@ __attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<
     const typename K::A* a = p + j * kPage;
     const typename K::B* b = v.tile[j] + column * K::kPair;
     int steps = v.tokens[j] / K::kPair;
-    multiply<K, kRows, kCols, kAhead>(acc, a, kStep, b, int64_t{dim} * K::kPair, W * K::kPair, steps, v.ahead[j]);
+    multiply<K, kRows, kCols, kAhead>(acc, a, kStep, b, int64_t{dim} * K::kPair, W * K::kPair,
+                                      steps, v.ahead[j]);
     if (v.tokens[j] % K::kPair) {
       a += steps * K::kPair;
       b += int64_t{steps} * dim * K::kPair;
@@ -87,7 +95,8 @@ __attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<
       for (int c = 0; c < kCols; c++) {
         auto loaded = K::load_first(b + c * W * K::kPair);
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; m++) acc[m][c] = K::dot(acc[m][c], K::broadcast(a + m * kStep), loaded);
+        for (int m = 0; m < kRows; m++)
+          acc[m][c] = K::dot(acc[m][c], K::broadcast(a + m * kStep), loaded);
       }
     }
   }
@@ -99,7 +108,8 @@ __attribute__((noinline)) void weigh_block(const typename K::A* p, const Values<
 }
 
 template <class K, int kRows, int kAhead, int kCols = Isa::kCols>
-inline void weigh_columns(const typename K::A* p, const Values<K>& v, float* o, int dim, int column, int cols) {
+inline void weigh_columns(const typename K::A* p, const Values<K>& v, float* o, int dim, int column,
+                          int cols) {
   if (cols == kCols) {
     weigh_block<K, kRows, kCols, kAhead>(p, v, o, dim, column);
   } else if constexpr (kCols > 1) {
@@ -118,8 +128,9 @@ void weigh_rows(const typename K::A* p, const Values<K>& v, float* o, int dim) {
   }
 }
 
-// How the blocks of a step share the prefetching of the next one, so that memory and arithmetic overlap: block 0 takes
-// every `every`-th line from the first, block 1 from the second, ...; 0: none is left to do.
+// How the blocks of a step share the prefetching of the next one, so that memory and arithmetic
+// overlap: block 0 takes every `every`-th line from the first, block 1 from the second, ...; 0:
+// none is left to do.
 struct Ahead {
   int every;
   int line;
@@ -142,18 +153,20 @@ inline void with_every(int every, Fn&& fn) {
 
 // The blocks above for a number of rows known at run time, 1..Isa::kRows.
 template <class K, int kRows = Isa::kRows>
-inline void score(int rows, const typename K::A* q, const typename K::B* k, int dim, float scale, float* s,
-                  int64_t ahead, Ahead share) {
+inline void score(int rows, const typename K::A* q, const typename K::B* k, int dim, float scale,
+                  float* s, int64_t ahead, Ahead share) {
   if (rows == kRows) {
     ahead += share.line * int64_t{16} * dim * sizeof(*k);  // one line per 16 tokens
-    with_every(share.every, [&]<int kAhead>() { score_block<K, kRows, kAhead>(q, k, dim, scale, s, ahead); });
+    with_every(share.every,
+               [&]<int kAhead>() { score_block<K, kRows, kAhead>(q, k, dim, scale, s, ahead); });
   } else if constexpr (kRows > 1) {
     score<K, kRows - 1>(rows, q, k, dim, scale, s, ahead, share);
   }
 }
 
 template <class K, int kRows = Isa::kRows>
-inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim, Ahead share) {
+inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim,
+                  Ahead share) {
   if (rows == kRows) {
     with_every(share.every, [&]<int kAhead>() { weigh_rows<K, kRows, kAhead>(p, v, o, dim); });
   } else if constexpr (kRows > 1) {
@@ -167,10 +180,12 @@ inline void scale_row(float* o, int dim, float factor) {
   for (int d = 0; d < dim; d += W) Isa::store(o + d, Isa::mul(Isa::load(o + d), Isa::set1(factor)));
 }
 
-// One row's online-softmax step over scores s [kStep]: weights to p, state (m, l, o) carried on. Tokens whose bit in `seen`
-// is clear get a weight of exactly 0. The guard on -inf keeps a row that sees nothing as it was.
+// One row's online-softmax step over scores s [kStep]: weights to p, state (m, l, o) carried on.
+// Tokens whose bit in `seen` is clear get a weight of exactly 0. The guard on -inf keeps a row that
+// sees nothing as it was.
 template <class K>
-inline void soften(const float* s, const uint64_t (&seen)[2], typename K::A* p, float& m, float& l, float* o, int dim) {
+inline void soften(const float* s, const uint64_t (&seen)[2], typename K::A* p, float& m, float& l,
+                   float* o, int dim) {
   constexpr int kVectors = kStep / W;
   const bool all = (seen[0] & seen[1]) == ~uint64_t{0};
   V x[kVectors];

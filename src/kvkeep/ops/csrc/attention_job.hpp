@@ -1,4 +1,5 @@
-// What an attention kernel is told: plain structs only, because this header is compiled once per instruction set.
+// What an attention kernel is told: plain structs only, because this header is compiled once per
+// instruction set.
 #pragma once
 
 #include <cstddef>
@@ -46,21 +47,21 @@ struct Cache {
 
 // One call of attend.
 struct Job {
-  const void* q;             // [T, Hq, D] in the model's dtype
-  int64_t q_token, q_head;   // strides in elements
-  void* out;                 // [T, Hq, D]
-  float* lse2;               // [T, Hq]
-  int group;                 // G, query heads per KV head
-  float scale;               // log2(e) / sqrt(D)
+  const void* q;            // [T, Hq, D] in the model's dtype
+  int64_t q_token, q_head;  // strides in elements
+  void* out;                // [T, Hq, D]
+  float* lse2;              // [T, Hq]
+  int group;                // G, query heads per KV head
+  float scale;              // log2(e) / sqrt(D)
   Plan plan;
   Cache cache;
-  const float* thresholds;   // [T] or null: nothing is observed
-  uint64_t* hits;            // [E, Hkv]
-  int* bad_tile;             // set where a tile id lies outside the pool
+  const float* thresholds;  // [T] or null: nothing is observed
+  uint64_t* hits;           // [E, Hkv]
+  int* bad_tile;            // set where a tile id lies outside the pool
 };
 
-// A panel of one group's rows, one KV head, some spans. Rows are (query, head in group) packed: row r is
-// query r / G of the group, head r % G.
+// A panel of one group's rows, one KV head, some spans. Rows are (query, head in group) packed: row
+// r is query r / G of the group, head r % G.
 struct Item {
   int32_t first_query, head;
   int32_t row_begin, row_end;
@@ -79,8 +80,8 @@ struct Kernels {
   void (*fold)(const Job& job, const Item& item, char* scratch);
   uint64_t (*observe)(const Job& job, const Item& item, char* scratch);
   // Merge row `row` of parts [N, rows, D] and lse2s [N, rows].
-  void (*merge)(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row, int dim,
-                void* out, float* lse2, float* scratch);
+  void (*merge)(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row,
+                int dim, void* out, float* lse2, float* scratch);
 };
 
 namespace portable {

@@ -1,4 +1,5 @@
-// The loop nest of attention over panels, spans, steps and row blocks; see kvkeep/ops/layout.py for the order of sums.
+// The loop nest of attention over panels, spans, steps and row blocks; see kvkeep/ops/layout.py for
+// the order of sums.
 
 constexpr float kEmpty = -__builtin_inff();
 
@@ -15,7 +16,8 @@ struct State {
 };
 
 // Merge one row's part (m, l, o) into its state; an empty part or state is skipped.
-inline void merge_row(float& into_m, float& into_l, float* into_o, float m, float l, const float* o, int dim) {
+inline void merge_row(float& into_m, float& into_l, float* into_o, float m, float l, const float* o,
+                      int dim) {
   if (m == kEmpty) return;
   if (into_m == kEmpty) {
     into_m = m;
@@ -51,7 +53,8 @@ struct Panel {
   int rows = 0, first = 0, last = 0;  // lowest and highest position
 
   static int64_t bytes(int dim) {
-    return kPanel * (sizeof(A) * (dim + kStep) + 4 * kStep + 8) + 8 * state_floats(kPanel, dim) + 512;
+    return kPanel * (sizeof(A) * (dim + kStep) + 4 * kStep + 8) + 8 * state_floats(kPanel, dim) +
+           512;
   }
 
   Panel(char* scratch, int dim) {
@@ -67,7 +70,8 @@ struct Panel {
   void push(const Job& job, const Item& item, int row) {
     const int32_t token = item.first_query + row / job.group;
     const int head = item.head * job.group + row % job.group;
-    const auto* from = static_cast<const typename K::B*>(job.q) + token * job.q_token + head * job.q_head;
+    const auto* from =
+        static_cast<const typename K::B*>(job.q) + token * job.q_token + head * job.q_head;
     K::gather(q + int64_t{rows} * job.cache.dim, from, job.cache.dim);
     query[rows] = token * job.cache.kv_heads * job.group + head;
     const int32_t at = job.plan.positions[token];
@@ -84,12 +88,14 @@ struct Step {
   int position;
   const typename K::B* tile[2];
   uint64_t live[2];
-  int64_t ahead[2];  // bytes from a tile to the one two further on, for prefetching; 0 where there is none
+  int64_t ahead[2];  // bytes from a tile to the one two further on, for prefetching; 0 where there
+                     // is none
   int32_t entry[2];
 };
 
 template <class K>
-inline const typename K::B* find_tile(const Job& job, const Item& item, int32_t entry, uint64_t* live) {
+inline const typename K::B* find_tile(const Job& job, const Item& item, int32_t entry,
+                                      uint64_t* live) {
   const Cache& cache = job.cache;
   *live = job.plan.masks ? job.plan.masks[cache.tile_of(entry, item.head)] : ~uint64_t{0};
   if (*live == 0) return nullptr;
@@ -104,11 +110,14 @@ inline const typename K::B* find_tile(const Job& job, const Item& item, int32_t 
   return nullptr;
 }
 
-// Fill in the step at `position`; false where the rows up to `last` see none of its tiles. `run` moves forward only.
+// Fill in the step at `position`; false where the rows up to `last` see none of its tiles. `run`
+// moves forward only.
 template <class K>
-inline bool find_step(const Job& job, const Item& item, int last, int position, int& run, Step<K>& step) {
+inline bool find_step(const Job& job, const Item& item, int last, int position, int& run,
+                      Step<K>& step) {
   const Run* at = job.plan.runs;
-  while (run < item.run_end && at[run].first_position + at[run].page_count * kPage <= position) run++;
+  while (run < item.run_end && at[run].first_position + at[run].page_count * kPage <= position)
+    run++;
   if (run == item.run_end || at[run].first_position > position) return false;
   step.position = position;
   for (int j = 0; j < 2; j++) {
@@ -123,7 +132,9 @@ inline bool find_step(const Job& job, const Item& item, int last, int position, 
     if (step.tile[j] && index + 2 < at[run].page_count && start + kStep <= last) {
       uint64_t live;
       const auto* next = find_tile<K>(job, item, step.entry[j] + 2, &live);
-      if (next) step.ahead[j] = reinterpret_cast<const char*>(next) - reinterpret_cast<const char*>(step.tile[j]);
+      if (next)
+        step.ahead[j] =
+            reinterpret_cast<const char*>(next) - reinterpret_cast<const char*>(step.tile[j]);
     }
   }
   return step.tile[0] || step.tile[1];
@@ -136,7 +147,8 @@ inline uint64_t low_bits(int count) {
 
 template <class K>
 inline void seen_by(const Step<K>& step, int position, uint64_t (&seen)[2]) {
-  for (int j = 0; j < 2; j++) seen[j] = low_bits(position - step.position - j * kPage + 1) & step.live[j];
+  for (int j = 0; j < 2; j++)
+    seen[j] = low_bits(position - step.position - j * kPage + 1) & step.live[j];
 }
 
 // Cut rows [begin, end) into blocks of at most Isa::kRows, as even as can be.
@@ -169,14 +181,15 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& ste
     trim(panel, step.position + j * kPage, begin, end);
     in_blocks(begin, end, [&](int row, int rows, Ahead share) {
       if (!step.ahead[j]) share.every = 0;
-      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale, panel.s + row * kStep + j * kPage,
-               step.ahead[j], share);
+      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale,
+               panel.s + row * kStep + j * kPage, step.ahead[j], share);
     });
   }
 }
 
 template <class K>
-inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end, float* o, int dim) {
+inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end, float* o,
+                       int dim) {
   Values<K> values;
   for (int j = 0; j < 2; j++) {
     values.tile[j] = step.tile[j] ? step.tile[j] + kPage * dim : nullptr;
@@ -184,7 +197,8 @@ inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, in
   in_blocks(begin, end, [&](int row, int rows, Ahead share) {
     if (!(step.ahead[0] && step.ahead[1])) share.every = 0;
     int last = panel.position[row];
-    for (int r = 1; r < rows; r++) last = panel.position[row + r] > last ? panel.position[row + r] : last;
+    for (int r = 1; r < rows; r++)
+      last = panel.position[row + r] > last ? panel.position[row + r] : last;
     for (int j = 0; j < 2; j++) {
       const int tokens = step.tile[j] ? last - step.position - j * kPage + 1 : 0;
       values.tokens[j] = tokens < 0 ? 0 : tokens > kPage ? kPage : tokens;
@@ -196,11 +210,13 @@ inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, in
 
 // Carry the panel's fresh state over one span; return the bytes read.
 template <class K>
-uint64_t walk_span(const Job& job, const Item& item, const Panel<K>& panel, int span, const State& state) {
+uint64_t walk_span(const Job& job, const Item& item, const Panel<K>& panel, int span,
+                   const State& state) {
   const int dim = job.cache.dim;
   uint64_t tiles = 0;
   int run = item.run_begin;
-  for (int position = span * kSpan; position < (span + 1) * kSpan && position <= panel.last; position += kStep) {
+  for (int position = span * kSpan; position < (span + 1) * kSpan && position <= panel.last;
+       position += kStep) {
     Step<K> step;
     if (!find_step<K>(job, item, panel.last, position, run, step)) continue;
     tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
@@ -223,7 +239,8 @@ void finish(const Job& job, const Panel<K>& panel, const State& state) {
   const int dim = job.cache.dim;
   for (int r = 0; r < panel.rows; r++) {
     auto* out = static_cast<typename K::B*>(job.out) + int64_t{panel.query[r]} * dim;
-    finish_row<K>(state.m[r], state.l[r], state.o + int64_t{r} * dim, dim, out, job.lse2 + panel.query[r]);
+    finish_row<K>(state.m[r], state.l[r], state.o + int64_t{r} * dim, dim, out,
+                  job.lse2 + panel.query[r]);
   }
 }
 
@@ -244,7 +261,8 @@ uint64_t attend(const Job& job, const Item& item, char* scratch) {
   uint64_t bytes = 0;
   for (int span = item.span_begin; span < item.span_end; span++) {
     const bool apart = span > item.span_begin;
-    const int64_t offset = apart ? state_floats(rows, dim) * (item.states ? span - item.span_begin : 1) : 0;
+    const int64_t offset =
+        apart ? state_floats(rows, dim) * (item.states ? span - item.span_begin : 1) : 0;
     const State state = State::at(memory + offset, rows);
     state.clear(rows, dim);
     bytes += walk_span(job, item, panel, span, state);
@@ -268,12 +286,14 @@ void fold(const Job& job, const Item& item, char* scratch) {
   finish(job, panel, total);
 }
 
-// Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2 is final by now.
+// Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2
+// is final by now.
 template <class K>
 uint64_t observe(const Job& job, const Item& item, char* scratch) {
   Panel<K> panel(scratch, job.cache.dim);
   for (int row = item.row_begin; row < item.row_end; row++) {
-    if (__builtin_isfinite(job.thresholds[item.first_query + row / job.group])) panel.push(job, item, row);
+    if (__builtin_isfinite(job.thresholds[item.first_query + row / job.group]))
+      panel.push(job, item, row);
   }
   if (panel.rows == 0) return 0;
   uint64_t tiles = 0;
@@ -291,20 +311,22 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
       const int token = panel.query[r] / (job.cache.kv_heads * job.group);
       const float least = job.lse2[panel.query[r]] + job.thresholds[token];
       for (int t = 0; t < kStep; t++) {
-        if (seen[t / kPage] >> (t % kPage) & 1 && panel.s[r * kStep + t] >= least) hit[t / kPage] |= uint64_t{1} << t % kPage;
+        if (seen[t / kPage] >> (t % kPage) & 1 && panel.s[r * kStep + t] >= least)
+          hit[t / kPage] |= uint64_t{1} << t % kPage;
       }
     }
     for (int j = 0; j < 2; j++) {
       if (!hit[j]) continue;
-      __atomic_fetch_or(job.hits + int64_t{step.entry[j]} * job.cache.kv_heads + item.head, hit[j], __ATOMIC_RELAXED);
+      __atomic_fetch_or(job.hits + int64_t{step.entry[j]} * job.cache.kv_heads + item.head, hit[j],
+                        __ATOMIC_RELAXED);
     }
   }
   return tiles * kPage * job.cache.dim * sizeof(typename K::B);
 }
 
 template <class K>
-void merge(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row, int dim, void* out,
-           float* lse2, float* scratch) {
+void merge(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row, int dim,
+           void* out, float* lse2, float* scratch) {
   float m = kEmpty, l = 0;
   float *part = scratch, *o = scratch + dim;
   __builtin_memset(o, 0, sizeof(float) * dim);

@@ -1,4 +1,5 @@
-// Attention in plain C++ over vectors of four floats, which every compiler turns into what the machine has.
+// Attention in plain C++ over vectors of four floats, which every compiler turns into what the
+// machine has.
 #include "attention_job.hpp"
 
 namespace kvkeep::attention::portable {
@@ -36,7 +37,8 @@ struct Isa {
     return (Bits{low, low, low, low} & lane) == lane ? x : set1(-__builtin_inff());
   }
 
-  // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0 = 1 exactly.
+  // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
+  // = 1 exactly.
   static V exp2(V x) {
     x = max(x, set1(-127.0f));
     const V shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -92,7 +94,9 @@ struct Bf16 {
   }
   static Loaded load_first(const B* p) { return {load(p).even, Isa::zero()}; }
   static Factor broadcast(const A* p) { return {Isa::set1(p[0]), Isa::set1(p[1])}; }
-  static V dot(V acc, Factor a, Loaded b) { return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc)); }
+  static V dot(V acc, Factor a, Loaded b) {
+    return Isa::fma(a.odd, b.odd, Isa::fma(a.even, b.even, acc));
+  }
   static void store_weights(A* p, V low, V high) {
     Isa::store(p, low);
     Isa::store(p + W, high);
