@@ -79,7 +79,7 @@ bench: setup ## one benchmark: make bench NAME=serve BENCH_ARGS="--quick --json 
 	$(BIN)/kvkeep bench $(NAME) $(BENCH_ARGS)
 
 peers: ## build each peer's own environment under .peers/
-	$(PYTHON) tools/peers.py
+	$(PYTHON) tools/peers/build.py
 
 wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
 	rm -rf dist build/wheel
