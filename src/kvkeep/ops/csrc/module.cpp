@@ -1,5 +1,5 @@
-// The Python face of the kernels, and the only file that knows of Python. Arrays arrive as addresses and sizes:
-// shapes, dtypes and strides are checked by the callers in kvkeep.ops.
+// The Python face of the kernels, and the only file that knows of Python. Arrays arrive as
+// addresses and sizes: shapes, dtypes and strides are checked by the callers in kvkeep.ops.
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
@@ -21,7 +21,8 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// ---- shared ----------------------------------------------------------------------------------------------------
+// ---- shared
+// ----------------------------------------------------------------------------------------------------
 
 void bind_backend(nb::module_& m) {
   nb::enum_<Isa>(m, "Isa")
@@ -43,25 +44,28 @@ void bind_backend(nb::module_& m) {
       "backend"_a, "data"_a, "size"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
-// ---- leaf kernels ----------------------------------------------------------------------------------------------
+// ---- leaf kernels
+// ----------------------------------------------------------------------------------------------
 
-void run_linear(Backend& backend, const PackedWeight& weight, uintptr_t x, int64_t rows, int64_t x_stride,
-                uintptr_t bias, uintptr_t out, int64_t out_stride) {
+void run_linear(Backend& backend, const PackedWeight& weight, uintptr_t x, int64_t rows,
+                int64_t x_stride, uintptr_t bias, uintptr_t out, int64_t out_stride) {
   auto turn = backend.enter();
-  linear(backend, weight, {at<void>(x), rows, x_stride}, at<void>(bias), {at<void>(out), out_stride});
+  linear(backend, weight, {at<void>(x), rows, x_stride}, at<void>(bias),
+         {at<void>(out), out_stride});
 }
 
-void run_gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWeight& down, uintptr_t x, int64_t rows,
-                   int64_t x_stride, uintptr_t out, int64_t out_stride) {
+void run_gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWeight& down,
+                   uintptr_t x, int64_t rows, int64_t x_stride, uintptr_t out, int64_t out_stride) {
   auto turn = backend.enter();
   gated_mlp(backend, gate_up, down, {at<void>(x), rows, x_stride}, {at<void>(out), out_stride});
 }
 
-void run_rms_norm(Backend& backend, Dtype dtype, uintptr_t x, int64_t outer, int64_t outer_stride, int64_t inner,
-                  int64_t inner_stride, uintptr_t weight, uintptr_t out, int64_t dim, float eps) {
+void run_rms_norm(Backend& backend, Dtype dtype, uintptr_t x, int64_t outer, int64_t outer_stride,
+                  int64_t inner, int64_t inner_stride, uintptr_t weight, uintptr_t out, int64_t dim,
+                  float eps) {
   auto turn = backend.enter();
-  rms_norm(backend, dtype, {at<void>(x), outer, outer_stride, inner, inner_stride}, at<void>(weight), at<void>(out),
-           dim, eps);
+  rms_norm(backend, dtype, {at<void>(x), outer, outer_stride, inner, inner_stride},
+           at<void>(weight), at<void>(out), dim, eps);
 }
 
 void bind_leaf(nb::module_& m) {
@@ -71,29 +75,34 @@ void bind_leaf(nb::module_& m) {
   });
   m.def(
       "pack",
-      [](Backend& backend, Dtype dtype, bool int8, uintptr_t weight, int64_t n, int64_t k, int64_t stride) {
+      [](Backend& backend, Dtype dtype, bool int8, uintptr_t weight, int64_t n, int64_t k,
+         int64_t stride) {
         auto turn = backend.enter();
         return pack_weight(backend, dtype, int8, at<void>(weight), n, k, stride);
       },
       "backend"_a, "dtype"_a, "int8"_a, "weight"_a, "n"_a, "k"_a, "stride"_a,
       nb::call_guard<nb::gil_scoped_release>());
-  m.def("linear", &run_linear, "backend"_a, "weight"_a, "x"_a, "rows"_a, "x_stride"_a, "bias"_a, "out"_a,
-        "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("gated_mlp", &run_gated_mlp, "backend"_a, "gate_up"_a, "down"_a, "x"_a, "rows"_a, "x_stride"_a, "out"_a,
-        "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("rms_norm", &run_rms_norm, "backend"_a, "dtype"_a, "x"_a, "outer"_a, "outer_stride"_a, "inner"_a,
-        "inner_stride"_a, "weight"_a, "out"_a, "dim"_a, "eps"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("linear", &run_linear, "backend"_a, "weight"_a, "x"_a, "rows"_a, "x_stride"_a, "bias"_a,
+        "out"_a, "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("gated_mlp", &run_gated_mlp, "backend"_a, "gate_up"_a, "down"_a, "x"_a, "rows"_a,
+        "x_stride"_a, "out"_a, "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("rms_norm", &run_rms_norm, "backend"_a, "dtype"_a, "x"_a, "outer"_a, "outer_stride"_a,
+        "inner"_a, "inner_stride"_a, "weight"_a, "out"_a, "dim"_a, "eps"_a,
+        nb::call_guard<nb::gil_scoped_release>());
 }
 
-// ---- attention -------------------------------------------------------------------------------------------------
+// ---- attention
+// -------------------------------------------------------------------------------------------------
 
-attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions, int64_t rows, uintptr_t groups,
-                                     int64_t num_groups, uintptr_t runs, int64_t num_runs, uintptr_t pages,
-                                     int64_t num_pages, uintptr_t private_tiles, int64_t num_private, uintptr_t masks,
+attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions, int64_t rows,
+                                     uintptr_t groups, int64_t num_groups, uintptr_t runs,
+                                     int64_t num_runs, uintptr_t pages, int64_t num_pages,
+                                     uintptr_t private_tiles, int64_t num_private, uintptr_t masks,
                                      attention::Layout layout, int group, int kv_heads, int dim) {
   attention::Plan plan{at<int32_t>(positions), at<attention::Run>(runs), at<int32_t>(pages),
                        at<int32_t>(private_tiles), at<uint64_t>(masks)};
-  attention::PlanArrays arrays{plan, at<int32_t[4]>(groups), rows, num_groups, num_runs, num_pages, num_private};
+  attention::PlanArrays arrays{
+      plan, at<int32_t[4]>(groups), rows, num_groups, num_runs, num_pages, num_private};
   return attention::prepare(arrays, layout, group, kv_heads, dim, backend.pool.threads());
 }
 
@@ -101,42 +110,61 @@ void bind_attention(nb::module_& m) {
   using namespace attention;
   nb::enum_<Layout>(m, "Layout").value("F32", Layout::kF32).value("BF16", Layout::kBf16);
   nb::class_<PreparedPlan>(m, "PreparedPlan");
-  m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "groups"_a, "num_groups"_a, "runs"_a,
-        "num_runs"_a, "pages"_a, "num_pages"_a, "private_tiles"_a, "num_private"_a, "masks"_a, "layout"_a, "group"_a,
-        "kv_heads"_a, "dim"_a);
-  nb::class_<Cache>(m, "Cache").def(
-      "__init__",
-      [](Cache* to, uintptr_t base, int64_t num_tiles, int64_t tile_bytes, uintptr_t table, int64_t page_slots,
-         int layers, int layer, int kv_heads, int dim) {
-        new (to) Cache{at<char>(base), num_tiles, tile_bytes, at<int32_t>(table), page_slots, layers, layer, kv_heads, dim};
-      },
-      "base"_a, "num_tiles"_a, "tile_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a, "kv_heads"_a, "dim"_a);
+  m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "groups"_a,
+        "num_groups"_a, "runs"_a, "num_runs"_a, "pages"_a, "num_pages"_a, "private_tiles"_a,
+        "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a, "dim"_a);
+  nb::class_<Cache>(m, "Cache")
+      .def(
+          "__init__",
+          [](Cache* to, uintptr_t base, int64_t num_tiles, int64_t tile_bytes, uintptr_t table,
+             int64_t page_slots, int layers, int layer, int kv_heads, int dim) {
+            new (to)
+                Cache{at<char>(base), num_tiles, tile_bytes, at<int32_t>(table), page_slots, layers,
+                      layer,          kv_heads,  dim};
+          },
+          "base"_a, "num_tiles"_a, "tile_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
+          "kv_heads"_a, "dim"_a);
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<Backend&>(), "backend"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("bytes_read", &Attention::bytes_read)
       .def_prop_ro("calls", &Attention::calls)
       .def(
           "append",
-          [](Attention& self, Layout layout, const Cache& cache, uintptr_t k, int64_t k_token, int64_t k_head,
-             uintptr_t v, int64_t v_token, int64_t v_head, uintptr_t slots, int64_t count) {
-            self.append(layout, cache, {at<void>(k), at<void>(v), k_token, k_head, v_token, v_head, at<int32_t>(slots), count});
+          [](Attention& self, Layout layout, const Cache& cache, uintptr_t k, int64_t k_token,
+             int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, uintptr_t slots,
+             int64_t count) {
+            self.append(layout, cache,
+                        {at<void>(k), at<void>(v), k_token, k_head, v_token, v_head,
+                         at<int32_t>(slots), count});
           },
-          "layout"_a, "cache"_a, "k"_a, "k_token"_a, "k_head"_a, "v"_a, "v_token"_a, "v_head"_a, "slots"_a, "count"_a,
-          nb::call_guard<nb::gil_scoped_release>())
+          "layout"_a, "cache"_a, "k"_a, "k_token"_a, "k_head"_a, "v"_a, "v_token"_a, "v_head"_a,
+          "slots"_a, "count"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "attend",
-          [](Attention& self, const PreparedPlan& plan, const Cache& cache, uintptr_t q, int64_t q_token, int64_t q_head,
-             uintptr_t out, uintptr_t lse2, float scale, uintptr_t thresholds, uintptr_t hits) {
-            self.attend(plan, {at<void>(q), q_token, q_head, at<void>(out), at<float>(lse2), plan.group, scale, {}, cache,
-                               at<float>(thresholds), at<uint64_t>(hits), nullptr});
+          [](Attention& self, const PreparedPlan& plan, const Cache& cache, uintptr_t q,
+             int64_t q_token, int64_t q_head, uintptr_t out, uintptr_t lse2, float scale,
+             uintptr_t thresholds, uintptr_t hits) {
+            self.attend(plan, {at<void>(q),
+                               q_token,
+                               q_head,
+                               at<void>(out),
+                               at<float>(lse2),
+                               plan.group,
+                               scale,
+                               {},
+                               cache,
+                               at<float>(thresholds),
+                               at<uint64_t>(hits),
+                               nullptr});
           },
-          "plan"_a, "cache"_a, "q"_a, "q_token"_a, "q_head"_a, "out"_a, "lse2"_a, "scale"_a, "thresholds"_a, "hits"_a,
-          nb::call_guard<nb::gil_scoped_release>())
+          "plan"_a, "cache"_a, "q"_a, "q_token"_a, "q_head"_a, "out"_a, "lse2"_a, "scale"_a,
+          "thresholds"_a, "hits"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "merge",
-          [](Attention& self, Layout layout, uintptr_t outs, uintptr_t lse2s, int64_t parts, int64_t rows, int dim,
-             uintptr_t out, uintptr_t lse2) {
-            self.merge(layout, at<void>(outs), at<float>(lse2s), parts, rows, dim, at<void>(out), at<float>(lse2));
+          [](Attention& self, Layout layout, uintptr_t outs, uintptr_t lse2s, int64_t parts,
+             int64_t rows, int dim, uintptr_t out, uintptr_t lse2) {
+            self.merge(layout, at<void>(outs), at<float>(lse2s), parts, rows, dim, at<void>(out),
+                       at<float>(lse2));
           },
           "layout"_a, "outs"_a, "lse2s"_a, "parts"_a, "rows"_a, "dim"_a, "out"_a, "lse2"_a,
           nb::call_guard<nb::gil_scoped_release>());
