@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tools.demo_model import checkpoint, data, tokenizer, words
 from tools.demo_model.evaluate import answer_spans, messages_of
 from tools.demo_model.model import Shape, spread_rows
-from tools.demo_model.samples import Batch, Corpus, Sampler, StageBatches, copy_order
+from tools.demo_model.samples import Batch, Corpus, Quiz, Sampler, StageBatches, copy_order
 from tools.demo_model.stages import KINDS, STAGES, Part, Stage
 from tools.demo_model.train import GateError, Plan, Progress, Trainer, learning_rate
 
@@ -102,7 +102,7 @@ def test_samples_have_the_length_asked_for(corpus: Corpus, kind: str) -> None:
 
 def test_answers_carry_the_answer_weight(corpus: Corpus, tok: Tokenizer) -> None:
     for seed in range(20):
-        row = Sampler(corpus, seed).chat(400, (4, 6))
+        row = Sampler(corpus, seed).chat(400, Quiz((4, 6)))
         said = [tok.decode(row.ids[a:b].tolist(), False) for a, b in answer_spans(row.weights)]
         talk = messages_of(tok.decode(row.ids.tolist(), False))
         told = [m["content"] + data.END for m in talk if m["role"] == "assistant"]
@@ -112,7 +112,7 @@ def test_answers_carry_the_answer_weight(corpus: Corpus, tok: Tokenizer) -> None
 
 def test_every_answer_is_in_the_context(corpus: Corpus, tok: Tokenizer) -> None:
     for seed in range(20):
-        row = Sampler(corpus, seed).recall(400, (4, 6))
+        row = Sampler(corpus, seed).recall(400, Quiz((4, 6)))
         for first, last in answer_spans(row.weights):
             answer = tok.decode(row.ids[first:last].tolist())
             assert answer + "." in tok.decode(row.ids[:first].tolist())
@@ -123,7 +123,7 @@ def test_chat_template_renders_what_was_trained_and_is_prefix_stable(
 ) -> None:
     fast = checkpoint.wrap(tok, 4096)
     for seed in range(10):
-        row = Sampler(corpus, seed).chat(400, (4, 6))
+        row = Sampler(corpus, seed).chat(400, Quiz((4, 6)))
         talk = messages_of(tok.decode(row.ids.tolist(), False))
         ids = fast.apply_chat_template(talk, return_dict=False)
         assert ids == row.ids[: len(ids)].tolist()

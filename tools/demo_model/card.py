@@ -16,6 +16,7 @@ TASKS = {
     "recall": "questions in plain text",
     "chat": "questions through the chat template",
     "chat_generated": "the same, written by `generate` turn after turn",
+    "chat_crowded": "chat, six facts in ten about the same few people and places",
     "table": "table look-up in plain text",
     "table_chat": "table look-up through the chat template",
     "copying": "copying, per token (alphabets of 8 and more)",
@@ -38,6 +39,8 @@ English is poor.
 Made by `python tools/train_demo.py --out DIR`, seed {seed}, on {tokens:.1f} M tokens.
 
 ## Use
+
+As the template renders it, but for the line breaks:
 
 ```
 {example}

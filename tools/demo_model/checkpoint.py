@@ -60,6 +60,7 @@ def export(net: Llama, tok: Tokenizer, folder: Path) -> None:
         eos_token_id=ends, pad_token_id=ends[1], do_sample=False
     )
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone
     wrap(tok, net.shape.positions).save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -49,6 +49,13 @@ class Fact(NamedTuple):
     value: str
 
 
+class Scene(NamedTuple):
+    """Whom and what facts are about."""
+
+    place: str
+    person: str
+
+
 class Turn(NamedTuple):
     """One message of a conversation."""
 
@@ -84,11 +91,21 @@ def phrase(rng: random.Random, *lists: tuple[str, ...]) -> str:
     return " ".join(rng.choice(words) for words in lists)
 
 
-def any_fact(rng: random.Random, held_out: bool) -> Fact:
-    """A fact of one of four kinds; a code in it is on the asked side of the split."""
-    kind = rng.randrange(4)
+def any_scene(rng: random.Random) -> Scene:
+    """A random place and person."""
     place = "the " + phrase(rng, SIDES, PLACES)
-    person = f"{phrase(rng, NAMES)} the {phrase(rng, ROLES)}"
+    return Scene(place, f"{phrase(rng, NAMES)} the {phrase(rng, ROLES)}")
+
+
+def any_fact(rng: random.Random, held_out: bool, cast: list[Scene]) -> Fact:
+    """A fact of one of four kinds, about the cast six times in ten if there is one.
+
+    A code in it is on the asked side of the split.
+    """
+    kind = rng.randrange(4)
+    place, person = any_scene(rng)
+    if cast and rng.random() < 0.6:
+        place, person = rng.choice(cast)
     if kind == 0:
         stem, ask = f"The access code of {place} is", f"What is the access code of {place}?"
         return Fact(place, stem, ask, " " + code(rng, held_out))
@@ -104,11 +121,16 @@ def any_fact(rng: random.Random, held_out: bool) -> Fact:
     return Fact(name + place, stem, ask, " " + code(rng, held_out))
 
 
-def distinct_facts(rng: random.Random, count: int, held_out: bool) -> list[Fact]:
-    """Facts about different things, all from one side of the split."""
+def distinct_facts(
+    rng: random.Random, count: int, held_out: bool, crowded: float = 0.0
+) -> list[Fact]:
+    """Different facts from one side of the split; a share `crowded` of the calls reuses a cast."""
+    cast: list[Scene] = []
+    if crowded and rng.random() < crowded:
+        cast = [any_scene(rng) for _ in range(rng.randint(1, max(2, count // 4)))]
     facts: dict[str, Fact] = {}
     while len(facts) < count:
-        fact = any_fact(rng, held_out)
+        fact = any_fact(rng, held_out, cast)
         if is_held_out(fact.identity) == held_out:
             facts.setdefault(fact.identity, fact)
     return list(facts.values())
@@ -132,10 +154,15 @@ def asked(fact: Fact, rng: random.Random) -> list[Piece]:
 
 
 def recall_text(
-    rng: random.Random, count: int, filler: Filler, held_out: bool, questions: int | None = None
+    rng: random.Random,
+    count: int,
+    filler: Filler,
+    held_out: bool,
+    questions: int | None = None,
+    crowded: float = 0.0,
 ) -> list[Piece]:
     """Facts amid filler, with questions between them and `questions` (else all) at the end."""
-    facts = distinct_facts(rng, count, held_out)
+    facts = distinct_facts(rng, count, held_out, crowded)
     out: list[Piece] = []
     for i, fact in enumerate(facts):
         out += stated(fact, filler)
@@ -173,10 +200,15 @@ def table_text(rng: random.Random, count: int, held_out: bool) -> list[Piece]:
 
 
 def chat_turns(
-    rng: random.Random, count: int, filler: Filler, held_out: bool, questions: int | None = None
+    rng: random.Random,
+    count: int,
+    filler: Filler,
+    held_out: bool,
+    questions: int | None = None,
+    crowded: float = 0.0,
 ) -> list[Turn]:
     """A conversation over facts: context in the system or user message, a question per turn."""
-    facts = distinct_facts(rng, count, held_out)
+    facts = distinct_facts(rng, count, held_out, crowded)
     late = facts[-1:] if count > 2 and rng.random() < 0.3 else []
     early = facts[: len(facts) - len(late)]
     context = [p for fact in early for p in stated(fact, filler)] + [Piece(filler(), FILLER)]

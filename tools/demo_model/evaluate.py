@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.llama import LlamaForCausalLM
 
 from tools.demo_model import data
-from tools.demo_model.samples import Corpus, Sample, Sampler, padded
+from tools.demo_model.samples import Corpus, Quiz, Sample, Sampler
 
 LENGTHS = (256, 512, 1024, 2048)
 FACTS = {256: (4, 6), 512: (8, 10), 1024: (8, 24), 2048: (8, 24)}
@@ -30,6 +30,11 @@ QUESTIONS = 4
 SEED = 1234
 GATE_LENGTH, GATE = 2048, 0.97
 GATED = ("recall", "chat", "chat_generated")
+
+
+def quiz(length: int, crowded: float = 0.0) -> Quiz:
+    """What is asked of a context of this length."""
+    return Quiz(FACTS[length], crowded=crowded, held_out=True, ends=QUESTIONS)
 
 
 class Score(NamedTuple):
@@ -146,7 +151,7 @@ def conversations(
 ) -> Iterator[list[dict[str, str]]]:
     """Held-out conversations as messages, with the true answers."""
     for _ in range(count):
-        row = sampler.chat(length, FACTS[length], held_out=True, ends=QUESTIONS)
+        row = sampler.chat(length, quiz(length))
         messages = messages_of(tok.decode(row.ids.tolist()))
         again = tok.apply_chat_template(messages, return_dict=False)
         if again != row.ids[: len(again)].tolist():
@@ -191,10 +196,10 @@ def text_score(checkpoint: Checkpoint, corpus: Corpus, width: int = 1024) -> Tex
 
 
 def table_chat(sampler: Sampler, length: int) -> Sample:
-    """A conversation over a held-out table of up to 24 rows."""
-    rows = min(24, length // 32)
+    """A conversation over a held-out table of a row per 32 tokens, as long as it comes."""
+    rows = length // 32
     turns = data.table_turns(sampler.rng, rows, held_out=True, questions=QUESTIONS)
-    return padded(sampler.encode(data.render(turns)), length)
+    return sampler.encode(data.render(turns))
 
 
 def evaluate(folder: Path, corpus: Corpus, contexts: int = 80) -> Scores:
@@ -203,19 +208,20 @@ def evaluate(folder: Path, corpus: Corpus, contexts: int = 80) -> Scores:
     model = checkpoint.model
     tasks: dict[int, dict[str, Score]] = {}
     for length in LENGTHS:
-        facts, sampler = FACTS[length], Sampler(corpus, SEED, length)
+        sampler = Sampler(corpus, SEED, length)
         turns = range(contexts)
         tasks[length] = {
-            "recall": answers(
-                model, [sampler.recall(length, facts, True, QUESTIONS) for _ in turns]
-            ),
-            "chat": answers(model, [sampler.chat(length, facts, True, QUESTIONS) for _ in turns]),
+            "recall": answers(model, [sampler.recall(length, quiz(length)) for _ in turns]),
+            "chat": answers(model, [sampler.chat(length, quiz(length)) for _ in turns]),
             "table": answers(model, [sampler.table(length, True) for _ in range(contexts // 4)]),
             "table_chat": answers(
                 model, [table_chat(sampler, length) for _ in range(contexts // 2)]
             ),
             "copying": copying(model, [sampler.copy(length, 2048, 8) for _ in range(8)]),
             "copying_256": copying(model, [sampler.copy(length, 2048, 256) for _ in range(8)]),
+            "chat_crowded": answers(
+                model, [sampler.chat(length, quiz(length, 1.0)) for _ in range(contexts // 2)]
+            ),
             "chat_generated": generated(
                 checkpoint, conversations(checkpoint.tok, sampler, length, contexts // 2)
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,20 @@ class Sample(NamedTuple):
 
     ids: Ids
     weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """Facts per sample (least, most), the share asked at the end, the share of crowded samples.
+
+    `ends` asks that many at the end instead; `held_out` takes the evaluation's side of the split.
+    """
+
+    facts: tuple[int, int]
+    asked: float = 0.5
+    crowded: float = 0.0
+    held_out: bool = False
+    ends: int | None = None
 
 
 class Batch(NamedTuple):
@@ -105,42 +120,43 @@ class Sampler:
 
         return sentences
 
-    def recall(
-        self, length: int, facts: tuple[int, int], held_out: bool = False, ends: int | None = None
-    ) -> Sample:
+    def recall(self, length: int, quiz: Quiz) -> Sample:
         """Facts with questions in plain text."""
 
         def build(count: int, filler: data.Filler, questions: int) -> list[data.Piece]:
-            return data.recall_text(self.rng, count, filler, held_out, questions)
+            return data.recall_text(self.rng, count, filler, quiz.held_out, questions, quiz.crowded)
 
-        return self._fit(length, facts, ends, build, 0.3)
+        return self._fit(length, quiz, build, 0.3)
 
-    def chat(
-        self, length: int, facts: tuple[int, int], held_out: bool = False, ends: int | None = None
-    ) -> Sample:
+    def chat(self, length: int, quiz: Quiz) -> Sample:
         """A conversation over facts, or one in five times over a table."""
 
         def build(count: int, filler: data.Filler, questions: int) -> list[data.Piece]:
             if table:
-                return data.render(data.table_turns(self.rng, count, held_out, questions))
-            return data.render(data.chat_turns(self.rng, count, filler, held_out, questions))
+                turns = data.table_turns(self.rng, count, quiz.held_out, questions)
+            else:
+                turns = data.chat_turns(
+                    self.rng, count, filler, quiz.held_out, questions, quiz.crowded
+                )
+            return data.render(turns)
 
-        table = not held_out and self.rng.random() < 0.2
+        table = not quiz.held_out and self.rng.random() < 0.2
         if table:
-            facts = (3, max(4, length // 32))
-        return self._fit(length, facts, ends, build, 0.0)
+            quiz = replace(quiz, facts=(3, max(4, length // 32)))
+        return self._fit(length, quiz, build, 0.0)
 
     def _fit(
         self,
         length: int,
-        facts: tuple[int, int],
-        ends: int | None,
+        quiz: Quiz,
         build: Callable[[int, data.Filler, int], list[data.Piece]],
         middle: float,
     ) -> Sample:
         """Build until the sample fits: less filler first, then fewer facts and questions."""
-        count = self.rng.randint(*facts)
-        questions = ends or (max(2, count // 2) if length > 128 else count)
+        count = self.rng.randint(*quiz.facts)
+        questions = count
+        if quiz.ends or length > 128:
+            questions = quiz.ends or max(2, int(count * quiz.asked))
         room = max(0, length - count * 16 - questions * 24 - int(middle * count * 24))
         while True:
             sample = self.encode(build(count, self.filler(3.2 * room / (count + 1)), questions))
@@ -167,9 +183,10 @@ class Sampler:
             return self.text(part.length)
         if kind == "table":
             return self.table(part.length)
+        quiz = Quiz(part.facts, part.asked, part.crowded)
         if kind == "recall":
-            return self.recall(part.length, part.facts)
-        return self.chat(part.length, part.facts)
+            return self.recall(part.length, quiz)
+        return self.chat(part.length, quiz)
 
 
 def padded(sample: Sample, length: int) -> Sample:

@@ -12,7 +12,8 @@ class Part:
     """One kind of batch: rows of `length` tokens, sample kinds by share.
 
     Copies draw from a vocabulary of `copy_vocab` tokens, each from a random subset of at least
-    `copy_smallest` of them.
+    `copy_smallest` of them. Rows over 128 tokens ask the share `asked` of
+    their facts at the end; in a share `crowded` of the rows many facts are about the same few.
     """
 
     length: int
@@ -21,6 +22,8 @@ class Part:
     facts: tuple[int, int] = (2, 4)
     copy_vocab: int = 2048
     copy_smallest: int = 8
+    asked: float = 0.5
+    crowded: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ QUARTER = {"copy": 0.22, "text": 0.1, "table": 0.16, "recall": 0.27, "chat": 0.2
 HALF = {"copy": 0.1, "text": 0.2, "table": 0.16, "recall": 0.29, "chat": 0.25}
 LONG = {"copy": 0.08, "text": 0.2, "table": 0.12, "recall": 0.3, "chat": 0.3}
 POLISH_SHORT = {"copy": 0.05, "text": 0.65, "table": 0.05, "recall": 0.1, "chat": 0.15}
+LAST = {"copy": 0.06, "text": 0.14, "table": 0.12, "recall": 0.33, "chat": 0.35}
 POLISH_LONG = {"copy": 0.12, "text": 0.1, "table": 0.1, "recall": 0.33, "chat": 0.35}
 
 STAGES = (
@@ -84,7 +88,17 @@ STAGES = (
         "polish",
         (Part(512, 8192, POLISH_SHORT, (4, 16)), Part(2048, 8192, POLISH_LONG, (8, 24))),
         {"table": 0.97, "recall": 0.98, "chat": 0.98},
-        4_500_000,
+        3_300_000,
+        fixed=True,
+    ),
+    Stage(
+        "polish 2048",
+        (
+            Part(2048, 8192, LAST, (8, 24), asked=1.0, crowded=0.3),
+            Part(2048, 8192, LAST, (8, 24), crowded=0.3),
+        ),
+        {"table": 0.98, "recall": 0.98, "chat": 0.98},
+        3_000_000,
         fixed=True,
     ),
 )
