@@ -23,6 +23,7 @@ from transformers.models.llama import LlamaForCausalLM
 
 from tools.demo_model import data
 from tools.demo_model.samples import Corpus, Quiz, Sample, Sampler
+from tools.demo_model.words import GREETINGS
 
 LENGTHS = (256, 512, 1024, 2048)
 FACTS = {256: (4, 6), 512: (8, 10), 1024: (8, 24), 2048: (8, 24)}
@@ -149,14 +150,17 @@ def messages_of(text: str) -> list[dict[str, str]]:
 def conversations(
     tok: PreTrainedTokenizerFast, sampler: Sampler, length: int, count: int
 ) -> Iterator[list[dict[str, str]]]:
-    """Held-out conversations as messages, with the true answers."""
-    for _ in range(count):
+    """Held-out conversations without small talk as messages, with the true answers."""
+    replies = {reply for _, reply in GREETINGS}
+    while count:
         row = sampler.chat(length, quiz(length))
         messages = messages_of(tok.decode(row.ids.tolist()))
         again = tok.apply_chat_template(messages, return_dict=False)
         if again != row.ids[: len(again)].tolist():
             raise ValueError("the chat template does not render what the model was trained on")
-        yield messages
+        if replies.isdisjoint(m["content"] for m in messages):
+            count -= 1
+            yield messages
 
 
 @torch.no_grad()
