@@ -86,7 +86,11 @@ def measure(options: Options) -> Report:
         ),
         Figure("int8_decode_b1_vs_float", ratio(pairs)),
     )
-    params: dict[str, Cell] = {"quality_model": "demo", "speed_model": LIKE, "threads": options.threads}
+    params: dict[str, Cell] = {
+        "quality_model": "demo",
+        "speed_model": LIKE,
+        "threads": options.threads,
+    }
     return Report("int8_weights", params, figures, rows)
 
 

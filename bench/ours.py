@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
-from kvkeep.engine.build import EngineOptions, build_core
+from kvkeep.engine.build import build_core
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.cpu_leaf import CpuLeaf

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
-from kvkeep.engine.build import EngineOptions, Parts, build_core
+from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -84,6 +85,7 @@ def tokens(chunks: Iterable[Chunk], index: int = 0) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def _oracle(path: Path) -> torch.nn.Module:
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.generation_config = GenerationConfig()  # no end of text: every token asked for comes
     return model.eval()
 
 
@@ -92,9 +94,8 @@ def greedy_oracle(path: Path, prompt: Sequence[int], max_tokens: int) -> list[in
     with torch.inference_mode():
         out = _oracle(path).generate(  # type: ignore[operator]
             torch.tensor([list(prompt)]),
-            max_new_tokens=max_tokens,
-            min_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=0,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+            ),
         )
     return [int(t) for t in out[0, len(prompt) :]]

@@ -6,7 +6,7 @@ KvkeepError
 │   ├── ModelNotFound          no such directory or hub id
 │   ├── UnsupportedModel       a family or feature outside the supported set, by the field's name
 │   └── CheckpointError        missing, truncated or contradictory files
-├── RequestError               the client's request can't be served (carries an HTTP status and the field)
+├── RequestError               a client's request can't be served: HTTP status and field
 │   ├── InvalidRequest         400
 │   ├── Unauthenticated        401
 │   ├── Forbidden              403

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from kvkeep.engine.api import FinishReason, SamplingParams
-from kvkeep.engine.build import EngineOptions
 from kvkeep.engine.client import MessageClient
-from kvkeep.engine.process import local_engine, spawn_engine
+from kvkeep.engine.local import local_engine
+from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.process import spawn_engine
 from kvkeep.errors import ConfigError, EngineError, EngineStopped, ModelNotFound
 from tests.engines import request
 

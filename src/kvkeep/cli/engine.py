@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from kvkeep.cli.console import NOTES, human_bytes, loading_bar
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, ModelInfo
-from kvkeep.engine.build import EngineOptions
+from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.process import spawn_engine
 
 MODEL_SETTINGS = (

@@ -16,7 +16,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.models.hub import resolve
 from kvkeep.models.text import TextModel
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
-from kvkeep.server.serve import Listening, check_binds, serve
+from kvkeep.server.serve import Listening, check_binds, check_free, serve
 from kvkeep.server.store import TenantStore
 
 app = new_app("Serve a model to several tenants over the OpenAI API.")
@@ -75,6 +75,7 @@ async def _serve(settings: Settings) -> None:
     public = Bind(settings.host, settings.port)
     admin = Bind(settings.admin_host, settings.admin_port, settings.admin_socket)
     check_binds(public, admin, options)
+    check_free(public, admin)
     tenants = TenantStore.local() if settings.no_auth else TenantStore.open(settings.keys)
     token = admin_token(settings.admin_token_file)
     path = resolve(settings.model, allow_download=settings.allow_download)

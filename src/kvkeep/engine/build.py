@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -20,6 +19,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
@@ -37,25 +37,6 @@ from kvkeep.types import PAGE_TOKENS, Layout, PageTag
 DEFAULT_KV_BYTES = 4 << 30
 WARM_UP = "warm-up"
 """Tenant of the request that runs before the engine reports ready."""
-
-
-class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine is started with; crosses the process boundary."""
-
-    model: str
-    served_name: str | None = None
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    weights: Literal["float", "int8"] = "float"
-    kernel: Literal["auto", "avx512", "avx2", "portable", "reference"] = "auto"
-    threads: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    chunk_tokens: int = 256
-    kv_cache_bytes: int | None = None
-    prefix_caching: bool = True
-    share: Literal["nothing", "all"] = "nothing"
-    allow_download: bool = False
 
 
 class Parts(msgspec.Struct, kw_only=True):

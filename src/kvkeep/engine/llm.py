@@ -22,8 +22,9 @@ from kvkeep.engine.api import (
     ModelInfo,
     SamplingParams,
 )
-from kvkeep.engine.build import EngineOptions
-from kvkeep.engine.process import local_engine, spawn_engine
+from kvkeep.engine.local import local_engine
+from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.process import spawn_engine
 from kvkeep.errors import EngineError
 from kvkeep.models import hub
 from kvkeep.models.text import TextModel

@@ -8,15 +8,18 @@ from collections.abc import Callable
 
 from kvkeep.engine import loop
 from kvkeep.engine import messages as m
+from kvkeep.engine.build import build_core
+from kvkeep.engine.client import MessageClient, Progress
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
 
 
 class ThreadTransport:
     """Runs the loop in a daemon thread."""
 
-    def __init__(self, build: Callable[[loop.Sink], EngineCore]) -> None:
+    def __init__(self, build: Callable[[m.Sink], EngineCore]) -> None:
         self._build = build
-        self._inbox: loop.Inbox = queue.SimpleQueue()
+        self._inbox: m.Inbox = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, deliver: Callable[[m.Reply], None]) -> None:
@@ -37,3 +40,8 @@ class ThreadTransport:
         """Wait for the thread to end."""
         if self._thread is not None:
             self._thread.join(timeout_s)
+
+
+def local_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
+    """Return a client of an engine in a thread; call inside a running event loop."""
+    return MessageClient(ThreadTransport(lambda reply: build_core(options, reply)), progress)

@@ -15,11 +15,8 @@ STALL_WAIT_S = 0.002
 
 log = logging.getLogger(__name__)
 
-Inbox = queue.SimpleQueue[m.Command]
-Sink = Callable[[m.Reply], None]
 
-
-def run(build: Callable[[Sink], EngineCore], inbox: Inbox, reply: Sink) -> None:
+def run(build: Callable[[m.Sink], EngineCore], inbox: m.Inbox, reply: m.Sink) -> None:
     """Build a core, then serve commands until `Stop`; a failure is told, never raised."""
     try:
         core = build(reply)
@@ -33,7 +30,7 @@ def run(build: Callable[[Sink], EngineCore], inbox: Inbox, reply: Sink) -> None:
         reply(m.Failed("EngineError", f"the engine failed in a step: {type(error).__name__}"))
 
 
-def _serve(core: EngineCore, inbox: Inbox, reply: Sink) -> None:
+def _serve(core: EngineCore, inbox: m.Inbox, reply: m.Sink) -> None:
     while True:
         wait = None if core.idle() else (STALL_WAIT_S if core.stalled else 0.0)
         for command in _drain(inbox, wait):
@@ -45,7 +42,7 @@ def _serve(core: EngineCore, inbox: Inbox, reply: Sink) -> None:
             reply(m.Outputs(tuple((o.request_id, o.chunk) for o in outputs)))
 
 
-def _drain(inbox: Inbox, wait: float | None) -> list[m.Command]:
+def _drain(inbox: m.Inbox, wait: float | None) -> list[m.Command]:
     """Return all queued commands, waiting for the first (None: for ever)."""
     commands: list[m.Command] = []
     try:
@@ -57,7 +54,7 @@ def _drain(inbox: Inbox, wait: float | None) -> list[m.Command]:
         return commands
 
 
-def _handle(core: EngineCore, command: m.Command, reply: Sink) -> None:
+def _handle(core: EngineCore, command: m.Command, reply: m.Sink) -> None:
     match command:
         case m.Submit(request):
             core.submit(request)

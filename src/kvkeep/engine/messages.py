@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Callable
+
 import msgspec
 
 from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, ModelInfo
@@ -79,6 +82,9 @@ class Stopped(msgspec.Struct, frozen=True, tag=True):
 
 
 Reply = Loading | Ready | Failed | Outputs | Stats | TenantsSet | Stopped
+
+Inbox = queue.SimpleQueue[Command]
+Sink = Callable[[Reply], None]
 
 _ENCODER = msgspec.msgpack.Encoder()
 _COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -10,11 +10,9 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from kvkeep.engine import loop
 from kvkeep.engine import messages as m
-from kvkeep.engine.build import EngineOptions, build_core
 from kvkeep.engine.client import MessageClient, Progress
-from kvkeep.engine.local import ThreadTransport
+from kvkeep.engine.options import EngineOptions
 
 
 class PipeTransport:
@@ -57,11 +55,6 @@ def spawn_engine(options: EngineOptions, progress: Progress | None = None) -> Me
     return MessageClient(PipeTransport(options), progress)
 
 
-def local_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
-    """Return a client of an engine in a thread; call inside a running event loop."""
-    return MessageClient(ThreadTransport(lambda reply: build_core(options, reply)), progress)
-
-
 def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:
     try:
         while True:
@@ -72,13 +65,16 @@ def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:
 
 def _main(options: EngineOptions, pipe: Connection) -> None:
     """Run the loop; ends when the parent stops it or goes away."""
+    from kvkeep.engine import loop  # noqa: PLC0415 - torch loads in this process alone
+    from kvkeep.engine.build import build_core  # noqa: PLC0415
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's to handle
-    inbox: loop.Inbox = queue.SimpleQueue()
+    inbox: m.Inbox = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()
     loop.run(lambda reply: build_core(options, reply), inbox, lambda r: _reply(pipe, r))
 
 
-def _read_commands(pipe: Connection, inbox: loop.Inbox) -> None:
+def _read_commands(pipe: Connection, inbox: m.Inbox) -> None:
     try:
         while True:
             inbox.put(m.decode_command(pipe.recv_bytes()))

@@ -83,6 +83,13 @@ def check_binds(public: Bind, admin: Bind, options: ServerOptions) -> None:
         raise ConfigError("admin host: must be loopback or a Unix socket")
 
 
+def check_free(*binds: Bind) -> None:
+    """Raise `ConfigError` where something else listens: better known before a model is loaded."""
+    for bind in binds:
+        with _listening(bind):
+            pass
+
+
 class _Server(uvicorn.Server):
     """A server that leaves signals to us, there being two in one loop, and says when it listens."""
 

@@ -1,0 +1,26 @@
+"""What an engine is started with; light to import, so that a server need not load torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine is started with; crosses the process boundary."""
+
+    model: str
+    served_name: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weights: Literal["float", "int8"] = "float"
+    kernel: Literal["auto", "avx512", "avx2", "portable", "reference"] = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    chunk_tokens: int = 256
+    kv_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    share: Literal["nothing", "all"] = "nothing"
+    allow_download: bool = False
