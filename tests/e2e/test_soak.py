@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -75,23 +76,21 @@ def body(chance: random.Random) -> dict[str, Any]:
     }
 
 
-async def read(response: httpx.Response, events: int | None, seen: Seen) -> None:
-    """Read a stream to its end, or leave after some events."""
+async def read(response: httpx.Response, events: int | None, seen: Seen) -> int | None:
+    """Read a stream: the tokens it tells of at its end, or None where it is left before."""
     last, read_events = "", 0
     async for line in response.aiter_lines():
         if not line.startswith("data: "):
             continue
         if line == "data: [DONE]":
-            seen.complete += 1
-            seen.tokens += json.loads(last)["usage"]["completion_tokens"]
-            return
+            return int(json.loads(last)["usage"]["completion_tokens"])
         last, read_events = line.removeprefix("data: "), read_events + 1
         if last.startswith('{"error"'):
             seen.wrong.append(last)
         if read_events == events:
-            seen.left += 1
-            return
+            return None
     seen.wrong.append("a stream ended without [DONE]")
+    return None
 
 
 async def one(opened: httpx.AsyncClient, chance: random.Random, seen: Seen) -> None:
@@ -100,15 +99,19 @@ async def one(opened: httpx.AsyncClient, chance: random.Random, seen: Seen) -> N
     events = chance.randint(1, 24) if leaves and chance.random() < 0.7 else None
     patience_s = chance.uniform(0, 0.5) if leaves and events is None else None
     seen.sent += 1
-    try:
+    tokens = None
+    with contextlib.suppress(TimeoutError):
         async with (
             asyncio.timeout(patience_s),
             opened.stream("POST", "/v1/chat/completions", json=body(chance)) as response,
         ):
             seen.statuses[response.status_code] += 1
-            await read(response, events, seen)
-    except TimeoutError:
+            tokens = await read(response, events, seen)
+    if tokens is None:
         seen.left += 1
+    else:
+        seen.complete += 1
+        seen.tokens += tokens
 
 
 async def soak(server: Server, seconds: float, seed: int) -> Seen:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvkeep.types import FloatArray
@@ -133,8 +134,7 @@ class RowDrawer:
     def _starts_before(self, token: int, limit: float) -> bool:
         """Tell whether the mass before `token` is below `limit`; leaves it in the spare row."""
         weight = self._weights[token]
-        np.greater(self._weights, weight, out=self._mask)
-        np.multiply(self._weights, self._mask, out=self._spare)
+        _keep_above(self._weights, float(weight), self._spare)
         mass = float(np.einsum("i->", self._spare))
         if mass < limit:
             ties = np.equal(self._weights[:token], weight, out=self._mask[:token])
@@ -142,6 +142,11 @@ class RowDrawer:
             if mass >= limit:
                 self._spare[:token][ties] = weight
         return mass < limit
+
+
+def _keep_above(values: FloatArray, bound: float, out: FloatArray) -> None:
+    """Copy `values` to `out`, 0 where they are not above `bound`: torch does it in one pass."""
+    torch.threshold(torch.from_numpy(values), bound, 0.0, out=torch.from_numpy(out))
 
 
 def _draw_sorted(
