@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from bench import harness, radix_match
-from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Report, estimate, ratio
+from bench import harness, peers, radix_match
+from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Report, Row, estimate, ratio
 from bench.ours import KernelGuard, Ours, greedy
 from bench.transformers_baseline import Baseline
 from kvkeep.engine.api import SamplingParams
@@ -119,6 +119,7 @@ def measure(options: Options) -> Report:
     with TemporaryDirectory() as directory:
         path = Path(directory) / LIKE
         make.make(LIKE, path, seed=0)
+        beside = [peers.compare(peer, path, options) for peer in options.peers]
         ours = Ours(path, threads=options.threads)
         theirs = Baseline(path, threads=options.threads)
     ours.decode_rate(8, 4)
@@ -139,7 +140,11 @@ def measure(options: Options) -> Report:
         "kernel": ours.core.info.kernel,
         "baseline": "transformers generate, sdpa, same process",
     }
-    return Report("serve", params, figures, [row for _, row in compared])
+    rows: list[Row] = [row for _, row in compared]
+    for found, lines in beside:
+        figures += found
+        rows += lines
+    return Report("serve", params, figures, rows)
 
 
 def main(arguments: Sequence[str]) -> int:
