@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +16,16 @@ for _name in [name for name in os.environ if name.startswith("KVKEEP_")]:
 
 pytest_plugins = ("tests.checkpoints",)
 BACKENDS = ("reference", "portable", "avx2", "avx512", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Give back the root logger as it was: `kvkeep serve` in this process sets it up anew."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def backend_of(nodeid: str) -> str | None:
