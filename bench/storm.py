@@ -54,7 +54,8 @@ class Bench:
     """A server and the windows taken of it."""
 
     server: Server
-    seconds: float
+    requests: int
+    """Of a window: the same number in each, a percentile's bias depends on it."""
     taken: int = 0
 
     def window(self, kind: str, neighbour: Neighbour | None) -> Window:
@@ -71,11 +72,12 @@ class Bench:
         chance = random.Random(self.taken)
         before, begun, found = self._read_tokens(), time.monotonic(), []
         with load.client(self.server.url, self.server.keys[TIMED]) as opened:
-            while (took := time.monotonic() - begun) < self.seconds:
+            for _ in range(self.requests):
                 text = load.prompt(chance, PROMPT)
                 found.append(load.first_token_s(opened, text, ANSWER))
                 time.sleep(chance.expovariate(1 / PAUSE_S))
-        return Window(kind, tuple(found), (self._read_tokens() - before) / took)
+        read, took = self._read_tokens() - before, time.monotonic() - begun
+        return Window(kind, tuple(found), read / took)
 
     def _read_tokens(self) -> int:
         return self.server.ready().engine.prompt_tokens_total
@@ -119,6 +121,12 @@ def row(window: Window) -> Row:
     }
 
 
+def together(kind: str, windows: list[Window]) -> Window:
+    """Return several windows as one."""
+    rate = float(np.mean([window.read_per_second for window in windows]))
+    return Window(kind, tuple(t for window in windows for t in window.ttft_s), rate)
+
+
 def ratios(taken: list[tuple[Window, Window]], percent: float) -> harness.Estimate:
     """Return storm over fair, pair by pair, of a percentile of the time to first token."""
     return estimate([storm.p(percent) / calm.p(percent) for calm, storm in taken])
@@ -126,14 +134,14 @@ def ratios(taken: list[tuple[Window, Window]], percent: float) -> harness.Estima
 
 def measure(options: Options) -> Report:
     """Run all windows against one server of the demo model."""
-    count, seconds = (2, 5.0) if options.quick else (harness.MIN_PAIRS, 15.0)
+    count, requests = (2, 50) if options.quick else (harness.MIN_PAIRS, 150)
     arguments = ("--threads", str(options.threads), "--kv-cache-memory-bytes", "768MiB")
     shares = {TIMED: 0.5, OTHER: 0.5}
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder), shares, *arguments, concurrency=2 * STORM.clients) as server,
     ):
-        bench = Bench(server, seconds)
+        bench = Bench(server, requests)
         alone = bench.window("none", None)
         taken = pairs(bench, count)
     figures = [
@@ -148,9 +156,11 @@ def measure(options: Options) -> Report:
         "timed_prompt_tokens": PROMPT,
         "storm": f"{STORM.clients} prompts of {LONG_PROMPT} tokens at all times",
         "fair": f"prompts of {LONG_PROMPT} tokens at half the rate read in the storm",
-        "window_s": seconds,
+        "requests_per_window": requests,
     }
     windows = [alone, *(window for pair in taken for window in pair)]
+    windows += [together("fair, all", [p[0] for p in taken])]
+    windows += [together("storm, all", [p[1] for p in taken])]
     return Report("storm", params, figures, [row(window) for window in windows])
 
 
