@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import msgspec
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -19,7 +20,7 @@ from kvkeep.server.app import http_problem, plain, reply
 from kvkeep.server.frontend import Frontend, Health
 from kvkeep.server.gate import Gate
 from kvkeep.server.keys import same_secret
-from kvkeep.server.metrics_page import render
+from kvkeep.server.metrics_page import render, spelled
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +79,20 @@ async def _ready(front: Frontend, _request: Request) -> Response:
         model=front.model,
         engine=stats,
     )
-    return reply(body, 200 if front.health is Health.OK else 503)
+    content = msgspec.json.encode(_without_infinity(msgspec.to_builtins(body)))
+    status = 200 if front.health is Health.OK else 503
+    return Response(content, status, media_type="application/json")
+
+
+def _without_infinity(value: Any) -> Any:
+    """Return plain data with what JSON has no number for spelled out; it would become null."""
+    if isinstance(value, float):
+        return spelled(value)
+    if isinstance(value, dict):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(inner) for inner in value]
+    return value
 
 
 async def _reload(front: Frontend, _request: Request) -> Response:

@@ -54,7 +54,7 @@ class GenerateRoute:
                 job.check()
                 _note(front, call.record, prepared)
                 async with Generation(front.client, prepared.requests, job) as generation:
-                    run = _Run(front, call.record, prepared, generation)
+                    run = _Run(front, call.record, prepared, generation, job)
                     await (run.stream(send) if prepared.stream else run.answer(send))
 
 
@@ -62,12 +62,18 @@ class _Run:
     """A prepared request being answered."""
 
     def __init__(
-        self, frontend: Frontend, record: RequestRecord, prepared: Prepared, generation: Generation
+        self,
+        frontend: Frontend,
+        record: RequestRecord,
+        prepared: Prepared,
+        generation: Generation,
+        job: Job,
     ) -> None:
         self._frontend = frontend
         self._record = record
         self._prepared = prepared
         self._generation = generation
+        self._job = job
 
     async def answer(self, send: Send) -> None:
         """Send the whole reply once all of it is there."""
@@ -76,7 +82,9 @@ class _Run:
             for event in events:
                 self._count(event)
                 answer.add(event)
-        await send_json(send, answer.json(tally))
+        body = answer.json(tally)
+        await self._release()
+        await send_json(send, body)
 
     async def stream(self, send: Send) -> None:
         """Send what is new as it comes; an error before the first event is an ordinary one."""
@@ -91,7 +99,9 @@ class _Run:
                     pulse.restart()
                 events = await self._generation.next(pulse.left_s())
                 data = self._render(events or [])
-            await send(_part(self._prepared.events.end(self._prepared.tally) + DONE, more=False))
+            end = self._prepared.events.end(self._prepared.tally) + DONE
+            await self._release()
+            await send(_part(end, more=False))
         except (ClientGone, OSError):
             raise
         except Exception as error:  # noqa: BLE001 - the stream has begun: its error is an event
@@ -124,7 +134,13 @@ class _Run:
             self._frontend.engine_died()
         if problem.body.error.code == "internal_error":
             log_failure(self._record, error)
+        await self._release()
         await send(_part(b"data: " + problem.json() + b"\n\n", more=False))
+
+    async def _release(self) -> None:
+        """Free the tenant's place: only what the client has yet to read is left."""
+        await self._generation.aclose()
+        self._frontend.running.release(self._job)
 
 
 class _Pulse:

@@ -37,6 +37,11 @@ def render(front: Frontend, stats: EngineStats | None) -> bytes:
     return generate_latest(registry)
 
 
+def spelled(number: float) -> float | str:
+    """Return a number as it is, and infinity as Prometheus writes it."""
+    return "+Inf" if number == math.inf else number
+
+
 class _Families(Collector):
     def __init__(self, families: list[Family]) -> None:
         self._families = families
@@ -103,7 +108,7 @@ def _simple(metric: m.Metric, samples: Iterable[Sample], model: str | None = Non
 def _histogram(metric: m.Metric, histogram: Histogram, model: str) -> Family:
     names, values = _model_label(model)
     family = HistogramMetricFamily(metric.full_name, metric.help, labels=names)
-    bounds = ["+Inf" if bound == math.inf else str(bound) for bound in histogram.bounds]
+    bounds = [str(spelled(bound)) for bound in histogram.bounds]
     family.add_metric(
         values, list(zip(bounds, map(float, histogram.counts), strict=True)), histogram.total
     )

@@ -41,6 +41,12 @@ class BodyTimeout(RequestError):
     code: ClassVar[str] = "request_timeout"
 
 
+class MalformedHttp(RequestError):
+    """What came is not an HTTP request."""
+
+    code: ClassVar[str] = "malformed_http"
+
+
 class UnsupportedMediaType(RequestError):
     """The body is not JSON by its own content type."""
 

@@ -42,7 +42,8 @@ class Running:
 
     def __init__(self) -> None:
         self._jobs: set[Job] = set()
-        self._per_account: dict[str, int] = {}
+        self._places: dict[str, set[Job]] = {}
+        """The jobs that count against each account's cap."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -50,24 +51,28 @@ class Running:
     @contextmanager
     def admit(self, request_id: str, identity: Identity) -> Iterator[Job]:
         """Hold one of the account's places; raises 429 where all are taken."""
-        account = identity.account
-        taken = self._per_account.get(account, 0)
-        if taken >= identity.concurrency:
+        if len(self._places.get(identity.account, ())) >= identity.concurrency:
             raise TooManyRequests(
                 f"this tenant may run {identity.concurrency} requests at a time; let one end"
             )
         job = Job(request_id, identity)
         self._jobs.add(job)
-        self._per_account[account] = taken + 1
+        self._places.setdefault(identity.account, set()).add(job)
         try:
             yield job
         finally:
             self._jobs.discard(job)
-            left = self._per_account[account] - 1
-            if left:
-                self._per_account[account] = left
-            else:
-                del self._per_account[account]
+            self.release(job)
+
+    def release(self, job: Job) -> None:
+        """Free the job's place once the engine has ended its work; again does nothing.
+
+        Called before an answer's last bytes: whoever has read those may send the next request.
+        """
+        places = self._places.get(job.identity.account, set())
+        places.discard(job)
+        if not places:
+            self._places.pop(job.identity.account, None)
 
     def cancel_where(
         self, matches: Callable[[Identity], bool], make_error: Callable[[], Exception]

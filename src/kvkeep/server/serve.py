@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import signal
 import socket
@@ -11,11 +10,9 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from kvkeep.engine.api import EngineClient
 from kvkeep.errors import ConfigError
@@ -23,6 +20,7 @@ from kvkeep.server.admin import create_admin_app
 from kvkeep.server.app import create_app
 from kvkeep.server.frontend import Frontend
 from kvkeep.server.options import Bind, ServerOptions
+from kvkeep.server.protocol import numbered
 from kvkeep.server.store import TenantStore
 from kvkeep.server.text import TextModel
 
@@ -152,26 +150,10 @@ class _Servers:
 
 
 def _server(app: Starlette, *, lifespan: bool, grace_s: float) -> _Server:
-    connections = itertools.count()
-
-    def protocol(
-        config: uvicorn.Config,
-        server_state: Any,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> asyncio.Protocol:
-        """Return a connection's protocol; its number tells it from others of the same address."""
-        return AutoHTTPProtocol(
-            config=config,
-            server_state=server_state,
-            app_state={**app_state, "connection": next(connections)},
-            _loop=_loop,
-        )  # type: ignore[call-arg]
-
     return _Server(
         uvicorn.Config(
             app,
-            http=protocol,  # type: ignore[arg-type]
+            http=numbered(),  # type: ignore[arg-type]
             ws="none",
             lifespan="on" if lifespan else "off",
             log_config=None,
