@@ -94,6 +94,12 @@ def test_the_model_is_listed(harbour: OpenAI) -> None:
     assert harbour.models.retrieve("demo").id == "demo"
 
 
+def test_torch_is_loaded_by_the_engine_alone(server: Server) -> None:
+    with_torch = [p for p in server.tree() if "libtorch" in Path(f"/proc/{p}/maps").read_text()]
+    assert with_torch
+    assert server.process.pid not in with_torch
+
+
 def test_no_key_is_an_authentication_error(server: Server) -> None:
     with (
         OpenAI(base_url=f"{server.url}/v1", api_key="kvk_none", max_retries=0) as stranger,

@@ -3,14 +3,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from kvkeep.errors import CheckpointError, UnsupportedModel
-from kvkeep.models.check import ARCHITECTURES, check_config
-from kvkeep.models.shapes import LIKE
+from kvkeep.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from kvkeep.models.check import ARCHITECTURES, check_config, check_directory
+from kvkeep.models.checkpoint import SINGLE_NAME
+from kvkeep.models.make import tiny
+from kvkeep.models.shapes import LIKE, TINY
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -68,6 +72,7 @@ def test_harmless_fields_pass(harmless: dict[str, Any]) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"is_causal": False}, "is_causal"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -87,6 +92,7 @@ def test_unsupported_features_are_refused_by_name(fields: dict[str, Any], named:
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"vocab_size": True}, "vocab_size"),
         ({"head_dim": -1}, "head_dim"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -113,3 +119,57 @@ def test_remote_code_is_refused_before_any_model_code_is_imported(tmp_path: Path
         "sys.exit(2)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {"attention_bias": True},
+    "one dense layer": {"mlp_only_layers": [1]},
+    "every second layer sparse": {"decoder_sparse_step": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", TINY)
+def test_each_tensor_of_a_whole_checkpoint_is_called_for(
+    tmp_path: Path, family: str, variant: str
+) -> None:
+    """Transformers' own model says which tensors there are: one more or one less is a refusal."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 320, "num_experts": 2}
+    path = tiny(family, tmp_path / "model", tied=False, overrides=shape | VARIANTS[variant])
+    assert check_directory(path) == family
+    tensors = load_file(path / SINGLE_NAME)
+    for name in tensors:
+        save_file({n: t for n, t in tensors.items() if n != name}, path / SINGLE_NAME)
+        with pytest.raises(CheckpointError, match=f"lacks tensor {name}, "):
+            check_directory(path)
+
+
+def test_a_tied_head_is_not_called_for(shared: Callable[[str], Path], broken: Path) -> None:
+    assert check_directory(shared("qwen2")) == "qwen2"
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"lacks tensor lm_head\.weight"):
+        check_directory(broken)
+
+
+def test_a_directory_is_refused_by_what_is_missing_or_cut_off(broken: Path) -> None:
+    weights = (broken / SINGLE_NAME).read_bytes()
+    (broken / SINGLE_NAME).write_bytes(weights[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        check_directory(broken)
+    (broken / SINGLE_NAME).write_bytes(weights)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        check_directory(broken)
+    (broken / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        check_directory(broken)
+
+
+def test_a_config_that_calls_for_endless_layers_is_refused_at_the_first(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    endless = {"num_hidden_layers": 10**12}
+    (broken / "config.json").write_text(json.dumps(config | endless))
+    with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.3\."):
+        check_directory(broken)

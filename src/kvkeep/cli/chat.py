@@ -91,13 +91,14 @@ async def server_answers(url: str, key: str | None, max_tokens: int) -> AsyncIte
 @asynccontextmanager
 async def model_answers(settings: Settings, max_tokens: int) -> AsyncIterator[Answer]:
     """Yield a function that asks an engine of our own."""
-    from kvkeep.cli.engine import running_engine
+    from kvkeep.cli.engine import checkpoint_path, running_engine
     from kvkeep.cli.generate import LOCAL, stream
     from kvkeep.engine.api import SamplingParams
-    from kvkeep.models.hub import resolve
-    from kvkeep.models.text import TextModel
 
-    text = TextModel.load(resolve(settings.model, allow_download=settings.allow_download))
+    path = checkpoint_path(settings)
+    from kvkeep.models.text import TextModel  # a second of imports: after what may be refused
+
+    text = TextModel.load(path)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     async with running_engine(settings) as (client, _):
         await client.set_tenants({LOCAL: 1.0})

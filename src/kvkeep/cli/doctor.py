@@ -44,13 +44,12 @@ def machine_rows(settings: Settings) -> list[tuple[str, str]]:
 
 def model_verdict(settings: Settings) -> str:
     """Return whether the model can be served, or why not."""
-    from kvkeep.models.check import check_config
-    from kvkeep.models.checkpoint import open_checkpoint
+    from kvkeep.models.check import check_directory
     from kvkeep.models.hub import resolve
 
     try:
         path = resolve(settings.model, allow_download=settings.allow_download)
-        return f"can be served ({check_config(open_checkpoint(path).config)})"
+        return f"can be served ({check_directory(path)})"
     except ModelError as error:
         return f"can't be served: {error}"
 

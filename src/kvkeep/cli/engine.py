@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from kvkeep.cli.console import NOTES, human_bytes, loading_bar
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, ModelInfo
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.process import spawn_engine
+from kvkeep.models.check import check_directory
+from kvkeep.models.hub import resolve
 
 MODEL_SETTINGS = (
     "config",
@@ -46,6 +49,17 @@ def engine_options(settings: Settings) -> EngineOptions:
         share=settings.share,
         allow_download=settings.allow_download,
     )
+
+
+def checkpoint_path(settings: Settings) -> Path:
+    """Return the model's directory; raises `ModelError` before anything slow has begun.
+
+    To be called before a tokenizer is imported or an engine is started: what is wrong with the
+    files is known from their headers.
+    """
+    path = resolve(settings.model, allow_download=settings.allow_download)
+    check_directory(path)
+    return path
 
 
 def describe(info: ModelInfo) -> str:

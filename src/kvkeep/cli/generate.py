@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from kvkeep.cli.engine import MODEL_SETTINGS, running_engine
+from kvkeep.cli.engine import MODEL_SETTINGS, checkpoint_path, running_engine
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, FinishReason, GenerateRequest, SamplingParams
 from kvkeep.errors import EngineError
-from kvkeep.models.hub import resolve
-from kvkeep.models.text import TextModel
 
 app = new_app("Complete one prompt and end.")
 
@@ -39,7 +37,10 @@ async def stream(client: EngineClient, prompt_ids: tuple[int, ...], params: Samp
 
 
 async def _generate(settings: Settings, prompt: str, params: SamplingParams) -> None:
-    text = TextModel.load(resolve(settings.model, allow_download=settings.allow_download))
+    path = checkpoint_path(settings)
+    from kvkeep.models.text import TextModel  # a second of imports: after what may be refused
+
+    text = TextModel.load(path)
     ids = tuple(text.encode(prompt))
     async with running_engine(settings) as (client, _):
         await client.set_tenants({LOCAL: 1.0})

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 from kvkeep.cli.console import NOTES
-from kvkeep.cli.engine import running_engine
+from kvkeep.cli.engine import checkpoint_path, running_engine
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import Settings
 from kvkeep.errors import ConfigError
-from kvkeep.models.hub import resolve
-from kvkeep.models.text import TextModel
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve
 from kvkeep.server.store import TenantStore
@@ -78,7 +76,9 @@ async def _serve(settings: Settings) -> None:
     check_free(public, admin)
     tenants = TenantStore.local() if settings.no_auth else TenantStore.open(settings.keys)
     token = admin_token(settings.admin_token_file)
-    path = resolve(settings.model, allow_download=settings.allow_download)
+    path = checkpoint_path(settings)
+    from kvkeep.models.text import TextModel  # a second of imports: after what may be refused
+
     text = TextModel.load(path)
     async with running_engine(settings) as (client, _):
         await serve(

@@ -1,11 +1,12 @@
-"""Refuse what kvkeep can't serve, by the config's field names, before model code is imported."""
+"""Refuse what kvkeep can't serve, by name, before model code is imported or a process started."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvkeep.errors import CheckpointError, UnsupportedModel
-from kvkeep.models.checkpoint import Json
+from kvkeep.models.checkpoint import Json, open_checkpoint
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -29,6 +30,7 @@ OPTIONAL_SIZES = (
     "moe_intermediate_size",
     "num_experts",
     "num_experts_per_tok",
+    "decoder_sparse_step",
 )
 REFUSED_WHEN_SET = {
     "auto_map": "remote code is never run",
@@ -44,6 +46,27 @@ REFUSED_WHEN_SET = {
     "use_sliding_window": "sliding-window attention is not supported",
 }
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
+"""Families whose `attention_bias` gives every projection a bias; qwen2's are always there."""
+
+
+def check_directory(path: Path) -> str:
+    """Return the family of a checkpoint directory that looks whole; raises `ModelError`.
+
+    Reads the config and the weight files' headers alone: what only the model's code can tell, such
+    as shapes, is left to the loader.
+    """
+    checkpoint = open_checkpoint(path)
+    family = check_config(checkpoint.config)
+    for name in _needed(checkpoint.config, family):
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{path} lacks tensor {name}, which config.json calls for")
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path} has no tokenizer.json; no other tokenizer is supported")
+    return family
+
 
 def check_config(config: Json) -> str:
     """Return the config's family; raises `UnsupportedModel` or `CheckpointError`."""
@@ -56,6 +79,39 @@ def check_config(config: Json) -> str:
         raise UnsupportedModel(f"config field `{field}` {why}")
     _check_rope(config)
     return family
+
+
+def _needed(config: Json, family: str) -> Iterator[str]:
+    """Yield the names of the tensors that a checked config calls for."""
+    yield "model.embed_tokens.weight"
+    for layer in range(config["num_hidden_layers"]):
+        for name in (*_attention(config, family), *_mlp(config, family, layer)):
+            yield f"model.layers.{layer}.{name}"
+    yield "model.norm.weight"
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight"
+
+
+def _attention(config: Json, family: str) -> Iterator[str]:
+    yield from (f"self_attn.{name}.weight" for name in ATTENTION)
+    if family == "qwen2":
+        yield from (f"self_attn.{name}.bias" for name in ATTENTION[:3])
+    elif family in WITH_ATTENTION_BIAS and config.get("attention_bias"):
+        yield from (f"self_attn.{name}.bias" for name in ATTENTION)
+    if family.startswith("qwen3"):
+        yield from ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    yield from ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
+def _mlp(config: Json, family: str, layer: int) -> Iterator[str]:
+    """Yield a layer's MLP, or its router and as many experts as the config names."""
+    dense, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step") or 1
+    if family != "qwen3_moe" or layer in (dense or ()) or (layer + 1) % step:
+        yield from (f"mlp.{name}.weight" for name in MLP)
+        return
+    yield "mlp.gate.weight"
+    for expert in range(config.get("num_experts") or 0):
+        yield from (f"mlp.experts.{expert}.{name}.weight" for name in MLP)
 
 
 def _family(config: Json) -> str:
@@ -92,6 +148,8 @@ def _refusals(config: Json, family: str) -> Iterator[tuple[str, str]]:
     kinds = config.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) != FULL):
         yield "layer_types", "names layers other than full_attention"
+    if not isinstance(config.get("mlp_only_layers") or [], list):
+        yield "mlp_only_layers", "is not a list of layers"
     if config.get("pretraining_tp", 1) not in (None, 1):
         yield "pretraining_tp", "is not 1: split linear layers are not supported"
     if config.get("hidden_act", "silu") != "silu":
