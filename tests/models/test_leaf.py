@@ -1,52 +1,9 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
-from kvkeep.models.leaf import (
-    GatedMLP,
-    GroupHead,
-    GroupMember,
-    LinearGroup,
-    Packing,
-    RotaryEmbedding,
-)
+from kvkeep.models.leaf import GatedMLP, Packing, RotaryEmbedding
 from kvkeep.ops import Ops
-
-
-def test_group_members_compute_their_own_linear(ops: Ops) -> None:
-    sizes, width = (6, 2, 2), 8
-    group = LinearGroup(Packing(ops.leaf), sizes)
-    leaves = [
-        GroupHead(group, {"weight": (6, width)}),
-        GroupMember(group, 1, {"weight": (2, width), "bias": (2,)}),
-        GroupMember(group, 2, {"weight": (2, width)}),
-    ]
-    weights = [torch.randn(size, width) for size in sizes]
-    bias = torch.randn(2)
-    leaves[1].fill("bias", bias)
-    for leaf, weight in reversed(list(zip(leaves, weights, strict=True))):
-        leaf.fill("weight", weight)
-    x = torch.randn(1, 5, width)
-    want = [x @ weight.T for weight in weights]
-    want[1] += bias
-    for leaf, part in zip(leaves, want, strict=True):
-        torch.testing.assert_close(leaf(x), part)
-    assert sum(leaf.read_bytes for leaf in leaves) == 4 * 10 * width
-
-
-def test_group_members_refuse_another_input(ops: Ops) -> None:
-    group = LinearGroup(Packing(ops.leaf), (2, 2))
-    head, member = GroupHead(group, {"weight": (2, 4)}), GroupMember(group, 1, {"weight": (2, 4)})
-    for leaf in (head, member):
-        leaf.fill("weight", torch.randn(2, 4))
-    x = torch.randn(1, 1, 4)
-    head(x)
-    with pytest.raises(RuntimeError, match="different inputs"):
-        member(x.clone())
-    member(x)
-    with pytest.raises(RuntimeError, match="different inputs"):
-        member(x)
 
 
 def test_gated_mlp_is_ready_only_when_whole(ops: Ops) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from kvkeep import ops
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.layout import LeafOps
+from kvkeep.ops.layout import Heads, LeafOps
 from kvkeep.ops.reference_leaf import ReferenceLeaf
 
 kernels = pytest.mark.parametrize("kernel", ["avx512", "avx2", "portable"])
@@ -57,20 +57,80 @@ def test_rms_norm_matches_transformers(kernel: ops.Kernel, dtype: torch.dtype) -
     torch.testing.assert_close(got, want, rtol=RELATIVE[dtype], atol=0)
 
 
+def heads_of(dtype: torch.dtype, dim: int, *, normed: bool) -> Heads:
+    if not normed:
+        return Heads(6, 2, dim)
+    q_norm, k_norm = (random(dim, dtype=dtype, seed=seed) for seed in (8, 9))
+    return Heads(6, 2, dim, q_norm, k_norm, eps=1e-6)
+
+
+def rotation(rows: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = random(rows, dim // 2, dtype=torch.float32, seed=3, scale=2.0).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 @kernels
 @dtypes
-def test_rms_norm_reads_strided_heads(kernel: ops.Kernel, dtype: torch.dtype) -> None:
-    native = leaf(kernel)
-    fused = random(7, 5 * 24, dtype=dtype, seed=1)
-    weight = random(24, dtype=dtype, seed=2)
-    heads = fused[:, 24:96].view(7, 3, 24)
-    got = native.rms_norm(heads, weight, 1e-6)
-    assert torch.equal(got, native.rms_norm(heads.contiguous(), weight, 1e-6))
-    assert torch.equal(got[:, 1], native.rms_norm(fused[:, 48:72], weight, 1e-6))
-    assert torch.equal(got[None], native.rms_norm(heads[None], weight, 1e-6))
-    assert torch.equal(got[2, 1], native.rms_norm(heads[2, 1], weight, 1e-6))
-    across = heads.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(got, native.rms_norm(across, weight, 1e-6))
+@pytest.mark.parametrize("dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 37])
+def test_rotated_heads_are_transformers_bits(
+    kernel: ops.Kernel, dtype: torch.dtype, dim: int, rows: int
+) -> None:
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    heads = heads_of(dtype, dim, normed=False)
+    qkv = random(rows, 10 * dim, dtype=dtype, seed=rows)
+    cos, sin = rotation(rows, dim, dtype)
+    q, k, v = (part.transpose(0, 1)[None].clone() for part in heads.split(qkv))
+    q, k = apply_rotary_pos_emb(q, k, cos[None], sin[None])
+    leaf(kernel).rotate_heads(qkv, heads, cos, sin)
+    for got, want in zip(heads.split(qkv), (q, k, v), strict=True):
+        assert torch.equal(got, want[0].transpose(0, 1))
+
+
+@kernels
+@dtypes
+def test_heads_are_normalised_before_they_are_rotated(
+    kernel: ops.Kernel, dtype: torch.dtype
+) -> None:
+    native, heads = leaf(kernel), heads_of(dtype, 32, normed=True)
+    cos, sin = rotation(5, 32, dtype)
+    fused = random(5, 400, dtype=dtype, seed=4)
+    got = fused[:, 16:336].clone()
+    native.rotate_heads(got, heads, cos, sin)
+    want = fused[:, 16:336].clone()
+    ReferenceLeaf().rotate_heads(want, heads, cos, sin)
+    torch.testing.assert_close(got, want, rtol=4 * RELATIVE[dtype], atol=RELATIVE[dtype])
+    rows = fused.clone()
+    native.rotate_heads(rows[:, 16:336], heads, cos, sin)
+    assert torch.equal(rows[:, 16:336], got)
+    assert torch.equal(rows[:, :16], fused[:, :16])
+    one = fused[3:4, 16:336].clone()
+    native.rotate_heads(one, heads, cos[3:4], sin[3:4])
+    assert torch.equal(one[0], got[3])
+
+
+@kernels
+@pytest.mark.parametrize("fault", ["width", "dtype", "cos", "sin", "norm", "dense"])
+def test_heads_that_do_not_fit_are_refused(kernel: ops.Kernel, fault: str) -> None:
+    dtype = torch.float32
+    heads = heads_of(dtype, 32, normed=True)
+    qkv = random(5, 320, dtype=dtype, seed=4)
+    cos, sin = rotation(5, 32, dtype)
+    if fault == "width":
+        qkv = qkv[:, :-32]
+    elif fault == "dtype":
+        qkv = qkv.half()
+    elif fault == "cos":
+        cos = cos[:4]
+    elif fault == "sin":
+        sin = sin.T.contiguous().T
+    elif fault == "norm":
+        heads = Heads(6, 2, 32, torch.ones(16), torch.ones(32))
+    else:
+        qkv = random(320, 5, dtype=dtype, seed=4).T
+    with pytest.raises(KernelInputError):
+        leaf(kernel).rotate_heads(qkv, heads, cos, sin)
 
 
 @kernels

@@ -1,50 +1,32 @@
-"""The transformers model, attending through `kv.append` and `kv.attend` by its own registry."""
+"""The transformers model: its own forward over kvkeep's leaves, a step's KV cache handed through.
+
+transformers passes unknown arguments of a forward down to the attention modules, and asks its
+registry for an attention implementation by name: nothing of it is patched.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvkeep.errors import UnsupportedModel
+from kvkeep.models.attention import KVAttention
 from kvkeep.models.spec import ModelSpec
 
 ATTENTION_NAME = "kvkeep"
 
 
-class KVAttention(Protocol):
-    """A step's KV cache, as the model sees it."""
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v [T, Hkv, D] (rotated; rows may be strided, the last dimension is dense)."""
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Return [T, Hq, D] for q [T, Hq, D]; the scale is 1 / sqrt(D)."""
-
-
-def attend_through_kv(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None,
-    *,
-    kv: KVAttention,
-    **_unused: object,
-) -> tuple[Tensor, None]:
-    """Attend a flattened step: query [1, Hq, T, D], key and value [1, Hkv, T, D] to [1, T, Hq, D].
-
-    The registry passes masks, scale and dropout along; which tokens a row sees is the plan's.
-    """
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    kv.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return kv.attend(layer, query[0].transpose(0, 1)).unsqueeze(0), None
+def refuse_attention(module: nn.Module, *_arguments: object, **_named: object) -> NoReturn:
+    """Refuse to attend for a module that is not kvkeep's leaf: it has no KV cache to attend to."""
+    raise UnsupportedModel(f"{type(module).__name__} attends without a kvkeep leaf")
 
 
 def register_attention() -> None:
     """Make the name known to transformers; it builds no mask for names without a mask function."""
-    AttentionInterface.register(ATTENTION_NAME, attend_through_kv)
+    AttentionInterface.register(ATTENTION_NAME, refuse_attention)
 
 
 class HostedModel:

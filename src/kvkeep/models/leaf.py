@@ -74,93 +74,6 @@ class Linear(Leaf):
         return self._linear(x.view(-1, self._width), self._weight, self._bias).unsqueeze(0)
 
 
-class LinearGroup:
-    """Linears of one input packed as one weight: a step reads them in a single kernel call.
-
-    The first member computes all and the others hand out their parts; they must be called in order,
-    on the same input.
-    """
-
-    def __init__(self, packing: Packing, sizes: tuple[int, ...]) -> None:
-        self._packing = packing
-        self._linear = packing.ops.linear
-        self._sizes = sizes
-        self._last = len(sizes) - 1
-        self._weights: dict[int, Tensor] = {}
-        self._biases: dict[int, Tensor] = {}
-        self._parts: tuple[Tensor, ...] = ()
-        self._input: Tensor | None = None
-
-    def build(self, index: int, weight: Tensor, bias: Tensor | None) -> int:
-        """Take one member's tensors; return the bytes packed, 0 until the last member has come."""
-        self._weights[index] = weight
-        if bias is not None:
-            self._biases[index] = bias
-        if len(self._weights) < len(self._sizes):
-            return 0
-        order = range(len(self._sizes))
-        self._weight = self._packing.pack(torch.cat([self._weights[i] for i in order]))
-        self._bias = self._joined_bias(weight.dtype) if self._biases else None
-        self._weights.clear()
-        self._biases.clear()
-        return self._weight.nbytes
-
-    def _joined_bias(self, dtype: torch.dtype) -> Tensor:
-        zeros = [torch.zeros(size, dtype=dtype) for size in self._sizes]
-        return torch.cat([self._biases.get(i, zeros[i]) for i in range(len(self._sizes))])
-
-    def compute(self, x: Tensor) -> Tensor:
-        """Apply every member to x [1, T, K]; return the first one's [1, T, N]."""
-        out = self._linear(x.view(-1, x.shape[-1]), self._weight, self._bias)
-        self._input = x
-        self._parts = out.unsqueeze(0).split_with_sizes(self._sizes, -1)
-        return self._parts[0]
-
-    def part(self, index: int, x: Tensor) -> Tensor:
-        """Return member `index` applied to the head's input, a strided view; the last lets go."""
-        if x is not self._input:
-            raise RuntimeError("members of a linear group were called on different inputs")
-        out = self._parts[index]
-        if index == self._last:
-            self._parts, self._input = (), None
-        return out
-
-
-class GroupHead(Leaf):
-    """First member of a `LinearGroup`."""
-
-    def __init__(self, group: LinearGroup, shapes: dict[str, Shape]) -> None:
-        super().__init__(shapes)
-        self._group = group
-        self._compute = group.compute
-
-    def build(self, tensors: dict[str, Tensor]) -> None:
-        """Hand the tensors to the group."""
-        self.read_bytes = self._group.build(0, tensors["weight"], tensors.get("bias"))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [1, T, N] for x [1, T, K]."""
-        return self._compute(x)
-
-
-class GroupMember(Leaf):
-    """A later member of a `LinearGroup`."""
-
-    def __init__(self, group: LinearGroup, index: int, shapes: dict[str, Shape]) -> None:
-        super().__init__(shapes)
-        self._group = group
-        self._index = index
-        self._part = group.part
-
-    def build(self, tensors: dict[str, Tensor]) -> None:
-        """Hand the tensors to the group."""
-        self.read_bytes = self._group.build(self._index, tensors["weight"], tensors.get("bias"))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [1, T, N] for x [1, T, K], computed by the head."""
-        return self._part(self._index, x)
-
-
 class GatedMLP(Leaf):
     """down(silu(gate(x)) * up(x)) in one kernel call."""
 
@@ -206,9 +119,7 @@ class RMSNorm(Leaf):
         self.read_bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x's shape, [1, T, K] or [1, T, H, D]; heads may be strided."""
-        if x.dim() == 4:
-            return self._rms_norm(x[0], self._weight, self._eps).unsqueeze(0)
+        """Return [1, T, K] for x [1, T, K]."""
         return self._rms_norm(x, self._weight, self._eps)
 
 

@@ -47,6 +47,7 @@ class CpuAttention:
         self._backend = backend
         self._native = _native.Attention(backend)
         self._last: _Prepared | None = None
+        self._last_slots: tuple[Int32Array | None, int] = (None, 0)
         self._caches: dict[tuple[int, Layout], tuple[LayerKV, _native.Cache]] = {}
 
     @property
@@ -69,7 +70,7 @@ class CpuAttention:
                 f"must both be {shape}"
             )
         k, v = _dense_rows(k), _dense_rows(v)
-        slots = np.ascontiguousarray(slots, np.int32)
+        slots_address = self._slots_address(slots)
         k_token, k_head, _ = k.stride()
         v_token, v_head, _ = v.stride()
         cache = self._cache(kv, layout)
@@ -83,7 +84,7 @@ class CpuAttention:
                 v.data_ptr(),
                 v_token,
                 v_head,
-                slots.ctypes.data,
+                slots_address,
                 len(slots),
             )
         except ValueError as error:
@@ -148,6 +149,14 @@ class CpuAttention:
             lse2.data_ptr(),
         )
         return out, lse2
+
+    def _slots_address(self, slots: Int32Array) -> int:
+        """Return the address of dense slots, kept from the layer before where they are the same."""
+        if slots is not self._last_slots[0]:
+            if slots.dtype != np.int32 or not slots.flags.c_contiguous:
+                raise KernelInputError("slots must be dense int32")
+            self._last_slots = slots, slots.ctypes.data
+        return self._last_slots[1]
 
     def _cache(self, kv: LayerKV, layout: Layout) -> _native.Cache:
         """Return the native view of a layer, kept while the same pool is passed in."""

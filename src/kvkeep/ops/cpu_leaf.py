@@ -8,7 +8,7 @@ import torch
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops import _native
-from kvkeep.ops.layout import PackedWeight
+from kvkeep.ops.layout import Heads, PackedWeight
 
 _DTYPE = {torch.float32: _native.Dtype.F32, torch.bfloat16: _native.Dtype.BF16}
 
@@ -99,29 +99,63 @@ class CpuLeaf:
                 f"weight {tuple(weight.shape)} {weight.dtype} must be [{width}] in the dtype of x, "
                 f"float32 or bfloat16; x is {x.dtype}"
             )
-        if len(shape) > 3 or x.stride(-1) != 1:
-            x = x.reshape(-1, width).contiguous()
-        strides = x.stride()
-        if x.dim() == 3:
-            outer, inner, outer_stride, inner_stride = *x.shape[:2], strides[0], strides[1]
-        else:
-            rows = x.shape[0] if x.dim() == 2 else 1
-            outer, inner, outer_stride, inner_stride = rows, 1, strides[0], 0
+        if not x.is_contiguous():
+            x = x.contiguous()
         out = torch.empty(shape, dtype=x.dtype)
         _native.rms_norm(
             self._backend,
             dtype,
             x.data_ptr(),
-            outer,
-            outer_stride,
-            inner,
-            inner_stride,
+            x.numel() // width,
             weight.data_ptr(),
             out.data_ptr(),
             width,
             eps,
         )
         return out
+
+    def rotate_heads(
+        self, qkv: torch.Tensor, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Normalise and rotate qkv's query and key heads in place; cos and sin are [T, D]."""
+        dtype, dim = _DTYPE.get(qkv.dtype), heads.head_dim
+        rows, width = qkv.shape
+        if dtype is None or width != (heads.num_q_heads + 2 * heads.num_kv_heads) * dim or dim % 2:
+            raise KernelInputError(
+                f"qkv {tuple(qkv.shape)} {qkv.dtype} does not hold {heads.num_q_heads} query and "
+                f"{heads.num_kv_heads} KV heads of {dim} in float32 or bfloat16"
+            )
+        if qkv.stride(1) != 1:
+            raise KernelInputError("qkv's last dimension must be dense: it is changed in place")
+        for table in (cos, sin):
+            if table.shape != (rows, dim) or table.dtype != qkv.dtype or not table.is_contiguous():
+                raise KernelInputError(
+                    f"cos and sin must be dense [{rows}, {dim}] {qkv.dtype}, "
+                    f"not {tuple(table.shape)} {table.dtype}"
+                )
+        _native.rotate_heads(
+            self._backend,
+            dtype,
+            qkv.data_ptr(),
+            rows,
+            qkv.stride(0),
+            heads.num_q_heads,
+            heads.num_kv_heads,
+            dim,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            _norm_address(heads.q_norm, qkv, dim),
+            _norm_address(heads.k_norm, qkv, dim),
+            heads.eps,
+        )
+
+
+def _norm_address(weight: torch.Tensor | None, x: torch.Tensor, dim: int) -> int:
+    if weight is None:
+        return 0
+    if weight.shape != (dim,) or weight.dtype != x.dtype or weight.stride(0) != 1:
+        raise KernelInputError(f"a head's norm must be [{dim}] {x.dtype}")
+    return weight.data_ptr()
 
 
 def _own(weight: PackedWeight) -> CpuWeight:

@@ -143,6 +143,27 @@ class PackedWeight(Protocol):
         """Return the bytes read to apply it once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How the rows of a joined projection [T, (Hq + 2 Hkv) D] divide: queries, keys, values."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_norm: torch.Tensor | None = None
+    """[D] weight of the RMS norm over each query head before rotation."""
+    k_norm: torch.Tensor | None = None
+    eps: float = 0.0
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return strided views q [T, Hq, D], k and v [T, Hkv, D]."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        q, k, v = heads.split_with_sizes(
+            (self.num_q_heads, self.num_kv_heads, self.num_kv_heads), dim=1
+        )
+        return q, k, v
+
+
 class LeafOps(Protocol):
     """Row-wise kernels whose bits do not depend on the number of rows."""
 
@@ -159,6 +180,11 @@ class LeafOps(Protocol):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight over the last dimension, in x's dtype."""
+
+    def rotate_heads(
+        self, qkv: torch.Tensor, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Normalise and rotate qkv's query and key heads in place; cos and sin are [T, D]."""
 
 
 @dataclass(frozen=True, slots=True)

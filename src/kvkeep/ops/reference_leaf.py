@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.layout import PackedWeight
+from kvkeep.ops.layout import Heads, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,18 @@ class ReferenceLeaf:
         wide = x.double()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight * normed.to(x.dtype)
+
+    def rotate_heads(
+        self, qkv: torch.Tensor, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Normalise and rotate qkv's query and key heads in place; cos and sin are [T, D]."""
+        self.calls += 1
+        q, k, _ = heads.split(qkv)
+        for x, weight in ((q, heads.q_norm), (k, heads.k_norm)):
+            y = x.clone() if weight is None else self.rms_norm(x, weight, heads.eps)
+            low, high = y.chunk(2, dim=-1)
+            turned = torch.cat((-high, low), dim=-1)
+            x.copy_(y * cos[:, None] + turned * sin[:, None])
 
     @staticmethod
     def _linear(

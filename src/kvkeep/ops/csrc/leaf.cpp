@@ -40,20 +40,41 @@ void silu_mul(Backend& backend, void (*kernel)(const T*, const T*, T*, int64_t),
 
 }  // namespace
 
-void rms_norm(Backend& backend, Dtype dtype, NestedRows x, const void* weight, void* out,
-              int64_t dim, float eps) {
+void rms_norm(Backend& backend, Dtype dtype, const void* x, int64_t rows, const void* weight,
+              void* out, int64_t dim, float eps) {
   const auto& kernels = leaf_kernels(backend.isa);
-  const int64_t rows = x.outer * x.inner;
   over(backend, rows, rows * dim, [&](int64_t row) {
-    const int64_t at = row / x.inner * x.outer_stride + row % x.inner * x.inner_stride;
+    const int64_t at = row * dim;
     if (dtype == Dtype::kF32) {
-      kernels.rms_norm_f32(static_cast<const float*>(x.data) + at,
-                           static_cast<const float*>(weight), static_cast<float*>(out) + row * dim,
-                           dim, eps);
+      kernels.rms_norm_f32(static_cast<const float*>(x) + at, static_cast<const float*>(weight),
+                           static_cast<float*>(out) + at, dim, eps);
     } else {
-      kernels.rms_norm_bf16(static_cast<const uint16_t*>(x.data) + at,
-                            static_cast<const uint16_t*>(weight),
-                            static_cast<uint16_t*>(out) + row * dim, dim, eps);
+      kernels.rms_norm_bf16(static_cast<const uint16_t*>(x) + at,
+                            static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(out) + at,
+                            dim, eps);
+    }
+  });
+}
+
+void rotate_heads(Backend& backend, Dtype dtype, HeadRows x, const void* cos, const void* sin,
+                  HeadNorm norm) {
+  const auto& kernels = leaf_kernels(backend.isa);
+  const int64_t heads = x.q_heads + x.kv_heads;
+  auto each_head = [&](auto type, auto normalise, auto rotate, int64_t row) {
+    using T = decltype(type);
+    T* head = static_cast<T*>(x.data) + row * x.stride;
+    for (int64_t h = 0; h < heads; h++, head += x.dim) {
+      auto* weight = static_cast<const T*>(h < x.q_heads ? norm.q : norm.k);
+      if (weight) normalise(head, weight, head, x.dim, norm.eps);
+      rotate(head, static_cast<const T*>(cos) + row * x.dim,
+             static_cast<const T*>(sin) + row * x.dim, x.dim);
+    }
+  };
+  over(backend, x.rows, x.rows * heads * x.dim, [&](int64_t row) {
+    if (dtype == Dtype::kF32) {
+      each_head(float{}, kernels.rms_norm_f32, kernels.rotate_f32, row);
+    } else {
+      each_head(uint16_t{}, kernels.rms_norm_bf16, kernels.rotate_bf16, row);
     }
   });
 }

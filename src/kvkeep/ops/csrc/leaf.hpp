@@ -8,16 +8,27 @@
 
 namespace kvkeep {
 
-// Rows in two levels, such as tokens and heads.
-struct NestedRows {
-  const void* data;
-  int64_t outer, outer_stride;  // strides in elements
-  int64_t inner, inner_stride;
+// Normalise dense rows of `dim` elements into `out`.
+void rms_norm(Backend& backend, Dtype dtype, const void* x, int64_t rows, const void* weight,
+              void* out, int64_t dim, float eps);
+
+// The heads of projected rows: queries, then keys, then values, `dim` elements each.
+struct HeadRows {
+  void* data;
+  int64_t rows, stride;  // in elements
+  int64_t q_heads, kv_heads, dim;
 };
 
-// Normalise rows of `dim` elements into `out`, contiguous.
-void rms_norm(Backend& backend, Dtype dtype, NestedRows x, const void* weight, void* out,
-              int64_t dim, float eps);
+// Weights [dim] that normalise query and key heads before rotation; null where there are none.
+struct HeadNorm {
+  const void* q;
+  const void* k;
+  float eps;
+};
+
+// Normalise and rotate query and key heads in place; `cos` and `sin` are [rows][dim].
+void rotate_heads(Backend& backend, Dtype dtype, HeadRows x, const void* cos, const void* sin,
+                  HeadNorm norm);
 
 // out = down(silu(gate(x)) * up(x)), `gate_up` holding the gate's outputs first.
 void gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWeight& down, Rows x,

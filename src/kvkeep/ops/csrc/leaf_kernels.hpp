@@ -13,6 +13,9 @@ struct LeafKernels {
   // out[i] = silu(gate[i]) * up[i]; in bf16 each of the two results is rounded.
   void (*silu_mul_f32)(const float* gate, const float* up, float* out, int64_t count);
   void (*silu_mul_bf16)(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t count);
+  // Rotate one head in place, halves paired; in bf16 both products are rounded before their sum.
+  void (*rotate_f32)(float* x, const float* cos, const float* sin, int64_t dim);
+  void (*rotate_bf16)(uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t dim);
 };
 
 const LeafKernels& leaf_kernels_portable();

@@ -107,6 +107,21 @@ struct LeafRow {
     store_tail(out + i, count - i,
                silu_mul(load_tail(gate + i, count - i), load_tail(up + i, count - i)));
   }
+
+  static Vec product(Vec a, Vec b) { return E::round(S::mul(a, b)); }
+
+  static void rotate(T* x, const T* cos, const T* sin, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const int64_t count = half - i < kLanes ? half - i : kLanes;
+      auto at = [&](const T* p) { return count < kLanes ? load_tail(p, count) : E::load(p); };
+      auto put = [&](T* p, Vec v) { count < kLanes ? store_tail(p, count, v) : E::store(p, v); };
+      Vec low = at(x + i), high = at(x + half + i);
+      Vec turned_low = product(high, at(sin + i)), turned_high = product(low, at(sin + half + i));
+      put(x + i, S::sub(product(low, at(cos + i)), turned_low));
+      put(x + half + i, S::add(product(high, at(cos + half + i)), turned_high));
+    }
+  }
 };
 
 template <class S>
@@ -116,6 +131,8 @@ constexpr LeafKernels leaf_kernels_of() {
       .rms_norm_bf16 = &LeafRow<S, Bf16Elements<S>>::rms_norm,
       .silu_mul_f32 = &LeafRow<S, F32Elements<S>>::silu_mul_row,
       .silu_mul_bf16 = &LeafRow<S, Bf16Elements<S>>::silu_mul_row,
+      .rotate_f32 = &LeafRow<S, F32Elements<S>>::rotate,
+      .rotate_bf16 = &LeafRow<S, Bf16Elements<S>>::rotate,
   };
 }
 

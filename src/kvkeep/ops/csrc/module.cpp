@@ -60,12 +60,18 @@ void run_gated_mlp(Backend& backend, const PackedWeight& gate_up, const PackedWe
   gated_mlp(backend, gate_up, down, {at<void>(x), rows, x_stride}, {at<void>(out), out_stride});
 }
 
-void run_rms_norm(Backend& backend, Dtype dtype, uintptr_t x, int64_t outer, int64_t outer_stride,
-                  int64_t inner, int64_t inner_stride, uintptr_t weight, uintptr_t out, int64_t dim,
-                  float eps) {
+void run_rms_norm(Backend& backend, Dtype dtype, uintptr_t x, int64_t rows, uintptr_t weight,
+                  uintptr_t out, int64_t dim, float eps) {
   auto turn = backend.enter();
-  rms_norm(backend, dtype, {at<void>(x), outer, outer_stride, inner, inner_stride},
-           at<void>(weight), at<void>(out), dim, eps);
+  rms_norm(backend, dtype, at<void>(x), rows, at<void>(weight), at<void>(out), dim, eps);
+}
+
+void run_rotate_heads(Backend& backend, Dtype dtype, uintptr_t x, int64_t rows, int64_t stride,
+                      int64_t q_heads, int64_t kv_heads, int64_t dim, uintptr_t cos, uintptr_t sin,
+                      uintptr_t q_norm, uintptr_t k_norm, float eps) {
+  auto turn = backend.enter();
+  rotate_heads(backend, dtype, {at<void>(x), rows, stride, q_heads, kv_heads, dim}, at<void>(cos),
+               at<void>(sin), {at<void>(q_norm), at<void>(k_norm), eps});
 }
 
 void bind_leaf(nb::module_& m) {
@@ -86,8 +92,10 @@ void bind_leaf(nb::module_& m) {
         "out"_a, "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("gated_mlp", &run_gated_mlp, "backend"_a, "gate_up"_a, "down"_a, "x"_a, "rows"_a,
         "x_stride"_a, "out"_a, "out_stride"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("rms_norm", &run_rms_norm, "backend"_a, "dtype"_a, "x"_a, "outer"_a, "outer_stride"_a,
-        "inner"_a, "inner_stride"_a, "weight"_a, "out"_a, "dim"_a, "eps"_a,
+  m.def("rms_norm", &run_rms_norm, "backend"_a, "dtype"_a, "x"_a, "rows"_a, "weight"_a, "out"_a,
+        "dim"_a, "eps"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("rotate_heads", &run_rotate_heads, "backend"_a, "dtype"_a, "x"_a, "rows"_a, "stride"_a,
+        "q_heads"_a, "kv_heads"_a, "dim"_a, "cos"_a, "sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }
 
