@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.cli import run
 from kvkeep.cli.chat import Message, api_key, converse, delta, server_answers
 from kvkeep.errors import ConfigError, RequestError
 
@@ -97,3 +99,12 @@ def test_the_key_comes_from_its_file_before_the_environment(
     assert api_key(tmp_path / "key") == "of the file"
     with pytest.raises(ConfigError, match="api_key_file"):
         api_key(tmp_path / "gone")
+
+
+def test_a_conversation_ends_with_the_input(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(KEY)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one two\n"))
+    assert run(["chat", "--url", url, "--api-key-file", str(tmp_path / "key")]) == 0
+    assert capsys.readouterr().out == "onetwotoy\n"
