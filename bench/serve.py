@@ -39,7 +39,7 @@ def against_transformers(
     ours: Ours, theirs: Baseline, options: Options
 ) -> list[tuple[Figure, dict[str, Cell]]]:
     """Return decode at batch 1 and 8 and a 1,024-token prefill over `generate`."""
-    pairs = 3 if options.quick else MIN_PAIRS
+    pairs = 2 if options.quick else MIN_PAIRS
     tokens = 8 if options.quick else 16
     return [
         versus(
@@ -61,14 +61,14 @@ def against_transformers(
             1.35,
             lambda: ours.prefill_rate(1024),
             lambda: theirs.prefill_rate(1024),
-            2 if options.quick else MIN_PAIRS,
+            pairs,
         ),
     ]
 
 
 def bandwidth(ours: Ours, options: Options) -> Figure:
     """Return weight bytes x tokens/s over the read bandwidth measured beside it."""
-    pairs = 4 if options.quick else 2 * MIN_PAIRS
+    pairs = 3 if options.quick else 2 * MIN_PAIRS
     weights = ours.core.weight_bytes
     reader = ReadBandwidth(options.threads)
     found = harness.interleave(
