@@ -70,6 +70,15 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")
+    attention_planner: Literal["tree", "flat"] = Field(
+        "tree", description="tree: a prefix that several requests hold is read once a step"
+    )
+    attention_share_across_tenants: Literal["public", "never"] = Field(
+        "public", description="never: no tenant's decoding is sped up by another's"
+    )
+    attention_cost_model: Path | None = Field(
+        None, description="coefficients of the planner, JSON (default: measured at start)"
+    )
     share: Literal["nothing", "all"] = Field("nothing", description="pages across tenants")
     unsafe_share_all: bool = Field(False, description="confirm --share all: it leaks by timing")
 

@@ -47,6 +47,16 @@ PREFIX_QUERIES = Metric(
 PREFIX_HITS = Metric("prefix_cache_hits", Kind.COUNTER, "Prompt tokens found in the cache.")
 PREEMPTIONS = Metric("num_preemptions", Kind.COUNTER, "Requests preempted and computed again.")
 STEPS = Metric("engine_steps", Kind.COUNTER, "Steps of the engine.")
+TREE_STEPS = Metric(
+    "attention_tree_steps", Kind.COUNTER, "Steps in which requests read pages together."
+)
+PLANNED_BYTES = Metric(
+    "attention_planned_bytes", Kind.COUNTER, "Bytes of K and V that the steps' plans read."
+)
+FLAT_BYTES = Metric(
+    "attention_flat_bytes", Kind.COUNTER, "Bytes if every request had read its own pages."
+)
+READ_BYTES = Metric("attention_read_bytes", Kind.COUNTER, "Bytes of K and V the kernels read.")
 FINISHED = Metric(
     "request_success", Kind.COUNTER, "Sequences ended, by reason.", ("finished_reason",)
 )

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Protocol
 
 import numpy as np
 
+from kvkeep.attention.chains import Chain, chains_of
+from kvkeep.attention.contraction import GAIN, contract, ours, predicted_ns
+from kvkeep.attention.cost import CostModel
+from kvkeep.attention.tree import Forest, build_forest, flat_forest
 from kvkeep.ops.layout import AttentionPlan
-from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, UInt64Array, View
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
+
+_REPLAN_PAGES = 16
+"""A forest is kept until a chain has grown by as many pages."""
+
+_Shape = tuple[tuple[int, int, bool, int], ...]
+"""Per chain: view, rows, whether it shares nothing, pages in units of `_REPLAN_PAGES`."""
 
 
 class AttentionPlanner(Protocol):
@@ -26,68 +37,144 @@ class FlatPlanner:
 
     def plan(self, geometry: BatchGeometry) -> AttentionPlan:
         """Return one group per request and per set of encoded pages its rows see."""
-        positions = np.empty(geometry.num_rows, np.int32)
-        groups: list[tuple[int, int, int, int]] = []
-        runs: list[tuple[int, int, int, int]] = []
-        entries: list[Int32Array] = []
-        masks: list[tuple[int, UInt64Array]] = []
-        total = 0
-        for segment in geometry.segments:
-            first, row = segment.first_position, segment.first_row
-            positions[row : row + segment.num_rows] = np.arange(
-                first, first + segment.num_rows, dtype=np.int32
-            )
-            for begin, end, coded in _row_groups(segment, geometry):
-                last = first + end - 1
-                pages = _pages(segment, coded, last // PAGE_TOKENS + 1)
-                run_begin = len(runs)
-                runs.extend(_runs(total, len(pages), coded, geometry))
-                groups.append((row + begin, row + end, run_begin, len(runs)))
-                entries.append(pages)
-                if segment.view.evict is not None and segment.view.evict.masks.size:
-                    masks.append((total, segment.view.evict.masks[: len(pages)]))
-                total += len(pages)
-        return AttentionPlan(
-            row_positions=positions,
-            groups=np.array(groups, np.int32).reshape(-1, 4),
-            runs=np.array(runs, np.int32).reshape(-1, 4),
-            pages=np.concatenate(entries) if entries else np.zeros(0, np.int32),
-            masks=_stack_masks(masks, total),
-        )
+        chains = chains_of(geometry)
+        return plan_of(geometry, chains, flat_forest(chains))
 
     def forget(self, view: View) -> None:
         """Nothing is remembered."""
 
 
-def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, end row, encoded pages), cut where the encoded pages change."""
-    begin, coded = 0, geometry.coded_pages(segment.first_position)
-    if geometry.recent_tokens is not None:
-        for row in range(1, segment.num_rows):
-            now = geometry.coded_pages(segment.first_position + row)
-            if now != coded:
-                yield begin, row, coded
-                begin, coded = row, now
-    yield begin, segment.num_rows, coded
+class TreePlanner:
+    """Requests that hold the same pages read them once, where that is predicted to be faster.
+
+    The choice changes speed, never a bit of a result.
+    """
+
+    def __init__(self, model: CostModel, group: int, *, across_scopes: bool = True) -> None:
+        self._model = model
+        self._group = group
+        self._across_scopes = across_scopes
+        self._keep = ours(model, group)
+        self._last: tuple[_Shape, Forest] | None = None
+
+    def plan(self, geometry: BatchGeometry) -> AttentionPlan:
+        """Return a tree's plan, or the flat one where sharing does not pay."""
+        chains = chains_of(geometry)
+        return plan_of(geometry, chains, self._forest(chains))
+
+    def forget(self, view: View) -> None:
+        """Nothing is remembered of single views: a step whose requests differ is planned afresh."""
+
+    def _forest(self, chains: Sequence[Chain]) -> Forest:
+        """Return the step's forest: the last one with longer leaves, where the requests are its."""
+        shape = _shape_of(chains)
+        if self._last is not None and self._last[0] == shape:
+            forest = _with_leaves(self._last[1], chains)
+        else:
+            forest = self._fresh(chains)
+        self._last = shape, forest
+        return forest
+
+    def _fresh(self, chains: Sequence[Chain]) -> Forest:
+        flat = flat_forest(chains)
+        if len(chains) < 2:
+            return flat
+        shared = build_forest(chains, across_scopes=self._across_scopes)
+        if len(shared.nodes) == len(chains):
+            return flat
+        bounds = row_bounds(chains, shared.order)
+        kept = contract(shared, bounds, self._keep)
+        tree = predicted_ns(kept, bounds, self._model, self._group)
+        apart = predicted_ns(flat, row_bounds(chains, flat.order), self._model, self._group)
+        return kept if tree < GAIN * apart else flat
 
 
-def _pages(segment: Segment, coded: int, count: int) -> Int32Array:
-    """Return `count` page slots: the first `coded` encoded, the others in the model's dtype."""
-    if segment.staged_from >= count or coded == count:
-        return segment.view.slots[:count]
-    head = segment.view.slots[: max(coded, segment.staged_from)]
-    return np.concatenate([head, segment.staged[len(head) - segment.staged_from :]])[:count]
+def _shape_of(chains: Sequence[Chain]) -> _Shape:
+    return tuple(
+        (c.view, c.num_rows, c.shareable == 0, len(c.pages) // _REPLAN_PAGES) for c in chains
+    )
 
 
-def _runs(
-    begin: int, count: int, coded: int, geometry: BatchGeometry
-) -> Iterator[tuple[int, int, int, int]]:
-    if geometry.coded_layout == geometry.layout or not coded:
-        yield begin, count, 0, int(geometry.layout)
-        return
-    yield begin, coded, 0, int(geometry.coded_layout)
-    if count > coded:
-        yield begin + coded, count - coded, coded * PAGE_TOKENS, int(geometry.layout)
+def _with_leaves(forest: Forest, chains: Sequence[Chain]) -> Forest:
+    """Return the forest with leaves that end where their chains now do."""
+    order = forest.order
+    nodes = (
+        node._replace(end=len(chains[order[node.first]].pages))
+        if node.last - node.first == 1
+        else node
+        for node in forest.nodes
+    )
+    return Forest(order, tuple(nodes))
+
+
+def row_bounds(chains: Sequence[Chain], order: Sequence[int]) -> list[int]:
+    """Return [places + 1] how many rows stand before each place."""
+    return [0, *accumulate(chains[i].num_rows for i in order)]
+
+
+def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) -> AttentionPlan:
+    """Return the plan in which each node of the forest is a group."""
+    bounds = row_bounds(chains, forest.order)
+    groups: list[tuple[int, int, int, int]] = []
+    runs: list[tuple[int, int, int, int]] = []
+    entries: list[Int32Array] = []
+    masks: list[tuple[int, UInt64Array]] = []
+    total = 0
+    for node in forest.nodes:
+        held = chains[forest.order[node.first]]
+        run_begin = len(runs)
+        for begin, end, layout in _cut_by_layout(node.begin, node.end, held, geometry):
+            runs.append((total + begin - node.begin, end - begin, begin * PAGE_TOKENS, layout))
+        groups.append((bounds[node.first], bounds[node.last], run_begin, len(runs)))
+        entries.append(held.pages[node.begin : node.end])
+        if held.masks is not None:
+            masks.append((total, held.masks))
+        total += node.end - node.begin
+    straight = forest.order == tuple(range(len(chains)))
+    return AttentionPlan(
+        row_positions=_positions(chains, geometry.num_rows),
+        groups=np.array(groups, np.int32).reshape(-1, 4),
+        runs=np.array(runs, np.int32).reshape(-1, 4),
+        pages=np.concatenate(entries) if entries else np.zeros(0, np.int32),
+        masks=_stack_masks(masks, total),
+        parents=_parents(forest),
+        row_order=None if straight else _row_order(chains, forest.order),
+    )
+
+
+def _cut_by_layout(
+    begin: int, end: int, held: Chain, geometry: BatchGeometry
+) -> list[tuple[int, int, int]]:
+    """Return pages [begin, end) as ranges of one layout each."""
+    plain = int(geometry.layout)
+    if geometry.coded_layout == geometry.layout or held.coded <= begin:
+        return [(begin, end, plain)] if end > begin else []
+    coded_end = min(held.coded, end)
+    parts = [(begin, coded_end, int(geometry.coded_layout)), (coded_end, end, plain)]
+    return [part for part in parts if part[1] > part[0]]
+
+
+def _positions(chains: Sequence[Chain], rows: int) -> Int32Array:
+    positions = np.empty(rows, np.int32)
+    for c in chains:
+        if c.num_rows == 1:
+            positions[c.first_row] = c.first_position
+        else:
+            positions[c.first_row : c.first_row + c.num_rows] = np.arange(
+                c.first_position, c.first_position + c.num_rows, dtype=np.int32
+            )
+    return positions
+
+
+def _parents(forest: Forest) -> Int32Array | None:
+    if len(forest.nodes) == len(forest.order):
+        return None
+    return np.array([node.parent for node in forest.nodes], np.int32)
+
+
+def _row_order(chains: Sequence[Chain], order: Sequence[int]) -> Int32Array:
+    ranges = [range(c.first_row, c.first_row + c.num_rows) for c in (chains[i] for i in order)]
+    return np.fromiter(chain.from_iterable(ranges), np.int32)
 
 
 def _stack_masks(parts: list[tuple[int, UInt64Array]], total: int) -> UInt64Array | None:

@@ -28,6 +28,9 @@ MODEL_SETTINGS = (
     "max_num_batched_tokens",
     "kv_cache_memory_bytes",
     "prefix_caching",
+    "attention_planner",
+    "attention_share_across_tenants",
+    "attention_cost_model",
 )
 """What concerns an engine without a server."""
 
@@ -46,6 +49,11 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_bytes=settings.kv_cache_memory_bytes,
         prefix_caching=settings.prefix_caching,
+        attention_planner=settings.attention_planner,
+        attention_share_across_tenants=settings.attention_share_across_tenants,
+        attention_cost_model=(
+            None if settings.attention_cost_model is None else str(settings.attention_cost_model)
+        ),
         share=settings.share,
         allow_download=settings.allow_download,
     )

@@ -137,6 +137,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits_total: int
     preemptions_total: int
     steps_total: int
+    attention_tree_steps_total: int
+    """Steps in which requests read pages together."""
+    attention_planned_bytes_total: int
+    """Bytes of K and V that the steps' plans read."""
+    attention_flat_bytes_total: int
+    """Bytes that would have been read if every request read its own."""
+    attention_read_bytes_total: int
+    """Bytes that the kernels read; 0 where the backend does not count."""
     finished: tuple[tuple[str, int], ...]
     """(finish reason, count)."""
     ttft_s: Histogram

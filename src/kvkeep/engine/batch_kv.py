@@ -11,7 +11,7 @@ import torch
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
 from kvkeep.eviction.policy import Evictor
-from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe
+from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
 from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles
 from kvkeep.shield.policy import Shield
 from kvkeep.types import BatchGeometry, Int32Array, UInt64Array
@@ -125,14 +125,12 @@ class BatchKV:
         return Observe(log2_thresholds)
 
     def _hand_out(self, layer: int, hits: UInt64Array) -> None:
-        """Give each observed view the hits of the group that holds its last row."""
-        plan = self._step.plan
-        ends = {int(group[1]): group for group in plan.groups}
+        """Give each observed view the hits of what its last row saw; nobody else looked there."""
+        seen = {rows[-1]: runs for rows, runs in chains(self._step.plan)}
         for segment in self._step.geometry.segments:
             if segment.view.evict is None:
                 continue
-            _, _, run_begin, run_end = ends[segment.first_row + segment.num_rows]
-            begin = int(plan.runs[run_begin, 0])
-            end = int(plan.runs[run_end - 1, 0] + plan.runs[run_end - 1, 1])
+            runs = seen[segment.first_row + segment.num_rows - 1]
+            own = [hits[run.page_begin : run.page_begin + run.page_count] for run in runs]
             last = segment.first_position + segment.num_rows - 1
-            self._evictor.observe(segment.view.evict, layer, hits[begin:end], last)
+            self._evictor.observe(segment.view.evict, layer, np.concatenate(own), last)

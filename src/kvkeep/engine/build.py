@@ -10,7 +10,9 @@ import msgspec
 import torch
 
 from kvkeep import ops
-from kvkeep.attention.planner import AttentionPlanner, FlatPlanner
+from kvkeep.attention import cost
+from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
+from kvkeep.attention.profile import Bench, profile
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import RadixIndex
@@ -43,7 +45,8 @@ class Parts(msgspec.Struct, kw_only=True):
     """The techniques an engine runs with; the defaults are the null objects."""
 
     techniques: Techniques
-    planner: AttentionPlanner
+    planner: AttentionPlanner | None = None
+    """None: the one the options ask for, fitted to this machine."""
     policy: SharingPolicy
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
@@ -53,7 +56,6 @@ def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     return Parts(
         techniques=Techniques(Float(), NoShield(), KeepAll()),
-        planner=FlatPlanner(),
         policy=ShareAll() if options.share == "all" else ShareNothing(),
     )
 
@@ -91,8 +93,9 @@ def build_core(
         lambda scope: PageTag(scope, techniques.codec.name, techniques.shield.name),
         parts.tier,
     )
+    planner = parts.planner or _planner(options, kernels, pool, model, threads)
     runner = ModelRunner(
-        RunnerParts(model, pool, kernels, parts.planner, parts.techniques, shape, parts.listeners)
+        RunnerParts(model, pool, kernels, planner, parts.techniques, shape, parts.listeners)
     )
     info = _info(options, model, pool, kernels.name, max_model_len)
     core = EngineCore(
@@ -110,6 +113,24 @@ def build_core(
     )
     _warm_up(core)
     return core
+
+
+def _planner(
+    options: EngineOptions, kernels: ops.Ops, pool: TilePool, model: HostedModel, threads: int
+) -> AttentionPlanner:
+    """Return the planner asked for; a tree's costs are read or measured on the unused pool."""
+    if options.attention_planner == "flat":
+        return FlatPlanner()
+    spec = model.spec
+    if options.attention_cost_model is not None:
+        costs = cost.load(Path(options.attention_cost_model))
+    elif kernels.name == "reference":
+        costs = cost.SEED
+    else:
+        layout = _shape_of(model).layout
+        costs = profile(Bench(kernels.attention, pool.layer_kv(0), layout, spec.num_heads, threads))
+    across = options.attention_share_across_tenants == "public"
+    return TreePlanner(costs, spec.num_heads // spec.num_kv_heads, across_scopes=across)
 
 
 def _shape_of(model: HostedModel) -> KVShape:

@@ -138,7 +138,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Return a snapshot for the admin port."""
-        c, pool = self.counters, self._manager.stats()
+        c, pool, read = self.counters, self._manager.stats(), self._runner.read
         tenants = []
         for name in sorted(self._shares):
             running, waiting = self._scheduler.counts(name)
@@ -163,6 +163,10 @@ class EngineCore:
             prefix_cache_hits_total=c.cache_hits,
             preemptions_total=self._scheduler.preemptions,
             steps_total=c.steps,
+            attention_tree_steps_total=read.tree_steps,
+            attention_planned_bytes_total=read.planned_pages * self._runner.page_bytes,
+            attention_flat_bytes_total=read.flat_pages * self._runner.page_bytes,
+            attention_read_bytes_total=self.kernels.attention.bytes_read,
             finished=tuple((reason.value, c.finished[reason]) for reason in FinishReason),
             ttft_s=c.ttft.snapshot(),
             tpot_s=c.tpot.snapshot(),

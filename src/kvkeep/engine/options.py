@@ -22,5 +22,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int = 256
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
+    attention_planner: Literal["tree", "flat"] = "tree"
+    attention_share_across_tenants: Literal["public", "never"] = "public"
+    attention_cost_model: str | None = None
     share: Literal["nothing", "all"] = "nothing"
     allow_download: bool = False

@@ -46,6 +46,16 @@ class RunnerParts:
     listeners: tuple[PageListener, ...] = ()
 
 
+@dataclass(slots=True)
+class Read:
+    """What the steps' plans read, in pages of all layers."""
+
+    tree_steps: int = 0
+    planned_pages: int = 0
+    flat_pages: int = 0
+    """If every request had read its own."""
+
+
 class ModelRunner:
     """Turns scheduled work into logits."""
 
@@ -54,11 +64,17 @@ class ModelRunner:
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
         self._staging = Staging(parts.pool, self._spec.recent_tokens)
+        self.read = Read()
 
     @property
     def kernels(self) -> Ops:
         """Return the backend in use."""
         return self._parts.ops
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of K and V of a page, all layers."""
+        return self._parts.pool.spec.page_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -123,6 +139,9 @@ class ModelRunner:
             self._spec.recent_tokens,
         )  # fmt: skip
         plan = self._parts.planner.plan(geometry)
+        self.read.tree_steps += plan.parents is not None
+        self.read.planned_pages += int(plan.runs[:, 1].sum())
+        self.read.flat_pages += sum(-(-(w.start + w.count) // PAGE_TOKENS) for w in work)
         return StepKV(geometry, plan, np.concatenate(slots), tuple(closing))
 
 

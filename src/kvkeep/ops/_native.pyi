@@ -81,13 +81,17 @@ def rotate_heads(
     eps: float,
 ) -> None: ...
 
-class PreparedPlan: ...
+class PreparedPlan:
+    @property
+    def makespan(self) -> float: ...
 
 def prepare_plan(
     backend: Backend,
     positions: int,
     rows: int,
+    order: int,
     groups: int,
+    parents: int,
     num_groups: int,
     runs: int,
     num_runs: int,

@@ -56,6 +56,11 @@ class CpuAttention:
         return self._native.calls
 
     @property
+    def makespan_over_bound(self) -> float:
+        """Return the last plan's predicted makespan over max(work / threads, longest item)."""
+        return 1.0 if self._last is None else self._last.native.makespan
+
+    @property
     def bytes_read(self) -> int:
         """Return the bytes of K and V that `attend` has read so far."""
         return self._native.bytes_read
@@ -184,19 +189,23 @@ class CpuAttention:
         _check_dim(kv.head_dim)
         arrays = (
             np.ascontiguousarray(plan.row_positions, np.int32),
+            _optional(plan.row_order, np.int32),
             np.ascontiguousarray(plan.groups, np.int32),
+            _optional(plan.parents, np.int32),
             np.ascontiguousarray(plan.runs, np.int32),
             np.ascontiguousarray(plan.pages, np.int32),
             _optional(plan.private_tiles, np.int32),
             _optional(plan.masks, np.uint64),
         )
-        positions, groups, runs, pages, private, masks = arrays
+        positions, order, groups, parents, runs, pages, private, masks = arrays
         try:
             native = _native.prepare_plan(
                 self._backend,
                 _address(positions),
                 len(plan.row_positions),
+                _address(order),
                 _address(groups),
+                _address(parents),
                 len(plan.groups),
                 _address(runs),
                 len(plan.runs),

@@ -58,14 +58,16 @@ class Run(NamedTuple):
 class AttentionPlan:
     """What to attend, the same for every layer.
 
-    A group is a range of query rows and the runs they see, in order of position; a row sees the
-    tokens of its group's runs at positions <= its own. Every row belongs to exactly one group.
+    A group is a range of places in the order of rows and the runs they see, in order of position.
+    Groups form a forest: a group goes on where its parent ends, at a multiple of 128 tokens, and
+    its children divide its rows among them. Every row belongs to exactly one leaf; it sees the
+    tokens at positions <= its own of the runs from its root to that leaf.
     """
 
     row_positions: Int32Array
     """[T] absolute position of each query row."""
     groups: Int32Array
-    """[N, 4] row_begin, row_end, run_begin, run_end."""
+    """[N, 4] row_begin, row_end, run_begin, run_end; parents come before their children."""
     runs: Int32Array
     """[R, 4] as `Run`."""
     pages: Int32Array
@@ -74,6 +76,23 @@ class AttentionPlan:
     """[n, L, Hkv] tile ids of views that diverged from their pages."""
     masks: UInt64Array | None = None
     """[E, L, Hkv] live masks; None where nothing is evicted."""
+    parents: Int32Array | None = None
+    """[N] the group that each goes on from, -1 for roots; None: all are roots."""
+    row_order: Int32Array | None = None
+    """[T] query row at each place; None: as they are."""
+
+
+def chains(plan: AttentionPlan) -> list[tuple[list[int], list[Run]]]:
+    """Return each leaf group's query rows, in its order, and the runs from its root to it."""
+    count = len(plan.groups)
+    parents = [-1] * count if plan.parents is None else plan.parents.tolist()
+    order = range(len(plan.row_positions)) if plan.row_order is None else plan.row_order.tolist()
+    runs: list[list[Run]] = []
+    for (_, _, begin, end), parent in zip(plan.groups.tolist(), parents, strict=True):
+        own = [Run(*run) for run in plan.runs[begin:end].tolist()]
+        runs.append((runs[parent] if parent >= 0 else []) + own)
+    leaves = sorted(set(range(count)) - set(parents))
+    return [(list(order[plan.groups[g, 0] : plan.groups[g, 1]]), runs[g]) for g in leaves]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +137,10 @@ class WeightFold(Protocol):
 
 class AttentionOps(Protocol):
     """The attention kernels of one backend."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes of K and V that `attend` has read so far."""
 
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
@@ -216,6 +239,10 @@ def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
             raise KernelInputError("a run reaches outside the plan's pages")
         if np.any(plan.runs[:, 2] % PAGE_TOKENS):
             raise KernelInputError("a run starts inside a page")
+    if plan.parents is not None and plan.parents.shape != plan.groups.shape[:1]:
+        raise KernelInputError("parents and groups differ in length")
+    if plan.row_order is not None and plan.row_order.shape != (rows,):
+        raise KernelInputError("the order of rows and the rows differ in length")
     groups = plan.groups
     if len(groups) and (int(groups[:, 1].max()) > rows or int(groups[:, 3].max()) > len(plan.runs)):
         raise KernelInputError("a group reaches outside the plan's rows or runs")

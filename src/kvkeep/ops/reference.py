@@ -15,6 +15,7 @@ from kvkeep.ops.layout import (
     LayerKV,
     Observe,
     Run,
+    chains,
     float_tile_bytes,
     validate,
 )
@@ -31,6 +32,8 @@ class ReferenceAttention:
         self._compute = compute
         self.calls = 0
         """Number of `attend` calls so far."""
+        self.bytes_read = 0
+        """Bytes of K and V that `attend` has read so far."""
 
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
@@ -56,12 +59,12 @@ class ReferenceAttention:
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
         hits = None if observe is None else np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
-        for row_begin, row_end, run_begin, run_end in plan.groups.tolist():
-            runs = [Run(*run) for run in plan.runs[run_begin:run_end].tolist()]
+        for rows, runs in chains(plan):
             if any(run.layout != layout for run in runs):
                 raise KernelInputError("a run's layout is not that of the queries' dtype")
             tokens = _GroupTokens(kv, plan, runs, layout, self._compute)
-            for row in range(row_begin, row_end):
+            self.bytes_read += len(tokens.entries) * kv.num_kv_heads * kv.tile_bytes
+            for row in rows:
                 weights2 = self._row(
                     q[row], tokens, int(plan.row_positions[row]), out[row], lse2[row]
                 )

@@ -76,6 +76,10 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
         (m.PREFIX_HITS, stats.prefix_cache_hits_total),
         (m.PREEMPTIONS, stats.preemptions_total),
         (m.STEPS, stats.steps_total),
+        (m.TREE_STEPS, stats.attention_tree_steps_total),
+        (m.PLANNED_BYTES, stats.attention_planned_bytes_total),
+        (m.FLAT_BYTES, stats.attention_flat_bytes_total),
+        (m.READ_BYTES, stats.attention_read_bytes_total),
     )
     for metric, value in plain:
         yield _simple(metric, [((), float(value))], model)

@@ -1,6 +1,6 @@
-// Paged attention over tiles: work is cut into panels of rows x KV heads x blocks of spans and
-// handed to the pool, longest first. How it is cut never shows in a bit of the result; see the
-// order of sums in kvkeep/ops/layout.py.
+// Paged attention over tiles: a plan's groups are cut into items of rows x KV heads x tokens and
+// handed to the pool in waves, parents before their children, longest first. How it is cut never
+// shows in a bit of the result; see the order of sums in kvkeep/ops/layout.py.
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,7 @@ namespace kvkeep::attention {
 struct PlanArrays {
   Plan plan;
   const int32_t (*groups)[4];
+  const int32_t* parents;  // or null: all are roots
   int64_t num_rows, num_groups, num_runs, num_pages, num_private;
 };
 
@@ -24,17 +25,23 @@ struct PlanArrays {
 struct PreparedPlan {
   struct Work {
     Item item;
-    int64_t offset;  // of its states in scratch; -1: it folds and finishes on its own
+    int64_t offset;  // of its states in scratch; -1: it is no piece
     int64_t cost;
+  };
+  struct Wave {               // what may run at the same time
+    std::vector<Work> work;   // longest first
+    std::vector<Work> folds;  // items whose tokens were cut into pieces
   };
 
   Plan plan;
   Layout layout;
   int group, kv_heads, dim;
   int64_t num_rows, num_pages;
-  std::vector<Work> work;   // longest first
-  std::vector<Work> folds;  // panels whose spans were split over items
-  int64_t state_floats = 0;
+  std::vector<Wave> waves;
+  int64_t state_floats = 0;   // for pieces
+  int64_t record_floats = 0;  // between parents and children
+  int most_rows = 0;          // of an item
+  double makespan = 0;        // predicted, over the larger of an even share and the longest item
 };
 
 // Throws std::invalid_argument where the plan contradicts itself.
@@ -66,7 +73,7 @@ class Attention {
   const Kernels& kernels(Layout layout) const;
 
   Backend& backend_;
-  Buffer scratch_, states_;
+  Buffer scratch_, states_, records_;
   std::atomic<uint64_t> bytes_read_{0};  // of K and V, by attend
   std::atomic<uint64_t> calls_{0};       // of attend
 };

@@ -11,7 +11,7 @@ namespace kvkeep::attention {
 inline constexpr int kPage = 64;    // tokens per page and per tile
 inline constexpr int kStep = 128;   // tokens per online-softmax step
 inline constexpr int kSpan = 1024;  // tokens per carried state
-inline constexpr int kPanel = 126;  // rows whose state is kept in cache together: 21 blocks of 6
+inline constexpr int kPanel = 126;  // rows scored together: 21 blocks of 6
 
 enum class Layout : int32_t { kF32 = 0, kBf16 = 1 };
 inline constexpr int kLayouts = 2;
@@ -26,6 +26,7 @@ struct Run {
 // kvkeep.ops.layout.AttentionPlan, less its groups; the arrays belong to the caller.
 struct Plan {
   const int32_t* positions;      // [T]
+  const int32_t* order;          // [T] query row at each place, or null: as they are
   const Run* runs;               // [R]
   const int32_t* pages;          // [E]
   const int32_t* private_tiles;  // [n, L, Hkv] or null
@@ -55,27 +56,32 @@ struct Job {
   float scale;              // log2(e) / sqrt(D)
   Plan plan;
   Cache cache;
+  float* records;           // [Hkv][2] states of `record_rows` rows, see Item; or null
+  int record_rows;          // T * G
   const float* thresholds;  // [T] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
   int* bad_tile;            // set where a tile id lies outside the pool
 };
 
-// A panel of one group's rows, one KV head, some spans. Rows are (query, head in group) packed: row
-// r is query r / G of the group, head r % G.
+// Some rows of one group, one KV head, a range of tokens. Rows are (place in the plan's order, head
+// in group) packed: row r is place r / G of the group, head r % G. A group that has a parent goes
+// on from its rows' records, a group that has children leaves them there: the total of the spans
+// that are complete, and the part of the span that its last token lies in.
 struct Item {
-  int32_t first_query, head;
+  int32_t first_place, head;
   int32_t row_begin, row_end;
   int32_t run_begin, run_end;
-  int32_t span_begin, span_end;
-  float* states;  // where the spans' states go, one `state_floats` each; null: fold and finish here
+  int32_t begin, end;  // tokens; begin is a multiple of a step
+  bool root, leaf;
+  float* states;  // of a piece: where its spans' states go, one `state_floats` each; null: no piece
 };
 
-// A row's softmax state: m [rows], l [rows], O [rows, D], in one block of memory.
+// Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory.
 inline constexpr int64_t state_floats(int rows, int dim) { return int64_t{rows} * (dim + 2); }
 
 // The kernels of one layout on one instruction set. They return the bytes of K and V read.
 struct Kernels {
-  int64_t (*scratch_bytes)(int dim);
+  int64_t (*scratch_bytes)(int dim, int rows);
   uint64_t (*attend)(const Job& job, const Item& item, char* scratch);
   void (*fold)(const Job& job, const Item& item, char* scratch);
   uint64_t (*observe)(const Job& job, const Item& item, char* scratch);

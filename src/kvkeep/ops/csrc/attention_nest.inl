@@ -43,7 +43,7 @@ inline void finish_row(float m, float l, const float* o, int dim, typename K::B*
   *lse2 = empty ? kEmpty : m + __builtin_log2f(l);
 }
 
-// A panel's rows and working memory.
+// An item's rows and working memory; scores and weights are held for a panel of rows at a time.
 template <class K>
 struct Panel {
   using A = typename K::A;
@@ -52,23 +52,24 @@ struct Panel {
   int32_t *position, *query;
   int rows = 0, first = 0, last = 0;  // lowest and highest position
 
-  static int64_t bytes(int dim) {
-    return kPanel * (sizeof(A) * (dim + kStep) + 4 * kStep + 8) + 8 * state_floats(kPanel, dim) +
-           512;
+  static int64_t bytes(int dim, int rows) {
+    return kPanel * kStep * (sizeof(A) + 4) + rows * (int64_t{sizeof(A)} * dim + 8) +
+           8 * state_floats(rows, dim) + 512;
   }
 
-  Panel(char* scratch, int dim) {
-    q = reinterpret_cast<A*>(scratch);
-    p = q + kPanel * dim;
-    s = reinterpret_cast<float*>(p + kPanel * kStep);
-    position = reinterpret_cast<int32_t*>(s + kPanel * kStep);
-    query = position + kPanel;
-    memory = reinterpret_cast<float*>(query + kPanel);
+  Panel(char* scratch, int dim, int most) {
+    s = reinterpret_cast<float*>(scratch);
+    p = reinterpret_cast<A*>(s + kPanel * kStep);
+    q = p + kPanel * kStep;
+    position = reinterpret_cast<int32_t*>(q + int64_t{most} * dim);
+    query = position + most;
+    memory = reinterpret_cast<float*>(query + most);
   }
 
   // Take in packed row `row` of the group.
   void push(const Job& job, const Item& item, int row) {
-    const int32_t token = item.first_query + row / job.group;
+    const int32_t place = item.first_place + row / job.group;
+    const int32_t token = job.plan.order ? job.plan.order[place] : place;
     const int head = item.head * job.group + row % job.group;
     const auto* from =
         static_cast<const typename K::B*>(job.q) + token * job.q_token + head * job.q_head;
@@ -172,30 +173,40 @@ inline void trim(const Panel<K>& panel, int position, int& begin, int& end) {
   while (end > begin && panel.position[end - 1] < position) end--;
 }
 
+// Cut [begin, end) into panels; fn(begin, end, whether it is the first, which prefetches for all).
+template <class Fn>
+inline void in_panels(int begin, int end, Fn&& fn) {
+  for (int row = begin; row < end; row += kPanel)
+    fn(row, row + kPanel < end ? row + kPanel : end, row == begin);
+}
+
+// Scores of rows [begin, end), at most a panel, to panel.s.
 template <class K>
-inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& step) {
+inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& step, int begin,
+                       int end, bool prefetches) {
   const int dim = job.cache.dim;
   for (int j = 0; j < 2; j++) {
     if (!step.tile[j]) continue;
-    int begin, end;
-    trim(panel, step.position + j * kPage, begin, end);
-    in_blocks(begin, end, [&](int row, int rows, Ahead share) {
-      if (!step.ahead[j]) share.every = 0;
-      score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale,
-               panel.s + row * kStep + j * kPage, step.ahead[j], share);
-    });
+    int from, to;
+    trim(panel, step.position + j * kPage, from, to);
+    in_blocks(from > begin ? from : begin, to < end ? to : end,
+              [&](int row, int rows, Ahead share) {
+                if (!step.ahead[j] || !prefetches) share.every = 0;
+                score<K>(rows, panel.q + int64_t{row} * dim, step.tile[j], dim, job.scale,
+                         panel.s + (row - begin) * kStep + j * kPage, step.ahead[j], share);
+              });
   }
 }
 
 template <class K>
-inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end, float* o,
-                       int dim) {
+inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end,
+                       bool prefetches, float* o, int dim) {
   Values<K> values;
   for (int j = 0; j < 2; j++) {
     values.tile[j] = step.tile[j] ? step.tile[j] + kPage * dim : nullptr;
   }
   in_blocks(begin, end, [&](int row, int rows, Ahead share) {
-    if (!(step.ahead[0] && step.ahead[1])) share.every = 0;
+    if (!(step.ahead[0] && step.ahead[1] && prefetches)) share.every = 0;
     int last = panel.position[row];
     for (int r = 1; r < rows; r++)
       last = panel.position[row + r] > last ? panel.position[row + r] : last;
@@ -204,32 +215,34 @@ inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, in
       values.tokens[j] = tokens < 0 ? 0 : tokens > kPage ? kPage : tokens;
       values.ahead[j] = step.ahead[j] + share.line * 64;
     }
-    weigh<K>(rows, panel.p + row * kStep, values, o + int64_t{row} * dim, dim, share);
+    weigh<K>(rows, panel.p + (row - begin) * kStep, values, o + int64_t{row} * dim, dim, share);
   });
 }
 
-// Carry the panel's fresh state over one span; return the bytes read.
+// Carry the rows' state over tokens [begin, end) of one span; return the bytes read.
 template <class K>
-uint64_t walk_span(const Job& job, const Item& item, const Panel<K>& panel, int span,
-                   const State& state) {
+uint64_t walk(const Job& job, const Item& item, const Panel<K>& panel, int begin, int end,
+              const State& state) {
   const int dim = job.cache.dim;
+  const int last = panel.last < end - 1 ? panel.last : end - 1;
   uint64_t tiles = 0;
   int run = item.run_begin;
-  for (int position = span * kSpan; position < (span + 1) * kSpan && position <= panel.last;
-       position += kStep) {
+  for (int position = begin; position <= last; position += kStep) {
     Step<K> step;
-    if (!find_step<K>(job, item, panel.last, position, run, step)) continue;
+    if (!find_step<K>(job, item, last, position, run, step)) continue;
     tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
-    score_step(job, panel, step);
-    int begin, end;
-    trim(panel, position, begin, end);
-    for (int row = begin; row < end; row++) {
-      uint64_t seen[2];
-      seen_by(step, panel.position[row], seen);
-      soften<K>(panel.s + row * kStep, seen, panel.p + row * kStep, state.m[row], state.l[row],
-                state.o + int64_t{row} * dim, dim);
-    }
-    weigh_step(panel, step, begin, end, state.o, dim);
+    int first_row, end_row;
+    trim(panel, position, first_row, end_row);
+    in_panels(first_row, end_row, [&](int from, int to, bool prefetches) {
+      score_step(job, panel, step, from, to, prefetches);
+      for (int row = from; row < to; row++) {
+        uint64_t seen[2];
+        seen_by(step, panel.position[row], seen);
+        soften<K>(panel.s + (row - from) * kStep, seen, panel.p + (row - from) * kStep,
+                  state.m[row], state.l[row], state.o + int64_t{row} * dim, dim);
+      }
+      weigh_step(panel, step, from, to, prefetches, state.o, dim);
+    });
   }
   return tiles * 2 * kPage * dim * sizeof(typename K::B);
 }
@@ -251,70 +264,147 @@ inline void merge_states(const State& into, const State& from, int rows, int dim
   }
 }
 
-template <class K>
-uint64_t attend(const Job& job, const Item& item, char* scratch) {
-  const int dim = job.cache.dim, rows = item.row_end - item.row_begin;
-  Panel<K> panel(scratch, dim);
-  for (int row = item.row_begin; row < item.row_end; row++) panel.push(job, item, row);
-  float* memory = item.states ? item.states : panel.memory;
-  const State total = State::at(memory, rows);
-  uint64_t bytes = 0;
-  for (int span = item.span_begin; span < item.span_end; span++) {
-    const bool apart = span > item.span_begin;
-    const int64_t offset =
-        apart ? state_floats(rows, dim) * (item.states ? span - item.span_begin : 1) : 0;
-    const State state = State::at(memory + offset, rows);
-    state.clear(rows, dim);
-    bytes += walk_span(job, item, panel, span, state);
-    if (apart && !item.states) merge_states(total, state, rows, dim);
+inline void copy_states(const State& to, const State& from, int rows, int dim) {
+  __builtin_memcpy(to.m, from.m, sizeof(float) * rows);
+  __builtin_memcpy(to.l, from.l, sizeof(float) * rows);
+  __builtin_memcpy(to.o, from.o, sizeof(float) * rows * dim);
+}
+
+// What an item's rows have gathered: the total of complete spans and the part of the last one.
+struct Carried {
+  State total, part;
+
+  // In the records of a group that has a parent or children, otherwise in `memory`.
+  Carried(const Job& job, const Item& item, float* memory) {
+    const int dim = job.cache.dim, rows = item.row_end - item.row_begin;
+    if (item.root && item.leaf) {
+      total = State::at(memory, rows);
+      part = State::at(memory + state_floats(rows, dim), rows);
+      return;
+    }
+    const int64_t row = int64_t{item.first_place} * job.group + item.row_begin;
+    for (int i = 0; i < 2; i++) {
+      const int64_t at = (2 * int64_t{item.head} + i) * state_floats(job.record_rows, dim);
+      const State all = State::at(job.records + at, job.record_rows);
+      (i ? part : total) = {all.m + row, all.l + row, all.o + row * dim};
+    }
   }
-  if (item.span_begin == item.span_end) total.clear(rows, dim);
-  if (!item.states) finish(job, panel, total);
+};
+
+template <class K>
+Panel<K> panel_of(const Job& job, const Item& item, char* scratch) {
+  Panel<K> panel(scratch, job.cache.dim, item.row_end - item.row_begin);
+  for (int row = item.row_begin; row < item.row_end; row++) panel.push(job, item, row);
+  return panel;
+}
+
+// Call fn(from, to, end of the span) for the spans' shares of [begin, end).
+template <class Fn>
+inline void in_spans(int begin, int end, Fn&& fn) {
+  for (int from = begin; from < end;) {
+    const int span_end = from / kSpan * kSpan + kSpan;
+    const int to = span_end < end ? span_end : end;
+    fn(from, to, span_end);
+    from = to;
+  }
+}
+
+// A piece of a group's tokens: the states of its spans, left for `fold`.
+template <class K>
+uint64_t attend_piece(const Job& job, const Item& item, const Panel<K>& panel) {
+  const int dim = job.cache.dim;
+  uint64_t bytes = 0;
+  float* memory = item.states;
+  in_spans(item.begin, item.end, [&](int from, int to, int) {
+    const State state = State::at(memory, panel.rows);
+    if (from % kSpan) {
+      copy_states(state, Carried(job, item, nullptr).part, panel.rows, dim);
+    } else {
+      state.clear(panel.rows, dim);
+    }
+    bytes += walk(job, item, panel, from, to, state);
+    memory += state_floats(panel.rows, dim);
+  });
   return bytes;
 }
 
-// Fold the spans' states that `attend` left at item.states, left to right.
+template <class K>
+uint64_t attend(const Job& job, const Item& item, char* scratch) {
+  const int dim = job.cache.dim;
+  const Panel<K> panel = panel_of<K>(job, item, scratch);
+  if (item.states) return attend_piece(job, item, panel);
+  const Carried carried(job, item, panel.memory);
+  if (item.root) carried.total.clear(panel.rows, dim);
+  uint64_t bytes = 0;
+  in_spans(item.begin, item.end, [&](int from, int to, int span_end) {
+    if (from % kSpan == 0) carried.part.clear(panel.rows, dim);
+    bytes += walk(job, item, panel, from, to, carried.part);
+    if (to == span_end) merge_states(carried.total, carried.part, panel.rows, dim);
+  });
+  if (!item.leaf) return bytes;
+  if (item.end % kSpan) merge_states(carried.total, carried.part, panel.rows, dim);
+  finish(job, panel, carried.total);
+  return bytes;
+}
+
+// Fold the states that a group's pieces left at item.states, left to right.
 template <class K>
 void fold(const Job& job, const Item& item, char* scratch) {
-  const int dim = job.cache.dim, rows = item.row_end - item.row_begin;
-  Panel<K> panel(scratch, dim);
-  for (int row = item.row_begin; row < item.row_end; row++) panel.push(job, item, row);
-  const State total = State::at(item.states, rows);
-  for (int span = 1; span < item.span_end - item.span_begin; span++) {
-    merge_states(total, State::at(item.states + span * state_floats(rows, dim), rows), rows, dim);
+  const int dim = job.cache.dim;
+  const Panel<K> panel = panel_of<K>(job, item, scratch);
+  const Carried carried(job, item, panel.memory);
+  if (item.root) carried.total.clear(panel.rows, dim);
+  float* memory = item.states;
+  in_spans(item.begin, item.end, [&](int, int to, int span_end) {
+    const State state = State::at(memory, panel.rows);
+    if (to == span_end || item.leaf) {
+      merge_states(carried.total, state, panel.rows, dim);
+    } else {
+      copy_states(carried.part, state, panel.rows, dim);
+    }
+    memory += state_floats(panel.rows, dim);
+  });
+  if (item.leaf) finish(job, panel, carried.total);
+}
+
+// Set the bits of the step's tokens that row `row`, of scores `s`, gives its threshold or more.
+template <class K>
+inline void mark_hits(const Job& job, const Panel<K>& panel, const Step<K>& step, int row,
+                      const float* s, uint64_t (&hit)[2]) {
+  uint64_t seen[2];
+  seen_by(step, panel.position[row], seen);
+  const int token = panel.query[row] / (job.cache.kv_heads * job.group);
+  const float least = job.lse2[panel.query[row]] + job.thresholds[token];
+  for (int t = 0; t < kStep; t++) {
+    if (seen[t / kPage] >> (t % kPage) & 1 && s[t] >= least)
+      hit[t / kPage] |= uint64_t{1} << t % kPage;
   }
-  finish(job, panel, total);
 }
 
 // Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2
 // is final by now.
 template <class K>
 uint64_t observe(const Job& job, const Item& item, char* scratch) {
-  Panel<K> panel(scratch, job.cache.dim);
+  Panel<K> panel(scratch, job.cache.dim, item.row_end - item.row_begin);
   for (int row = item.row_begin; row < item.row_end; row++) {
-    if (__builtin_isfinite(job.thresholds[item.first_query + row / job.group]))
+    const int32_t place = item.first_place + row / job.group;
+    if (__builtin_isfinite(job.thresholds[job.plan.order ? job.plan.order[place] : place]))
       panel.push(job, item, row);
   }
   if (panel.rows == 0) return 0;
   uint64_t tiles = 0;
   int run = item.run_begin;
-  const int end = item.span_end * kSpan - 1 < panel.last ? item.span_end * kSpan - 1 : panel.last;
-  for (int position = item.span_begin * kSpan; position <= end; position += kStep) {
+  const int last = panel.last < item.end - 1 ? panel.last : item.end - 1;
+  for (int position = item.begin; position <= last; position += kStep) {
     Step<K> step;
-    if (!find_step<K>(job, item, end, position, run, step)) continue;
+    if (!find_step<K>(job, item, last, position, run, step)) continue;
     tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
-    score_step(job, panel, step);
     uint64_t hit[2] = {0, 0};
-    for (int r = 0; r < panel.rows; r++) {
-      uint64_t seen[2];
-      seen_by(step, panel.position[r], seen);
-      const int token = panel.query[r] / (job.cache.kv_heads * job.group);
-      const float least = job.lse2[panel.query[r]] + job.thresholds[token];
-      for (int t = 0; t < kStep; t++) {
-        if (seen[t / kPage] >> (t % kPage) & 1 && panel.s[r * kStep + t] >= least)
-          hit[t / kPage] |= uint64_t{1} << t % kPage;
-      }
-    }
+    in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
+      score_step(job, panel, step, from, to, prefetches);
+      for (int r = from; r < to; r++)
+        mark_hits(job, panel, step, r, panel.s + (r - from) * kStep, hit);
+    });
     for (int j = 0; j < 2; j++) {
       if (!hit[j]) continue;
       __atomic_fetch_or(job.hits + int64_t{step.entry[j]} * job.cache.kv_heads + item.head, hit[j],

@@ -103,24 +103,32 @@ void bind_leaf(nb::module_& m) {
 // -------------------------------------------------------------------------------------------------
 
 attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions, int64_t rows,
-                                     uintptr_t groups, int64_t num_groups, uintptr_t runs,
-                                     int64_t num_runs, uintptr_t pages, int64_t num_pages,
-                                     uintptr_t private_tiles, int64_t num_private, uintptr_t masks,
-                                     attention::Layout layout, int group, int kv_heads, int dim) {
-  attention::Plan plan{at<int32_t>(positions), at<attention::Run>(runs), at<int32_t>(pages),
-                       at<int32_t>(private_tiles), at<uint64_t>(masks)};
-  attention::PlanArrays arrays{
-      plan, at<int32_t[4]>(groups), rows, num_groups, num_runs, num_pages, num_private};
+                                     uintptr_t order, uintptr_t groups, uintptr_t parents,
+                                     int64_t num_groups, uintptr_t runs, int64_t num_runs,
+                                     uintptr_t pages, int64_t num_pages, uintptr_t private_tiles,
+                                     int64_t num_private, uintptr_t masks, attention::Layout layout,
+                                     int group, int kv_heads, int dim) {
+  attention::Plan plan{at<int32_t>(positions), at<int32_t>(order),         at<attention::Run>(runs),
+                       at<int32_t>(pages),     at<int32_t>(private_tiles), at<uint64_t>(masks)};
+  attention::PlanArrays arrays{plan,
+                               at<int32_t[4]>(groups),
+                               at<int32_t>(parents),
+                               rows,
+                               num_groups,
+                               num_runs,
+                               num_pages,
+                               num_private};
   return attention::prepare(arrays, layout, group, kv_heads, dim, backend.pool.threads());
 }
 
 void bind_attention(nb::module_& m) {
   using namespace attention;
   nb::enum_<Layout>(m, "Layout").value("F32", Layout::kF32).value("BF16", Layout::kBf16);
-  nb::class_<PreparedPlan>(m, "PreparedPlan");
-  m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "groups"_a,
-        "num_groups"_a, "runs"_a, "num_runs"_a, "pages"_a, "num_pages"_a, "private_tiles"_a,
-        "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a, "dim"_a);
+  nb::class_<PreparedPlan>(m, "PreparedPlan").def_ro("makespan", &PreparedPlan::makespan);
+  m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "order"_a, "groups"_a,
+        "parents"_a, "num_groups"_a, "runs"_a, "num_runs"_a, "pages"_a, "num_pages"_a,
+        "private_tiles"_a, "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a,
+        "dim"_a);
   nb::class_<Cache>(m, "Cache")
       .def(
           "__init__",
@@ -161,6 +169,8 @@ void bind_attention(nb::module_& m) {
                                scale,
                                {},
                                cache,
+                               nullptr,
+                               0,
                                at<float>(thresholds),
                                at<uint64_t>(hits),
                                nullptr});

@@ -1,0 +1,85 @@
+"""What a step's rows see, request by request: the input of every planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvkeep.ops.layout import STEP_TOKENS
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, UInt64Array
+
+STEP_PAGES = STEP_TOKENS // PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Consecutive rows of one request that see the same pages."""
+
+    view: int
+    """Id of the request's view."""
+    first_row: int
+    num_rows: int
+    first_position: int
+    pages: Int32Array
+    """Slots of the pages the rows see, the last perhaps in part."""
+    coded: int
+    """Leading pages in the codec's layout."""
+    shareable: int
+    """Leading pages that all of the rows see whole, as every other request that holds them does."""
+    scope: str
+    masks: UInt64Array | None
+    """[n, L, Hkv] live masks of the leading n pages."""
+
+
+def chains_of(geometry: BatchGeometry) -> list[Chain]:
+    """Return the step's rows as chains, in the order of rows."""
+    return [
+        _chain(segment, geometry, begin, end, coded)
+        for segment in geometry.segments
+        for begin, end, coded in _row_groups(segment, geometry)
+    ]
+
+
+def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, coded: int) -> Chain:
+    view, first = segment.view, segment.first_position + begin
+    pages = _pages(segment, coded, (segment.first_position + end - 1) // PAGE_TOKENS + 1)
+    evict = view.evict
+    masks = evict.masks[: len(pages)] if evict is not None and evict.masks.size else None
+    shareable = 0
+    if evict is None or (evict.masks.size == 0 and evict.last_hit.size == 0):
+        shareable = first // STEP_TOKENS * STEP_PAGES
+        if geometry.coded_layout != geometry.layout:
+            shareable = min(shareable, coded)
+    return Chain(
+        view.id,
+        segment.first_row + begin,
+        end - begin,
+        first,
+        pages,
+        coded,
+        shareable - shareable % STEP_PAGES,
+        view.tag.scope,
+        masks,
+    )
+
+
+def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int, int, int]]:
+    """Yield (first row, end row, encoded pages), cut where the encoded pages change."""
+    begin, coded = 0, geometry.coded_pages(segment.first_position)
+    if geometry.recent_tokens is not None:
+        for row in range(1, segment.num_rows):
+            now = geometry.coded_pages(segment.first_position + row)
+            if now != coded:
+                yield begin, row, coded
+                begin, coded = row, now
+    yield begin, segment.num_rows, coded
+
+
+def _pages(segment: Segment, coded: int, count: int) -> Int32Array:
+    """Return `count` page slots: the first `coded` encoded, the others in the model's dtype."""
+    if segment.staged_from >= count or coded == count:
+        return segment.view.slots[:count]
+    head = segment.view.slots[: max(coded, segment.staged_from)]
+    return np.concatenate([head, segment.staged[len(head) - segment.staged_from :]])[:count]

@@ -1,0 +1,83 @@
+"""What attending takes: t = c0 + n (a_mem fresh + a_row M) + a_merge M, in nanoseconds.
+
+n tokens are read by M rows of one KV head; `fresh` is 1 where they come from memory. Fewer rows
+than `MIN_ROWS` take as long as that many: tokens are read, if only from a cache. Source: the form
+of CoDec's profiled cost; the terms are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kvkeep.errors import ConfigError
+
+MIN_ROWS = 4
+"""Measured: one row takes as long as three to four."""
+
+
+def padded(rows: int) -> int:
+    """Return the rows that are computed for `rows` of them."""
+    return max(rows, MIN_ROWS)
+
+
+class Sample(NamedTuple):
+    """One measured item."""
+
+    rows: int
+    tokens: int
+    fresh: bool
+    ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Coefficients of one layout, head_dim and machine."""
+
+    c0: float
+    a_mem: float
+    a_row: float
+    a_merge: float = 0.0
+    """Per row of a group that goes on from its parent: reading and writing a state once more."""
+
+    def ns(self, rows: int, tokens: int, *, merges: bool = False) -> float:
+        """Return what `rows` rows of one KV head over `tokens` tokens from memory take."""
+        merge = self.a_merge * rows if merges else 0.0
+        return self.c0 + tokens * (self.a_mem + self.a_row * padded(rows)) + merge
+
+    def save(self, path: Path) -> None:
+        """Write the coefficients as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+SEED = CostModel(c0=800.0, a_mem=12.0, a_row=1.5, a_merge=40.0)
+"""Before anything is measured: head_dim 64 to 128 in bfloat16 on a server core."""
+
+
+def load(path: Path) -> CostModel:
+    """Read what `save` wrote; raises `ConfigError`."""
+    try:
+        found = json.loads(path.read_text())
+        model = CostModel(**{name: float(value) for name, value in found.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"attention_cost_model: {path} is not a cost model ({error}); remove the setting to "
+            "measure one at start"
+        ) from error
+    if not all(np.isfinite(value) and value >= 0 for value in asdict(model).values()):
+        raise ConfigError(f"attention_cost_model: {path} has a coefficient below 0 or not finite")
+    return model
+
+
+def fit(samples: Sequence[Sample]) -> CostModel:
+    """Return the least-squares model of measured items by relative error; no term below 0."""
+    weight = np.array([1.0 / sample.ns for sample in samples])
+    columns = np.array([[1.0, s.tokens * s.fresh, s.tokens * padded(s.rows)] for s in samples])
+    solved, *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(samples)), rcond=None)
+    c0, a_mem, a_row = (max(0.0, float(x)) for x in solved)
+    return CostModel(c0, a_mem, a_row, SEED.a_merge)
