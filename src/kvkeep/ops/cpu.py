@@ -22,6 +22,7 @@ _ISAS: Final[dict[CpuKernel, _native.Isa]] = {
 }
 
 _PIECE_BYTES: Final = 16 << 20
+_SPIN_ROUNDS: Final = 100_000
 
 
 def available() -> tuple[CpuKernel, ...]:
@@ -49,6 +50,20 @@ class ReadBandwidth:
         begin = time.perf_counter()
         _native.read_all(self._backend, self._buffer.data_ptr() + first, size)
         return size / (time.perf_counter() - begin) / 1e9
+
+
+class DotPeak:
+    """Measures what the cores can multiply and add, the ceiling of kernels that compute."""
+
+    def __init__(self, kernel: CpuKernel, threads: int) -> None:
+        self._backend = _native.Backend(_ISAS[kernel], threads)
+        self._attention = _native.Attention(self._backend)
+
+    def measure_gflop_s(self, layout: _native.Layout = _native.Layout.BF16) -> float:
+        """Return GFLOP/s of a layout's products, from registers alone, on every thread."""
+        begin = time.perf_counter()
+        flops = self._attention.spin(layout, _SPIN_ROUNDS)
+        return flops / (time.perf_counter() - begin) / 1e9
 
 
 def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:

@@ -324,6 +324,16 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   if (bad_tile) throw std::invalid_argument("the plan names a page without a tile in the pool");
 }
 
+int64_t Attention::spin(Layout layout, int64_t rounds) {
+  auto held = backend_.enter();
+  std::atomic<int64_t> flops{0};
+  backend_.pool.parallel_shares(backend_.pool.threads(), [&](int64_t) {
+    float sink;
+    flops.fetch_add(kernels(layout).spin(rounds, &sink), std::memory_order_relaxed);
+  });
+  return flops.load();
+}
+
 void Attention::merge(Layout layout, const void* outs, const float* lse2s, int64_t parts,
                       int64_t rows, int dim, void* out, float* lse2) {
   auto held = backend_.enter();

@@ -65,6 +65,8 @@ class Attention {
   void merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows,
              int dim, void* out, float* lse2);
 
+  int64_t spin(Layout layout, int64_t rounds);  // on every thread; returns the flops of all
+
   Backend& backend() const { return backend_; }
   uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   uint64_t calls() const { return calls_.load(std::memory_order_relaxed); }

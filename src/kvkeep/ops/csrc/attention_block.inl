@@ -36,6 +36,39 @@ inline __attribute__((always_inline)) void multiply(V (&acc)[kRows][kCols], cons
   }
 }
 
+// Products alone, in as many registers as a block of scores uses.
+template <class K>
+int64_t spin(int64_t rounds, float* sink) {
+  constexpr int kRows = Isa::kRows, kCols = Isa::kCols;
+  alignas(64) typename K::B tile[W * K::kPair];
+  alignas(64) typename K::A row[K::kPair];
+  __builtin_memset(tile, static_cast<int>(rounds), sizeof(tile));  // nothing known when compiling
+  __builtin_memset(row, static_cast<int>(rounds), sizeof(row));
+  auto factor = K::broadcast(row);
+  auto loaded = K::load(tile);
+  V acc[kRows][kCols];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; m++) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; c++) acc[m][c] = Isa::set1(m * kCols + c);
+  }
+  for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; m++) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; c++) acc[m][c] = K::dot(acc[m][c], factor, loaded);
+    }
+  }
+  V sum = Isa::zero();
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; m++) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; c++) sum = Isa::add(sum, acc[m][c]);
+  }
+  *sink = Isa::first(sum);
+  return rounds * kRows * kCols * W * K::kPair * 2;
+}
+
 // s[m][0..63] = scale * q[m] . k for one tile.
 template <class K, int kRows, int kAhead>
 __attribute__((noinline)) void score_block(const typename K::A* q, const typename K::B* k, int dim,

@@ -88,6 +88,8 @@ struct Kernels {
   // Merge row `row` of parts [N, rows, D] and lse2s [N, rows].
   void (*merge)(const void* outs, const float* lse2s, int64_t parts, int64_t rows, int64_t row,
                 int dim, void* out, float* lse2, float* scratch);
+  // Do nothing but products in registers for `rounds`; return the flops: what the core can do.
+  int64_t (*spin)(int64_t rounds, float* sink);
 };
 
 namespace portable {

@@ -429,5 +429,5 @@ void merge(const void* outs, const float* lse2s, int64_t parts, int64_t rows, in
 
 template <class K>
 constexpr Kernels table() {
-  return {&Panel<K>::bytes, &attend<K>, &fold<K>, &observe<K>, &merge<K>};
+  return {&Panel<K>::bytes, &attend<K>, &fold<K>, &observe<K>, &merge<K>, &spin<K>};
 }

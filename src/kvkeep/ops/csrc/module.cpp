@@ -144,6 +144,8 @@ void bind_attention(nb::module_& m) {
       .def(nb::init<Backend&>(), "backend"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("bytes_read", &Attention::bytes_read)
       .def_prop_ro("calls", &Attention::calls)
+      .def("spin", &Attention::spin, "layout"_a, "rounds"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "append",
           [](Attention& self, Layout layout, const Cache& cache, uintptr_t k, int64_t k_token,
