@@ -30,8 +30,12 @@ struct Portable {
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec div(Vec a, Vec b) { return a / b; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  // Of min and max, b where either is not a number.
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  // a where it is above (from: not below) b, else 0.
+  static Vec keep_above(Vec a, Vec b) { return a > b ? a : zero(); }
+  static Vec keep_from(Vec a, Vec b) { return a >= b ? a : zero(); }
   static Vec round(Vec a) {
     for (int i = 0; i < kLanes; i++) a[i] = std::nearbyint(a[i]);
     return a;
