@@ -16,7 +16,9 @@ from kvkeep.ops.reference_sample import ReferenceSample
 kernels = pytest.mark.parametrize("kernel", ["avx512", "avx2", "portable"])
 paths = pytest.mark.parametrize("kernel", ["avx512", "avx2", "portable", "reference"])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("bf16", "f32"))
-vocabs = pytest.mark.parametrize("vocab", [1, 2, 15, 127, 128, 129, 1000, 4096, 4099, 70_001])
+vocabs = pytest.mark.parametrize(
+    "vocab", [1, 2, 15, 127, 128, 129, 511, 512, 513, 1000, 4096, 4099, 70_001]
+)
 
 
 def sample(kernel: ops.Kernel, threads: int = 2) -> SampleOps:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvkeep.ops.layout import Drawn, DrawRow, Largest
 from kvkeep.types import FloatArray
 
-_BLOCK: Final = 128
+_BLOCK: Final = 512
 _MIN_EXPONENT: Final = np.float32(-120.0)
 
 

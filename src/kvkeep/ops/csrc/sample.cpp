@@ -7,8 +7,8 @@
 namespace kvkeep {
 namespace {
 
-constexpr int64_t kSliceBlocks = 256;  // a job of draw
-constexpr int64_t kAloneIds = 16384;   // less work than this is not worth waking the pool for
+constexpr int64_t kSliceBlocks = 64;  // a job of draw
+constexpr int64_t kAloneIds = 16384;  // less work than this is not worth waking the pool for
 
 const SampleKernels& sample_kernels(Isa isa) {
 #if defined(__x86_64__)

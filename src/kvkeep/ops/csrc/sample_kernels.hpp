@@ -5,7 +5,7 @@
 
 namespace kvkeep {
 
-constexpr int64_t kBlock = 128;  // ids whose weights are summed together
+constexpr int64_t kBlock = 512;  // ids whose weights are summed together
 
 struct Largest {
   float value;  // not a number where any element is +inf or not a number

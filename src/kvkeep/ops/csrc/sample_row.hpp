@@ -25,13 +25,14 @@ struct SampleRow {
   // 2^t for t in [-126, 0], within 2 units in the last place; exactly 1 at 0. (2^r - 1) / r is
   // interpolated at Chebyshev's points of [-0.5, 0.5] (derived).
   static Vec exp2(Vec t) {
-    Vec n = S::round(t);
-    Vec r = S::sub(t, n);
+    const Vec shift = S::set(12582912.0f);  // 1.5 * 2^23: a sum with it is rounded to an integer
+    Vec shifted = S::add(t, shift);
+    Vec r = S::sub(t, S::sub(shifted, shift));
     constexpr float kCoefficients[] = {1.33908674e-03f, 9.61805667e-03f, 5.55035710e-02f,
                                        2.40226509e-01f, 6.93147188e-01f, 1.0f};
     Vec p = S::set(1.54614475e-04f);
     for (float c : kCoefficients) p = S::fma(p, r, S::set(c));
-    return S::scale(p, n);
+    return S::add_exponent(p, shifted);
   }
 
   static Vec weigh(Vec x, Vec top, Vec scale) {
@@ -103,7 +104,7 @@ struct SampleRow {
     return lanes[0];
   }
 
-  // Add up 128 values, the v-th vector of them given by at(v).
+  // Add up a block of values, the v-th vector of them given by at(v).
   template <class At>
   static float sum_block(At at) {
     Vec sums[kSums];

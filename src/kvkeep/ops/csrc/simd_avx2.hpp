@@ -36,6 +36,11 @@ struct Avx2 {
   static Vec round(Vec a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // a with the lowest bits of n added to its exponent: a * 2^n for n + 1.5 * 2^23.
+  static Vec add_exponent(Vec a, Vec n) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+  }
   // a * 2^n for integral n in [-126, 127].
   static Vec scale(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -39,6 +39,11 @@ struct Avx512 {
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // a with the lowest bits of n added to its exponent: a * 2^n for n + 1.5 * 2^23.
+  static Vec add_exponent(Vec a, Vec n) {
+    __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
+  }
   // a * 2^n for integral n.
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 

@@ -40,6 +40,11 @@ struct Portable {
     for (int i = 0; i < kLanes; i++) a[i] = std::nearbyint(a[i]);
     return a;
   }
+  // a with the lowest bits of n added to its exponent: a * 2^n for n + 1.5 * 2^23.
+  static Vec add_exponent(Vec a, Vec n) {
+    using Bits = uint32_t __attribute__((vector_size(16)));
+    return reinterpret_cast<Vec>(reinterpret_cast<Bits>(a) + (reinterpret_cast<Bits>(n) << 23));
+  }
   // a * 2^n for integral n in [-126, 127].
   static Vec scale(Vec a, Vec n) {
     for (int i = 0; i < kLanes; i++) {
