@@ -55,7 +55,7 @@ class EngineCore:
         self._manager = manager
         self._runner = runner
         self._outputs = outputs
-        self._sampler = Sampler(info.vocab_size)
+        self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
         self._scheduler = Scheduler(manager, limits, self._exhaust, runner.forget)
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}

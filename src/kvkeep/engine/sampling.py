@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvkeep.engine.api import SamplingParams
-from kvkeep.engine.draw import RowDrawer
+from kvkeep.engine.draw import Nucleus, RowRanker, draw_nuclei, draw_sorted
 from kvkeep.engine.philox import uniform
 from kvkeep.errors import EngineError, InvalidRequest
+from kvkeep.ops.layout import SampleOps
 from kvkeep.types import FloatArray
 
 GREEDY_BELOW: Final = 1e-5
@@ -109,78 +110,108 @@ class SequenceSampling:
 class Sampler:
     """Chooses tokens from rows of `vocab_size` logits; for one thread at a time."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._drawer = RowDrawer(vocab_size)
-        self._widened = np.empty(vocab_size, np.uint32)
-        self._edited = np.empty(vocab_size, np.float32)
+    def __init__(self, vocab_size: int, ops: SampleOps) -> None:
+        self._vocab = vocab_size
+        self._ops = ops
+        self._ranker = RowRanker(vocab_size)
+        self._widened = np.empty(vocab_size, np.float32)
+        self._edited: list[FloatArray] = []
 
     def sample(self, logits: torch.Tensor, states: Sequence[SequenceSampling]) -> Sampled:
         """Choose a token per row of logits `[R, V]`, float32 or bfloat16; the caller accepts."""
-        result = Sampled([], [], [])
-        for index, state in enumerate(states):
-            token_id, scores, error = -1, None, None
-            row = self._float_row(logits[index])
-            try:
-                token_id = self._choose(row, state)
-            except EngineError as reason:
-                error = reason
+        logits = _dense(logits)
+        rows = self._edited_rows(logits, states)
+        count = len(states)
+        result = Sampled([-1] * count, [None] * count, [None] * count)
+        nuclei: dict[int, Nucleus] = {}
+        for index, (state, best) in enumerate(zip(states, self._ops.largest(rows), strict=True)):
+            if not math.isfinite(best.logit):
+                nothing_left = best.logit == -math.inf
+                result.errors[index] = EngineError(_NOTHING_LEFT if nothing_left else _NOT_FINITE)
+            elif state.greedy:
+                result.token_ids[index] = best.token
+            elif 0 < state.params.top_k < self._vocab:
+                result.token_ids[index] = self._draw_top_k(rows[index], state)
             else:
-                if state.params.logprobs is not None:
-                    scores = self._score(row, token_id, state.params.logprobs)
-            result.token_ids.append(token_id)
-            result.scores.append(scores)
-            result.errors.append(error)
+                nuclei[index] = _nucleus(rows[index], best.logit, state)
+        drawn = draw_nuclei(self._ops, list(nuclei.values()))
+        for index, token_id in zip(nuclei, drawn, strict=True):
+            result.token_ids[index] = token_id
+        for index, state in enumerate(states):
+            top_n = state.params.logprobs
+            if top_n is not None and result.errors[index] is None:
+                row = self._float_row(logits[index])
+                result.scores[index] = self._score(row, result.token_ids[index], top_n)
         return result
 
     def score(
         self, logits: torch.Tensor, token_ids: Sequence[int], top_n: int
     ) -> list[TokenScores]:
         """Score known tokens, one per row of logits `[R, V]`, as `prompt_logprobs` needs."""
+        logits = _dense(logits)
         return [
             self._score(self._float_row(logits[index]), token_id, top_n)
             for index, token_id in enumerate(token_ids)
         ]
 
+    def _edited_rows(
+        self, logits: torch.Tensor, states: Sequence[SequenceSampling]
+    ) -> list[torch.Tensor]:
+        """Return each row as its sequence's settings change it, valid until the next call."""
+        rows = list(logits[: len(states)].unbind())
+        edited = [index for index, state in enumerate(states) if state.edits]
+        while len(self._edited) < len(edited):
+            self._edited.append(np.empty(self._vocab, np.float32))
+        for index, to in zip(edited, self._edited, strict=False):
+            _widen(rows[index], to)
+            states[index].edit(to)
+            rows[index] = torch.from_numpy(to)
+        return rows
+
     def _float_row(self, row: torch.Tensor) -> FloatArray:
         """Return logits `[V]` as float32; a bfloat16 row is valid until the next call."""
         if row.dtype == torch.float32:
-            return np.ascontiguousarray(row.detach().numpy())
-        if row.dtype != torch.bfloat16:
-            raise EngineError(f"logits must be float32 or bfloat16, not {row.dtype}")
-        np.copyto(self._widened, row.detach().contiguous().view(torch.uint16).numpy())
-        np.left_shift(self._widened, 16, out=self._widened)
-        return self._widened.view(np.float32)
+            array: FloatArray = row.numpy()
+            return array
+        _widen(row, self._widened)
+        return self._widened
 
-    def _choose(self, row: FloatArray, state: SequenceSampling) -> int:
-        if state.edits:
-            np.copyto(self._edited, row)
-            row = self._edited
-            state.edit(row)
-        best = int(row.argmax())
-        top = float(row[best])
-        if not math.isfinite(top):
-            raise EngineError(_NOTHING_LEFT if top == -math.inf else _NOT_FINITE)
-        if state.greedy:
-            return best
-        params = state.params
-        return self._drawer.draw(
-            row,
-            state.uniform,
-            top=top,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
+    def _draw_top_k(self, row: torch.Tensor, state: SequenceSampling) -> int:
+        params, logits = state.params, self._float_row(row)
+        ids = self._ranker.top_ids(logits, params.top_k)
+        return draw_sorted(
+            ids, logits[ids], state.uniform(0), params.temperature, params.top_p, params.min_p
         )
 
     def _score(self, row: FloatArray, token_id: int, top_n: int) -> TokenScores:
-        shift = self._drawer.log_total(row)
-        best = self._drawer.top_ids(row, top_n) if top_n > 0 else ()
+        shift = self._ranker.log_total(row)
+        best = self._ranker.top_ids(row, top_n) if top_n > 0 else ()
         return TokenScores(
             token_id,
             float(row[token_id]) - shift,
             tuple((int(i), float(row[i]) - shift) for i in best),
         )
+
+
+def _dense(logits: torch.Tensor) -> torch.Tensor:
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        raise EngineError(f"logits must be float32 or bfloat16, not {logits.dtype}")
+    return logits.detach().contiguous()
+
+
+def _widen(row: torch.Tensor, to: FloatArray) -> None:
+    """Copy logits `[V]`, float32 or bfloat16, to float32."""
+    if row.dtype == torch.float32:
+        np.copyto(to, row.numpy())
+        return
+    words = to.view(np.uint32)
+    np.copyto(words, row.view(torch.uint16).numpy())
+    np.left_shift(words, 16, out=words)
+
+
+def _nucleus(row: torch.Tensor, top: float, state: SequenceSampling) -> Nucleus:
+    params = state.params
+    return Nucleus(row, top, params.temperature, params.min_p, params.top_p, state.uniform)
 
 
 class _TokenCounts:

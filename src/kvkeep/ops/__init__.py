@@ -17,10 +17,12 @@ from kvkeep.ops.layout import (
     Ops,
     PackedWeight,
     Run,
+    SampleOps,
     validate,
 )
 from kvkeep.ops.reference import ReferenceAttention
 from kvkeep.ops.reference_leaf import ReferenceLeaf
+from kvkeep.ops.reference_sample import ReferenceSample
 
 __all__ = [
     "Attended",
@@ -34,6 +36,7 @@ __all__ = [
     "Ops",
     "PackedWeight",
     "Run",
+    "SampleOps",
     "available",
     "select",
     "validate",
@@ -47,5 +50,5 @@ def select(kernel: Kernel, threads: int) -> Ops:
     if threads < 1:
         raise ConfigError(f"threads: {threads} must be at least 1")
     if kernel == "reference":
-        return Ops(name=kernel, attention=ReferenceAttention(), leaf=ReferenceLeaf())
+        return Ops(kernel, ReferenceAttention(), ReferenceLeaf(), ReferenceSample())
     return cpu_ops(available()[0] if kernel == "auto" else kernel, threads)

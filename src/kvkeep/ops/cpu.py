@@ -11,6 +11,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.ops import _native
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.cpu_leaf import CpuLeaf
+from kvkeep.ops.cpu_sample import CpuSample
 from kvkeep.ops.layout import Ops
 
 CpuKernel = Literal["avx512", "avx2", "portable"]
@@ -75,4 +76,4 @@ def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:
             f"kernel: '{kernel}' needs the CPU flag {flag}, which this CPU lacks; use 'auto'"
         )
     backend = _native.Backend(isa, threads)
-    return Ops(name=kernel, attention=CpuAttention(backend), leaf=CpuLeaf(backend))
+    return Ops(kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend))

@@ -19,6 +19,7 @@ alone. `lse2 = m + log2(l)`, base 2, float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -210,6 +211,52 @@ class LeafOps(Protocol):
         """Normalise and rotate qkv's query and key heads in place; cos and sin are [T, D]."""
 
 
+class Largest(NamedTuple):
+    """The first of a row's largest logits."""
+
+    token: int
+    logit: float
+    """Infinite or not a number where any logit is +inf or not a number; -inf where all are."""
+
+
+class DrawRow(NamedTuple):
+    """A row to draw from, each id in proportion to its weight.
+
+    The weight of logit x is w = 2 ** max((x - top) * scale, -120), exactly 1 at `top`. It is kept
+    if w > bound, or if w == bound and the id is below `ties`; else it counts as 0.
+    """
+
+    logits: torch.Tensor
+    """[V] float32 or bfloat16, dense."""
+    top: float
+    """The largest of the logits."""
+    scale: float
+    bound: float
+    ties: int
+    uniform: float
+    """The random number, in (0, 1)."""
+
+
+class Drawn(NamedTuple):
+    """The id at which the running sum of kept weights passes `uniform` of `mass`."""
+
+    token: int
+    """-1 where no weight is kept."""
+    weight: float
+    mass: float
+    """The sum of all kept weights."""
+
+
+class SampleOps(Protocol):
+    """Choosing tokens from rows of logits, all of one V; no row's result depends on another."""
+
+    def largest(self, rows: Sequence[torch.Tensor]) -> list[Largest]:
+        """Return the largest of each row of logits [V], float32 or bfloat16."""
+
+    def draw(self, rows: Sequence[DrawRow]) -> list[Drawn]:
+        """Draw an id per row; the same id for any number of threads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """One backend: its name as shown to the operator and its kernels."""
@@ -217,6 +264,7 @@ class Ops:
     name: str
     attention: AttentionOps
     leaf: LeafOps
+    sample: SampleOps
 
 
 def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:

@@ -12,12 +12,13 @@
 
 namespace kvkeep {
 
-// Memory of the leaf kernels, grown on demand and kept.
+// Memory of the leaf and sampling kernels, grown on demand and kept.
 struct Scratch {
   Buffer staged;      // activations in the units a kernel reads
   Buffer per_thread;  // spilled accumulators and decoded weights
   Buffer gate_up;
   Buffer hidden;
+  Buffer block_sums;  // of the rows a draw is made from
 };
 
 struct Backend {

@@ -8,6 +8,7 @@
 #include "backend.hpp"
 #include "cpu_features.hpp"
 #include "leaf.hpp"
+#include "sample.hpp"
 #include "stream.hpp"
 
 namespace nb = nanobind;
@@ -97,6 +98,27 @@ void bind_leaf(nb::module_& m) {
   m.def("rotate_heads", &run_rotate_heads, "backend"_a, "dtype"_a, "x"_a, "rows"_a, "stride"_a,
         "q_heads"_a, "kv_heads"_a, "dim"_a, "cos"_a, "sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a,
         nb::call_guard<nb::gil_scoped_release>());
+}
+
+// ---- sampling
+// ----------------------------------------------------------------------------------------------
+
+// Sampling takes its turn uncounted: `calls` are the model's.
+void bind_sample(nb::module_& m) {
+  m.def(
+      "find_largest",
+      [](Backend& backend, uintptr_t rows, int64_t count, int64_t vocab) {
+        std::lock_guard turn(backend.mutex);
+        find_largest(backend, at<LargestRow>(rows), count, vocab);
+      },
+      "backend"_a, "rows"_a, "count"_a, "vocab"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "draw",
+      [](Backend& backend, uintptr_t rows, int64_t count, int64_t vocab) {
+        std::lock_guard turn(backend.mutex);
+        draw(backend, at<DrawRow>(rows), count, vocab);
+      },
+      "backend"_a, "rows"_a, "count"_a, "vocab"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 // ---- attention
@@ -196,5 +218,6 @@ void bind_attention(nb::module_& m) {
 NB_MODULE(_native, m) {
   kvkeep::bind_backend(m);
   kvkeep::bind_leaf(m);
+  kvkeep::bind_sample(m);
   kvkeep::bind_attention(m);
 }

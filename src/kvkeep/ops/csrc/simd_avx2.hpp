@@ -27,10 +27,19 @@ struct Avx2 {
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  // Of min and max, b where either is not a number.
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  // a where it is above (from: not below) b, else 0.
+  static Vec keep_above(Vec a, Vec b) { return _mm256_and_ps(a, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  static Vec keep_from(Vec a, Vec b) { return _mm256_and_ps(a, _mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
   static Vec round(Vec a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // a with the lowest bits of n added to its exponent: a * 2^n for n + 1.5 * 2^23.
+  static Vec add_exponent(Vec a, Vec n) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
   }
   // a * 2^n for integral n in [-126, 127].
   static Vec scale(Vec a, Vec n) {

@@ -30,11 +30,20 @@ struct Portable {
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec div(Vec a, Vec b) { return a / b; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  // Of min and max, b where either is not a number.
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  // a where it is above (from: not below) b, else 0.
+  static Vec keep_above(Vec a, Vec b) { return a > b ? a : zero(); }
+  static Vec keep_from(Vec a, Vec b) { return a >= b ? a : zero(); }
   static Vec round(Vec a) {
     for (int i = 0; i < kLanes; i++) a[i] = std::nearbyint(a[i]);
     return a;
+  }
+  // a with the lowest bits of n added to its exponent: a * 2^n for n + 1.5 * 2^23.
+  static Vec add_exponent(Vec a, Vec n) {
+    using Bits = uint32_t __attribute__((vector_size(16)));
+    return reinterpret_cast<Vec>(reinterpret_cast<Bits>(a) + (reinterpret_cast<Bits>(n) << 23));
   }
   // a * 2^n for integral n in [-126, 127].
   static Vec scale(Vec a, Vec n) {
