@@ -43,8 +43,12 @@ def contract(forest: Forest, row_bounds: Sequence[int], keep: Keep) -> Forest:
     return Forest(forest.order, _renumbered(nodes, dropped))
 
 
-def ours(model: CostModel, group: int) -> Keep:
-    """Keep a node where the profiled cost falls; `group` is G."""
+def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
+    """Keep a node where the profiled cost falls; `group` is G.
+
+    Requests whose chains are no longer than `cached_tokens` find a prefix that the one before has
+    read in the last-level cache: reading it apart costs memory once.
+    """
 
     def keep(node: Node, children: Sequence[Node], row_bounds: Sequence[int]) -> bool:
         tokens = (node.end - node.begin) * PAGE_TOKENS
@@ -55,6 +59,8 @@ def ours(model: CostModel, group: int) -> Keep:
         together = sum(
             model.ns(_rows(child, row_bounds) * group, tokens) - model.c0 for child in children
         )
+        if node.end * PAGE_TOKENS <= cached_tokens:
+            together -= (len(children) - 1) * tokens * model.a_mem
         return apart < GAIN * together
 
     return keep

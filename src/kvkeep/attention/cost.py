@@ -64,11 +64,14 @@ def load(path: Path) -> CostModel:
     try:
         found = json.loads(path.read_text())
         model = CostModel(**{name: float(value) for name, value in found.items()})
+        missing = asdict(model).keys() - found.keys()
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"attention_cost_model: {path} is not a cost model ({error}); remove the setting to "
             "measure one at start"
         ) from error
+    if missing:
+        raise ConfigError(f"attention_cost_model: {path} lacks {', '.join(sorted(missing))}")
     if not all(np.isfinite(value) and value >= 0 for value in asdict(model).values()):
         raise ConfigError(f"attention_cost_model: {path} has a coefficient below 0 or not finite")
     return model

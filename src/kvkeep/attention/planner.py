@@ -50,11 +50,13 @@ class TreePlanner:
     The choice changes speed, never a bit of a result.
     """
 
-    def __init__(self, model: CostModel, group: int, *, across_scopes: bool = True) -> None:
+    def __init__(
+        self, model: CostModel, group: int, *, across_scopes: bool = True, cached_tokens: int = 0
+    ) -> None:
         self._model = model
         self._group = group
         self._across_scopes = across_scopes
-        self._keep = ours(model, group)
+        self._keep = ours(model, group, cached_tokens)
         self._last: tuple[_Shape, Forest] | None = None
 
     def plan(self, geometry: BatchGeometry) -> AttentionPlan:

@@ -1,0 +1,422 @@
+"""What reading a shared prefix once is worth, against two ways of reading it for every request.
+
+Every baseline runs on our own kernels, with the same prefetching: request-outer (each request over
+all heads), head-outer (each head over all requests, so that a prefix stays in the last-level
+cache), two-level (one shared prefix and the rest apart), and torch's SDPA per request. Roofs: bytes
+over the read bandwidth measured beside the cell, and flops over what the registers multiply.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+
+from bench.attention_grids import FASTTREE, PAT, UNSHARED, Layout, Tree, codec, flat_pages, laid_out
+from bench.harness import (
+    MIN_PAIRS,
+    Cell,
+    Estimate,
+    Figure,
+    Goal,
+    Options,
+    Report,
+    Row,
+    estimate,
+    run,
+)
+from kvkeep.attention.chains import chains_of
+from kvkeep.attention.contraction import contract
+from kvkeep.attention.planner import FlatPlanner, TreePlanner, plan_of, row_bounds
+from kvkeep.attention.profile import Bench, profile
+from kvkeep.attention.tree import build_forest
+from kvkeep.ops.cpu import DotPeak, ReadBandwidth, available, cpu_ops
+from kvkeep.ops.cpu_attention import CpuAttention
+from kvkeep.ops.layout import AttentionPlan, LayerKV, float_tile_bytes
+from kvkeep.types import PAGE_TOKENS, BatchGeometry
+from kvkeep.types import Layout as TileLayout
+from tests.forests import Asked, geometry
+from tests.oracles import Heads
+
+POOL_BYTES: Final = 3 << 29
+COLD_BYTES: Final = 256 << 20
+RECORD_BYTES: Final = 64 << 20
+MOST_LAYERS: Final = 4
+CODEC_TOKENS: Final = 16384
+HEADS: Final = (Heads(32, 8, 128), Heads(32, 32, 128), Heads(16, 1, 128), Heads(14, 2, 64))
+
+
+class Machine:
+    """Kernels, one pool of random numbers for every cell, and the machine's ceilings."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.kernel = available()[0]
+        ops = cpu_ops(self.kernel, threads).attention
+        if not isinstance(ops, CpuAttention):
+            raise TypeError("this benchmark measures the native kernels")
+        self.ops = ops
+        torch.set_num_threads(threads)
+        sample = torch.randn(1 << 22).to(torch.bfloat16)
+        self.buffer = torch.empty(POOL_BYTES, dtype=torch.uint8)
+        numbers = self.buffer.view(torch.bfloat16)
+        for begin in range(0, numbers.numel(), sample.numel()):
+            part = numbers[begin : begin + sample.numel()]
+            part.copy_(sample[: part.numel()])
+        self.reader = ReadBandwidth(threads)
+        self.peak = DotPeak(self.kernel, threads)
+
+    def layers(self, heads: Heads, pages: int) -> list[LayerKV] | None:
+        """Return layers of `pages` pages that together leave the caches; None: too large."""
+        tile_bytes = float_tile_bytes(TileLayout.BF16, heads.dim)
+        layer_bytes = pages * heads.kv * tile_bytes
+        fit = POOL_BYTES // layer_bytes
+        if fit < 1:
+            return None
+        count = min(fit, MOST_LAYERS)
+        rng = np.random.default_rng(0)
+        tiles = pages * heads.kv
+        layers = []
+        for layer in range(count):
+            table = (rng.permutation(tiles) + layer * tiles).astype(np.int32)
+            table = table.reshape(pages, 1, heads.kv)
+            layers.append(LayerKV(self.buffer, table, tile_bytes, 0, heads.kv, heads.dim))
+        return layers
+
+
+@dataclass(frozen=True)
+class CellOf:
+    """One tree at one shape of heads."""
+
+    tree: Tree
+    heads: Heads
+    layout: Layout
+    layers: list[LayerKV]
+    step: BatchGeometry
+    q: torch.Tensor
+
+    @property
+    def layer_bytes(self) -> int:
+        """Return the bytes of K and V of one layer's distinct pages."""
+        return self.layout.pages * self.page_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of one page of one layer."""
+        return self.heads.kv * self.layers[0].tile_bytes
+
+
+def cell_of(machine: Machine, tree: Tree, heads: Heads) -> CellOf | None:
+    """Return a cell, or None where it does not fit the pool."""
+    layout = laid_out(tree)
+    layers = machine.layers(heads, layout.pages)
+    if layers is None:
+        return None
+    asked = [Asked(s, n) for s, n in zip(layout.slots, layout.lengths, strict=True)]
+    step = geometry(asked, TileLayout.BF16)
+    q = torch.randn(len(asked), heads.q, heads.dim).to(torch.bfloat16)
+    return CellOf(tree, heads, layout, layers, step, q)
+
+
+def attend_all(machine: Machine, cell: CellOf, plan: AttentionPlan) -> float:
+    """Return the seconds of one pass over the layers."""
+    begun = time.perf_counter()
+    for kv in cell.layers:
+        machine.ops.attend(cell.q, kv, plan)
+    return time.perf_counter() - begun
+
+
+def head_outer(machine: Machine, cell: CellOf, plan: AttentionPlan) -> Callable[[], float]:
+    """Return a pass that takes the heads in turn: all requests of one, then of the next."""
+    heads, group = cell.heads, cell.heads.q // cell.heads.kv
+    queries = [cell.q[:, h * group : (h + 1) * group].contiguous() for h in range(heads.kv)]
+    tables = [
+        [
+            replace(
+                kv, tile_table=np.ascontiguousarray(kv.tile_table[:, :, h : h + 1]), num_kv_heads=1
+            )
+            for h in range(heads.kv)
+        ]
+        for kv in cell.layers
+    ]
+
+    def once() -> float:
+        begun = time.perf_counter()
+        for layer in tables:
+            for q, kv in zip(queries, layer, strict=True):
+                machine.ops.attend(q, kv, plan)
+        return time.perf_counter() - begun
+
+    return once
+
+
+def sdpa(cell: CellOf) -> Callable[[], float]:
+    """Return a pass of torch's attention, request by request, over K and V that lie contiguous."""
+    heads = cell.heads
+    group = heads.q // heads.kv
+    most = max(cell.layout.lengths)
+    k = torch.randn(heads.kv, most, heads.dim).to(torch.bfloat16)
+    v = torch.randn(heads.kv, most, heads.dim).to(torch.bfloat16)
+    copies = [(k.clone(), v.clone()) for _ in range(min(len(cell.layout.lengths), 8))]
+    q = cell.q.view(-1, heads.kv, group, heads.dim)
+
+    def once() -> float:
+        begun = time.perf_counter()
+        for i, length in enumerate(cell.layout.lengths):
+            keys, values = copies[i % len(copies)]
+            torch.nn.functional.scaled_dot_product_attention(
+                q[i : i + 1].reshape(1, heads.q, 1, heads.dim),
+                keys[None, :, :length],
+                values[None, :, :length],
+                enable_gqa=True,
+            )
+        return (time.perf_counter() - begun) * len(cell.layers)
+
+    return once
+
+
+def two_level(cell: CellOf) -> AttentionPlan:
+    """Return the plan that shares root nodes alone."""
+    chains = chains_of(cell.step)
+    forest = build_forest(chains)
+    bounds = row_bounds(chains, forest.order)
+    kept = contract(forest, bounds, lambda node, _children, _bounds: node.begin == 0)
+    return plan_of(cell.step, chains, kept)
+
+
+def ceiling_s(cell: CellOf, pages: int, gb_s: float, gflop_s: float) -> float:
+    """Return the roof of one pass that reads `pages` pages per layer: memory's or arithmetic's."""
+    flops = 4.0 * cell.heads.dim * cell.heads.q * sum(cell.layout.lengths)
+    reading = pages * cell.page_bytes / (gb_s * 1e9)
+    return max(reading, flops / (gflop_s * 1e9)) * len(cell.layers)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell's samples."""
+
+    row: Row
+    gain: Estimate
+    gain_over_heads: Estimate
+    flat_roof: Estimate
+    tree_roof: Estimate
+    gain_over_model: Estimate
+    bytes_ratio: float
+    record: bool
+    shared: bool
+    makespan: float
+
+
+def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: int) -> Measured:
+    """Measure all ways of attending a cell in turn, `pairs` times."""
+    flat, ours = FlatPlanner().plan(cell.step), planner.plan(cell.step)
+    levels, by_head, torchs = two_level(cell), head_outer(machine, cell, flat), sdpa(cell)
+    pages, all_pages = int(ours.runs[:, 1].sum()), flat_pages(cell.layout.slots)
+    before = machine.ops.bytes_read
+    attend_all(machine, cell, ours)
+    counted = machine.ops.bytes_read - before
+    makespan = machine.ops.makespan_over_bound
+    samples: list[tuple[float, ...]] = []
+    for _ in range(pairs):
+        gb_s, gflop_s = machine.reader.measure_gb_s(), machine.peak.measure_gflop_s()
+        times = (
+            attend_all(machine, cell, flat),
+            attend_all(machine, cell, ours),
+            by_head(),
+            attend_all(machine, cell, levels),
+            torchs(),
+        )
+        flat_roof = ceiling_s(cell, all_pages, gb_s, gflop_s)
+        tree_roof = ceiling_s(cell, pages, gb_s, gflop_s)
+        samples.append((*times, flat_roof, tree_roof, gb_s, gflop_s))
+    at = np.array(samples)
+    flat_s, ours_s, head_s, level_s, sdpa_s, flat_roofs, tree_roofs, gb, gf = at.T
+    gain = estimate(flat_s / ours_s)
+    row: dict[str, Cell] = {
+        "tree": cell.tree.name,
+        "heads": f"{cell.heads.q}/{cell.heads.kv}x{cell.heads.dim}",
+        "layer_mb": cell.layer_bytes / 2**20,
+        "byte_ratio": all_pages / pages,
+        "ours_ms": float(np.median(ours_s)) * 1e3 / len(cell.layers),
+        "gain_over_request_outer": gain.median,
+        "over_head_outer": float(np.median(head_s / ours_s)),
+        "over_two_level": float(np.median(level_s / ours_s)),
+        "over_torch_sdpa": float(np.median(sdpa_s / ours_s)),
+        "flat_roof_ratio": float(np.median(flat_roofs / flat_s)),
+        "tree_roof_ratio": float(np.median(tree_roofs / ours_s)),
+        "read_gb_s": float(np.median(gb)),
+        "peak_gflop_s": float(np.median(gf)),
+    }
+    exact = exact_bytes(cell, ours)
+    return Measured(
+        row,
+        gain,
+        estimate(head_s / ours_s),
+        estimate(flat_roofs / flat_s),
+        estimate(tree_roofs / ours_s),
+        estimate((flat_s / ours_s) / (flat_roofs / tree_roofs)),
+        counted / exact,
+        cell.layer_bytes >= RECORD_BYTES and cell.layer_bytes * len(cell.layers) >= COLD_BYTES,
+        ours.parents is not None,
+        makespan,
+    )
+
+
+def exact_bytes(cell: CellOf, plan: AttentionPlan) -> int:
+    """Return the closed form: every page of every group once, in all layers."""
+    return int(plan.runs[:, 1].sum()) * cell.page_bytes * len(cell.layers)
+
+
+def node_kernel(machine: Machine, pairs: int) -> tuple[Figure, list[Row]]:
+    """Return warm node kernels' share of the peak at D 128, the worst of 16 to 128 rows."""
+    heads, pages = Heads(1, 1, 128), 16
+    layers = machine.layers(heads, pages)
+    assert layers is not None
+    worst: Estimate | None = None
+    rows: list[Row] = []
+    for queries in (16, 32, 64, 128):
+        asked = [Asked(range(pages), pages * PAGE_TOKENS, queries)]
+        step = geometry(asked, TileLayout.BF16)
+        plan = FlatPlanner().plan(step)
+        plan.row_positions[:] = pages * PAGE_TOKENS - 1
+        q = torch.randn(queries, 1, 128).to(torch.bfloat16)
+        one = cpu_ops(machine.kernel, 1).attention
+        peak = DotPeak(machine.kernel, 1)
+        flops = 4.0 * 128 * queries * pages * PAGE_TOKENS
+        shares = []
+        for _ in range(max(pairs, MIN_PAIRS)):
+            one.attend(q, layers[0], plan)
+            begun = time.perf_counter()
+            for _ in range(20):
+                one.attend(q, layers[0], plan)
+            took = (time.perf_counter() - begun) / 20
+            shares.append(flops / took / 1e9 / peak.measure_gflop_s())
+        found = estimate(shares)
+        rows.append({"node rows": queries, "share_of_peak": found.median})
+        if worst is None or found.median < worst.median:
+            worst = found
+    assert worst is not None
+    return Figure("node_kernel_ratio", worst, Goal(">=", 0.85)), rows
+
+
+def unshared(machine: Machine, planner: TreePlanner, pairs: int) -> tuple[Figure, list[Row]]:
+    """Return planning and attending over flat's, where nothing is shared: the worst case."""
+    worst: Estimate | None = None
+    rows: list[Row] = []
+    layers = 24
+    for batch, tokens in ((1, 512), (8, 512), (64, 256), (1, 8192), (16, 2048)):
+        cell = cell_of(machine, Tree("unshared", (batch,), (tokens,)), Heads(14, 2, 64))
+        assert cell is not None
+
+        def step(make: Callable[[BatchGeometry], AttentionPlan], cell: CellOf = cell) -> float:
+            begun = time.perf_counter()
+            plan = make(cell.step)
+            for i in range(layers):
+                machine.ops.attend(cell.q, cell.layers[i % len(cell.layers)], plan)
+            return time.perf_counter() - begun
+
+        flat = FlatPlanner()
+        ratios = []
+        for i in range(pairs):
+            order = (planner.plan, flat.plan) if i % 2 else (flat.plan, planner.plan)
+            first, second = step(order[0]), step(order[1])
+            ratios.append(first / second if i % 2 else second / first)
+        found = estimate(ratios)
+        rows.append({"unshared requests": batch, "tokens": tokens, "over_flat": found.median})
+        if worst is None or found.median > worst.median:
+            worst = found
+    assert worst is not None
+    return Figure("worst_unshared_ratio", worst, Goal("<=", 1.025)), rows
+
+
+def planner_for(machine: Machine, heads: Heads) -> TreePlanner:
+    """Return the planner an engine of these heads would start with."""
+    layers = machine.layers(heads, 64)
+    assert layers is not None
+    bench = Bench(machine.ops, layers[0], TileLayout.BF16, heads.q, machine.threads)
+    token_bytes = 2 * heads.kv * heads.dim * 2
+    return TreePlanner(profile(bench), heads.q // heads.kv, cached_tokens=(16 << 20) // token_bytes)
+
+
+def grid(options: Options) -> list[tuple[Tree, Heads]]:
+    """Return the cells: CoDec's sweeps at its heads, the other trees at all of ours."""
+    sweeps = codec(CODEC_TOKENS)
+    if options.quick:
+        some = [sweeps[0], sweeps[13], FASTTREE[8], PAT[0]]
+        return [(tree, HEADS[0]) for tree in some] + [(sweeps[13], HEADS[1])]
+    cells = [(tree, HEADS[0]) for tree in sweeps]
+    cells += [(tree, heads) for heads in HEADS for tree in (*FASTTREE, *PAT, *UNSHARED)]
+    return [*cells, (Tree("16 on 4096", (1, 16), (4096, 64)), HEADS[1])]
+
+
+def worst_of(name: str, found: Sequence[Estimate], goal: Goal) -> list[Figure]:
+    """Return the lowest estimate as a figure; none where there is no cell."""
+    return [Figure(name, min(found, key=lambda e: e.median), goal)] if found else []
+
+
+def summary(cells: Sequence[tuple[Tree, Heads, Measured]]) -> list[Figure]:
+    """Return the figures of the grid."""
+    record = [m for _, _, m in cells if m.record]
+    sweep = [m.gain for t, h, m in cells if h == HEADS[0] and t in codec(CODEC_TOKENS)]
+    mean = float(np.mean([e.median for e in sweep]))
+    low, high = (float(np.mean([getattr(e, side) for e in sweep])) for side in ("low", "high"))
+    best = max(sweep, key=lambda e: e.median)
+    figures = worst_of("flat_roof_ratio_min", [m.flat_roof for m in record], Goal(">=", 0.8))
+    figures += worst_of("tree_roof_ratio_min", [m.tree_roof for m in record], Goal(">=", 0.8))
+    figures += worst_of(
+        "gain_over_model_min", [m.gain_over_model for m in record if m.shared], Goal(">=", 0.9)
+    )
+    figures += [
+        Figure("codec_grid_mean", Estimate(mean, low, high, best.samples), Goal(">=", 2.2)),
+        Figure("codec_grid_max", best, Goal(">=", 5.0)),
+    ]
+    mha = [m.gain_over_heads for t, h, m in cells if t.name == "16 on 4096" and h == HEADS[1]]
+    figures += worst_of("mha_16_vs_head_outer", mha, Goal(">=", 1.8))
+    exact = max((abs(m.bytes_ratio - 1), m.bytes_ratio) for _, _, m in cells)[1]
+    spans = max(m.makespan for _, _, m in cells)
+    count = MIN_PAIRS
+    return [
+        *figures,
+        Figure("bytes_vs_exact", Estimate(exact, exact, exact, count), Goal("<=", 1.0)),
+        Figure("makespan_over_bound", Estimate(spans, spans, spans, count), Goal("<=", 1.17)),
+    ]
+
+
+def measure(options: Options) -> Report:
+    """Measure the grids, the node kernel and what planning costs where it gains nothing."""
+    machine = Machine(options.threads)
+    pairs = 3 if options.quick else MIN_PAIRS
+    cells: list[tuple[Tree, Heads, Measured]] = []
+    planners = {heads: planner_for(machine, heads) for heads in HEADS}
+    for tree, heads in grid(options):
+        cell = cell_of(machine, tree, heads)
+        if cell is not None:
+            cells.append((tree, heads, measure_cell(machine, cell, planners[heads], pairs)))
+    node, node_rows = node_kernel(machine, pairs)
+    lost, lost_rows = unshared(machine, planners[HEADS[3]], 5 if options.quick else 30)
+    rows: list[Row] = [m.row for _, _, m in cells]
+    params: dict[str, Cell] = {
+        "kernel": machine.kernel,
+        "threads": options.threads,
+        "quick": options.quick,
+        "layers_cycled": MOST_LAYERS,
+        "codec_tokens": CODEC_TOKENS,
+        "dtype": "bfloat16",
+    }
+    return Report(
+        "attention", params, [*summary(cells), node, lost], [*rows, *node_rows, *lost_rows]
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run from the command line."""
+    return run("attention", arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""What rows see, and how much of it others may see with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvkeep.attention.chains import Chain, chains_of
+from kvkeep.types import BatchGeometry, EvictState, Layout, PageTag, Segment, View
+from tests.forests import Asked, geometry
+
+SLOTS = range(100, 140)
+STAGED = range(500, 540)
+
+
+def coded_step(
+    first: int, rows: int, *, recent: int, coded: Layout = Layout.F32, staged_from: int = 0
+) -> BatchGeometry:
+    """Return a step of one request whose pages a codec keeps in `coded`, the model's in BF16."""
+    slots = np.array(SLOTS, np.int32)
+    view = View(7, PageTag("s"), slots, len(slots), first)
+    staged = np.array(STAGED[staged_from:], np.int32)
+    segment = Segment(view, 0, rows, first, staged, staged_from)
+    return BatchGeometry((segment,), rows, Layout.BF16, coded, recent)
+
+
+def one(step: BatchGeometry) -> Chain:
+    (found,) = chains_of(step)
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 64, 127, 128, 129, 192, 256, 257, 1024, 1025])
+def test_a_rows_own_step_is_never_shareable(length: int) -> None:
+    chain = one(geometry([Asked(SLOTS, length)], Layout.BF16))
+    position = length - 1
+    assert chain.shareable * 64 == position // 128 * 128
+    assert len(chain.pages) == position // 64 + 1
+    assert chain.pages.tolist() == list(SLOTS[: len(chain.pages)])
+    assert (chain.first_position, chain.num_rows, chain.masks) == (position, 1, None)
+
+
+def test_of_several_rows_the_first_decides_what_is_shareable() -> None:
+    chain = one(geometry([Asked(SLOTS, 700, rows=300)], Layout.BF16))
+    assert chain.first_position == 400
+    assert chain.shareable == 400 // 128 * 2
+    assert len(chain.pages) == 11
+
+
+def test_chains_follow_the_order_of_rows() -> None:
+    asked = [Asked(SLOTS, 130, 3, "a"), Asked(SLOTS, 65, 1, "b"), Asked(SLOTS, 900, 20, "a")]
+    chains = chains_of(geometry(asked, Layout.F32))
+    assert [(c.view, c.first_row, c.num_rows, c.scope) for c in chains] == [
+        (0, 0, 3, "a"),
+        (1, 3, 1, "b"),
+        (2, 4, 20, "a"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["masks", "stamps"])
+def test_a_view_that_forgets_or_watches_shares_nothing(kind: str) -> None:
+    step = geometry([Asked(SLOTS, 1000), Asked(SLOTS, 1000)], Layout.BF16)
+    masks = np.full((20 if kind == "masks" else 0, 2, 2), 5, np.uint64)
+    hits = np.zeros((0 if kind == "masks" else 1280, 2, 2), np.int32)
+    step.segments[0].view.evict = EvictState(masks, hits)
+    watched, other = chains_of(step)
+    assert watched.shareable == 0
+    assert other.shareable == 14
+    if kind == "masks":
+        assert watched.masks is not None
+        assert watched.masks.shape == (16, 2, 2)
+    else:
+        assert watched.masks is None
+
+
+def test_an_evictor_that_has_not_looked_yet_shares() -> None:
+    step = geometry([Asked(SLOTS, 1000)], Layout.BF16)
+    step.segments[0].view.evict = EvictState(
+        np.zeros((0, 2, 2), np.uint64), np.zeros((0, 2, 2), np.int32)
+    )
+    assert one(step).shareable == 14
+
+
+@pytest.mark.parametrize(("recent", "coded"), [(0, 14), (64, 14), (128, 12), (300, 10), (5000, 0)])
+def test_only_encoded_pages_are_shareable_where_their_layout_differs(
+    recent: int, coded: int
+) -> None:
+    chain = one(coded_step(1000, 1, recent=recent))
+    assert chain.coded == chain.shareable == coded
+    assert chain.pages.tolist() == [*SLOTS[:coded], *STAGED[coded:16]]
+
+
+def test_one_layout_shares_pages_not_encoded_yet() -> None:
+    chain = one(coded_step(1000, 1, recent=300, coded=Layout.BF16))
+    assert chain.coded == (1000 - 300) // 64
+    assert chain.shareable == 14
+    assert chain.pages.tolist() == [*SLOTS[: chain.coded], *STAGED[chain.coded : 16]]
+
+
+def test_pages_before_the_staged_ones_are_the_views_own() -> None:
+    chain = one(coded_step(1000, 1, recent=300, staged_from=12))
+    assert chain.pages.tolist() == [*SLOTS[:12], *STAGED[12:16]]
+    assert chain.shareable == 10
+
+
+def test_rows_are_grouped_where_encoded_pages_change() -> None:
+    step = coded_step(500, 300, recent=100)
+    chains = chains_of(step)
+    assert [(c.first_row, c.num_rows, c.coded) for c in chains] == [
+        (0, 112, 6),
+        (112, 128, 8),
+        (240, 60, 10),
+    ]
+    assert [c.first_position for c in chains] == [500, 612, 740]
+    for chain in chains:
+        seen = range(chain.first_position, chain.first_position + chain.num_rows)
+        assert {step.coded_pages(position) for position in seen} == {chain.coded}
+        assert chain.shareable <= min(chain.coded, chain.first_position // 64)
+        assert len(chain.pages) == seen[-1] // 64 + 1
+
+
+def test_rows_that_see_nothing_encoded_are_one_chain() -> None:
+    step = replace(coded_step(500, 300, recent=100), recent_tokens=None)
+    chain = one(step)
+    assert (chain.num_rows, chain.coded, chain.shareable) == (300, 0, 0)

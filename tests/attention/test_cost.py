@@ -1,0 +1,113 @@
+"""The cost model: fitted, written, read back, and refused where a file is not one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvkeep.attention.cost import MIN_ROWS, SEED, CostModel, Sample, fit, load, padded
+from kvkeep.errors import ConfigError
+
+PLANTED = CostModel(c0=450.0, a_mem=17.0, a_row=2.25, a_merge=SEED.a_merge)
+
+
+def samples(model: CostModel) -> list[Sample]:
+    """Return items that take exactly what the model says."""
+    shapes = [(1, 64, False), (1, 1024, True), (8, 1024, True), (16, 512, False), (64, 2048, True)]
+    return [
+        Sample(
+            rows,
+            tokens,
+            fresh,
+            model.c0 + tokens * (model.a_mem * fresh + model.a_row * max(rows, MIN_ROWS)),
+        )
+        for rows, tokens, fresh in shapes
+    ]
+
+
+def test_fit_finds_planted_coefficients() -> None:
+    found = fit(samples(PLANTED))
+    assert asdict(found) == pytest.approx(asdict(PLANTED), rel=1e-9)
+
+
+def test_fit_weighs_errors_by_their_share() -> None:
+    """A long item that is off by a twentieth does not drown the short ones."""
+    items = samples(PLANTED)
+    items[-1] = items[-1]._replace(ns=items[-1].ns * 1.05)
+    found = fit(items)
+    for item in items[:-1]:
+        predicted = found.c0 + item.tokens * (
+            found.a_mem * item.fresh + found.a_row * padded(item.rows)
+        )
+        assert predicted == pytest.approx(item.ns, rel=0.06)
+
+
+def test_fit_gives_no_negative_cost() -> None:
+    items = [s._replace(ns=s.ns / 10 if s.fresh else s.ns) for s in samples(PLANTED)]
+    assert all(value >= 0 for value in asdict(fit(items)).values())
+
+
+@pytest.mark.parametrize(("rows", "computed"), [(1, 4), (3, 4), (4, 4), (5, 5), (64, 64)])
+def test_few_rows_take_as_long_as_four(rows: int, computed: int) -> None:
+    assert padded(rows) == computed
+    assert CostModel(3.0, 5.0, 2.0).ns(rows, 100) == 3 + 100 * (5 + 2 * computed)
+
+
+def test_merging_costs_by_the_row() -> None:
+    model = CostModel(3.0, 5.0, 2.0, 40.0)
+    assert model.ns(1, 100, merges=True) - model.ns(1, 100) == 40
+    assert model.ns(7, 100, merges=True) - model.ns(7, 100) == 280
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    model = CostModel(1.5, 0.1 + 0.2, 3.0e-7, 0.0)
+    model.save(path)
+    assert load(path) == model
+
+
+GOOD = asdict(PLANTED)
+
+
+@pytest.mark.parametrize("missing", list(GOOD))
+def test_a_file_without_a_coefficient_is_refused(tmp_path: Path, missing: str) -> None:
+    refuse(tmp_path, msgspec.json.encode({k: v for k, v in GOOD.items() if k != missing}))
+
+
+@pytest.mark.parametrize("name", list(GOOD))
+@pytest.mark.parametrize("value", ["-1.0", "NaN", "Infinity", "-Infinity", '"much"', "null", "[1]"])
+def test_a_coefficient_that_is_no_cost_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    text = ", ".join(f'"{k}": {value if k == name else v}' for k, v in GOOD.items())
+    refuse(tmp_path, f"{{{text}}}".encode())
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[1, 2, 3, 4]",
+        b"12",
+        b"null",
+        b"{}",
+        b"\xff\xfe",
+        msgspec.json.encode({**GOOD, "a_page": 1.0}),
+    ],
+)
+def test_a_file_that_is_no_cost_model_is_refused(tmp_path: Path, raw: bytes) -> None:
+    refuse(tmp_path, raw)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"attention_cost_model: .*nowhere\.json"):
+        load(tmp_path / "nowhere.json")
+
+
+def refuse(folder: Path, raw: bytes) -> None:
+    path = folder / "costs.json"
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"attention_cost_model: .*costs\.json"):
+        load(path)

@@ -1,0 +1,65 @@
+"""Measuring this machine: quick, finite, and without a trace in the pool."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from kvkeep.attention.cost import SEED
+from kvkeep.attention.profile import Bench, profile
+from kvkeep.ops.cpu import available
+from kvkeep.types import Layout
+from tests.ops.paths import ops_for
+from tests.oracles import Heads, make_world
+
+HEADS = Heads(4, 2, 64)
+
+
+def bench(pages: int, layout: Layout = Layout.BF16, heads: Heads = HEADS) -> Bench:
+    """Return a measurement over an empty pool of `pages` pages of one layer."""
+    kv = make_world(heads, layout, pages=pages, layers=1, layer=0).kv
+    kv.buffer.zero_()
+    return Bench(ops_for(available()[-1], 2), kv, layout, heads.q, 2)
+
+
+@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
+def test_a_small_pool_gives_costs_in_a_blink(layout: Layout) -> None:
+    measured = bench(64, layout)
+    begun = time.perf_counter()
+    model = profile(measured)
+    assert time.perf_counter() - begun < 0.3
+    assert np.isfinite(list(asdict(model).values())).all()
+    assert model.a_row > 0
+    assert model.ns(1, 1024) > 0
+    assert model.ns(64, 4096) > 2 * model.ns(1, 4096), "64 rows cost no more than one"
+    assert model.ns(4, 8192) > 4 * model.ns(4, 1024), "cost does not grow with tokens"
+
+
+@pytest.mark.parametrize("pages", [1, 15])
+def test_a_pool_too_small_to_measure_gives_the_seed(pages: int) -> None:
+    assert profile(bench(pages)) is SEED
+
+
+def test_the_smallest_pool_that_can_be_measured_is() -> None:
+    assert profile(bench(16)) is not SEED
+
+
+def test_measuring_writes_nothing() -> None:
+    measured = bench(40)
+    rng = np.random.default_rng(0)
+    buffer = measured.kv.buffer.numpy()
+    buffer[:] = rng.integers(0, 60, len(buffer), np.uint8)
+    before, table = buffer.copy(), measured.kv.tile_table.copy()
+    profile(measured)
+    assert np.array_equal(measured.kv.buffer.numpy(), before)
+    assert np.array_equal(measured.kv.tile_table, table)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_an_item_tells_its_rows_and_tokens(queries: int) -> None:
+    sample = bench(64, heads=Heads(6, 2, 32)).sample(queries, 16, fresh=True)
+    assert (sample.rows, sample.tokens, sample.fresh) == (queries * 3, 1024, True)
+    assert 0 < sample.ns < 1e8
