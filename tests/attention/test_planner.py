@@ -196,7 +196,6 @@ def grown(asked: Sequence[Asked], by: int) -> list[Asked]:
 def test_a_patched_plan_covers_what_a_fresh_one_does() -> None:
     planner = eager(2)
     asked = [*prefixed(6, 9, 2, room=4), Asked(range(500, 520), 900), *prefixed(2, 14, 1, room=4)]
-    used = 0
     for by in range(200):
         step = geometry(grown(asked, by), Layout.BF16)
         plan, fresh = planner.plan(step), eager(2).plan(step)
@@ -204,8 +203,6 @@ def test_a_patched_plan_covers_what_a_fresh_one_does() -> None:
         assert covers(fresh, step)
         assert np.array_equal(plan.row_positions, fresh.row_positions)
         assert plan.parents is not None
-        used += plan.parents is not None
-    assert used == 200
 
 
 def test_a_forest_is_kept_until_a_chain_grows_by_sixteen_pages() -> None:

@@ -1,77 +1,246 @@
-"""A long run of the engine gives the same tokens and scores whichever planner reads its pages."""
+"""A long random run says the same, bit for bit, whether prefixes are read together or apart."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvkeep.attention.planner import AttentionPlanner, FlatPlanner
-from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, SamplingParams
+from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
+from kvkeep.engine.api import Chunk, FinishReason, GenerateRequest, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
+from kvkeep.engine.engine import EngineCore
 from kvkeep.eviction.policy import KeepAll
+from kvkeep.ops.layout import AttentionPlan
 from kvkeep.quant.codec import Float
 from kvkeep.sharing.policy import ShareAll
 from kvkeep.shield.policy import NoShield
+from kvkeep.types import BatchGeometry, View
 from tests.engines import core_for, drive, request
-from tests.forests import eager
+from tests.forests import ALWAYS, covers, eager
 
-TENANTS = ("a", "b")
+TENANTS = {"a": 0.3, "b": 0.3, "c": 0.3}
+GROUP = 2
+"""G of the tiny qwen3."""
+
+PAGES = 60
+Bits = dict[tuple[str, int], list[object]]
 
 
-def asked(count: int, seed: int) -> list[GenerateRequest]:
-    """Return requests that branch off a few common beginnings, some sampled, some several."""
+@dataclass
+class Checked:
+    """Another planner's plans, each of them checked, and what they shared."""
+
+    inner: AttentionPlanner
+    trees: int = 0
+    mixed: int = 0
+    """Groups whose rows belong to several scopes."""
+    largest: int = 0
+    """Rows of the largest group that others go on from."""
+    forgotten: set[int] = field(default_factory=set)
+
+    def plan(self, geometry: BatchGeometry) -> AttentionPlan:
+        plan = self.inner.plan(geometry)
+        assert covers(plan, geometry)
+        scope = {
+            segment.first_row + i: segment.view.tag.scope
+            for segment in geometry.segments
+            for i in range(segment.num_rows)
+        }
+        rows = range(geometry.num_rows) if plan.row_order is None else plan.row_order.tolist()
+        for begin, end, *_ in plan.groups.tolist():
+            self.mixed += len({scope[row] for row in rows[begin:end]}) > 1
+        if plan.parents is not None:
+            self.trees += 1
+            parents = sorted(set(plan.parents.tolist()) - {-1})
+            sizes = plan.groups[parents, 1] - plan.groups[parents, 0]
+            self.largest = max(self.largest, int(sizes.max()))
+        return plan
+
+    def forget(self, view: View) -> None:
+        self.forgotten.add(view.id)
+        self.inner.forget(view)
+
+
+def parts(planner: AttentionPlanner | None) -> Parts:
+    return Parts(
+        techniques=Techniques(Float(), NoShield(), KeepAll()), policy=ShareAll(), planner=planner
+    )
+
+
+def prompt(rng: np.random.Generator, prefixes: list[list[int]]) -> list[int]:
+    """Return a prefix, in part or whole, and a few tokens of its own."""
+    prefix = prefixes[rng.integers(len(prefixes))]
+    cut = len(prefix) if rng.random() < 0.7 else int(rng.integers(1, len(prefix)))
+    return [*prefix[:cut], *rng.integers(1, 200, rng.integers(1, 90)).tolist()]
+
+
+def arrivals(seed: int, count: int) -> dict[int, list[GenerateRequest]]:
+    """Return requests by the step in which they come."""
     rng = np.random.default_rng(seed)
-    common = [int(t) for t in rng.integers(1, 200, 400)]
-    found = []
+    trunk = rng.integers(1, 200, 384).tolist()
+    prefixes = [
+        trunk,
+        [*trunk, *rng.integers(1, 200, 300).tolist()],
+        [*trunk[:256], *rng.integers(1, 200, 290).tolist()],
+        rng.integers(1, 200, 330).tolist(),
+    ]
+    found: dict[int, list[GenerateRequest]] = {}
     for number in range(count):
-        begin = common[: int(rng.choice([0, 260, 330, 400]))]
-        own = [int(t) for t in rng.integers(1, 200, int(rng.integers(5, 90)))]
+        tenant = "abc"[rng.integers(3)]
         params = SamplingParams(
-            max_tokens=int(rng.integers(4, 30)),
+            max_tokens=int(rng.integers(4, 60)),
             temperature=float(rng.choice([0.0, 0.9])),
             seed=number,
-            n=int(rng.choice([1, 1, 2])),
-            logprobs=1,
+            n=int(rng.choice([1, 1, 1, 3])),
+            logprobs=2,
             ignore_eos=True,
         )
-        tenant = TENANTS[number % 2]
-        found.append(request(begin + own, params, id=str(number), tenant=tenant))
+        item = request(
+            prompt(rng, prefixes),
+            params,
+            id=f"r{number}",
+            tenant=tenant,
+            scope=f"{tenant}-{rng.integers(2)}",
+        )
+        found.setdefault(int(rng.integers(0, 3 * count)), []).append(item)
     return found
 
 
-def run(model: Path, planner: AttentionPlanner, dtype: str) -> tuple[object, EngineStats]:
-    """Return everything the clients saw, and the engine's counts."""
-    parts = Parts(
-        techniques=Techniques(Float(), NoShield(), KeepAll()), planner=planner, policy=ShareAll()
-    )
-    core = core_for(
-        model,
-        parts=parts,
-        pages=44,
-        page_bytes=24 << 10,
-        dtype=dtype,
-        tenants={"a": 0.45, "b": 0.45},
-    )
-    drive(core, asked(2, seed=1))
-    replies = drive(core, asked(24, seed=1))
-    return {
-        name: [_seen(chunk) for chunk in chunks] for name, chunks in replies.items()
-    }, core.stats()
+def bits(chunks: dict[str, list[Chunk]]) -> Bits:
+    """Return what each sequence says: tokens, log-probabilities to the last bit, how it ends."""
+    said: Bits = {}
+    for name, parts_of in chunks.items():
+        for chunk in parts_of:
+            assert chunk.error is None
+            said.setdefault((name, chunk.index), []).extend(
+                [chunk.token_ids, chunk.logprobs, chunk.text, chunk.finish]
+            )
+    assert all(FinishReason.LENGTH in found for found in said.values())
+    return said
 
 
-def _seen(chunk: Chunk) -> tuple[object, ...]:
-    return chunk.index, chunk.token_ids, chunk.logprobs, chunk.finish, chunk.text
+def live(core: EngineCore, seed: int, count: int) -> Bits:
+    """Run the arrivals to their end."""
+    coming = arrivals(seed, count)
+
+    def each_step(step: int) -> None:
+        for item in coming.pop(step, []):
+            core.submit(item)
+
+    first = min(coming)
+    got = drive(core, coming.pop(first), each_step)
+    while coming:  # the engine was idle before the last came
+        for name, chunks in drive(core, coming.pop(min(coming))).items():
+            got.setdefault(name, []).extend(chunks)
+    return bits(got)
+
+
+Start = Callable[..., EngineCore]
+
+
+@pytest.fixture(scope="module")
+def start(tiny: dict[str, Path]) -> Start:
+    """Return what starts an engine of a small pool."""
+
+    def start(planner: AttentionPlanner | None, dtype: str, **options: object) -> EngineCore:
+        return core_for(
+            tiny["qwen3"],
+            tenants=TENANTS,
+            parts=parts(planner),
+            pages=PAGES,
+            page_bytes=64 * 3 * 2 * 32 * 2 * (4 if dtype == "float32" else 2),
+            dtype=dtype,
+            **{"chunk_tokens": 80, "max_num_batched_tokens": 256, **options},
+        )
+
+    return start
+
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def flat(start: Start) -> Callable[[str], Bits]:
+    """Return what a dtype's run says where every request reads its own pages."""
+
+    @functools.cache
+    def said(dtype: str) -> Bits:
+        core = start(FlatPlanner(), dtype)
+        found = live(core, 1, COUNT)
+        assert core.stats().attention_tree_steps_total == 0
+        assert core.stats().preemptions_total > 0
+        return found
+
+    return said
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tree_gives_the_flat_planners_replies(tiny: dict[str, Path], dtype: str) -> None:
-    flat, without = run(tiny["qwen2"], FlatPlanner(), dtype)
-    tree, used = run(tiny["qwen2"], eager(2), dtype)
-    assert tree == flat
-    assert without.attention_tree_steps_total == 0
-    assert used.attention_tree_steps_total > 20
-    assert used.attention_planned_bytes_total < 0.9 * used.attention_flat_bytes_total
-    assert used.preemptions_total > 0
+def test_a_long_run_gives_the_same_bits_with_trees(
+    start: Start, flat: Callable[[str], Bits], dtype: str
+) -> None:
+    planner = Checked(eager(GROUP))
+    core = start(planner, dtype)
+    assert live(core, 1, COUNT) == flat(dtype)
+    stats = core.stats()
+    assert stats.preemptions_total > 0
+    assert stats.attention_tree_steps_total == planner.trees > stats.steps_total / 4
+    assert stats.attention_planned_bytes_total < 0.9 * stats.attention_flat_bytes_total
+    assert planner.mixed > 0, "no prefix was shared between scopes"
+    assert planner.largest >= 3
+    assert planner.forgotten
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engines_own_planner_gives_the_same_bits(
+    start: Start, flat: Callable[[str], Bits], dtype: str
+) -> None:
+    """It decides by costs measured at start, whatever they are here."""
+    core = start(None, dtype)
+    assert isinstance(core._runner._parts.planner, TreePlanner)
+    assert live(core, 1, COUNT) == flat(dtype)
+
+
+def test_no_group_holds_rows_of_two_scopes_where_never_asked(
+    start: Start, flat: Callable[[str], Bits]
+) -> None:
+    planner = Checked(eager(GROUP, across_scopes=False))
+    assert live(start(planner, "bfloat16"), 1, COUNT) == flat("bfloat16")
+    assert planner.trees > 0
+    assert planner.mixed == 0
+
+
+@pytest.mark.parametrize(("across", "shares"), [("public", True), ("never", False)])
+def test_the_setting_decides_whether_tenants_read_together(
+    start: Start, tmp_path: Path, across: str, shares: bool
+) -> None:
+    """Two tenants decode on one public prefix, nobody else is there."""
+    ALWAYS.save(tmp_path / "costs.json")
+    core = start(
+        None,
+        "bfloat16",
+        attention_share_across_tenants=across,
+        attention_cost_model=str(tmp_path / "costs.json"),
+    )
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    same = np.random.default_rng(3).integers(1, 200, 400).tolist()
+    drive(core, [request(same, params, id="first")])
+    both = [request([*same, 5], params, id=tenant, tenant=tenant) for tenant in "ab"]
+    got = drive(core, both)
+    assert all(chunks[0].cached_tokens >= 384 for chunks in got.values())
+    assert (core.stats().attention_tree_steps_total > 0) is shares
+
+
+def test_sequences_of_one_request_read_its_prompt_together(start: Start) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, n=4, ignore_eos=True)
+    ids = np.random.default_rng(4).integers(1, 200, 500).tolist()
+    planner = Checked(eager(GROUP, across_scopes=False))
+    core = start(planner, "bfloat16")
+    got = bits(drive(core, [request(ids, params)]))
+    assert planner.largest == 4
+    assert got == bits(drive(start(FlatPlanner(), "bfloat16"), [request(ids, params)]))
