@@ -105,8 +105,11 @@ def test_scopes_read_apart_where_asked() -> None:
     assert shared_pages(eager(1).plan(step)) == 10
 
 
-def test_a_node_of_two_layouts_is_cut_where_they_meet() -> None:
-    """A codec's pages and the model's in one leaf; only encoded ones in the shared node."""
+@pytest.mark.parametrize(("planner", "shared"), [(eager(1), 10), (FlatPlanner(), 0)])
+def test_a_node_of_two_layouts_is_cut_where_they_meet(
+    planner: TreePlanner | FlatPlanner, shared: int
+) -> None:
+    """Only encoded pages are read together; read apart, both layouts are in one node."""
     slots = [np.array([*range(12), 50 + 9 * i, 51 + 9 * i, 52 + 9 * i], np.int32) for i in range(3)]
     staged = [s[10:] + 500 for s in slots]
     segments = tuple(
@@ -114,8 +117,8 @@ def test_a_node_of_two_layouts_is_cut_where_they_meet() -> None:
         for i in range(3)
     )
     step = BatchGeometry(segments, 3, Layout.BF16, Layout.F32, 200)
-    plan = eager(1).plan(step)
-    assert shared_pages(plan) == 10
+    plan = planner.plan(step)
+    assert shared_pages(plan) == shared
     for rows, runs in chains(plan):
         (row,) = rows
         assert [(r.page_count, r.first_position, r.layout) for r in runs] == [
@@ -298,6 +301,19 @@ def assert_masked(plan: AttentionPlan, own: Run) -> None:
     mine[own.page_begin : own.page_begin + own.page_count] = True
     assert (plan.masks[mine] == 3).all()
     assert (plan.masks[~mine] == np.iinfo(np.uint64).max).all()
+
+
+def test_masks_stand_beside_their_own_views_pages() -> None:
+    step = geometry(prefixed(4, 12), Layout.BF16)
+    for i in (1, 3):
+        masks = np.full((14, 2, 2), i, np.uint64)
+        step.segments[i].view.evict = EvictState(masks, np.zeros((0, 2, 2), np.int32))
+    plan = eager(2).plan(step)
+    assert plan.masks is not None
+    assert plan.parents is not None
+    for (row,), runs in chains(plan):
+        held = [plan.masks[r.page_begin : r.page_begin + r.page_count] for r in runs]
+        assert set(np.concatenate(held).flat) == {row if row in {1, 3} else np.iinfo(np.uint64).max}
 
 
 def test_forgetting_a_view_changes_no_plan() -> None:
