@@ -15,10 +15,10 @@ PYTEST_ARGS ?=
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-check
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-check figure-fanout
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.venv-made:
 	command -v $(PYTHON) >/dev/null || { echo "kvkeep needs Python 3.11 or newer: set PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -84,6 +84,9 @@ peers: ## build each peer's own environment under .peers/
 clients: setup ## lm-eval and guidellm, each in its own environment, against a running server
 	$(BIN)/python -m tools.clients.build
 	$(BIN)/python -m tools.clients.run
+
+figure-fanout: setup ## draw docs/figures/fanout.svg from bench/results/fanout*.json
+	$(BIN)/python -m tools.figures.fanout
 
 wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
 	rm -rf dist build/wheel

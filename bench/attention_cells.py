@@ -13,7 +13,8 @@ import torch
 from bench.attention_grids import Layout, Tree, laid_out
 from kvkeep.attention.chains import chains_of
 from kvkeep.attention.contraction import contract
-from kvkeep.attention.planner import plan_of, row_bounds
+from kvkeep.attention.planner import TreePlanner, plan_of, row_bounds
+from kvkeep.attention.profile import Bench, profile
 from kvkeep.attention.tree import build_forest
 from kvkeep.ops.cpu import DotPeak, ReadBandwidth, available, cpu_ops
 from kvkeep.ops.cpu_attention import CpuAttention
@@ -63,6 +64,15 @@ class Machine:
             table = table.reshape(pages, 1, heads.kv)
             layers.append(LayerKV(self.buffer, table, tile_bytes, 0, heads.kv, heads.dim))
         return layers
+
+
+def planner_for(machine: Machine, heads: Heads) -> TreePlanner:
+    """Return the planner an engine of these heads would start with."""
+    layers = machine.layers(heads, 64)
+    assert layers is not None
+    bench = Bench(machine.ops, layers[0], TileLayout.BF16, heads.q, machine.threads)
+    token_bytes = 2 * heads.kv * heads.dim * 2
+    return TreePlanner(profile(bench), heads.q // heads.kv, cached_tokens=(16 << 20) // token_bytes)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
-from kvkeep.engine.build import build_core
+from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
@@ -30,6 +30,7 @@ class Ours:
         threads: int,
         kv_cache_bytes: int = 2 << 30,
         weights: Literal["float", "int8"] = "float",
+        parts: Parts | None = None,
     ) -> None:
         options = EngineOptions(
             model=str(model),
@@ -40,7 +41,7 @@ class Ours:
             max_num_batched_tokens=1024,
             chunk_tokens=1024,
         )
-        self.core: EngineCore = build_core(options)
+        self.core: EngineCore = build_core(options, parts=parts)
         self.core.set_tenants({TENANT: 1.0})
         self._count = 0
         self._rng = np.random.default_rng(0)

@@ -50,18 +50,18 @@ class Runner:
 
     def rate(self, run: str) -> float:
         """Return tokens per second of one run."""
-        time.sleep(REST_S)
-        reply = self.ask(REQUESTS[run])
-        if "error" in reply:
-            raise ConfigError(f"peer: {reply['peer']} failed at {run}: {reply['error']}")
-        return float(reply["tokens_per_s"])
+        return float(self.measure(REQUESTS[run])["tokens_per_s"])
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request and return the reply."""
+    def measure(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request after a rest and return the reply; raises `ConfigError`."""
+        time.sleep(REST_S)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._reply()
+        reply = self._reply()
+        if "error" in reply:
+            raise ConfigError(f"peer: {reply['peer']} failed at {request['run']}: {reply['error']}")
+        return reply
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None

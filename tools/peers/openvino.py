@@ -94,8 +94,8 @@ def load(arguments: Arguments) -> Loaded:
     if arguments.option == "f32":
         properties["INFERENCE_PRECISION_HINT"] = "f32"
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size = 2
-    scheduler.max_num_seqs = 16
+    scheduler.cache_size = 4
+    scheduler.max_num_seqs = 64
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = True
     pipeline = openvino_genai.ContinuousBatchingPipeline(

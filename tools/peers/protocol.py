@@ -7,9 +7,11 @@
     bench  ->  {"run": "stop"}                                   (or stdin closes)
 
 Runs: `prefill` (of `prompt` fresh tokens), `decode_b1`, `decode_b8` (`tokens` per sequence after
-`prompt` fresh tokens each; the time to the first token does not count). One that fails answers
-{"peer", "run", "error"}. A runner is started from the repository's root, in the peer's environment:
-`.peers/vllm/bin/python -m tools.peers.vllm MODEL`; this module needs the standard library only.
+`prompt` fresh tokens each; the time to the first token does not count), `fanout` (`batch` sequences
+that go on from the same `prefix` tokens, which a request before them has left in the cache, with
+`prompt` fresh tokens each). One that fails answers {"peer", "run", "error"}. A runner is started
+from the repository's root, in the peer's environment: `.peers/vllm/bin/python -m tools.peers.vllm
+MODEL`; this module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Measured(NamedTuple):
 
     tokens: int
     seconds: float
+    tree_share: float | None = None
+    """Of our own steps: those in which requests read pages together."""
 
 
 class Peer(Protocol):
@@ -132,14 +136,20 @@ def _answer(loaded: Loaded, rng: random.Random, replies: TextIO) -> None:
             say(run=run, error=str(error) or type(error).__name__)
             continue
         rate = measured.tokens / measured.seconds
-        say(run=run, tokens=measured.tokens, seconds=measured.seconds, tokens_per_s=rate)
+        notes = {} if measured.tree_share is None else {"tree_share": measured.tree_share}
+        say(run=run, tokens=measured.tokens, seconds=measured.seconds, tokens_per_s=rate, **notes)
 
 
 def _measure(loaded: Loaded, run: str, request: dict[str, int], rng: random.Random) -> Measured:
     if run == "prefill":
         return loaded.peer.prefill(fresh_prompt(request.get("prompt", 1024), loaded.vocab, rng))
-    if run not in ("decode_b1", "decode_b8"):
-        raise ValueError(f"unknown run {run}: choose prefill, decode_b1, decode_b8 or stop")
-    length, batch = request.get("prompt", 32), int(run[-1])
-    prompts = [fresh_prompt(length, loaded.vocab, rng) for _ in range(batch)]
+    if run not in ("decode_b1", "decode_b8", "fanout"):
+        raise ValueError(f"unknown run {run}: choose prefill, decode_b1, decode_b8, fanout or stop")
+    batch, prefix = int(run[-1]) if run != "fanout" else request["batch"], []
+    if run == "fanout":
+        length = request["prefix"]
+        prefix = fresh_prompt(length, loaded.vocab, random.Random(length))
+        loaded.peer.prefill(prefix)
+    own = request.get("prompt", 32)
+    prompts = [prefix + fresh_prompt(own, loaded.vocab, rng) for _ in range(batch)]
     return loaded.peer.decode(prompts, request.get("tokens", 64))

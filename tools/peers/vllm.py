@@ -57,7 +57,7 @@ def load(arguments: Arguments) -> Loaded:
     env = {
         **os.environ,
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{arguments.threads - 1}",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "4",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -67,7 +67,7 @@ def load(arguments: Arguments) -> Loaded:
         "--model", str(arguments.model), "--served-model-name", NAME,
         "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "bfloat16", "--max-model-len", "8192",
-        "--max-num-seqs", "16", "--max-num-batched-tokens", "2048",
+        "--max-num-seqs", "64", "--max-num-batched-tokens", "2048",
         *(["--enforce-eager"] if arguments.option == "eager" else []),
     ]  # fmt: skip
     process = subprocess.Popen(command, env=env, start_new_session=True, stdout=sys.stderr)

@@ -53,6 +53,8 @@ class Parts(msgspec.Struct, kw_only=True):
     policy: SharingPolicy
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
+    kernels: ops.Ops | None = None
+    """None: the ones the options ask for."""
 
 
 def default_parts(options: EngineOptions) -> Parts:
@@ -71,7 +73,7 @@ def build_core(
     """Load the model, reserve the pool and warm up; raises `ModelError` or `ConfigError`."""
     parts = parts or default_parts(options)
     threads = options.threads or len(os.sched_getaffinity(0))
-    kernels = ops.select(options.kernel, threads)
+    kernels = parts.kernels or ops.select(options.kernel, threads)
     torch.set_num_threads(threads if kernels.name == "reference" else 1)
     path = hub.resolve(options.model, allow_download=options.allow_download)
     text = TextModel.load(path)

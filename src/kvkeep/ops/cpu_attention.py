@@ -130,6 +130,10 @@ class CpuAttention:
             raise KernelInputError(str(error)) from None
         return Attended(out, lse2, hits)
 
+    def prepare(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
+        """Cut a plan into work now; the step's first `attend` does so otherwise."""
+        self._prepare(q, kv, plan, _layout_of(q.dtype, "q"))
+
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
         layout = _layout_of(outs.dtype, "outs")

@@ -150,12 +150,13 @@ inline void weigh_columns(const typename K::A* p, const Values<K>& v, float* o, 
   }
 }
 
-template <class K, int kRows, int kAhead>
-void weigh_rows(const typename K::A* p, const Values<K>& v, float* o, int dim) {
+// Call fn(column, vectors) for passes over a row's vectors, as even as can be.
+template <class Fn>
+inline void in_columns(int dim, Fn&& fn) {
   int left = dim / W;
   for (int passes = (left + Isa::kCols - 1) / Isa::kCols, column = 0; passes > 0; passes--) {
-    int cols = (left + passes - 1) / passes;
-    weigh_columns<K, kRows, kAhead>(p, v, o, dim, column, cols);
+    const int cols = (left + passes - 1) / passes;
+    fn(column, cols);
     column += cols * W;
     left -= cols;
   }
@@ -199,11 +200,13 @@ inline void score(int rows, const typename K::A* q, const typename K::B* k, int 
 
 template <class K, int kRows = Isa::kRows>
 inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim,
-                  Ahead share) {
+                  int column, int cols, Ahead share) {
   if (rows == kRows) {
-    with_every(share.every, [&]<int kAhead>() { weigh_rows<K, kRows, kAhead>(p, v, o, dim); });
+    with_every(share.every, [&]<int kAhead>() {
+      weigh_columns<K, kRows, kAhead>(p, v, o, dim, column, cols);
+    });
   } else if constexpr (kRows > 1) {
-    weigh<K, kRows - 1>(rows, p, v, o, dim, share);
+    weigh<K, kRows - 1>(rows, p, v, o, dim, column, cols, share);
   }
 }
 

@@ -198,6 +198,21 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step<K>& ste
   }
 }
 
+// How many of a step's tokens any of the rows [row, row + rows) sees, per tile.
+template <class K>
+inline void count_tokens(const Panel<K>& panel, const Step<K>& step, int row, int rows,
+                         int (&tokens)[2]) {
+  int last = panel.position[row];
+  for (int r = 1; r < rows; r++)
+    last = panel.position[row + r] > last ? panel.position[row + r] : last;
+  for (int j = 0; j < 2; j++) {
+    const int seen = step.tile[j] ? last - step.position - j * kPage + 1 : 0;
+    tokens[j] = seen < 0 ? 0 : seen > kPage ? kPage : seen;
+  }
+}
+
+// Weighted sums of rows [begin, end), at most a panel: all rows over some columns of V, which stay
+// in the first-level cache, then over the next.
 template <class K>
 inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, int end,
                        bool prefetches, float* o, int dim) {
@@ -205,17 +220,14 @@ inline void weigh_step(const Panel<K>& panel, const Step<K>& step, int begin, in
   for (int j = 0; j < 2; j++) {
     values.tile[j] = step.tile[j] ? step.tile[j] + kPage * dim : nullptr;
   }
-  in_blocks(begin, end, [&](int row, int rows, Ahead share) {
-    if (!(step.ahead[0] && step.ahead[1] && prefetches)) share.every = 0;
-    int last = panel.position[row];
-    for (int r = 1; r < rows; r++)
-      last = panel.position[row + r] > last ? panel.position[row + r] : last;
-    for (int j = 0; j < 2; j++) {
-      const int tokens = step.tile[j] ? last - step.position - j * kPage + 1 : 0;
-      values.tokens[j] = tokens < 0 ? 0 : tokens > kPage ? kPage : tokens;
-      values.ahead[j] = step.ahead[j] + share.line * 64;
-    }
-    weigh<K>(rows, panel.p + (row - begin) * kStep, values, o + int64_t{row} * dim, dim, share);
+  in_columns(dim, [&](int column, int cols) {
+    in_blocks(begin, end, [&](int row, int rows, Ahead share) {
+      if (!(step.ahead[0] && step.ahead[1] && prefetches)) share.every = 0;
+      count_tokens(panel, step, row, rows, values.tokens);
+      for (int j = 0; j < 2; j++) values.ahead[j] = step.ahead[j] + share.line * 64;
+      weigh<K>(rows, panel.p + (row - begin) * kStep, values, o + int64_t{row} * dim, dim, column,
+               cols, share);
+    });
   });
 }
 

@@ -1,0 +1,110 @@
+"""Draw tokens per second against requests on one prefix: docs/figures/fanout.svg.
+
+Two panels that never mix: steps of our engine in one process, with the roof and the unshared case;
+and servers measured in turn. Reads `bench/results/fanout*.json`, written by `kvkeep bench fanout`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "kvkeep"
+
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import ScalarFormatter  # noqa: E402
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+OUT: Final = ROOT / "docs" / "figures" / "fanout.svg"
+
+Rows = Sequence[dict[str, Any]]
+
+
+class Line(NamedTuple):
+    """One curve: requests and tokens per second."""
+
+    label: str
+    x: list[int]
+    y: list[float]
+    style: str
+
+
+def line(rows: Rows, column: str, label: str, style: str) -> Line:
+    """Return one column of rows as a curve over `requests`."""
+    ordered = sorted(rows, key=lambda row: int(row["requests"]))
+    return Line(label, [r["requests"] for r in ordered], [r[column] for r in ordered], style)
+
+
+def engine_lines(rows: Rows) -> list[Line]:
+    """Return the curves of our engine in one process."""
+    shared = [r for r in rows if r.get("case") == "one prefix"]
+    apart = [r for r in rows if r.get("case") == "each its own"]
+    lines = []
+    if shared:
+        lines += [
+            line(shared, "roof_tokens_per_s", "roof: memory or arithmetic", "k:"),
+            line(shared, "tree_tokens_per_s", "kvkeep, prefix read once", "C0o-"),
+            line(shared, "request_outer_tokens_per_s", "kvkeep, request by request", "C1s--"),
+        ]
+    if apart:
+        lines.append(line(apart, "tree_tokens_per_s", "each request its own prefix", "C7^-"))
+    return lines
+
+
+def server_lines(rows: Rows) -> list[Line]:
+    """Return the curves of servers; ours is drawn once per peer it took turns with."""
+    lines = []
+    peers = sorted({str(r["peer"]) for r in rows if "peer" in r})
+    for index, peer in enumerate(peers):
+        own = [r for r in rows if r.get("peer") == peer]
+        colour = f"C{index + 2}"
+        lines += [
+            line(own, "ours_tokens_per_s", f"kvkeep (beside {peer})", "C0" + "os"[index % 2] + "-"),
+            line(own, "theirs_tokens_per_s", peer, f"{colour}v--"),
+        ]
+    return lines
+
+
+def panel(axes: Axes, title: str, lines: Sequence[Line]) -> None:
+    """Draw one panel."""
+    for one in lines:
+        axes.plot(one.x, one.y, one.style, label=one.label, markersize=4)
+    axes.set(title=title, xlabel="requests decoding", ylabel="tokens per second")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw from the given result files, or from all of `bench/results/fanout*.json`."""
+    found = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob("fanout*.json"))
+    if not found:
+        sys.stderr.write("no results: run `kvkeep bench fanout --json bench/results/fanout.json`\n")
+        return 1
+    rows = [row for path in found for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    panels = [
+        ("One process, one prefix of 4,096 tokens", engine_lines(rows)),
+        ("Servers in turn, one prefix of 4,096 tokens", server_lines(rows)),
+    ]
+    drawn = [one for one in panels if one[1]]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 3.8), squeeze=False)
+    for place, (title, lines) in zip(axes[0], drawn, strict=True):
+        panel(place, title, lines)
+    figure.tight_layout()
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(OUT, metadata={"Date": None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
