@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 
 namespace kvkeep::attention {
@@ -168,24 +169,51 @@ void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const
   }
 }
 
-// The longest thread's load where items are dealt longest first, to the least loaded.
-int64_t makespan(const std::vector<PreparedPlan::Work>& work, int threads) {
-  std::vector<int64_t> load(threads, 0);
-  for (const auto& w : work) *std::min_element(load.begin(), load.end()) += w.cost;
-  return *std::max_element(load.begin(), load.end());
-}
-
 int spans_of(const Item& item) {
   return item.end > item.begin ? (item.end - 1) / kSpan - item.begin / kSpan + 1 : 0;
 }
 
-// Cut an item at ends of spans into pieces of about `most` cost.
-void split(PreparedPlan& prepared, PreparedPlan::Wave& wave, PreparedPlan::Work whole,
-           int64_t most) {
+// How many pieces of at most `most` cost an item is cut into, at ends of spans.
+int parts_of(const PreparedPlan::Work& work, int64_t most) {
+  const int64_t wanted = (work.cost + most - 1) / most;
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(spans_of(work.item), 1)));
+}
+
+// The longest thread's load where items are cut into pieces of at most `most` cost and dealt longest
+// first, to the least loaded.
+int64_t makespan(const std::vector<PreparedPlan::Work>& work, int threads,
+                 int64_t most = INT64_MAX / 2) {
+  std::vector<int64_t> pieces;
+  for (const auto& w : work) {
+    const int parts = parts_of(w, most);
+    pieces.insert(pieces.end(), parts, w.cost / parts);
+  }
+  std::stable_sort(pieces.begin(), pieces.end(), std::greater<>());
+  std::vector<int64_t> load(threads, 0);
+  for (const int64_t cost : pieces) *std::min_element(load.begin(), load.end()) += cost;
+  return *std::max_element(load.begin(), load.end());
+}
+
+// The largest piece that keeps all threads busy: pieces cost states to be kept and folded.
+int64_t target_cost(const std::vector<PreparedPlan::Work>& work, int threads, int64_t enough) {
+  int64_t low = 0, high = 0;  // low: small enough, or as small as is tried
+  for (const auto& w : work) {
+    low += w.cost;
+    high = std::max(high, w.cost);
+  }
+  low = std::max<int64_t>(low / (8 * threads), 1);
+  for (int tries = 0; tries < 8 && low < high; tries++) {
+    const int64_t middle = low + (high - low) / 2;
+    (makespan(work, threads, middle) <= enough ? low : high) = middle;
+  }
+  return low;
+}
+
+// Cut an item at ends of spans into `parts` pieces.
+void split(PreparedPlan& prepared, PreparedPlan::Wave& wave, PreparedPlan::Work whole, int parts) {
   const Item item = whole.item;
   const int rows = item.row_end - item.row_begin, spans = spans_of(item);
   const int first = item.begin / kSpan;
-  const int parts = static_cast<int>(std::min<int64_t>(spans, (whole.cost + most - 1) / most));
   whole.offset = prepared.state_floats;
   for (int part = 0; part < parts; part++) {
     PreparedPlan::Work piece = whole;
@@ -206,14 +234,15 @@ void schedule(PreparedPlan& prepared, PreparedPlan::Wave& wave, int threads) {
   std::stable_sort(wave.work.begin(), wave.work.end(), longest);
   int64_t total = 0;
   for (const auto& w : wave.work) total += w.cost;
-  if (threads == 1 || makespan(wave.work, threads) <= total / threads + total / (12 * threads))
-    return;
-  const int64_t most = std::max<int64_t>(total / (4 * threads), 1);
+  const int64_t enough = total / threads + total / (12 * threads);
+  if (threads == 1 || makespan(wave.work, threads) <= enough) return;
+  const int64_t most = target_cost(wave.work, threads, enough);
   std::vector<PreparedPlan::Work> whole;
   std::swap(whole, wave.work);
   for (const auto& w : whole) {
-    if (w.cost > most && spans_of(w.item) > 1) {
-      split(prepared, wave, w, most);
+    const int parts = parts_of(w, most);
+    if (parts > 1) {
+      split(prepared, wave, w, parts);
     } else {
       wave.work.push_back(w);
     }
