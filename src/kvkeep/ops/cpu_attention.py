@@ -61,6 +61,11 @@ class CpuAttention:
         return 1.0 if self._last is None else self._last.native.makespan
 
     @property
+    def pieces_beside(self) -> int:
+        """Return the last plan's pieces that are read while others' rows are multiplied."""
+        return 0 if self._last is None else self._last.native.pieces_beside
+
+    @property
     def bytes_read(self) -> int:
         """Return the bytes of K and V that `attend` has read so far."""
         return self._native.bytes_read

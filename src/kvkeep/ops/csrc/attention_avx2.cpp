@@ -56,8 +56,10 @@ struct Isa {
   }
 };
 
+#include "attention_between.inl"
 #include "attention_block.inl"
 #include "attention_nest.inl"
+#include "attention_walk.inl"
 
 struct F32 {
   using A = float;

@@ -54,8 +54,10 @@ struct Isa {
   }
 };
 
+#include "attention_between.inl"
 #include "attention_block.inl"
 #include "attention_nest.inl"
+#include "attention_walk.inl"
 
 struct F32 {
   using A = float;
