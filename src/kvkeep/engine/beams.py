@@ -12,6 +12,7 @@ present length, is worth no more than the worst of them. Nothing here knows of c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count as count_from
@@ -79,7 +80,8 @@ class BeamSearch:
     def advance(self, ranked: Sequence[Ranked]) -> None:
         """Take the next tokens of each beam: `beams` are now those that go on."""
         length = self.length + 1
-        last, running = length >= self.max_tokens, []
+        last = length >= self.max_tokens
+        running: list[Beam] = []
         for place, candidate in enumerate(self._candidates(ranked)):
             if last or candidate.token.token_id in self.ending:
                 if place < self.width:
@@ -126,7 +128,7 @@ class BeamSearch:
         return full and self._worth(running[0].logprob, length) <= self.kept[-1].score
 
     def _worth(self, logprob: float, length: int) -> float:
-        return logprob / float(length) ** self.length_penalty
+        return logprob / math.pow(length, self.length_penalty)
 
 
 def places(parents: Sequence[int], count: int) -> list[int]:
