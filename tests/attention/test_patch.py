@@ -13,7 +13,7 @@ from kvkeep.attention.chains import chains_of
 from kvkeep.attention.patch import with_moved
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.attention.tree import Forest, build_forest
-from kvkeep.ops.cpu import available
+from kvkeep.ops.cpu import CpuKernel, available
 from kvkeep.types import BatchGeometry, Layout
 from tests.attention.test_planner import same, shared_pages
 from tests.forests import Asked, covers, eager, filled, geometry
@@ -106,7 +106,7 @@ def test_a_node_left_with_one_child_is_planned_afresh() -> None:
 
 @pytest.mark.parametrize("kernel", available())
 @pytest.mark.parametrize("seed", range(3))
-def test_a_long_search_is_planned_and_computed_as_if_afresh(kernel: str, seed: int) -> None:
+def test_a_long_search_is_planned_and_computed_as_if_afresh(kernel: CpuKernel, seed: int) -> None:
     """Beams grow, end and fork for 300 steps: patched plans cover, and attend with equal bits."""
     chance, heads = np.random.default_rng(seed), Heads(4, 2, 64)
     pool, planner = filled(ops_for(kernel), heads, Layout.F32, 120, seed), eager(2)

@@ -123,14 +123,12 @@ def test_a_search_is_equal_among_strangers_and_when_cached(core: EngineCore) -> 
     assert together["b"][0].cached_tokens == 0
 
 
-def small(tiny: dict[str, Path], pages: int, **options: object) -> EngineCore:
+def small(tiny: dict[str, Path], pages: int) -> EngineCore:
     """Return an engine whose only tenant holds `pages` pages."""
     model = core_for(tiny["qwen2"], dtype="float32", pages=8).info
     size = model.bytes_per_token * 64
     shares = {"a": 1.0}
-    return core_for(
-        tiny["qwen2"], dtype="float32", pages=pages, page_bytes=size, tenants=shares, **options
-    )
+    return core_for(tiny["qwen2"], dtype="float32", pages=pages, page_bytes=size, tenants=shares)
 
 
 @pytest.mark.parametrize("pages", [3, 4, 5, 6])

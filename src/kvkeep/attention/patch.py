@@ -10,9 +10,8 @@ chain that did not move shows them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from kvkeep.attention.chains import Chain
 from kvkeep.attention.contraction import MIN_NODE_TOKENS
@@ -33,11 +32,15 @@ def with_moved(
     None where a fresh forest may share more: a chain holds no node, has pages for one more node in
     common with a neighbour, or leaves a node that fewer than two children go on from.
     """
-    witnesses = [_witness(forest, node, moved) for node in forest.nodes]
     children = _children(forest, moved)
+    stems = {
+        index: stem
+        for index in children
+        if index >= 0 and (stem := _stem(forest, chains, index, moved)) is not None
+    }
     parents: set[int] = set()
     for index in moved:
-        at = _deepest(forest, chains, children, witnesses, index, across_scopes=across_scopes)
+        at = _deepest(children, stems, chains[index], across_scopes=across_scopes)
         if at < 0:
             return None
         children[at].append(-1 - index)
@@ -45,17 +48,33 @@ def with_moved(
     if any(len(below) < 2 for parent, below in children.items() if parent >= 0):
         return None
     for parent in parents:
-        begin = forest.nodes[parent].end
-        held = [chains[-1 - c if c < 0 else witnesses[c]] for c in children[parent]]
-        if _share(held, begin, sum(-1 - c in moved for c in children[parent])):
+        held = [chains[-1 - c] if c < 0 else stems[c].witness for c in children[parent]]
+        if _share(held, stems[parent].end, sum(-1 - c in moved for c in children[parent])):
             return None
     return _depth_first(forest, chains, children)
 
 
-def _witness(forest: Forest, node: Node, moved: Collection[int]) -> int:
-    """Return a chain below a node that did not move, -1 where there is none."""
+class _Stem(NamedTuple):
+    """What a chain must hold to hang below an inner node, beside what its parent asks for."""
+
+    begin: int
+    end: int
+    pages: bytes
+    witness: Chain
+    """A chain below the node that did not move."""
+
+
+def _stem(
+    forest: Forest, chains: Sequence[Chain], index: int, moved: Collection[int]
+) -> _Stem | None:
+    """Return an inner node's own pages; None where all chains below it moved."""
+    node = forest.nodes[index]
     below = forest.order[node.first : node.last]
-    return next((index for index in below if index not in moved), -1)
+    found = next((chain for chain in below if chain not in moved), None)
+    if found is None:
+        return None
+    witness = chains[found]
+    return _Stem(node.begin, node.end, witness.pages[node.begin : node.end].tobytes(), witness)
 
 
 def _children(forest: Forest, moved: Collection[int]) -> _Children:
@@ -71,29 +90,22 @@ def _children(forest: Forest, moved: Collection[int]) -> _Children:
 
 
 def _deepest(
-    forest: Forest,
-    chains: Sequence[Chain],
-    children: _Children,
-    witnesses: Sequence[int],
-    index: int,
-    *,
-    across_scopes: bool,
+    children: _Children, stems: Mapping[int, _Stem], chain: Chain, *, across_scopes: bool
 ) -> int:
     """Return the deepest inner node that a chain holds whole, -1 where it holds none."""
-    chain, at = chains[index], -1
 
-    def holds(node: Node, witness: int) -> bool:
-        if witness < 0 or chain.shareable < node.end:
-            return False
-        shown = chains[witness]
-        run = slice(node.begin, node.end)
-        return (across_scopes or shown.scope == chain.scope) and np.array_equal(
-            shown.pages[run], chain.pages[run]
+    def holds(stem: _Stem | None) -> bool:
+        return (
+            stem is not None
+            and chain.shareable >= stem.end
+            and (across_scopes or stem.witness.scope == chain.scope)
+            and chain.pages[stem.begin : stem.end].tobytes() == stem.pages
         )
 
+    at = -1
     while True:
         inner = (child for child in children[at] if child >= 0)
-        below = next((c for c in inner if holds(forest.nodes[c], witnesses[c])), None)
+        below = next((child for child in inner if holds(stems.get(child))), None)
         if below is None:
             return at
         at = below
@@ -114,20 +126,22 @@ def _share(held: Sequence[Chain], begin: int, moved: int) -> bool:
 def _depth_first(forest: Forest, chains: Sequence[Chain], children: _Children) -> Forest:
     """Return the forest of `children`, nodes numbered and chains placed anew."""
     order: list[int] = []
-    nodes: list[Node] = []
+    spans: list[tuple[int, int, int, int]] = []
+    lasts: list[int] = []
     todo = [(child, -1) for child in reversed(children[-1])]
     while todo:
         child, parent = todo.pop()
-        begin = nodes[parent].end if parent >= 0 else 0
+        begin, place = spans[parent][1] if parent >= 0 else 0, len(order)
         if child < 0:
-            index, place = -1 - child, len(order)
-            order.append(index)
-            nodes.append(Node(begin, len(chains[index].pages), parent, place, place + 1))
+            order.append(-1 - child)
+            spans.append((begin, len(chains[-1 - child].pages), parent, place))
         else:
-            nodes.append(Node(begin, forest.nodes[child].end, parent, len(order), 0))
-            todo.extend((c, len(nodes) - 1) for c in reversed(children[child]))
-    for node in reversed(nodes):
-        if node.parent >= 0:
-            above = nodes[node.parent]
-            nodes[node.parent] = above._replace(last=max(above.last, node.last))
+            spans.append((begin, forest.nodes[child].end, parent, place))
+            todo.extend((below, len(lasts)) for below in reversed(children[child]))
+        lasts.append(len(order))
+    for index in range(len(spans) - 1, -1, -1):
+        parent = spans[index][2]
+        if parent >= 0:
+            lasts[parent] = max(lasts[parent], lasts[index])
+    nodes = (Node(*span, last) for span, last in zip(spans, lasts, strict=True))
     return Forest(tuple(order), tuple(nodes))
