@@ -152,7 +152,7 @@ def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[n
     row = 0
     for item in work:
         end = min(item.start + item.count, item.sequence.prompt_len)
-        if item.sequence.request.spec.params.prompt_logprobs is not None and end > item.start:
+        if item.sequence.output.prompt is not None and end > item.start:
             prompt.append(np.arange(row, row + end - item.start))
         if item.samples:
             last.append(row + item.count - 1)

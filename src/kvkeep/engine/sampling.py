@@ -154,6 +154,18 @@ class Sampler:
             for index, token_id in enumerate(token_ids)
         ]
 
+    def rank(self, logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+        """Return the `count` likeliest tokens of logits `[V]` with their log-probabilities.
+
+        Raises `EngineError` where the logits are not finite.
+        """
+        row = self._float_row(_dense(logits))
+        if not math.isfinite(row.max()):
+            raise EngineError(_NOT_FINITE)
+        shift = self._ranker.log_total(row)
+        best = self._ranker.top_ids(row, count)
+        return tuple((int(i), float(row[i]) - shift) for i in best)
+
     def _edited_rows(
         self, logits: torch.Tensor, states: Sequence[SequenceSampling]
     ) -> list[torch.Tensor]:
