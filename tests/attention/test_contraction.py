@@ -201,5 +201,5 @@ def test_a_prefix_that_stays_in_the_cache_is_read_again_for_nothing() -> None:
     node = Node(0, 16, -1, 0, 2)
     children = [Node(16, 17, 0, 0, 1), Node(16, 17, 0, 1, 2)]
     assert ours(model, 4)(node, children, [0, 1, 2])
-    assert not ours(model, 4, cached_tokens=1024)(node, children, [0, 1, 2])
-    assert ours(model, 4, cached_tokens=1023)(node, children, [0, 1, 2])
+    assert not ours(model, 4, cached_tokens=17 * PAGE_TOKENS)(node, children, [0, 1, 2])
+    assert ours(model, 4, cached_tokens=17 * PAGE_TOKENS - 1)(node, children, [0, 1, 2])

@@ -11,7 +11,7 @@ import torch
 
 from kvkeep import ops
 from kvkeep.attention import cost
-from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
+from kvkeep.attention.planner import CACHED_BYTES, AttentionPlanner, FlatPlanner, TreePlanner
 from kvkeep.attention.profile import Bench, profile
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
@@ -37,9 +37,6 @@ from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout, PageTag
 
 DEFAULT_KV_BYTES = 4 << 30
-_CACHED_BYTES = 16 << 20
-"""Of a last-level cache: what one request's reading of a layer leaves to the next."""
-
 WARM_UP = "warm-up"
 """Tenant of the request that runs before the engine reports ready."""
 
@@ -135,7 +132,7 @@ def _planner(
         layout = _shape_of(model).layout
         costs = profile(Bench(kernels.attention, pool.layer_kv(0), layout, spec.num_heads, threads))
     across = options.attention_share_across_tenants == "public"
-    cached = _CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token
+    cached = CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token
     return TreePlanner(
         costs, spec.num_heads // spec.num_kv_heads, across_scopes=across, cached_tokens=cached
     )
