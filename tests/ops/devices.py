@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from kvkeep.ops.triton_attention import TritonAttention
 from kvkeep.types import Int32Array, Layout
 from tests.oracles import Heads, World, make_world
 
-DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE: Final[Literal["cuda", "cpu"]] = "cuda" if torch.cuda.is_available() else "cpu"
 
 ROW_LAYOUTS: Final = [Layout.ROWS_F32, Layout.ROWS_F16]
 """What the interpreter computes rightly; bfloat16 is tested on a device."""
