@@ -121,13 +121,13 @@ def seconds(once: Pass, device: torch.device) -> float:
         once()
         return time.perf_counter() - begun
     once()
-    begin, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(PASSES):
         once()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / PASSES
+    return float(begin.elapsed_time(end)) / 1e3 / PASSES
 
 
 def peers_of(cell: DeviceCell) -> dict[str, Pass]:

@@ -49,6 +49,9 @@ def main() -> str | None:
     odd = {"G": 7, "HAS_PRIVATE": True, "HAS_MASKS": True, "S": 64, "D": 80, "BLOCK_D": 128}
     ptx_of(kernels.observe_kernel, "bf16", ROWS=16, **odd)
     ptx_of(kernels.node_kernel, "fp32", ROWS=16, **odd)
+    ones = {"num_layers": 1, "num_kv_heads": 1}  # as Triton specialises them
+    ptx_of(kernels.append_kernel, "bf16", BLOCK_T=16, **ones, **tile)
+    ptx_of(kernels.node_kernel, "bf16", ROWS=32, **ones, **plain)
     for rows, warps, matrix in ((16, 4, "mma.sync"), (64, 4, "wgmma"), (128, 8, "wgmma")):
         ptx = ptx_of(kernels.node_kernel, "bf16", warps, ROWS=rows, **plain)
         if matrix not in ptx or "cp.async" not in ptx:

@@ -337,6 +337,8 @@ def test_what_does_not_fit_is_refused_before_a_kernel_runs(layout: Layout) -> No
     for queries, kv, wrong, message in cases:
         with pytest.raises(KernelInputError, match=message):
             ops.attend(queries, kv, wrong)
+    with pytest.raises(KernelInputError, match="q is on meta"):
+        ops.inner.attend(torch.empty_like(q, device="meta"), world.kv, plan)
     with pytest.raises(KernelInputError, match="thresholds"):
         ops.attend(q, world.kv, plan, Observe(np.zeros(3, np.float32)))
     with pytest.raises(KernelInputError, match="do not fit"):

@@ -59,7 +59,7 @@ class _Prepared:
 
     plan: AttentionPlan
     tile_table: Int32Array
-    query: tuple[torch.Size, torch.dtype]
+    query: tuple[torch.Size, torch.dtype, torch.device]
     tasks: Tasks
     arrays: _Arrays
 
@@ -100,7 +100,7 @@ class TritonAttention:
 
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
-        _check_pool(kv, k.dtype, "k")
+        _check_pool(kv, k, "k")
         shape = (len(slots), kv.num_kv_heads, kv.head_dim)
         if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
             raise KernelInputError(
@@ -236,7 +236,7 @@ class TritonAttention:
 
     def _prepare(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> _Prepared:
         """Return the plan's tasks, kept from the layer before where nothing changed."""
-        last, query = self._last, (q.shape, q.dtype)
+        last, query = self._last, (q.shape, q.dtype, q.device)
         if (
             last is not None
             and last.plan is plan
@@ -244,7 +244,7 @@ class TritonAttention:
             and last.query == query
         ):
             return last
-        _check_pool(kv, q.dtype, "q")
+        _check_pool(kv, q, "q")
         validate(q, kv, plan)
         layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
         tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
@@ -311,10 +311,12 @@ def _check_dtype(dtype: torch.dtype, name: str) -> None:
         raise KernelInputError(f"{name} is {dtype}; the kernels take float32, float16 and bfloat16")
 
 
-def _check_pool(kv: LayerKV, dtype: torch.dtype, name: str) -> None:
-    """Raise where a layer's tiles are not plain rows of the dtype."""
-    _check_dtype(dtype, name)
-    layout = ROW_LAYOUTS[dtype]
+def _check_pool(kv: LayerKV, x: torch.Tensor, name: str) -> None:
+    """Raise where a layer's tiles are not plain rows of x's dtype on x's device."""
+    _check_dtype(x.dtype, name)
+    layout = ROW_LAYOUTS[x.dtype]
+    if x.device.type != kv.buffer.device.type:
+        raise KernelInputError(f"{name} is on {x.device.type}, the pool on {kv.buffer.device.type}")
     if kv.head_dim <= 0 or kv.head_dim % _DIM_STEP:
         raise KernelInputError(f"head_dim {kv.head_dim} is not a multiple of {_DIM_STEP}")
     if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):

@@ -27,9 +27,9 @@ class Uploader:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copied: torch.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._copied = torch.Event(device)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.transfers = 0
         """Copies made so far."""
         self._reserve(_FIRST_BYTES)
