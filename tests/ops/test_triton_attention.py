@@ -258,7 +258,7 @@ def check_forest(pool: Filled, asked: list[Asked], ops: OnDevice) -> None:
             row += one.rows
 
 
-@pytest.mark.parametrize("requests", [2, 16, 17, 65])
+@pytest.mark.parametrize("requests", [2, 16, 17, pytest.param(65, marks=pytest.mark.slow)])
 def test_a_prefix_of_many_requests(
     layout: Layout, pools: dict[Layout, Filled], requests: int
 ) -> None:

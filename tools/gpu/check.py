@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tools.gpu.wheels import FOLDER, ROOT
+from tools.gpu.wheels import FOLDER, NEEDED, ROOT
 
 TESTS: Final = ("tests/ops/test_triton_attention.py", "tests/ops/test_device.py",
                 "tests/ops/test_tasks.py", "tests/e2e/test_device.py",
@@ -44,14 +44,12 @@ class Outcome(NamedTuple):
 def steps(out: Path, *, quick: bool) -> list[Step]:
     """Return the steps in order."""
     python = sys.executable
-    install = [
-        python, "-m", "pip", "install", "-q", "--no-index", "--find-links", str(FOLDER),
-        "--no-build-isolation", "-e", str(ROOT),
-    ]  # fmt: skip
-    pytest = [python, "-m", "pytest", "-m", "gpu or not slow", "-p", "no:cacheprovider"]
+    offline = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    pytest = [python, "-m", "pytest", "-m", "not ray", "-p", "no:cacheprovider"]
     grid = ["--json", str(out / "attention_gpu.json"), *(["--quick"] if quick else [])]
     return [
-        Step("build", install, needed=True),
+        Step("wheels", [*offline, "--find-links", str(FOLDER), *NEEDED], needed=True),
+        Step("build", [*offline, "--no-build-isolation", "-e", str(ROOT)], needed=True),
         Step("tests", [*pytest, *TESTS]),
         Step("greedy", [python, "-m", "tools.gpu.greedy", "--out", str(out / "gpu_greedy.json")]),
         Step("grid", [python, "-m", "bench.attention_gpu", *grid]),

@@ -24,17 +24,25 @@ NEEDED: Final = (
     "annotated-types",
     "httpcore",
     "httpx",
+    "iniconfig",
     "msgspec",
+    "nanobind",
+    "packaging",
+    "pathspec",
+    "pluggy",
     "pydantic",
     "pydantic-settings",
     "pydantic_core",
+    "pytest",
     "pytest-asyncio",
+    "pytest-timeout",
     "python-dotenv",
+    "scikit_build_core",
     "starlette",
     "typing-inspection",
     "uvicorn",
 )
-"""What the engine, the server and the tests import and the machine's own Python lacks."""
+"""What engine, server, tests and build need that the machine lacks, or has in another version."""
 
 FLASHINFER: Final = ("flashinfer-python", "apache-tvm-ffi")
 """Only for the comparison; about 62 MiB, too much beside the rest on most days."""
