@@ -12,10 +12,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NAME ?= serve
 BENCH_ARGS ?= --quick --json -
 PYTEST_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-check figure-fanout
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -103,6 +105,8 @@ nightly: setup ## every test, the slow ones too, the demo and the clients
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 	$(MAKE) demo docs wheel clients
 
-gpu-check: setup ## the tests that need a CUDA device
-	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a CUDA device and this machine has none')"
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+gpu-wheels: setup ## gather in .gpu-wheels/ what a bare GPU machine lacks, 64 MiB at most
+	$(BIN)/python -m tools.gpu.wheels
+
+gpu-check: ## on a GPU machine: build from .gpu-wheels/, test, serve, compare, measure
+	$(GPU_PYTHON) -m tools.gpu.check $(GPU_ARGS)

@@ -24,12 +24,13 @@ from bench.attention_cells import Machine, planner_for
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
 from bench.ours import TENANT, Ours, greedy
 from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
+from kvkeep.engine.backend import choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
+from kvkeep.engine.options import EngineOptions
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import make
 from kvkeep.models.shapes import LIKE
-from kvkeep.ops.cpu import cpu_ops
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.layout import (
     Attended,
@@ -198,15 +199,15 @@ def engine_of(like: str, model: Path, machine: Machine, kv_cache_bytes: int) -> 
     q, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
     dim = fields.get("head_dim") or fields["hidden_size"] // q
     turns = Turns(FlatPlanner())
-    kernels = cpu_ops(machine.kernel, machine.threads)
-    assert isinstance(kernels.attention, CpuAttention)
-    heads = HeadByHead(kernels.attention)
+    backend = choose(EngineOptions(model=str(model), kernel=machine.kernel), machine.threads)
+    assert isinstance(backend.ops.attention, CpuAttention)
+    heads = HeadByHead(backend.ops.attention)
     parts = Parts(
         techniques=Techniques(Float(), NoShield(), KeepAll()),
         planner=turns,
         policy=ShareNothing(),
         tier=MadeUp(kv, dim, fields["num_hidden_layers"]),
-        kernels=replace(kernels, attention=heads),
+        backend=replace(backend, ops=replace(backend.ops, attention=heads)),
     )
     ours = Ours(model, threads=machine.threads, kv_cache_bytes=kv_cache_bytes, parts=parts)
     return Engine(ours, turns, heads, planner_for(machine, Heads(q, kv, dim)))

@@ -15,7 +15,7 @@ from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.layout import Attended, AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Layout
 from tests.forests import Asked, Filled, covers, eager, filled, geometry
-from tests.ops.paths import PATHS, Path, ops_for
+from tests.ops.paths import LAYOUTS, PATHS, Path, ops_for
 from tests.oracles import Heads, attention_oracle, causal, tolerance
 
 HEADS = Heads(4, 2, 64)
@@ -44,7 +44,7 @@ def assert_same_bits(one: Attended, other: Attended) -> None:
 
 @pytest.fixture(scope="module")
 def pools() -> dict[Layout, Filled]:
-    return {layout: filled(ops_for(PATHS[-1]), HEADS, layout, 160) for layout in Layout}
+    return {layout: filled(ops_for(PATHS[-1]), HEADS, layout, 160) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("requests", [2, 15, 16, 17, 63, 64, 65, 129])

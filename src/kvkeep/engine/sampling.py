@@ -183,7 +183,7 @@ class Sampler:
     def _float_row(self, row: torch.Tensor) -> FloatArray:
         """Return logits `[V]` as float32; a bfloat16 row is valid until the next call."""
         if row.dtype == torch.float32:
-            array: FloatArray = row.numpy()
+            array: FloatArray = row.cpu().numpy()
             return array
         _widen(row, self._widened)
         return self._widened
@@ -214,10 +214,10 @@ def _dense(logits: torch.Tensor) -> torch.Tensor:
 def _widen(row: torch.Tensor, to: FloatArray) -> None:
     """Copy logits `[V]`, float32 or bfloat16, to float32."""
     if row.dtype == torch.float32:
-        np.copyto(to, row.numpy())
+        np.copyto(to, row.cpu().numpy())
         return
     words = to.view(np.uint32)
-    np.copyto(words, row.view(torch.uint16).numpy())
+    np.copyto(words, row.cpu().view(torch.uint16).numpy())
     np.left_shift(words, 16, out=words)
 
 
