@@ -15,14 +15,19 @@ from kvkeep.attention.planner import FlatPlanner
 from kvkeep.cli.engine import engine_options
 from kvkeep.config import Settings, load
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
+from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
+from kvkeep.quant.codec import Float
+from kvkeep.sharing.policy import ShareNothing
+from kvkeep.shield.policy import NoShield
 from tests.e2e.test_tree import GROUP, parts
 from tests.engines import core_for, drive, request, tokens
 from tests.forests import eager
 from tests.ops.devices import DEVICE
+from tests.toys import WindowEvictor
 
 TENANTS = {"a": 1.0}
 PAGE_BYTES = 64 * 3 * 2 * 32 * 2 * 4
@@ -101,6 +106,20 @@ def test_preempted_requests_say_the_same(start: Start) -> None:
     core = start(4, parts(eager(GROUP)), **DEVICE_OPTIONS)
     assert crowd(core) == want
     assert core.stats().preemptions_total > 0
+
+
+def test_evicted_tokens_are_masked_as_on_a_cpu(start: Start) -> None:
+    def alone(**options: object) -> tuple[dict[str, list[int]], int]:
+        evictor = WindowEvictor(50)
+        techniques = Techniques(Float(), NoShield(), evictor)
+        chosen = Parts(techniques=techniques, policy=ShareNothing(), planner=FlatPlanner())
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        core = start(8, chosen, **options)
+        return said(drive(core, [request(PREFIX[:140], params, scope="s")])), evictor.observed
+
+    found, observed = alone(**DEVICE_OPTIONS)
+    assert (found, observed) == alone()
+    assert observed > 0
 
 
 def test_int8_weights_are_refused_on_a_device(tiny: dict[str, Path]) -> None:
