@@ -14,6 +14,7 @@ BENCH_ARGS ?= --quick --json -
 PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
@@ -31,9 +32,11 @@ $(VENV)/.build-tools: constraints.txt $(VENV)/.venv-made
 	$(PIP) install -q -c constraints.txt scikit-build-core nanobind cmake ninja
 	touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(VENV)/.build-tools
+$(VENV)/.installed: EXTRA := dev
+$(VENV)/.runtime: EXTRA := demo
+$(VENV)/.installed $(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE) $(VENV)/.build-tools
 	command -v c++ >/dev/null || { echo "kvkeep needs a C++ compiler: install g++ or clang" >&2; exit 1; }
-	$(ACTIVE) $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(ACTIVE) $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRA)]'
 	touch $@
 
 $(VENV)/.docs: constraints.txt $(VENV)/.venv-made
@@ -42,10 +45,10 @@ $(VENV)/.docs: constraints.txt $(VENV)/.venv-made
 
 setup: $(VENV)/.installed ## make the virtual environment and build the extension (does nothing when up to date)
 
-demo: setup ## three tenants, one server, one small model: answers and a table in minutes
+demo: $(RUNTIME) ## three tenants, one server, one small model: answers and a table in minutes
 	$(BIN)/python -m examples.demo
 
-serve: setup ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
+serve: $(RUNTIME) ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
 	$(BIN)/kvkeep serve --no-auth
 
 test: setup ## all tests but the slow ones
