@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvkeep.ops import tasks, triton_kernels
 
 
+@pytest.mark.slow
 def test_they_compile_for_hopper_with_matrix_units_and_asynchronous_copies(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
