@@ -101,11 +101,16 @@ def read_language(folder: Path, lang: str) -> Language:
 
 
 class World:
-    """The templates and values of one world, read from a folder, drawn from by a seed."""
+    """The templates and values of one world, drawn from by a seed."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.languages = {lang: read_language(folder, lang) for lang in LANGUAGES}
+    def __init__(self, languages: Mapping[str, Language], seed: int) -> None:
+        self.languages = languages
         self._seed = seed
+
+    @classmethod
+    def read(cls, folder: Path, seed: int) -> World:
+        """Return the world of a folder."""
+        return cls({lang: read_language(folder, lang) for lang in LANGUAGES}, seed)
 
     def _fill(self, template: str, language: Language, rng: random.Random) -> Passage:
         """Return a template with its slots filled."""

@@ -16,4 +16,4 @@ SEED: Final = 7_401_553
 
 def world() -> World:
     """Return the held-out world."""
-    return World(Path(__file__).parent, SEED)
+    return World.read(Path(__file__).parent, SEED)

@@ -1,0 +1,198 @@
+"""The learned recogniser: a small tagger over hashed features, in numpy, weights in the package.
+
+Each token's features are rows of a table, added up; a window of tokens around it and a wider,
+sparser one around that go through two layers to one number per kind. `tools/train_detector.py`
+makes the weights; scores are calibrated there (Platt) on its own validation split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.errors import CheckpointError
+from kvkeep.sharing.detector.features import BITS, FEATURES, Tokens, tokenise
+from kvkeep.sharing.detector.spans import CLEAR_BELOW, Span
+
+VERSION: Final = 1
+WINDOW: Final = 256
+STRIDE: Final = 192
+MARGIN: Final = (WINDOW - STRIDE) // 2
+NEAR: Final = (-3, -2, -1, 0, 1, 2, 3)
+WIDE: Final = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
+"""Reach of both layers together: 11 tokens, less than `MARGIN`."""
+BRIDGE: Final = 2
+"""Tokens below the threshold that a span may run over."""
+
+Floats = npt.NDArray[np.float32]
+
+
+class Window(NamedTuple):
+    """Tokens to read, and which of them to keep the scores of."""
+
+    start: int
+    end: int
+    keep_from: int
+    keep_to: int
+
+
+def windows(count: int) -> Iterator[Window]:
+    """Yield windows of `WINDOW` tokens every `STRIDE`; what they keep covers each token once."""
+    start = 0
+    while True:
+        end = min(start + WINDOW, count)
+        last = end == count
+        keep_from = start + MARGIN if start else 0
+        yield Window(start, end, keep_from, count if last else end - MARGIN)
+        if last:
+            return
+        start += STRIDE
+
+
+def shifted(rows: Floats, offsets: tuple[int, ...]) -> Floats:
+    """Return `[T, offsets * E]`: each row beside its neighbours, zeros beyond the edges."""
+    count, width = rows.shape
+    reach = max(offsets)
+    padded = np.zeros((count + 2 * reach, width), np.float32)
+    padded[reach : reach + count] = rows
+    return np.concatenate([padded[reach + at : reach + at + count] for at in offsets], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A trained scorer."""
+
+    kinds: tuple[tuple[str, str], ...]
+    """Kind and category of each class but the first, which is "nothing"."""
+    table: Floats
+    """`[2 ** BITS, E]`, row 0 zero."""
+    near: Floats
+    near_bias: Floats
+    wide: Floats
+    wide_bias: Floats
+    out: Floats
+    out_bias: Floats
+    slope: float
+    offset: float
+    digest: str
+
+
+def digest_of(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Return the SHA-256 of named arrays: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def load_weights(path: Path | None = None) -> Weights:
+    """Read weights, the package's own unless told otherwise.
+
+    Raises CheckpointError for a file that is missing, altered or of another version.
+    """
+    chosen = path or Path(str(files("kvkeep.sharing.detector") / "scorer.npz"))
+    try:
+        with np.load(chosen, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        meta = json.loads(bytes(arrays.pop("meta")))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"scorer: {chosen.name} can't be read; install kvkeep anew"
+        ) from error
+    if meta["version"] != VERSION or meta["bits"] != BITS or meta["features"] != FEATURES:
+        raise CheckpointError(
+            f"scorer: {chosen.name} is of another version; train it with tools/train_detector.py"
+        )
+    if digest_of(arrays) != meta["digest"]:
+        raise CheckpointError(f"scorer: {chosen.name} was altered; install kvkeep anew")
+    scale = arrays["table_scale"]
+    return Weights(
+        kinds=tuple((kind, category) for kind, category in meta["kinds"]),
+        table=arrays["table"].astype(np.float32) * scale,
+        **{
+            name: arrays[name].astype(np.float32)
+            for name in ("near", "near_bias", "wide", "wide_bias", "out", "out_bias")
+        },
+        slope=float(meta["slope"]),
+        offset=float(meta["offset"]),
+        digest=meta["digest"],
+    )
+
+
+class LearnedScorer:
+    """Scores every token of a text and joins those that may be sensitive."""
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self._weights = weights or load_weights()
+
+    @property
+    def version(self) -> str:
+        """Return what tells these weights from others."""
+        return f"{VERSION}-{self._weights.digest[:12]}"
+
+    def logits(self, tokens: Tokens) -> Floats:
+        """Return `[T, 1 + kinds]`, window by window."""
+        w = self._weights
+        found = np.empty((len(tokens.starts), len(w.out_bias)), np.float32)
+        if not len(found):
+            return found
+        rows = w.table[tokens.features].sum(axis=1, dtype=np.float32)
+        for window in windows(len(rows)):
+            part = rows[window.start : window.end]
+            near = np.maximum(shifted(part, NEAR) @ w.near + w.near_bias, 0)
+            wide = np.maximum(shifted(near, WIDE) @ w.wide + w.wide_bias, 0)
+            kept = slice(window.keep_from - window.start, window.keep_to - window.start)
+            found[window.keep_from : window.keep_to] = wide[kept] @ w.out + w.out_bias
+        return found
+
+    def margins(self, tokens: Tokens) -> Floats:
+        """Return `[T]`: the log odds of any kind over none, before calibration."""
+        return _margins(self.logits(tokens))
+
+    def spans(self, text: str) -> list[Span]:
+        """Return spans that are not clear."""
+        tokens = tokenise(text)
+        if not len(tokens.starts):
+            return []
+        logits = self.logits(tokens)
+        w = self._weights
+        scores = 1 / (1 + np.exp(-np.clip(w.slope * _margins(logits) + w.offset, -30, 30)))
+        return [self._span(tokens, logits[:, 1:], scores, run) for run in runs(scores)]
+
+    def _span(self, tokens: Tokens, kinds: Floats, scores: Floats, run: tuple[int, int]) -> Span:
+        """Return the span of some tokens: its best score, its strongest kind."""
+        first, last = run
+        best = first + int(scores[first : last + 1].argmax())
+        kind, category = self._weights.kinds[int(kinds[best].argmax())]
+        score = float(scores[best])
+        return Span(
+            int(tokens.starts[first]), int(tokens.ends[last]), kind, category, score, "scorer"
+        )
+
+
+def _margins(logits: Floats) -> Floats:
+    """Return the log odds of any kind over none."""
+    kinds = logits[:, 1:]
+    top = kinds.max(axis=1, keepdims=True, initial=-30)
+    return (top[:, 0] + np.log(np.exp(kinds - top).sum(axis=1)) - logits[:, 0]).astype(np.float32)
+
+
+def runs(scores: Floats) -> list[tuple[int, int]]:
+    """Return first and last token of each run at or above `CLEAR_BELOW`, small gaps bridged."""
+    found: list[tuple[int, int]] = []
+    for at in np.flatnonzero(scores >= CLEAR_BELOW).tolist():
+        if found and at - found[-1][1] <= BRIDGE + 1:
+            found[-1] = (found[-1][0], at)
+        else:
+            found.append((at, at))
+    return found

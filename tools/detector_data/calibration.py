@@ -1,0 +1,112 @@
+"""From a scorer's margins to probabilities: Platt's fit on the validation split, and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.sharing.detector.spans import CLEAR_BELOW, TAINT_ABOVE
+
+PRIOR: Final = 0.1
+"""Share of passages that hold something sensitive, which probabilities are calibrated to."""
+BINS: Final = 10
+
+Array = npt.NDArray[np.float64]
+
+
+class Judged(NamedTuple):
+    """A passage's largest margin, and the truth."""
+
+    margin: float
+    sensitive: bool
+    lang: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Score = logistic(slope * margin + offset)."""
+
+    slope: float
+    offset: float
+
+    def scores(self, found: Sequence[Judged]) -> Array:
+        """Return calibrated scores."""
+        margins = np.array([one.margin for one in found])
+        return 1 / (1 + np.exp(-np.clip(self.slope * margins + self.offset, -30, 30)))
+
+    def report(self, found: Sequence[Judged]) -> str:
+        """Return rates on the validation split, in words."""
+        scores, truth = self.scores(found), np.array([one.sensitive for one in found])
+        lines = [f"slope {self.slope:.3f}, offset {self.offset:.3f}"]
+        for name, bound in (("not clear", CLEAR_BELOW), ("taint", TAINT_ABOVE)):
+            recall, false = (scores[truth] >= bound).mean(), (scores[~truth] >= bound).mean()
+            lines.append(f"{name}: recall {recall:.4f}, false positives {false:.4f}")
+        return "\n".join(lines)
+
+
+def weights_of(truth: npt.NDArray[np.bool_]) -> Array:
+    """Return each passage's weight so that `PRIOR` of the whole is sensitive."""
+    share = truth.mean()
+    return np.where(truth, PRIOR / share, (1 - PRIOR) / (1 - share))
+
+
+def calibrate(found: Sequence[Judged]) -> Fit:
+    """Return the logistic fit by Newton's method, weighted to `PRIOR`."""
+    margins = np.array([one.margin for one in found])
+    truth = np.array([one.sensitive for one in found])
+    weights = weights_of(truth)
+    inputs = np.stack([margins, np.ones_like(margins)], axis=1)
+    point = np.array([0.5, 0.0])
+    for _ in range(100):
+        scores = 1 / (1 + np.exp(-np.clip(inputs @ point, -30, 30)))
+        gradient = inputs.T @ (weights * (scores - truth)) + 1e-3 * point
+        curve = weights * scores * (1 - scores)
+        hessian = (inputs * curve[:, None]).T @ inputs + 1e-3 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        point = point - step * min(1.0, 2.0 / float(np.abs(step).max() + 1e-9))
+        if float(np.abs(step).max()) < 1e-6:
+            break
+    return Fit(float(point[0]), float(point[1]))
+
+
+def reliability(found: Sequence[Judged], fit: Fit) -> list[tuple[float, float, float]]:
+    """Return mean score, share sensitive and weight of each bin that holds passages."""
+    scores, truth = fit.scores(found), np.array([one.sensitive for one in found])
+    weights = weights_of(truth)
+    places = np.minimum((scores * BINS).astype(int), BINS - 1)
+    rows = []
+    for place in range(BINS):
+        inside = places == place
+        if inside.any():
+            total = weights[inside].sum()
+            mean = float((weights * scores)[inside].sum() / total)
+            rows.append((mean, float(weights[inside & truth].sum() / total), float(total)))
+    return rows
+
+
+def plot(found: Sequence[Judged], fit: Fit, path: Path) -> None:
+    """Draw the reliability plot."""
+    import matplotlib as mpl  # noqa: PLC0415 - only this function draws
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "kvkeep"
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    rows = reliability(found, fit)
+    figure, axis = plt.subplots(figsize=(5, 5))
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axis.plot([row[0] for row in rows], [row[1] for row in rows], marker="o", color="C0")
+    for bound in (CLEAR_BELOW, TAINT_ABOVE):
+        axis.axvline(bound, color="0.5", linestyle=":", linewidth=1)
+    axis.set_xlabel("score")
+    axis.set_ylabel("share of passages that hold something sensitive")
+    axis.set_title(f"Validation split, {len(found)} passages, prior {PRIOR:.0%}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
