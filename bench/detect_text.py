@@ -1,7 +1,7 @@
 """Real text that holds nothing private: Debian's translated manual pages, Python's docstrings.
 
-Both name authors and their addresses in places, which is what a detector shall find. So sections on
-authors, translators and copyright are cut, and passages with an address or such a word are left out.
+Both name authors and their addresses in places, which is what a detector shall find. So sections
+on authors, translators and copyright are cut, and passages with an address or such a word left out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAN_LANGUAGES: Final[Mapping[str, str]] = {
     "uk": "uk",
 }
 PERSONAL: Final = re.compile(
-    r"@|copyright|©|\(c\) ?\d|\bauthors?\b|written by|contributed|maintain|credit|thanks to|translat"
-    r"|Autor|Verfasser|Übersetz|Auteur|traduct|Écrit par|Escrito por|Scritto da|Tradu|作者|訳者|翻訳|著者"
-    r"|编写|翻译|译者|版权|АВТОР|Автор|переклад|написан|lizenz|licen[cs]e|лиценз|ліценз",
+    r"@|copyright|©|\(c\) ?\d|\bauthors?\b|written by|contributed|maintain|credit|thanks to"
+    r"|translat|Autor|Verfasser|Übersetz|Auteur|traduct|Écrit par|Escrito por|Scritto da|Tradu"
+    r"|作者|訳者|翻訳|著者|编写|翻译|译者|版权|Автор|переклад|написан|lizenz|licen[cs]e|ліценз",
     re.IGNORECASE,
 )
 ESCAPE: Final = re.compile(r"\\f(?:\[[^\]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^/,%:]|\\\*\(..|\\\*.")

@@ -140,7 +140,7 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
             logits = model(kept, (target >= 0).float()[:, None])
             loss = F.cross_entropy(logits, target, ignore_index=-1)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
@@ -176,7 +176,7 @@ def save(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
-    np.savez_compressed(path, meta=packed, **arrays)
+    np.savez_compressed(path, allow_pickle=False, meta=packed, **arrays)
     return scorer.load_weights(path)
 
 

@@ -37,7 +37,8 @@ class Fit:
     def scores(self, found: Sequence[Judged]) -> Array:
         """Return calibrated scores."""
         margins = np.array([one.margin for one in found])
-        return 1 / (1 + np.exp(-np.clip(self.slope * margins + self.offset, -30, 30)))
+        scores: Array = 1 / (1 + np.exp(-np.clip(self.slope * margins + self.offset, -30, 30)))
+        return scores
 
     def report(self, found: Sequence[Judged]) -> str:
         """Return rates on the validation split, in words."""
@@ -52,7 +53,8 @@ class Fit:
 def weights_of(truth: npt.NDArray[np.bool_]) -> Array:
     """Return each passage's weight so that `PRIOR` of the whole is sensitive."""
     share = truth.mean()
-    return np.where(truth, PRIOR / share, (1 - PRIOR) / (1 - share))
+    weights: Array = np.where(truth, PRIOR / share, (1 - PRIOR) / (1 - share))
+    return weights
 
 
 def calibrate(found: Sequence[Judged]) -> Fit:

@@ -83,7 +83,8 @@ def _rows(hashes: Codes, salt: int) -> Ids:
     mixed = (hashes + np.uint64(salt * int(BASE) % 2**64)) * MIX
     mixed ^= mixed >> np.uint64(29)
     rows = (mixed * BASE) >> np.uint64(64 - BITS)
-    return np.maximum(rows, 1).astype(np.int32)
+    found: Ids = np.maximum(rows, 1).astype(np.int32)
+    return found
 
 
 def _split(classes: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -115,7 +116,8 @@ def _shapes(
     sizes = np.minimum(ends - starts, 24)
     case = np.where(count == 0, 0, np.where(count == 1, 1, np.where(count == sizes, 2, 3)))
     first = classes[starts].astype(np.int64)
-    return (((first * 4 + case) * 32 + sizes) + 1).astype(np.uint64)
+    numbers: Codes = (((first * 4 + case) * 32 + sizes) + 1).astype(np.uint64)
+    return numbers
 
 
 def tokenise(text: str) -> Tokens:

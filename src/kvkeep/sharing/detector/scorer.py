@@ -184,7 +184,8 @@ def _margins(logits: Floats) -> Floats:
     """Return the log odds of any kind over none."""
     kinds = logits[:, 1:]
     top = kinds.max(axis=1, keepdims=True, initial=-30)
-    return (top[:, 0] + np.log(np.exp(kinds - top).sum(axis=1)) - logits[:, 0]).astype(np.float32)
+    odds: Floats = top[:, 0] + np.log(np.exp(kinds - top).sum(axis=1)) - logits[:, 0]
+    return odds
 
 
 def runs(scores: Floats) -> list[tuple[int, int]]:
