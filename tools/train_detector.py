@@ -28,6 +28,7 @@ from tools.detector_data.calibration import Judged, calibrate, plot
 from tools.detector_data.dataset import Sizes, passages
 from tools.detector_data.passages import KINDS, Passage
 from tools.detector_data.prose import read
+from tools.detector_data.split import split
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 WEIGHTS: Final = ROOT / "src" / "kvkeep" / "sharing" / "detector" / "scorer.npz"
@@ -36,8 +37,10 @@ EMBEDDING: Final = 24
 HIDDEN: Final = 48
 GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
-DROPPED: Final = 0.3
-"""Share of whole-word features hidden in training: unseen values look like that."""
+DROPPED: Final = 0.5
+"""Share of tokens whose longer features are hidden in training: unseen values look like that."""
+UNKNOWN: Final = 0.1
+"""Share of insensitive tokens hidden altogether: unseen wording looks like that."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
 
 
@@ -67,6 +70,8 @@ class Tagger(nn.Module):
             2**BITS, EMBEDDING, mode="sum", padding_idx=0, include_last_offset=False
         )
         nn.init.normal_(self.table.weight, std=0.05)
+        with torch.no_grad():
+            self.table.weight[0] = 0  # a feature that is not there adds nothing
         self.near = nn.Linear(EMBEDDING * len(scorer.NEAR), HIDDEN)
         self.wide = nn.Linear(HIDDEN * len(scorer.WIDE), HIDDEN)
         self.out = nn.Linear(HIDDEN, classes)
@@ -80,9 +85,9 @@ class Tagger(nn.Module):
 
     def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
-        embedded = F.dropout(self.table(rows), 0.1, self.training)
+        embedded = F.dropout(self.table(rows), 0.2, self.training)
         near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
-        near = F.dropout(near, 0.1, self.training)
+        near = F.dropout(near, 0.2, self.training)
         wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
         logits: torch.Tensor = self.out(F.dropout(wide, 0.1, self.training))
         return logits
@@ -137,6 +142,7 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
             hidden = torch.rand(len(rows), 1) < DROPPED
             kept = rows.clone()
             kept[:, columns] = rows[:, columns].masked_fill(hidden, 0)
+            kept[(target <= 0) & (torch.rand(len(rows)) < UNKNOWN)] = 0
             logits = model(kept, (target >= 0).float()[:, None])
             loss = F.cross_entropy(logits, target, ignore_index=-1)
             optimizer.zero_grad()
@@ -195,19 +201,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--locales", type=Path, default=Path("/usr/share/locale"))
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
     given = parser.parse_args()
     begun = time.perf_counter()
     packages = Path(np.__file__).parents[1]
     prose = read(given.locales, packages, count=int(2500 * given.scale), seed=training.SEED)
-    split = {lang: len(texts) * 9 // 10 for lang, texts in prose.passages.items()}
-    seen = {lang: texts[: split[lang]] for lang, texts in prose.passages.items()}
-    unseen = {lang: texts[split[lang] :] for lang, texts in prose.passages.items()}
+    cut = {lang: len(texts) * 9 // 10 for lang, texts in prose.passages.items()}
+    seen = {lang: texts[: cut[lang]] for lang, texts in prose.passages.items()}
+    unseen = {lang: texts[cut[lang] :] for lang, texts in prose.passages.items()}
     kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
     classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
-    sizes = Sizes(int(300 * given.scale), int(1500 * given.scale), 1_000_000)
-    known = list(passages(training.world(), seen, sizes, training.SEED))
+    sizes = Sizes(int(250 * given.scale), int(1500 * given.scale), 1_000_000)
+    worlds = split(training.world(), training.SEED)
+    known = list(passages(worlds.training, seen, sizes, training.SEED))
     print(f"{len(known)} passages, {time.perf_counter() - begun:.0f} s", flush=True)
     examples = [encode(passage, classes) for passage in known]
     tokens = sum(len(example.classes) for example in examples)
@@ -217,8 +224,7 @@ def main() -> int:
     arrays = arrays_of(model)
     raw = save(given.out, arrays, meta | {"slope": 1.0, "offset": 0.0})
     held = Sizes(int(40 * given.scale) + 1, int(600 * given.scale), 1_000_000)
-    world = training.world(training.VALIDATION_SEED)
-    found = judged(raw, list(passages(world, unseen, held, training.VALIDATION_SEED)))
+    found = judged(raw, list(passages(worlds.validation, unseen, held, training.SEED + 1)))
     fit = calibrate(found)
     save(given.out, arrays, meta | {"slope": fit.slope, "offset": fit.offset})
     plot(found, fit, given.figure)

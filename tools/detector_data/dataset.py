@@ -11,7 +11,7 @@ from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Passage, World
 
 LOWERED: Final = 0.12
 RAISED: Final = 0.02
-IN_PROSE: Final = 0.2
+IN_PROSE: Final = 0.3
 """Shares of positives that are lower-cased, upper-cased, set amid real prose."""
 
 

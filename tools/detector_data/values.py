@@ -58,9 +58,12 @@ def iban(rng: random.Random, lang: str) -> str:
     return " ".join(whole[i : i + 4] for i in range(0, len(whole), 4))
 
 
-def _verhoeff_free_de(rng: random.Random) -> str:
-    """Return a German tax id (ISO 7064 mod 11,10)."""
-    body = digits(rng, 10)
+def _tax_id(rng: random.Random) -> str:
+    """Return a German tax id: one digit twice among the first ten, ISO 7064 mod 11,10."""
+    chosen = rng.sample(string.digits, 9)
+    while chosen[0] == "0":
+        chosen = rng.sample(string.digits, 9)
+    body = "".join((*chosen, rng.choice(chosen[:8])))
     product = 10
     for c in body:
         total = (int(c) + product) % 10 or 10
@@ -146,7 +149,7 @@ def _ssn(rng: random.Random) -> str:
 
 NATIONAL: Final[Mapping[str, Callable[[random.Random], str]]] = {
     "en": _ssn,
-    "de": _verhoeff_free_de,
+    "de": _tax_id,
     "fr": _nir,
     "es": _dni,
     "it": _codice,

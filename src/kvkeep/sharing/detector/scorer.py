@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ WIDE: Final = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 """Reach of both layers together: 11 tokens, less than `MARGIN`."""
 BRIDGE: Final = 2
 """Tokens below the threshold that a span may run over."""
+
+BLOCK: Final = 12
+"""Rows of a matrix product; BLOCK * 432 * 48 operations are few enough for one thread."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,6 +68,19 @@ def shifted(rows: Floats, offsets: tuple[int, ...]) -> Floats:
     padded = np.zeros((count + 2 * reach, width), np.float32)
     padded[reach : reach + count] = rows
     return np.concatenate([padded[reach + at : reach + at + count] for at in offsets], axis=1)
+
+
+def product(rows: Floats, weights: Floats) -> Floats:
+    """Return `rows @ weights`, in blocks so small that the BLAS stays on the calling thread.
+
+    Its threads spin while they wait: on a busy machine they made this fifty times slower.
+    """
+    count, width = rows.shape
+    blocks = -(-count // BLOCK)
+    padded = np.zeros((blocks, BLOCK, width), np.float32)
+    padded.reshape(-1, width)[:count] = rows
+    found: Floats = (padded @ weights).reshape(blocks * BLOCK, -1)[:count]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +119,10 @@ def load_weights(path: Path | None = None) -> Weights:
     """
     chosen = path or Path(str(files("kvkeep.sharing.detector") / "scorer.npz"))
     try:
-        with np.load(chosen, allow_pickle=False) as stored:
+        with chosen.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         meta = json.loads(bytes(arrays.pop("meta")))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise CheckpointError(
             f"scorer: {chosen.name} can't be read; install kvkeep anew"
         ) from error
@@ -149,10 +166,10 @@ class LearnedScorer:
         rows = w.table[tokens.features].sum(axis=1, dtype=np.float32)
         for window in windows(len(rows)):
             part = rows[window.start : window.end]
-            near = np.maximum(shifted(part, NEAR) @ w.near + w.near_bias, 0)
-            wide = np.maximum(shifted(near, WIDE) @ w.wide + w.wide_bias, 0)
+            near = np.maximum(product(shifted(part, NEAR), w.near) + w.near_bias, 0)
+            wide = np.maximum(product(shifted(near, WIDE), w.wide) + w.wide_bias, 0)
             kept = slice(window.keep_from - window.start, window.keep_to - window.start)
-            found[window.keep_from : window.keep_to] = wide[kept] @ w.out + w.out_bias
+            found[window.keep_from : window.keep_to] = product(wide, w.out)[kept] + w.out_bias
         return found
 
     def margins(self, tokens: Tokens) -> Floats:
