@@ -49,7 +49,7 @@ class Rule:
     """Words that make the value harmless when one stands within 16 characters before it."""
     edge: str = "word"
     """What may not touch the value: `word` letters and digits, `digit` digits, `number` digits,
-    one space or dash between them or not, `none`."""
+    one space, dash or dot between them or not, `none`."""
 
 
 class RuleFile:

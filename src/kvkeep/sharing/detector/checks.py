@@ -6,6 +6,7 @@ A check takes the matched text, separators included, and says whether it can be 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -52,6 +53,17 @@ _REGIONS: Final = ("US", "GB", "DE", "AT", "CH", "FR", "ES", "IT", "JP", "CN", "
 _SEPARATORS: Final = str.maketrans("", "", " .-\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}")
 
 
+_EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[\[(]")
+"""How a value that code computes begins."""
+
+
+_RESERVED: Final = frozenset(
+    {"example", "invalid", "test", "localhost", "local"}
+    | {"service", "socket", "target", "timer", "mount", "automount", "slice", "device", "scope"}
+)
+"""Last parts of names that no domain has: RFC 2606, and the units of systemd, `name@id.service`."""
+
+
 def _digits(value: str) -> list[int]:
     return [int(letter) for letter in value if "0" <= letter <= "9"]
 
@@ -62,6 +74,8 @@ def _stdnum(name: str, value: str) -> bool:
 
 
 def _phone(region: str | None, value: str) -> bool:
+    if not placed(value):
+        return False
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(value, region))
     except phonenumbers.NumberParseException:
@@ -205,8 +219,7 @@ def real_domain(value: str) -> bool:
     """
     host = value.rpartition("@")[2].lower().strip("/").partition(":")[0].partition("/")[0]
     names = host.strip(".").split(".")
-    reserved = {"example", "invalid", "test", "localhost", "local"}
-    return names[-1] not in reserved and (len(names) < 2 or names[-2] != "example")
+    return names[-1] not in _RESERVED and (len(names) < 2 or names[-2] != "example")
 
 
 def varied(value: str) -> bool:
@@ -214,7 +227,21 @@ def varied(value: str) -> bool:
     word = value.strip("\"'`").lower()
     if len(set(word)) < 5 or word[:1] in "$%<{[(*" or word.startswith(("your", "my_", "xxx")):
         return False
-    fillers = ("example", "placeholder", "changeme", "redacted", "dummy", "sample", "xxxx", "****")
+    fillers = (
+        "example",
+        "placeholder",
+        "changeme",
+        "redacted",
+        "dummy",
+        "sample",
+        "xxxx",
+        "****",
+        "password",
+        "passwort",
+        "mot_de_passe",
+        "contraseña",
+        "secret_key",
+    )
     return not any(filler in word for filler in fillers)
 
 
@@ -226,7 +253,9 @@ def mixed(value: str) -> bool:
 
 def has_digit(value: str) -> bool:
     """Tell whether a secret holds a letter and a digit, is varied and no placeholder."""
-    return varied(value) and any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
+    if not varied(value) or _EXPRESSION.match(value) is not None:
+        return False
+    return any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
 
 
 def placed(value: str) -> bool:

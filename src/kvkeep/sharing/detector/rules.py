@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +16,7 @@ from kvkeep.sharing.detector.checks import CHECKS
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
+_WITHIN_NUMBERS: Final = frozenset(" -.")
 DENY_REACH: Final = 16
 """Characters before a value in which a denying word counts."""
 
@@ -69,6 +71,9 @@ class RuleRecogniser:
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
         self._compiled = [_Compiled(rule) for rule in rules]
+        digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
+        self.version = digest.hexdigest()[:12]
+        """What tells these rules from others."""
         self._set = PatternSet([rule.pattern for rule in rules])
 
     def spans(self, text: str) -> list[Span]:
@@ -133,8 +138,8 @@ def _touched(edge: str, text: str, start: int, end: int) -> bool:
     if _both_digits(before[-1:], first) or _both_digits(last, after[:1]):
         return True
     return edge == "number" and (
-        (before[-1:] in {" ", "-"} and _both_digits(before[:1], first))
-        or (after[:1] in {" ", "-"} and _both_digits(last, after[1:]))
+        (before[-1:] in _WITHIN_NUMBERS and _both_digits(before[:1], first))
+        or (after[:1] in _WITHIN_NUMBERS and _both_digits(last, after[1:]))
     )
 
 

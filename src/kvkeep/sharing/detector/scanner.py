@@ -9,6 +9,7 @@ by an earlier feed. Whatever goes wrong, the text from the window on is tainted.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
@@ -39,6 +40,10 @@ class Context(Protocol):
 
 class Filter(Protocol):
     """An organisation's own word on what was found."""
+
+    @property
+    def version(self) -> str:
+        """Return what tells its rules from others."""
 
     def judge(self, text: str, spans: Sequence[Span]) -> list[Span]:
         """Return the spans that count and the organisation's own; offsets into `text`."""
@@ -71,6 +76,15 @@ class Detector:
         self.recognisers = tuple(recognisers)
         self.context = context
         self.organisation = organisation
+
+    @property
+    def version(self) -> str:
+        """Return a name of all rules and weights; what was cleared under another may not be now."""
+        parts = [str(getattr(part, "version", type(part).__name__)) for part in self.recognisers]
+        context = [] if self.context is None else [repr(self.context)]
+        organisation = [] if self.organisation is None else [self.organisation.version]
+        whole = "\n".join([*parts, *context, *organisation])
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def scanner(self) -> ChainScanner:
         """Return a scanner at the start of a chain."""
