@@ -88,9 +88,9 @@ def _decoded(data: bytes) -> str:
     return data.decode(ENCODINGS[-1], "ignore")
 
 
-def _pages(lang: str, count: int, rng: random.Random) -> Iterator[str]:
+def _pages(lang: str, count: int, rng: random.Random, folders: Sequence[Path]) -> Iterator[str]:
     """Yield the texts of random pages of a language, of the first folder that has some."""
-    for folder in MAN_FOLDERS:
+    for folder in folders:
         paths = sorted((folder / MAN_LANGUAGES[lang]).glob("man[1-8]/*.gz"))
         if len(paths) >= 50:
             for path in rng.sample(paths, min(count, len(paths))):
@@ -98,10 +98,12 @@ def _pages(lang: str, count: int, rng: random.Random) -> Iterator[str]:
             return
 
 
-def manual_passages(lang: str, count: int, seed: int) -> Sequence[str]:
+def manual_passages(
+    lang: str, count: int, seed: int, *, folders: Sequence[Path] = MAN_FOLDERS
+) -> Sequence[str]:
     """Return random passages of a language's manual pages, none where there are no pages."""
     rng = random.Random(f"{seed}/{lang}")
-    pages = _pages(lang, count, rng)
+    pages = _pages(lang, count, rng, folders)
     return _sample((piece for page in pages for piece in passages(page)), count, rng)
 
 
