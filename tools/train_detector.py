@@ -178,8 +178,8 @@ def save(
         "version": scorer.VERSION,
         "bits": BITS,
         "features": FEATURES,
-        "digest": scorer.digest_of(arrays),
     }
+    head["digest"] = scorer.digest_of(arrays, head)
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
     np.savez_compressed(path, allow_pickle=False, meta=packed, **arrays)

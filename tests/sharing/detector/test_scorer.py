@@ -54,6 +54,14 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_weights(path)
 
 
+def test_altered_calibration_is_refused(tmp_path: Path) -> None:
+    def steeper(meta: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> object:
+        return np.frombuffer(bytes(meta).replace(b'"slope": ', b'"slope": 1'), np.uint8)
+
+    with pytest.raises(CheckpointError, match="altered"):
+        load_weights(altered(tmp_path, "meta", steeper))
+
+
 def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
     def older(meta: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> object:
         text = bytes(meta).replace(b'"version": 1', b'"version": 0')

@@ -102,9 +102,10 @@ class Weights:
     digest: str
 
 
-def digest_of(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
-    """Return the SHA-256 of named arrays: names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
+def digest_of(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, object]) -> str:
+    """Return the SHA-256 of arrays (names, dtypes, shapes, bytes) and what is told of them."""
+    told = {name: value for name, value in meta.items() if name != "digest"}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
@@ -130,7 +131,7 @@ def load_weights(path: Path | None = None) -> Weights:
         raise CheckpointError(
             f"scorer: {chosen.name} is of another version; train it with tools/train_detector.py"
         )
-    if digest_of(arrays) != meta["digest"]:
+    if digest_of(arrays, meta) != meta["digest"]:
         raise CheckpointError(f"scorer: {chosen.name} was altered; install kvkeep anew")
     scale = arrays["table_scale"]
     return Weights(
