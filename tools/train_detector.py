@@ -39,7 +39,7 @@ GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
 DROPPED: Final = 0.5
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.1
+UNKNOWN: Final = 0.15
 """Share of insensitive tokens hidden altogether: unseen wording looks like that."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
 
@@ -187,12 +187,20 @@ def save(
 
 
 def judged(weights: scorer.Weights, examples: Sequence[Passage]) -> list[Judged]:
-    """Return each passage's largest margin and whether it holds anything sensitive."""
+    """Return each passage's largest log odds of each kind, and the kinds it holds."""
     tagger = scorer.LearnedScorer(weights)
     return [
-        Judged(float(tagger.margins(tokenise(p.text)).max(initial=-30.0)), p.labels != (), p.lang)
+        Judged(
+            tuple(tagger.odds(tokenise(p.text)).max(axis=0, initial=-30.0).tolist()),
+            frozenset(label.kind for label in p.labels),
+        )
         for p in examples
     ]
+
+
+def flat(kinds: int) -> dict[str, list[float]]:
+    """Return a calibration that changes nothing."""
+    return {"slopes": [1.0] * kinds, "offsets": [0.0] * kinds}
 
 
 def main() -> int:
@@ -201,7 +209,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--locales", type=Path, default=Path("/usr/share/locale"))
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
     given = parser.parse_args()
     begun = time.perf_counter()
@@ -222,11 +230,11 @@ def main() -> int:
     model = train(examples, 1 + len(kinds), Plan(given.epochs), training.SEED)
     meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
     arrays = arrays_of(model)
-    raw = save(given.out, arrays, meta | {"slope": 1.0, "offset": 0.0})
+    raw = save(given.out, arrays, meta | flat(len(kinds)))
     held = Sizes(int(40 * given.scale) + 1, int(600 * given.scale), 1_000_000)
     found = judged(raw, list(passages(worlds.validation, unseen, held, training.SEED + 1)))
-    fit = calibrate(found)
-    save(given.out, arrays, meta | {"slope": fit.slope, "offset": fit.offset})
+    fit = calibrate(found, [kind for kind, _ in kinds])
+    save(given.out, arrays, meta | {"slopes": fit.slopes, "offsets": fit.offsets})
     plot(found, fit, given.figure)
     print(fit.report(found), f"\n{time.perf_counter() - begun:.0f} s in all", flush=True)
     return 0

@@ -7,7 +7,7 @@ import pytest
 from kvkeep.sharing.detector import checks
 from kvkeep.sharing.detector.spans import CATEGORIES
 from tools.detector_data import heldout, training, values
-from tools.detector_data.dataset import Sizes, passages, varied
+from tools.detector_data.dataset import Sizes, _bare, passages, varied
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Label, Passage, World
 from tools.detector_data.split import crossed, split
 
@@ -104,6 +104,17 @@ def test_variation_keeps_labels_on_their_text() -> None:
         assert len(made.text) <= LIMIT
         seen.add(made.text)
     assert len(seen) > 3
+
+
+def test_a_value_may_stand_alone_amid_prose() -> None:
+    for lang, prose in (("en", "one two three"), ("zh", "保存文件后退出")):
+        passage = Passage("x Ann Lee y", lang, (Label(2, 9, "person_name", "person"),), "name")
+        made = {_bare(passage, (prose,), random.Random(seed)) for seed in range(20)}
+        assert len(made) > 1
+        for one in made:
+            (label,) = one.labels
+            assert one.text[label.start : label.end] == "Ann Lee"
+            assert "x" not in one.text
 
 
 def test_crossed_values_come_from_two() -> None:

@@ -37,7 +37,7 @@ def model() -> Tagger:
 
 
 def meta(slope: float = 1.0) -> dict[str, object]:
-    return {"kinds": KINDS, "slope": slope, "offset": 0.0}
+    return {"kinds": KINDS, "slopes": [slope] * 2, "offsets": [0.0] * 2}
 
 
 def test_labels_become_classes_of_the_tokens_they_touch() -> None:
@@ -77,8 +77,10 @@ def test_numpy_scores_what_torch_trained(model: Tagger, tmp_path: Path) -> None:
 def test_what_was_learned_is_found(model: Tagger, tmp_path: Path) -> None:
     weights = save(tmp_path / "w.npz", arrays_of(model), meta())
     found = judged(weights, PASSAGES)
-    assert [one.sensitive for one in found] == [True, True, False]
-    assert min(found[0].margin, found[1].margin) > 0 > found[2].margin
+    assert [sorted(one.kinds) for one in found] == [["person_name"], ["diagnosis"], []]
+    assert found[0].odds[0] > 0
+    assert found[1].odds[1] > 0
+    assert max(found[2].odds) < 0
 
 
 def test_stored_weights_read_back_and_tell_calibrations_apart(
@@ -86,7 +88,7 @@ def test_stored_weights_read_back_and_tell_calibrations_apart(
 ) -> None:
     one = save(tmp_path / "a.npz", arrays_of(model), meta(1.0))
     other = save(tmp_path / "b.npz", arrays_of(model), meta(2.0))
-    assert load_weights(tmp_path / "a.npz").slope == 1.0
-    assert other.slope == 2.0
+    assert load_weights(tmp_path / "a.npz").slopes.tolist() == [1.0, 1.0]
+    assert other.slopes.tolist() == [2.0, 2.0]
     assert one.digest != other.digest
     assert one.kinds == tuple(KINDS)

@@ -7,12 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Passage, World
+from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, SPACELESS, Passage, World
 
 LOWERED: Final = 0.12
 RAISED: Final = 0.02
-IN_PROSE: Final = 0.3
-"""Shares of positives that are lower-cased, upper-cased, set amid real prose."""
+IN_PROSE: Final = 0.25
+BARE: Final = 0.15
+"""Shares of positives that are lower-cased, upper-cased, set amid real prose, or there alone."""
+ANYWHERE: Final = frozenset(
+    {"person_name", "address", "diagnosis", "medication", "employer", "email", "api_key", "jwt"}
+)
+"""Kinds whose values tell what they are without a word around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +49,32 @@ def _amid(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passage
     return replace(passage, text=f"{before}{passage.text}\n{piece[cut:]}", labels=labels)
 
 
+def _bare(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passage:
+    """Return the first label's text alone, set into real prose between two words."""
+    label = passage.labels[0]
+    value = passage.text[label.start : label.end]
+    other = rng.choice(prose)[: LIMIT - len(value) - 2]
+    gaps = [at for at, c in enumerate(other) if c in " \n"] or [0]
+    if passage.lang in SPACELESS:
+        gaps = list(range(len(other)))
+    at = rng.choice(gaps)
+    joint = "" if passage.lang in SPACELESS else " "
+    text = f"{other[:at]}{joint}{value}{joint}{other[at:].lstrip()}"
+    start = at + len(joint)
+    return replace(
+        passage, text=text, labels=(label._replace(start=start, end=start + len(value)),)
+    )
+
+
 def varied(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passage:
     """Return a passage as carelessly written, or amid other text, or as it is."""
     if rng.random() < LOWERED:
         passage = _cased(passage, passage.text.lower())
     elif rng.random() < RAISED:
         passage = _cased(passage, passage.text.upper())
-    if prose and rng.random() < IN_PROSE:
+    if prose and passage.labels and passage.labels[0].kind in ANYWHERE and rng.random() < BARE:
+        passage = _bare(passage, prose, rng)
+    elif prose and rng.random() < IN_PROSE:
         passage = _amid(passage, prose, rng)
     return passage
 

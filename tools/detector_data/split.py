@@ -18,7 +18,7 @@ FEWEST: Final = 8
 """A shorter list stays whole on both sides: it is a pattern's or a closed one."""
 CROSSED: Final = (
     *("given", "family", "city", "street", "employer", "medication", "diagnosis", "prodname"),
-    *("brand", "tree", "stem", "stname", "pwword", "pub"),
+    *("brand", "tree", "stem", "stname", "pwword", "pub", "town", "bigco"),
 )
 """Slots whose values are also crossed with each other."""
 CROSSES: Final = 400

@@ -56,7 +56,7 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
 
 def test_altered_calibration_is_refused(tmp_path: Path) -> None:
     def steeper(meta: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> object:
-        return np.frombuffer(bytes(meta).replace(b'"slope": ', b'"slope": 1'), np.uint8)
+        return np.frombuffer(bytes(meta).replace(b'"slopes": [', b'"slopes": [1'), np.uint8)
 
     with pytest.raises(CheckpointError, match="altered"):
         load_weights(altered(tmp_path, "meta", steeper))
@@ -125,7 +125,7 @@ def test_runs_bridge_small_gaps_alone() -> None:
 @pytest.mark.parametrize("text", ["", " ", "\t  ", "\u200b"])
 def test_text_without_tokens_has_no_spans(scorer: LearnedScorer, text: str) -> None:
     assert scorer.spans(text) == []
-    assert scorer.margins(tokenise(text)).shape == (0,)
+    assert scorer.odds(tokenise(text)).shape[0] == 0
 
 
 @pytest.mark.parametrize(

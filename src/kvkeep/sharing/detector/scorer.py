@@ -97,8 +97,9 @@ class Weights:
     wide_bias: Floats
     out: Floats
     out_bias: Floats
-    slope: float
-    offset: float
+    slopes: Floats
+    """`[kinds]`: score = logistic(slope * log odds + offset)."""
+    offsets: Floats
     digest: str
 
 
@@ -141,8 +142,8 @@ def load_weights(path: Path | None = None) -> Weights:
             name: arrays[name].astype(np.float32)
             for name in ("near", "near_bias", "wide", "wide_bias", "out", "out_bias")
         },
-        slope=float(meta["slope"]),
-        offset=float(meta["offset"]),
+        slopes=np.array(meta["slopes"], np.float32),
+        offsets=np.array(meta["offsets"], np.float32),
         digest=meta["digest"],
     )
 
@@ -173,37 +174,28 @@ class LearnedScorer:
             found[window.keep_from : window.keep_to] = product(wide, w.out)[kept] + w.out_bias
         return found
 
-    def margins(self, tokens: Tokens) -> Floats:
-        """Return `[T]`: the log odds of any kind over none, before calibration."""
-        return _margins(self.logits(tokens))
+    def odds(self, tokens: Tokens) -> Floats:
+        """Return `[T, kinds]`: the log odds of each kind over none, before calibration."""
+        logits = self.logits(tokens)
+        return logits[:, 1:] - logits[:, :1]
 
     def spans(self, text: str) -> list[Span]:
         """Return spans that are not clear."""
         tokens = tokenise(text)
         if not len(tokens.starts):
             return []
-        logits = self.logits(tokens)
         w = self._weights
-        scores = 1 / (1 + np.exp(-np.clip(w.slope * _margins(logits) + w.offset, -30, 30)))
-        return [self._span(tokens, logits[:, 1:], scores, run) for run in runs(scores)]
+        scores = 1 / (1 + np.exp(-np.clip(w.slopes * self.odds(tokens) + w.offsets, -30, 30)))
+        return [self._span(tokens, scores, run) for run in runs(scores.max(axis=1))]
 
-    def _span(self, tokens: Tokens, kinds: Floats, scores: Floats, run: tuple[int, int]) -> Span:
-        """Return the span of some tokens: its best score, its strongest kind."""
+    def _span(self, tokens: Tokens, scores: Floats, run: tuple[int, int]) -> Span:
+        """Return the span of some tokens: its best score and that score's kind."""
         first, last = run
-        best = first + int(scores[first : last + 1].argmax())
-        kind, category = self._weights.kinds[int(kinds[best].argmax())]
-        score = float(scores[best])
-        return Span(
-            int(tokens.starts[first]), int(tokens.ends[last]), kind, category, score, "scorer"
-        )
-
-
-def _margins(logits: Floats) -> Floats:
-    """Return the log odds of any kind over none."""
-    kinds = logits[:, 1:]
-    top = kinds.max(axis=1, keepdims=True, initial=-30)
-    odds: Floats = top[:, 0] + np.log(np.exp(kinds - top).sum(axis=1)) - logits[:, 0]
-    return odds
+        inside = scores[first : last + 1]
+        best = int(inside.argmax()) % inside.shape[1]
+        kind, category = self._weights.kinds[best]
+        start, end = int(tokens.starts[first]), int(tokens.ends[last])
+        return Span(start, end, kind, category, float(inside.max()), "scorer")
 
 
 def runs(scores: Floats) -> list[tuple[int, int]]:
