@@ -15,6 +15,8 @@ from types import MappingProxyType
 from typing import Final
 
 import phonenumbers
+from stdnum import iban as stdnum_iban
+from stdnum.iso7064 import mod_11_2
 
 Check = Callable[[str], bool]
 
@@ -22,8 +24,6 @@ _STDNUM: Final = (
     "bic",
     "imei",
     "luhn",
-    "iban",
-    "cn.ric",
     "cn.uscc",
     "de.idnr",
     "de.vat",
@@ -73,13 +73,25 @@ def _stdnum(name: str, value: str) -> bool:
     return bool(import_module(f"stdnum.{name}").is_valid(plain))
 
 
-def _phone(region: str | None, value: str) -> bool:
+def _phone(region: str, value: str) -> bool:
     if not placed(value):
         return False
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(value, region))
     except phonenumbers.NumberParseException:
         return False
+
+
+def possible_phone(value: str) -> bool:
+    """Tell whether an international number has a country and a length that exist there."""
+    if not placed(value) or [c for c in value if not c.isdigit()] == ["+", "."]:
+        return False
+    try:
+        number = phonenumbers.parse(value, None)
+    except phonenumbers.NumberParseException:
+        return False
+    reason = phonenumbers.is_possible_number_with_reason(number)
+    return reason == phonenumbers.ValidationResult.IS_POSSIBLE
 
 
 def _one_digit(digits: list[int]) -> bool:
@@ -104,6 +116,16 @@ def card(value: str) -> bool:
     others = two in {35, 62, 65, 81} or four == 6011 or three in range(644, 650)
     domestic = two in {50, 56, 57, 58, 63, 67} or four in range(2200, 2205)
     return ((mastercard or others) and length == 16) or (domestic and length in range(16, 20))
+
+
+def iban(value: str) -> bool:
+    """Tell whether the remainder of an account number is right, whatever its country says."""
+    return bool(stdnum_iban.is_valid(value, check_country=False))
+
+
+def resident_id(value: str) -> bool:
+    """Tell whether the last character of a Chinese resident number is right."""
+    return bool(mod_11_2.is_valid(value.replace(" ", "").upper()))
 
 
 def my_number(value: str) -> bool:
@@ -245,6 +267,23 @@ def varied(value: str) -> bool:
     return not any(filler in word for filler in fillers)
 
 
+def password(value: str) -> bool:
+    """Tell whether a word is one that people do not write: digits, signs or capitals inside."""
+    if not varied(value) or _EXPRESSION.match(value) is not None:
+        return False
+    signs = any(c in "!@#$%^&*+?~" for c in value.strip(".,:;!?"))
+    capitals = sum(map(str.isupper, value[1:])) >= 2 and any(map(str.islower, value))
+    return any(map(str.isalpha, value)) and (any(map(str.isdigit, value)) or signs or capitals)
+
+
+def strong_password(value: str) -> bool:
+    """Tell whether a word looks like a password even where nothing says so."""
+    if not password(value) or not any(map(str.isdigit, value)):
+        return False
+    signs = any(c in "!@#$%^&*+?~_" for c in value.strip(".,:;?"))
+    return signs or (sum(map(str.isupper, value[1:])) >= 2 and any(map(str.islower, value)))
+
+
 def mixed(value: str) -> bool:
     """Tell whether a secret is varied and mixes digits, small and large letters, two at least."""
     tests = (str.isdigit, str.islower, str.isupper)
@@ -258,6 +297,18 @@ def has_digit(value: str) -> bool:
     return any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
 
 
+def four_digits(value: str) -> bool:
+    """Tell whether at least four digits stand in a value, no placeholder."""
+    return len(_digits(value)) >= 4 and placed(value)
+
+
+def real_place(value: str) -> bool:
+    """Tell whether an address is none of those that forms show as an example."""
+    word = value.lower()
+    fillers = ("example", "sample", "muster", "placeholder", "123 main", "ejemplo", "esempio")
+    return not any(filler in word for filler in fillers)
+
+
 def placed(value: str) -> bool:
     """Tell whether digits are no placeholder such as 000000000 or 123456789."""
     digits = _digits(value)
@@ -269,7 +320,6 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
     {
         **{name: partial(_stdnum, name) for name in _STDNUM},
         **{f"phone.{region.lower()}": partial(_phone, region) for region in _REGIONS},
-        "phone": partial(_phone, None),
         **{
             check.__name__: check
             for check in (
@@ -288,7 +338,14 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
                 real_mac,
                 real_domain,
                 varied,
+                password,
+                strong_password,
+                possible_phone,
                 mixed,
+                iban,
+                resident_id,
+                four_digits,
+                real_place,
                 has_digit,
                 placed,
             )

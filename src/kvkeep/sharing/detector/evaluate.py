@@ -71,7 +71,7 @@ def read_cases(path: Path) -> Iterator[Case]:
         if line.strip():
             try:
                 yield _case(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(
                     f"{path}:{number}: give an object with `text` and `spans`, each with `start`, "
                     f"`end` and `kind` ({type(error).__name__}: {error})"

@@ -66,8 +66,8 @@ class _Letters(NamedTuple):
 
     plain: dict[int, str]
     """What dashes, digits of other scripts and invisible characters stand for."""
-    uneven: str
-    """A class of all characters that do not become exactly one, whatever stands beside them."""
+    uneven: frozenset[int]
+    """All characters that do not become exactly one, whatever stands beside them."""
 
 
 def _letters() -> _Letters:
@@ -81,7 +81,7 @@ def _letters() -> _Letters:
             plain[code] = str(unicodedata.decimal(letter))
         if unicodedata.combining(letter) or len(unicodedata.normalize("NFKC", letter)) != 1:
             uneven.add(code)
-    return _Letters(plain, _character_class(uneven))
+    return _Letters(plain, frozenset(uneven))
 
 
 def _character_class(codes: Iterable[int]) -> str:
@@ -98,8 +98,8 @@ def _character_class(codes: Iterable[int]) -> str:
 _PUNCTUATION: Final = tuple(zip("，（）：；！？\u3000", ",():;!? ", strict=True))
 """What ordinary Chinese and Japanese text holds; NFKC as a whole costs ten times as much."""
 _LETTERS: Final = _letters()
-_UNEVEN = Pattern(_LETTERS.uneven)
-_REPLACED = Pattern(_character_class(_LETTERS.plain))
+_UNEVEN = Pattern(_character_class(_LETTERS.uneven))
+_SPECIAL = Pattern(_character_class(_LETTERS.uneven | _LETTERS.plain.keys()))
 
 
 class View(NamedTuple):
@@ -124,11 +124,10 @@ def normalise(text: str) -> View:
     whole, data = _encodable(text)
     for wide, plain in _PUNCTUATION:
         whole = whole.replace(wide, plain)
+    if _SPECIAL.search(data) is None:
+        return View(unicodedata.normalize("NFKC", whole), None)
     if _UNEVEN.search(data) is None:
-        whole = unicodedata.normalize("NFKC", whole)
-        if _REPLACED.search(data) is not None:
-            whole = whole.translate(_LETTERS.plain)
-        return View(whole, None)
+        return View(unicodedata.normalize("NFKC", whole).translate(_LETTERS.plain), None)
     letters: list[str] = []
     starts: list[int] = []
     for begin, end in _clusters(whole):

@@ -37,7 +37,7 @@ class Pattern:
 
     def search(self, data: bytes, start: int = 0) -> Hit | None:
         """Return the leftmost match that begins at or after a byte."""
-        match = self._compiled.search(data, start)
+        match = self._compiled.search(data, start) if start <= len(data) else None
         if match is None:
             return None
         spans = (match.span(group) for group in range(1, self._compiled.groups + 1))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvkeep.sharing.detector.normalise import View, normalise, views
+
+HARD = st.text(
+    st.characters() | st.sampled_from("ﾀﾞｱ４１０a\u0301\u200b\u00adﬁАаⅣ㌔٤-—　 \ud800"), max_size=60
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("plain", "plain"),
+        ("４１１１　ＡＢ", "4111 AB"),
+        ("a\u200bb\u00adc\ufeff", "abc"),
+        ("٤٢ ४२", "42 42"),
+        ("1–2—3−4", "1-2-3-4"),
+        ("ﾔﾏﾀﾞ", "ヤマダ"),
+        ("e\u0301", "é"),
+        ("ﬁn № Ⅳ", "fin No IV"),
+        ("a\ud800b", "a\ufffdb"),
+        ("電話，（０３）", "電話,(03)"),
+    ],
+)
+def test_text_becomes_plain(text: str, plain: str) -> None:
+    assert normalise(text).text == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("mail jоhn@аcme.iо now", "john@acme.io"),
+        ("АKIА2345", "AKIA2345"),
+        ("card 4lll-llll-OOOO-1111", "4111-1111-0000-1111"),
+        ("4 1 1 1 1 1 1 1 now", "41111111"),
+        ("j o h n @ a c m e . i o", "john@acme.io"),
+        ("4.1.1.1-1/1*1_1", "41111111"),
+        ("４ １ １ １ １ １ １ １", "41111111"),
+    ],
+)
+def test_what_is_hidden_is_in_one_of_the_views(text: str, hidden: str) -> None:
+    found = [view for view in views(text) if hidden in view.text]
+    assert found
+    start, end = found[0].original(*_place(found[0], hidden))
+    assert hidden in views(text[start:end])[-1].text
+
+
+def _place(view: View, word: str) -> tuple[int, int]:
+    start = view.text.index(word)
+    return start, start + len(word)
+
+
+@pytest.mark.parametrize(
+    "text", ["Сервер читає налаштування", "Ordinary words of a sentence.", "サーバーの設定", ""]
+)
+def test_ordinary_text_has_one_view(text: str) -> None:
+    assert len(views(text)) == 1
+
+
+@given(HARD)
+def test_offsets_point_back_into_the_original(text: str) -> None:
+    for view in views(text):
+        assert view.starts is None or len(view.starts) == len(view.text) + 1
+        for i in range(len(view.text)):
+            start, end = view.original(i, i + 1)
+            assert 0 <= start < end <= len(text)
+        assert view.original(len(view.text), len(view.text)) == (len(text), len(text))
+
+
+@given(st.text(st.characters(codec="utf-8", min_codepoint=0x20, max_codepoint=0x2FFF)))
+def test_each_letter_alone_is_what_it_is_in_the_text(text: str) -> None:
+    plain = normalise(text).text
+    assert unicodedata.is_normalized("NFKC", plain) or any(map(unicodedata.combining, text))

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvkeep.errors import ConfigError
+from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
+
+
+@pytest.mark.parametrize("text", [r"(a)\1", "(?=a)", "(?<!a)b", "(", "a{2000}"])
+def test_what_needs_backtracking_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is refused"):
+        Pattern(text)
+
+
+def test_the_value_is_the_first_group_that_took_part() -> None:
+    assert Pattern("x(a)|y(b)").search(b"__yb") == Hit(2, 4, (3, 4))
+    assert Pattern("ab").search(b"_ab") == Hit(1, 3, (1, 3))
+    assert Pattern("ab").search(b"_ab", 2) is None
+
+
+def test_hits_do_not_overlap_and_end() -> None:
+    assert [hit.start for hit in Pattern("aa|$").hits(b"aaaa")] == [0, 2, 4]
+
+
+def test_a_set_names_the_patterns_that_match() -> None:
+    patterns = PatternSet(["a+", "b", "c"])
+    assert patterns.matching(b"xaab") == [0, 1]
+    assert patterns.matching(b"") == []
+
+
+def test_a_set_that_ran_out_of_memory_names_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = PatternSet(["a", "b"])
+    monkeypatch.setattr(patterns, "_set", SimpleNamespace(Match=lambda _: None))
+    assert patterns.matching(b"z") == (0, 1)
+
+
+def test_reasons_are_words() -> None:
+    with pytest.raises(ConfigError, match=r"missing \): \(a"):
+        Pattern("(a")
