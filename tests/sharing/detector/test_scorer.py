@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvkeep.errors import CheckpointError
+from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
+from kvkeep.sharing.detector.scanner import Detector
+from kvkeep.sharing.detector.scorer import (
+    MARGIN,
+    NEAR,
+    WIDE,
+    LearnedScorer,
+    load_weights,
+    runs,
+    shifted,
+    windows,
+)
+from kvkeep.sharing.detector.spans import CATEGORIES, Recogniser, Verdict
+
+SHIPPED = Path(str(files("kvkeep.sharing.detector") / "scorer.npz"))
+
+
+@pytest.fixture(scope="module")
+def scorer() -> LearnedScorer:
+    return LearnedScorer()
+
+
+def test_shipped_weights_are_small_and_carry_their_digest(scorer: LearnedScorer) -> None:
+    assert SHIPPED.stat().st_size <= 5_000_000
+    weights = load_weights()
+    assert weights.table.shape[0] == 2**BITS
+    assert not weights.table[0].any()
+    assert {category for _, category in weights.kinds} <= CATEGORIES
+    assert scorer.version == f"1-{weights.digest[:12]}"
+
+
+def altered(tmp_path: Path, name: str, change: object) -> Path:
+    with np.load(SHIPPED) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    arrays[name] = np.asarray(change(arrays[name]) if callable(change) else change)
+    path = tmp_path / "scorer.npz"
+    np.savez(path, allow_pickle=False, **arrays)
+    return path
+
+
+def test_altered_weights_are_refused(tmp_path: Path) -> None:
+    path = altered(tmp_path, "out_bias", lambda bias: bias + 1)
+    with pytest.raises(CheckpointError, match="altered"):
+        load_weights(path)
+
+
+def test_altered_calibration_is_refused(tmp_path: Path) -> None:
+    def steeper(meta: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> object:
+        return np.frombuffer(bytes(meta).replace(b'"slopes": [', b'"slopes": [1'), np.uint8)
+
+    with pytest.raises(CheckpointError, match="altered"):
+        load_weights(altered(tmp_path, "meta", steeper))
+
+
+def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
+    def older(meta: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> object:
+        text = bytes(meta).replace(b'"version": 1', b'"version": 0')
+        return np.frombuffer(text, np.uint8)
+
+    with pytest.raises(CheckpointError, match="another version"):
+        load_weights(altered(tmp_path, "meta", older))
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", None])
+def test_missing_or_broken_weights_are_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "scorer.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_weights(path)
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scorer.npz"
+    shutil.copy(SHIPPED, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 448, 449, 1000, 4096])
+def test_windows_keep_each_token_once_with_its_surroundings(count: int) -> None:
+    kept: list[int] = []
+    for window in windows(count):
+        kept += range(window.keep_from, window.keep_to)
+        reach = max(NEAR) + max(WIDE)
+        assert window.keep_from == 0 or window.keep_from - window.start >= reach
+        assert window.keep_to == count or window.end - window.keep_to >= reach
+        assert window.end - window.start <= 256
+    assert kept == list(range(count))
+    assert max(NEAR) + max(WIDE) < MARGIN
+
+
+def test_a_text_of_many_windows_is_scored_as_one(scorer: LearnedScorer) -> None:
+    tokens = tokenise("The invoice was sent to Anna Becker in the Lindenstraße 4. " * 60)
+    assert len(tokens.starts) > 600
+    logits = scorer.logits(tokens)
+    w = load_weights()
+    rows = w.table[tokens.features].sum(axis=1, dtype=np.float32)
+    near = np.maximum(shifted(rows, NEAR) @ w.near + w.near_bias, 0)
+    whole = np.maximum(shifted(near, WIDE) @ w.wide + w.wide_bias, 0) @ w.out + w.out_bias
+    np.testing.assert_allclose(logits, whole, atol=1e-3)
+
+
+def test_neighbours_beyond_the_edges_are_zero() -> None:
+    rows = np.arange(1, 4, dtype=np.float32)[:, None]
+    assert shifted(rows, (-1, 0, 1)).tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 0]]
+
+
+def test_runs_bridge_small_gaps_alone() -> None:
+    scores = np.array([0.9, 0, 0, 0.4, 0, 0, 0, 0.3, 0.29], np.float32)
+    assert runs(scores) == [(0, 3), (7, 7)]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t  ", "\u200b"])
+def test_text_without_tokens_has_no_spans(scorer: LearnedScorer, text: str) -> None:
+    assert scorer.spans(text) == []
+    assert scorer.odds(tokenise(text)).shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "category", "part"),
+    [
+        ("Hello, my name is Patricia Holmes and I need help.", "person", "Patricia Holmes"),
+        ("Mein Name ist Jürgen Schäfer.", "person", "Jürgen Schäfer"),
+        ("J'habite au 12 rue Victor-Hugo, 21000 Dijon.", "location", "Victor-Hugo"),
+        ("Tomo fluoxetina todos los días.", "health", "fluoxetina"),
+        ("Soffro di sclerosi multipla.", "health", "sclerosi multipla"),
+        ("私の名前は田中美香です。", "person", "田中"),
+        ("我被诊断为抑郁症。", "health", "抑郁症"),
+        ("Мене звати Оксана Ткачук.", "person", "Оксана"),
+    ],
+)
+def test_free_text_of_each_language_is_found(
+    scorer: LearnedScorer, text: str, category: str, part: str
+) -> None:
+    found = scorer.spans(text)
+    at = text.index(part)
+    assert any(s.category == category and s.start < at + len(part) and s.end > at for s in found)
+    assert all(s.source == "scorer" and 0.3 <= s.score <= 1 for s in found)
+
+
+def test_scoring_is_deterministic(scorer: LearnedScorer) -> None:
+    text = "Patient Maria Koch, geb. 3.4.1961, wohnt Am Bach 7 in Ulm."
+    assert scorer.spans(text) == scorer.spans(text) == LearnedScorer().spans(text)
+
+
+def test_a_scorer_that_fails_leaves_the_chain_private() -> None:
+    class Broken:
+        def spans(self, text: str) -> list[object]:
+            raise RuntimeError("weights are gone")
+
+    broken: Recogniser = Broken()  # type: ignore[assignment]
+    assert Detector([broken]).scan("all is well").verdict is Verdict.TAINT
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\U0001f600 ok", "é" * 5000, "\x00\x01", "中" * 3000])
+def test_any_text_is_scored_without_an_error(scorer: LearnedScorer, text: str) -> None:
+    for span in scorer.spans(text):
+        assert 0 <= span.start < span.end <= len(text)
+
+
+def test_features_have_one_row_per_token_and_none_is_out_of_the_table() -> None:
+    tokens = tokenise("Ana (33) 中文テ\n+49")
+    assert len(tokens.starts) == 10
+    assert tokens.features.shape == (10, FEATURES)
+    assert tokens.features.min() >= 0
+    assert tokens.features.max() < 2**BITS
+
+
+def test_digits_share_features_and_case_does_not_hide_a_name() -> None:
+    one, other = tokenise("on 12"), tokenise("on 34")
+    assert (one.features == other.features).all()
+    lower, upper = tokenise("anna"), tokenise("Anna")
+    assert (lower.features == upper.features).mean() > 0.8

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tools.detector_data.calibration import PRIOR, Fit, Judged, calibrate, plot, reliability
+
+KINDS = ("person_name", "diagnosis")
+
+
+def drawn(count: int) -> list[Judged]:
+    rng = random.Random(4)
+    found = []
+    for at in range(count):
+        kinds = frozenset({KINDS[at % 8 // 4]} if at % 4 == 0 else ())
+        odds = tuple(rng.gauss(2.0 if kind in kinds else -2.0, 1.5) for kind in KINDS)
+        found.append(Judged(odds, kinds))
+    return found
+
+
+def test_calibrated_scores_are_near_the_shares_of_their_bins() -> None:
+    found = drawn(8000)
+    rows = reliability(found, calibrate(found, KINDS))
+    assert len(rows) >= 8
+    heavy = [row for row in rows if row[2] > 100]
+    assert heavy
+    assert all(abs(mean - share) < 0.15 for mean, share, _ in heavy)
+    whole = sum(share * weight for _, share, weight in rows) / sum(weight for *_, weight in rows)
+    assert abs(whole - PRIOR) < 1e-9
+
+
+def test_a_kind_that_is_often_mistaken_needs_larger_odds() -> None:
+    found = drawn(4000)
+    noisy = [
+        one._replace(odds=(one.odds[0], one.odds[1] + (5.0 if at % 3 == 0 else 0.0)))
+        for at, one in enumerate(found)
+    ]
+    clean, wary = calibrate(found, KINDS), calibrate(noisy, KINDS)
+    assert -wary.offsets[1] / wary.slopes[1] > -clean.offsets[1] / clean.slopes[1] + 0.5
+    assert abs(wary.offsets[0] - clean.offsets[0]) < 1e-6
+
+
+def test_larger_odds_never_score_less() -> None:
+    fit = calibrate(drawn(2000), KINDS)
+    assert min(fit.slopes) > 0
+    none: frozenset[str] = frozenset()
+    scores = fit.scores([Judged((odds, odds), none) for odds in (-50.0, -1.0, 0.0, 1.0, 50.0)])
+    assert list(scores) == sorted(scores)
+
+
+def test_the_report_counts_both_bounds() -> None:
+    named = frozenset({"person_name"})
+    found = [Judged((5,), named), Judged((0,), named), Judged((-5,), frozenset())]
+    text = Fit([1.0], [0.0]).report(found)
+    assert "not clear: recall 1.0000, false positives 0.0000" in text
+    assert "taint: recall 0.5000" in text
+
+
+def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    found = drawn(400)
+    fit = calibrate(found, KINDS)
+    plot(found, fit, tmp_path / "a.svg")
+    plot(found, fit, tmp_path / "b" / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b" / "b.svg").read_bytes()

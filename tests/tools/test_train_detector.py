@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvkeep.sharing.detector.features import FEATURES, tokenise
+from kvkeep.sharing.detector.scorer import LearnedScorer, digest_of, load_weights
+from tools.detector_data.passages import Label, Passage
+from tools.train_detector import (
+    GAP,
+    Example,
+    Plan,
+    Tagger,
+    arrays_of,
+    batches,
+    encode,
+    judged,
+    save,
+    train,
+)
+
+KINDS = [("person_name", "person"), ("diagnosis", "health")]
+CLASSES = {"person_name": 1, "diagnosis": 2}
+PASSAGES = [
+    Passage("call Ann Lee now", "en", (Label(5, 12, "person_name", "person"),), "person_name"),
+    Passage("has asthma since May", "en", (Label(4, 10, "diagnosis", "health"),), "diagnosis"),
+    Passage("the file was saved", "en"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Tagger:
+    return train([encode(p, CLASSES) for p in PASSAGES], 3, Plan(epochs=30, batch_tokens=8), 1)
+
+
+def meta(slope: float = 1.0) -> dict[str, object]:
+    return {"kinds": KINDS, "slopes": [slope] * 2, "offsets": [0.0] * 2}
+
+
+def test_labels_become_classes_of_the_tokens_they_touch() -> None:
+    example = encode(PASSAGES[0], CLASSES)
+    assert example.classes.tolist() == [0, 1, 1, 0]
+    assert example.features.shape == (4, FEATURES)
+
+
+def test_batches_hold_every_example_once_with_gaps_between() -> None:
+    examples = [
+        Example(np.full((n, FEATURES), n, np.int32), np.full(n, n, np.int64)) for n in (2, 3, 4, 5)
+    ]
+    found = list(batches(examples, 6, np.random.default_rng(0)))
+    classes = np.concatenate([target.numpy() for _, target in found])
+    assert sorted(classes[classes >= 0]) == [2] * 2 + [3] * 3 + [4] * 4 + [5] * 5
+    for rows, target in found:
+        assert (rows[target < 0] == 0).all()
+        assert (target[-GAP:] < 0).all()
+
+
+def test_training_is_the_same_for_one_seed(model: Tagger) -> None:
+    again = train([encode(p, CLASSES) for p in PASSAGES], 3, Plan(epochs=30, batch_tokens=8), 1)
+    assert digest_of(arrays_of(model), {}) == digest_of(arrays_of(again), {})
+
+
+def test_numpy_scores_what_torch_trained(model: Tagger, tmp_path: Path) -> None:
+    weights = save(tmp_path / "deep" / "w.npz", arrays_of(model), meta())
+    assert not weights.table[0].any()
+    tokens = tokenise("call Ann Lee, she has asthma. " * 40)
+    ours = LearnedScorer(weights).logits(tokens)
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(tokens.features), torch.ones(len(tokens.starts), 1)).numpy()
+    assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99
+
+
+def test_what_was_learned_is_found(model: Tagger, tmp_path: Path) -> None:
+    weights = save(tmp_path / "w.npz", arrays_of(model), meta())
+    found = judged(weights, PASSAGES)
+    assert [sorted(one.kinds) for one in found] == [["person_name"], ["diagnosis"], []]
+    assert found[0].odds[0] > 0
+    assert found[1].odds[1] > 0
+    assert max(found[2].odds) < 0
+
+
+def test_stored_weights_read_back_and_tell_calibrations_apart(
+    model: Tagger, tmp_path: Path
+) -> None:
+    one = save(tmp_path / "a.npz", arrays_of(model), meta(1.0))
+    other = save(tmp_path / "b.npz", arrays_of(model), meta(2.0))
+    assert load_weights(tmp_path / "a.npz").slopes.tolist() == [1.0, 1.0]
+    assert other.slopes.tolist() == [2.0, 2.0]
+    assert one.digest != other.digest
+    assert one.kinds == tuple(KINDS)

@@ -1,0 +1,131 @@
+"""From a scorer's margins to probabilities: Platt's fit on the validation split, and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.sharing.detector.spans import CLEAR_BELOW, TAINT_ABOVE
+
+PRIOR: Final = 0.1
+"""Share of passages that hold something sensitive, which the plot is weighted to."""
+KIND_PRIOR: Final = 0.03
+"""Share that holds one given kind, which scores are calibrated to."""
+BINS: Final = 10
+
+Array = npt.NDArray[np.float64]
+
+
+class Judged(NamedTuple):
+    """A passage's largest log odds of each kind, and the kinds it holds."""
+
+    odds: tuple[float, ...]
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Score = the largest over kinds of logistic(slope * log odds + offset)."""
+
+    slopes: list[float]
+    offsets: list[float]
+
+    def scores(self, found: Sequence[Judged]) -> Array:
+        """Return each passage's calibrated score."""
+        odds = np.array([one.odds for one in found])
+        inputs = odds * np.array(self.slopes) + np.array(self.offsets)
+        scores: Array = (1 / (1 + np.exp(-np.clip(inputs, -30, 30)))).max(axis=1)
+        return scores
+
+    def report(self, found: Sequence[Judged]) -> str:
+        """Return rates on the validation split, in words."""
+        scores, truth = self.scores(found), sensitive(found)
+        lines = []
+        for name, bound in (("not clear", CLEAR_BELOW), ("taint", TAINT_ABOVE)):
+            recall, false = (scores[truth] >= bound).mean(), (scores[~truth] >= bound).mean()
+            lines.append(f"{name}: recall {recall:.4f}, false positives {false:.4f}")
+        return "\n".join(lines)
+
+
+def sensitive(found: Sequence[Judged]) -> npt.NDArray[np.bool_]:
+    """Return which passages hold anything sensitive."""
+    return np.array([bool(one.kinds) for one in found])
+
+
+def weights_of(truth: npt.NDArray[np.bool_], prior: float) -> Array:
+    """Return each passage's weight so that `prior` of the whole is true."""
+    share = truth.mean()
+    weights: Array = np.where(truth, prior / share, (1 - prior) / (1 - share))
+    return weights
+
+
+def platt(odds: Array, truth: npt.NDArray[np.bool_], prior: float) -> tuple[float, float]:
+    """Return slope and offset of the logistic fit, by Newton's method, weighted to `prior`."""
+    weights = weights_of(truth, prior)
+    inputs = np.stack([odds, np.ones_like(odds)], axis=1)
+    start = point = np.array([0.5, 0.0])
+    for _ in range(100):
+        scores = 1 / (1 + np.exp(-np.clip(inputs @ point, -30, 30)))
+        gradient = inputs.T @ (weights * (scores - truth)) + 1e-2 * (point - start)
+        curve = weights * scores * (1 - scores)
+        hessian = (inputs * curve[:, None]).T @ inputs + 1e-2 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        point = point - step * min(1.0, 2.0 / float(np.abs(step).max() + 1e-9))
+        if float(np.abs(step).max()) < 1e-6:
+            break
+    return float(max(point[0], 0.05)), float(point[1])
+
+
+def calibrate(found: Sequence[Judged], kinds: Sequence[str]) -> Fit:
+    """Return a fit of each kind: passages that hold it against those that hold nothing."""
+    fit = Fit([], [])
+    for place, kind in enumerate(kinds):
+        chosen = [one for one in found if kind in one.kinds or not one.kinds]
+        odds = np.array([one.odds[place] for one in chosen])
+        slope, offset = platt(odds, np.array([kind in one.kinds for one in chosen]), KIND_PRIOR)
+        fit.slopes.append(slope)
+        fit.offsets.append(offset)
+    return fit
+
+
+def reliability(found: Sequence[Judged], fit: Fit) -> list[tuple[float, float, float]]:
+    """Return mean score, share sensitive and weight of each bin that holds passages."""
+    scores, truth = fit.scores(found), sensitive(found)
+    weights = weights_of(truth, PRIOR)
+    places = np.minimum((scores * BINS).astype(int), BINS - 1)
+    rows = []
+    for place in range(BINS):
+        inside = places == place
+        if inside.any():
+            total = weights[inside].sum()
+            mean = float((weights * scores)[inside].sum() / total)
+            rows.append((mean, float(weights[inside & truth].sum() / total), float(total)))
+    return rows
+
+
+def plot(found: Sequence[Judged], fit: Fit, path: Path) -> None:
+    """Draw the reliability plot."""
+    import matplotlib as mpl  # noqa: PLC0415 - only this function draws
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "kvkeep"
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    rows = reliability(found, fit)
+    figure, axis = plt.subplots(figsize=(5, 5))
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axis.plot([row[0] for row in rows], [row[1] for row in rows], marker="o", color="C0")
+    for bound in (CLEAR_BELOW, TAINT_ABOVE):
+        axis.axvline(bound, color="0.5", linestyle=":", linewidth=1)
+    axis.set_xlabel("score")
+    axis.set_ylabel("share of passages that hold something sensitive")
+    axis.set_title(f"Validation split, {len(found)} passages, prior {PRIOR:.0%}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,244 @@
+"""Train the detector's scorer: `python -m tools.train_detector`; weights, scores and a plot.
+
+Seeded: the same machine and catalogues give the same weights. The held-out world is not read here
+but to keep its values out of the training world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kvkeep.sharing.detector import scorer
+from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
+from tools.detector_data import training
+from tools.detector_data.calibration import Judged, calibrate, plot
+from tools.detector_data.dataset import Sizes, passages
+from tools.detector_data.passages import KINDS, Passage
+from tools.detector_data.prose import read
+from tools.detector_data.split import split
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+WEIGHTS: Final = ROOT / "src" / "kvkeep" / "sharing" / "detector" / "scorer.npz"
+FIGURE: Final = ROOT / "docs" / "figures" / "detector-reliability.svg"
+EMBEDDING: Final = 24
+HIDDEN: Final = 48
+GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
+"""Empty tokens between passages of a batch."""
+DROPPED: Final = 0.5
+"""Share of tokens whose longer features are hidden in training: unseen values look like that."""
+UNKNOWN: Final = 0.15
+"""Share of insensitive tokens hidden altogether: unseen wording looks like that."""
+WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
+
+
+class Example(NamedTuple):
+    """A passage as the model sees it."""
+
+    features: npt.NDArray[np.int32]
+    classes: npt.NDArray[np.int64]
+
+
+def encode(passage: Passage, classes: Mapping[str, int]) -> Example:
+    """Return a passage's tokens with their classes."""
+    tokens = tokenise(passage.text)
+    target = np.zeros(len(tokens.starts), np.int64)
+    for label in passage.labels:
+        inside = (tokens.starts < label.end) & (tokens.ends > label.start)
+        target[inside] = classes[label.kind]
+    return Example(tokens.features, target)
+
+
+class Tagger(nn.Module):
+    """The scorer's arithmetic, in torch."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(
+            2**BITS, EMBEDDING, mode="sum", padding_idx=0, include_last_offset=False
+        )
+        nn.init.normal_(self.table.weight, std=0.05)
+        with torch.no_grad():
+            self.table.weight[0] = 0  # a feature that is not there adds nothing
+        self.near = nn.Linear(EMBEDDING * len(scorer.NEAR), HIDDEN)
+        self.wide = nn.Linear(HIDDEN * len(scorer.WIDE), HIDDEN)
+        self.out = nn.Linear(HIDDEN, classes)
+
+    @staticmethod
+    def shifted(rows: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
+        """Return each row beside its neighbours, zeros beyond the edges."""
+        reach, count = max(offsets), len(rows)
+        padded = F.pad(rows, (0, 0, reach, reach))
+        return torch.cat([padded[reach + at : reach + at + count] for at in offsets], dim=1)
+
+    def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
+        embedded = F.dropout(self.table(rows), 0.2, self.training)
+        near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
+        near = F.dropout(near, 0.2, self.training)
+        wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
+        logits: torch.Tensor = self.out(F.dropout(wide, 0.1, self.training))
+        return logits
+
+
+def batches(
+    examples: Sequence[Example], tokens: int, rng: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield features and classes of about `tokens` tokens, gaps marked by class -1."""
+    gap = Example(np.zeros((GAP, FEATURES), np.int32), np.full(GAP, -1, np.int64))
+    group: list[Example] = []
+    size = 0
+    for index in rng.permutation(len(examples)):
+        group += [examples[index], gap]
+        size += len(examples[index].classes)
+        if size >= tokens:
+            yield _stacked(group)
+            group, size = [], 0
+    if group:
+        yield _stacked(group)
+
+
+def _stacked(group: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch as tensors."""
+    rows = torch.from_numpy(np.concatenate([example.features for example in group]))
+    return rows, torch.from_numpy(np.concatenate([example.classes for example in group]))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long to train."""
+
+    epochs: int
+    batch_tokens: int = 12_000
+    rate: float = 4e-3
+
+
+def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> Tagger:
+    """Return a trained tagger."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(seed)
+    model = Tagger(classes)
+    total = sum(len(example.classes) for example in examples)
+    steps = plan.epochs * (total // plan.batch_tokens + 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=steps + 1)
+    columns = torch.tensor(WORD_COLUMNS)
+    for epoch in range(plan.epochs):
+        begun, losses = time.perf_counter(), []
+        for rows, target in batches(examples, plan.batch_tokens, rng):
+            hidden = torch.rand(len(rows), 1) < DROPPED
+            kept = rows.clone()
+            kept[:, columns] = rows[:, columns].masked_fill(hidden, 0)
+            kept[(target <= 0) & (torch.rand(len(rows)) < UNKNOWN)] = 0
+            logits = model(kept, (target >= 0).float()[:, None])
+            loss = F.cross_entropy(logits, target, ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        took = time.perf_counter() - begun
+        print(f"epoch {epoch}: loss {np.mean(losses):.4f}, {took:.0f} s", flush=True)
+    return model.eval()
+
+
+def arrays_of(model: Tagger) -> dict[str, npt.NDArray[Any]]:
+    """Return the weights as they are stored: the table in 8 bits, one scale per column."""
+    table = model.table.weight.detach().numpy()
+    scale = np.maximum(np.abs(table).max(axis=0) / 127, 1e-8).astype(np.float32)
+    stored: dict[str, npt.NDArray[Any]] = {
+        "table": np.clip(np.rint(table / scale), -127, 127).astype(np.int8),
+        "table_scale": scale,
+    }
+    for name in ("near", "wide", "out"):
+        layer = getattr(model, name)
+        stored[name] = layer.weight.detach().numpy().T.astype(np.float16)
+        stored[f"{name}_bias"] = layer.bias.detach().numpy().astype(np.float32)
+    return stored
+
+
+def save(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, object]
+) -> scorer.Weights:
+    """Write weights and read them back."""
+    head = dict(meta) | {
+        "version": scorer.VERSION,
+        "bits": BITS,
+        "features": FEATURES,
+    }
+    head["digest"] = scorer.digest_of(arrays, head)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
+    np.savez_compressed(path, allow_pickle=False, meta=packed, **arrays)
+    return scorer.load_weights(path)
+
+
+def judged(weights: scorer.Weights, examples: Sequence[Passage]) -> list[Judged]:
+    """Return each passage's largest log odds of each kind, and the kinds it holds."""
+    tagger = scorer.LearnedScorer(weights)
+    return [
+        Judged(
+            tuple(tagger.odds(tokenise(p.text)).max(axis=0, initial=-30.0).tolist()),
+            frozenset(label.kind for label in p.labels),
+        )
+        for p in examples
+    ]
+
+
+def flat(kinds: int) -> dict[str, list[float]]:
+    """Return a calibration that changes nothing."""
+    return {"slopes": [1.0] * kinds, "offsets": [0.0] * kinds}
+
+
+def main() -> int:
+    """Train, calibrate, store, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--locales", type=Path, default=Path("/usr/share/locale"))
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
+    given = parser.parse_args()
+    begun = time.perf_counter()
+    packages = Path(np.__file__).parents[1]
+    prose = read(given.locales, packages, count=int(2500 * given.scale), seed=training.SEED)
+    cut = {lang: len(texts) * 9 // 10 for lang, texts in prose.passages.items()}
+    seen = {lang: texts[: cut[lang]] for lang, texts in prose.passages.items()}
+    unseen = {lang: texts[cut[lang] :] for lang, texts in prose.passages.items()}
+    kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
+    classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
+    sizes = Sizes(int(250 * given.scale), int(1500 * given.scale), 1_000_000)
+    worlds = split(training.world(), training.SEED)
+    known = list(passages(worlds.training, seen, sizes, training.SEED))
+    print(f"{len(known)} passages, {time.perf_counter() - begun:.0f} s", flush=True)
+    examples = [encode(passage, classes) for passage in known]
+    tokens = sum(len(example.classes) for example in examples)
+    print(f"{tokens} tokens, {time.perf_counter() - begun:.0f} s", flush=True)
+    model = train(examples, 1 + len(kinds), Plan(given.epochs), training.SEED)
+    meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
+    arrays = arrays_of(model)
+    raw = save(given.out, arrays, meta | flat(len(kinds)))
+    held = Sizes(int(40 * given.scale) + 1, int(600 * given.scale), 1_000_000)
+    found = judged(raw, list(passages(worlds.validation, unseen, held, training.SEED + 1)))
+    fit = calibrate(found, [kind for kind, _ in kinds])
+    save(given.out, arrays, meta | {"slopes": fit.slopes, "offsets": fit.offsets})
+    plot(found, fit, given.figure)
+    print(fit.report(found), f"\n{time.perf_counter() - begun:.0f} s in all", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
