@@ -1,0 +1,276 @@
+"""Run an audit: controls first, then channels in turn until each has its verdict or time is up."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import httpx
+import numpy as np
+
+from kvkeep.audit.channel import Channel, Observable, Pair, Stage
+from kvkeep.audit.channels import CHANNELS, CONTROLS
+from kvkeep.audit.channels.early_bird import threshold_of
+from kvkeep.audit.findings import Finding, Report, conclude
+from kvkeep.audit.prober import Clock, Prober, Prompt, first_model
+from kvkeep.audit.prompts import PromptMaker
+from kvkeep.audit.sequential import Decision, Evidence, Rates, decide, weigh
+from kvkeep.audit.stats import Samples
+from kvkeep.audit.target import Cast, base_url, check_consent, new_client
+from kvkeep.errors import ConfigError
+
+CONTROL_ALPHA: Final = 0.01
+CONTROL_PAIRS: Final = 200
+CONTROL_SHARE: Final = 0.2
+"""Of the time, for controls."""
+CLEAR_AUC: Final = 0.85
+"""Of own hits; below it longer prompts are tried."""
+TRY_PAIRS: Final = 24
+MAX_UNEQUAL_SHARE: Final = 0.25
+UNEQUAL: Final = "the target counts the tokens of like prompts differently"
+BLIND: Final = "own hits do not show, so nothing that this observable says counts"
+REASONS: Final[Mapping[Decision, str]] = {
+    "leak": "what the victim sent shows",
+    "clean": "chance is inside the interval",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an audit is told."""
+
+    url: str
+    cast: Cast
+    model: str | None = None
+    channels: tuple[str, ...] = ()
+    """All where none is named."""
+    alpha: float = 0.05
+    margin: float = 0.05
+    seconds: float = 600.0
+    settle_s: float = 0.0
+    per_second: float = 100.0
+    prompt_tokens: int = 256
+    """Of the first prompts tried."""
+    max_prompt_tokens: int = 2048
+    batch: int = 8
+    """Pairs between one wait and the next."""
+    consent: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.channels if name not in CHANNELS]
+        if unknown:
+            raise ConfigError(
+                f"channels: there is no {unknown[0]!r}; there are {', '.join(CHANNELS)}"
+            )
+        for name, value, top in (("alpha", self.alpha, 0.5), ("margin", self.margin, 0.5)):
+            if not 0 < value < top:
+                raise ConfigError(f"{name}: must lie between 0 and {top}")
+        for name, value in (("seconds", self.seconds), ("rate", self.per_second)):
+            if not (0 < value < math.inf):
+                raise ConfigError(f"{name}: must be more than 0")
+        if not 0 <= self.settle_s < math.inf:
+            raise ConfigError("settle: must be 0 or more seconds")
+        if not 32 <= self.prompt_tokens <= self.max_prompt_tokens:
+            raise ConfigError("prompt_tokens: must be at least 32 and at most max_prompt_tokens")
+        if self.batch < 1:
+            raise ConfigError("batch: must be 1 or more")
+
+
+@dataclass(slots=True)
+class _Course:
+    """One channel under way."""
+
+    channel: Channel
+    pairs: list[Pair] = field(default_factory=list)
+    outcome: Finding | None = None
+
+
+class Audit:
+    """One audit of one target."""
+
+    def __init__(
+        self, options: Options, client: httpx.AsyncClient, clock: Clock, note: Callable[[str], None]
+    ) -> None:
+        self._options = options
+        self._client = client
+        self._clock = clock
+        self._note = note
+        self._begun = clock.now()
+        self._seed = secrets.randbits(32) if options.seed is None else options.seed
+        self._controls: dict[Observable, Finding] = {}
+
+    async def run(self) -> Report:
+        """Return the report; raises `ConfigError` and `AuditError` where there can be none."""
+        options = self._options
+        await check_consent(self._client, options.consent)
+        model = options.model or await first_model(self._client, options.cast.attacker)
+        prober = Prober(self._client, model, per_second=options.per_second, clock=self._clock)
+        stage = Stage(prober, options.cast, PromptMaker(self._seed), options.settle_s)
+        await self._calibrate(stage)
+        channels = [CHANNELS[name]() for name in options.channels or CHANNELS]
+        stage = await self._show_time(stage)
+        rates = Rates(options.alpha, options.margin, len(channels))
+        courses = [_Course(channel) for channel in channels]
+        for course in courses:
+            course.outcome = await self._missing(stage, course.channel)
+        await self._pursue(stage, courses, rates)
+        found = tuple(course.outcome or self._undecided(course, rates) for course in courses)
+        verdict, reason = conclude(found, rates)
+        return Report(
+            target=str(self._client.base_url),
+            model=model,
+            seed=self._seed,
+            rates=rates,
+            prompt_tokens=stage.maker.tokens,
+            seconds=self._elapsed(),
+            requests=prober.requests,
+            unequal_pairs=prober.unequal,
+            verdict=verdict,
+            reason=reason,
+            controls=tuple(self._controls.values()),
+            channels=found,
+        )
+
+    def _elapsed(self) -> float:
+        return self._clock.now() - self._begun
+
+    async def _calibrate(self, stage: Stage) -> None:
+        """Learn the endpoint and how many tokens a word has; both keys must be good."""
+        maker, cast = stage.maker, stage.cast
+        maker.tokens = self._options.prompt_tokens
+        text = maker.text()
+        reply = await stage.prober.choose_endpoint(cast.attacker, text)
+        if reply.prompt_tokens:
+            maker.tokens_per_word = reply.prompt_tokens / len(text.split())
+        for account in (cast.victim, *cast.sybils):
+            await stage.prober.choose_endpoint(account, maker.text())
+
+    async def _show_time(self, stage: Stage) -> Stage:
+        """Show what own hits look like in time; prompts grow until they are clear."""
+        maker, channel = stage.maker, CONTROLS[Observable.TTFT]()
+        while True:
+            found = await self._control(stage, channel, TRY_PAIRS)
+            clear = found.evidence is not None and found.evidence.auc.value >= CLEAR_AUC
+            if clear or self._control_over() or not await self._grow(stage):
+                break
+        if found.outcome != "clean":
+            found = await self._control(stage, channel, CONTROL_PAIRS)
+        self._note(f"control: {found.reason} with prompts of {maker.tokens} tokens")
+        self._controls[Observable.TTFT] = found
+        return replace(
+            stage, threshold_ms=threshold_of(found.pairs) if found.outcome == "clean" else None
+        )
+
+    async def _grow(self, stage: Stage) -> bool:
+        """Double the prompts, as far as the caller and the target allow."""
+        maker = stage.maker
+        if 2 * maker.tokens > self._options.max_prompt_tokens:
+            return False
+        maker.tokens *= 2
+        if await stage.prober.accepts(stage.cast.attacker, Prompt(maker.text())):
+            return True
+        maker.tokens //= 2
+        return False
+
+    def _control_over(self) -> bool:
+        return self._elapsed() > CONTROL_SHARE * self._options.seconds
+
+    async def _control(self, stage: Stage, channel: Channel, most_pairs: int) -> Finding:
+        """Return "clean" where own hits show beyond doubt and beyond the margin, else "void"."""
+        pairs: list[Pair] = []
+        evidence: Evidence | None = None
+        while len(pairs) < most_pairs and not (pairs and self._control_over()):
+            found = await channel.run(stage, channel.plan(stage, self._options.batch))
+            pairs += found
+            if not found or len(pairs) < 2:
+                return Finding(channel.facts, "void", UNEQUAL, pairs=tuple(pairs))
+            evidence = weigh(*_columns(pairs), CONTROL_ALPHA)
+            shown = evidence.log_e >= -math.log(CONTROL_ALPHA) and evidence.wins > evidence.losses
+            beyond = evidence.auc.low > 0.5 + self._options.margin
+            if shown and beyond and len(pairs) >= TRY_PAIRS:
+                seen = "own hits are seen"
+                return Finding(channel.facts, "clean", seen, evidence, tuple(pairs))
+        return Finding(channel.facts, "void", BLIND, evidence, tuple(pairs))
+
+    async def _missing(self, stage: Stage, channel: Channel) -> Finding | None:
+        """Return why a channel is not tried, None where it is."""
+        absent = await channel.prepare(stage)
+        if absent is not None:
+            return Finding(channel.facts, "skipped", absent)
+        observable = channel.facts.observable
+        if observable not in CONTROLS:
+            return None
+        if observable not in self._controls:
+            control = CONTROLS[observable]()
+            self._controls[observable] = await self._control(stage, control, CONTROL_PAIRS)
+        found = self._controls[observable]
+        if found.outcome == "clean":
+            return None
+        return Finding(channel.facts, "void", f"control: {found.reason}")
+
+    async def _pursue(self, stage: Stage, courses: Sequence[_Course], rates: Rates) -> None:
+        """Let the undecided channels take turns until none is left or time is up."""
+        while open_ := [course for course in courses if course.outcome is None]:
+            for course in open_:
+                if self._elapsed() >= self._options.seconds:
+                    return
+                await self._turn(stage, course, rates)
+
+    async def _turn(self, stage: Stage, course: _Course, rates: Rates) -> None:
+        channel = course.channel
+        asked = self._options.batch
+        found = await channel.run(stage, channel.plan(stage, asked))
+        course.pairs += found
+        if not found or stage.prober.unequal > MAX_UNEQUAL_SHARE * stage.prober.requests:
+            course.outcome = Finding(channel.facts, "void", UNEQUAL, pairs=tuple(course.pairs))
+            return
+        if len(course.pairs) < 2:
+            return
+        evidence = weigh(*_columns(course.pairs), rates.level)
+        decision = decide(evidence, rates)
+        if decision is not None:
+            course.outcome = Finding(
+                channel.facts,
+                decision,
+                REASONS[decision],
+                evidence,
+                tuple(course.pairs),
+                self._figures(course),
+            )
+            self._note(f"{channel.facts.name}: {decision} after {evidence.pairs} pairs")
+
+    def _figures(self, course: _Course) -> Mapping[str, float]:
+        return course.channel.score(course.pairs, self._controls[Observable.TTFT].pairs)
+
+    def _undecided(self, course: _Course, rates: Rates) -> Finding:
+        """Return the finding of a channel that ran out of time."""
+        facts = course.channel.facts
+        if len(course.pairs) < 2:
+            return Finding(facts, "void", "no time was left; raise --seconds")
+        evidence = weigh(*_columns(course.pairs), rates.level)
+        reason = (
+            f"half-width {evidence.halfwidth:.3f} after {evidence.pairs} pairs; "
+            f"{rates.margin:g} was asked for: raise --seconds"
+        )
+        return Finding(facts, "void", reason, evidence, tuple(course.pairs), self._figures(course))
+
+
+def _columns(pairs: Sequence[Pair]) -> tuple[Samples, Samples]:
+    values = np.asarray(pairs, np.float64)
+    return values[:, 0], values[:, 1]
+
+
+async def audit(
+    options: Options,
+    *,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Clock | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Audit a target; `transport` and `clock` stand in for the network and time in tests."""
+    async with new_client(base_url(options.url), transport) as client:
+        return await Audit(options, client, clock or Clock(), note).run()
