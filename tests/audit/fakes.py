@@ -63,6 +63,12 @@ def tokens_of(text: str) -> tuple[str, ...]:
     return tuple(text) if text[:1] in BLANKS else tuple(text.split())
 
 
+def is_cut(tokens: tuple[str, ...]) -> bool:
+    """Tell whether the text holds personal data that no single page holds."""
+    pages = (" ".join(tokens[i : i + PAGE]) for i in range(0, len(tokens), PAGE))
+    return SECRET.search(" ".join(tokens)) is not None and not any(map(SECRET.search, pages))
+
+
 @dataclass
 class FakeServer:
     """Keeps prefixes by pages of 16 words and scope, served one after the other."""
@@ -83,7 +89,7 @@ class FakeServer:
     busy: int = 0
     """Requests to be refused with 429 first."""
     uneven: bool = False
-    """Whether tokens are counted by characters, so that twins may differ."""
+    """Whether tokens are counted by what a text begins with, so that twins differ."""
     consent: str | None = None
     time: FakeTime = field(default_factory=FakeTime)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -91,7 +97,9 @@ class FakeServer:
     chance: random.Random = field(default_factory=lambda: random.Random(7))
     pages: OrderedDict[tuple[str, tuple[str, ...]], None] = field(default_factory=OrderedDict)
     senders: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
+    scopes: set[str] = field(default_factory=set)
     queue: list[Waiting] = field(default_factory=list)
+    flushing: asyncio.Task[None] | None = None
 
     def transport(self) -> httpx.MockTransport:
         return httpx.MockTransport(self.answer)
@@ -117,11 +125,16 @@ class FakeServer:
         future: asyncio.Future[httpx.Response] = asyncio.get_running_loop().create_future()
         self.queue.append(Waiting(request, json.loads(request.content), future))
         if len(self.queue) == 1:
-            await asyncio.sleep(0)
-            for waiting in sorted(self.queue, key=self._priority):
-                waiting.done.set_result(self._serve(waiting))
-            self.queue.clear()
+            self.flushing = asyncio.create_task(self._flush())
         return await future
+
+    async def _flush(self) -> None:
+        """Serve what was sent at once, which arrives within a few turns of the loop."""
+        for _ in range(8):
+            await asyncio.sleep(0)
+        for waiting in sorted(self.queue, key=self._priority):
+            waiting.done.set_result(self._serve(waiting))
+        self.queue.clear()
 
     def _priority(self, waiting: Waiting) -> int:
         """Return minus the match that the order of service follows."""
@@ -135,12 +148,14 @@ class FakeServer:
         self.bodies.append(body)
         self.seen_headers.append(waiting.request.headers)
         tokens, scope = tokens_of(text), self._scope(waiting)
-        found = max(self._matched(tokens, scope), self._leaked(waiting, tokens, text, scope))
+        found = max(self._matched(tokens, scope), self._leaked(tokens, text, scope))
         cost_ms = self.saved_ms * (len(tokens) - (found if self.caches else 0))
         self.time.seconds += (1.0 + cost_ms + self.chance.expovariate(1 / self.noise_ms)) / 1e3
         shown = self._matched(tokens, None if "cached_tokens" in self.leaks else scope)
         self._keep(tokens, scope)
-        usage: dict[str, Any] = {"prompt_tokens": len(text) if self.uneven else len(tokens)}
+        usage: dict[str, Any] = {
+            "prompt_tokens": len(tokens) + self.uneven * sum(map(ord, tokens[1]))
+        }
         if self.reports:
             usage["prompt_tokens_details"] = {"cached_tokens": shown if self.caches else 0}
         return httpx.Response(200, json={"choices": [{"text": "x"}], "usage": usage})
@@ -158,7 +173,7 @@ class FakeServer:
 
     def _matched(self, tokens: tuple[str, ...], scope: str | None) -> int:
         """Return the tokens found in a scope, in any where it is None."""
-        scopes = {s for s, _ in self.pages} if scope is None else {scope}
+        scopes = self.scopes if scope is None else {scope}
         return max((self._in_scope(tokens, s) for s in scopes), default=0)
 
     def _in_scope(self, tokens: tuple[str, ...], scope: str) -> int:
@@ -170,24 +185,20 @@ class FakeServer:
             found = end
         return found
 
-    def _leaked(self, waiting: Waiting, tokens: tuple[str, ...], text: str, scope: str) -> int:
+    def _leaked(self, tokens: tuple[str, ...], text: str, scope: str) -> int:
         """Return what a planted leak lets this request read of others."""
-        secret = SECRET.search(text)
-        in_one_page = any(
-            SECRET.search(" ".join(tokens[i : i + PAGE])) for i in range(0, len(tokens), PAGE)
-        )
         planted = {
-            "ttft": True,
-            "sybils": len(self.senders.get(tokens, set()) - {scope}) >= 2,
-            "no_key": scope.startswith("nobody"),
-            "boundary": secret is not None and not in_one_page,
-            "empty": text[:1] in BLANKS,
-            "sentinel": any(word in text for word in SENTINELS),
+            "ttft": lambda: True,
+            "sybils": lambda: len(self.senders.get(tokens, set()) - {scope}) >= 2,
+            "no_key": lambda: scope.startswith("nobody"),
+            "boundary": lambda: is_cut(tokens),
+            "empty": lambda: text[:1] in BLANKS,
+            "sentinel": lambda: any(word in text for word in SENTINELS),
         }
-        if any(planted.get(name, False) for name in self.leaks):
+        if any(name in self.leaks and reads() for name, reads in planted.items()):
             return self._matched(tokens, None)
         if "collision" in self.leaks and tokens not in self.senders:
-            alike = any(sorted(tokens) == sorted(t) and tokens[:2] == t[:2] for t in self.senders)
+            alike = any(sorted(tokens) == sorted(t) and tokens[:3] == t[:3] for t in self.senders)
             return len(tokens) if alike else 0
         return 0
 
@@ -196,7 +207,9 @@ class FakeServer:
         for end in range(PAGE, len(tokens) + 1, PAGE):
             self.pages[scope, tokens[:end]] = None
             self.pages.move_to_end((scope, tokens[:end]))
-        shared = "eviction" in self.leaks
-        mine = [key for key in self.pages if shared or key[0] == scope]
-        for key in mine[: max(0, len(mine) - self.capacity_pages)]:
-            del self.pages[key]
+        self.scopes.add(scope)
+        if len(self.pages) > self.capacity_pages:
+            shared = "eviction" in self.leaks
+            mine = [key for key in self.pages if shared or key[0] == scope]
+            for key in mine[: max(0, len(mine) - self.capacity_pages)]:
+                del self.pages[key]

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from kvkeep.audit import Finding, Options, Report, audit
+from kvkeep.audit.channel import Pair
 from kvkeep.audit.channels import CHANNELS
 from kvkeep.audit.channels.early_bird import recovery
-from kvkeep.audit.channel import Pair
 from tests.audit.fakes import CAST, URL, FakeServer
 
 TIMED_BY_PLAIN_PROMPTS = {"ttft", "early_bird"}
@@ -94,14 +94,15 @@ async def test_early_bird_recovers_what_leaks_and_nothing_else() -> None:
 
 
 def test_recovery_needs_five_of_ten() -> None:
-    control = [Pair(1.0, 3.0)] * 4
+    limits = [1.5] * 20
     four = [Pair(1.0, 2.0)] * 4 + [Pair(2.0, 2.0)] * 6
     five = [Pair(1.0, 2.0)] * 5 + [Pair(2.0, 2.0)] * 5
     both = [Pair(1.0, 1.0)] * 10
-    assert recovery(four, control)["recovered_share"] == 0.0
-    assert recovery(five, control)["recovered_share"] == 1.0
-    assert recovery([*both, *five], control)["wrong_taken_share"] == 0.5
-    assert recovery(five[:9], control) == {}
+    assert recovery(four, limits[:10])["recovered_share"] == 0.0
+    assert recovery(five, limits[:10])["recovered_share"] == 1.0
+    assert recovery(five, [2.5] * 10)["wrong_taken_share"] == 1.0
+    assert recovery([*both, *five], limits)["wrong_taken_share"] == 0.5
+    assert recovery(five[:9], limits[:9]) == {}
 
 
 @pytest.mark.parametrize(

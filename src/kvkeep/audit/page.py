@@ -10,7 +10,7 @@ from kvkeep.audit.svg import HIT, MISS, histogram
 
 COLOURS: Final = {"leak": "#b91c1c", "clean": "#15803d", "void": "#a16207", "skipped": "#6b7280"}
 LEGEND: Final = (
-    "AUC is the probability that the prompt which the victim had sent answers first; 0.5 is chance. "
+    "AUC is the probability that a prompt which the victim had sent answers first; chance is 0.5. "
     "Intervals hold for all channels together. KS is the one-sided Kolmogorov-Smirnov test."
 )
 CONTROLS: Final = (

@@ -106,15 +106,16 @@ class Prober:
 
     async def ask(self, account: Account, prompt: Prompt) -> Reply:
         """Send one prompt; raises `Refused` where the target does."""
-        for attempt in range(RETRIES):
+        attempt = 0
+        while True:
             await self._turn()
             begun = self._clock.now()
             response = await self._post(account, prompt)
             took = self._clock.now() - begun
-            if response.status_code not in BUSY or attempt == RETRIES - 1:
-                break
+            attempt += 1
+            if response.status_code not in BUSY or attempt == RETRIES:
+                return _reply(response, took, account)
             await self._clock.sleep(min(RETRY_CAP_S, _retry_after(response, attempt)))
-        return _reply(response, took, account)
 
     async def burst(self, account: Account, prompts: Sequence[Prompt]) -> list[Reply]:
         """Send prompts at once, in order; each reply tells how many came before it."""

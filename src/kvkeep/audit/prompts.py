@@ -1,7 +1,8 @@
 """Prompts of equal length in tokens that share no page, each to be used once.
 
 The two of a pair are permutations of the same words, so any tokenizer that works word by word
-counts them alike, and their first words differ, so that no cache has a common prefix of theirs.
+counts them alike. The first word, which many tokenizers treat apart, is common; the second differs,
+so that no page is.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class PromptMaker:
         return " ".join(chance.choices(WORDS, k=words))
 
     def twins(self) -> Twins:
-        """Return two permutations of the same random words that differ in the first."""
+        """Return two permutations of the same random words, alike in the first alone."""
         return Twins(*map(" ".join, self._permuted(WORDS, self.words)))
 
     def blanks(self) -> Twins:
@@ -69,24 +70,17 @@ class PromptMaker:
         return Twins(*map("".join, self._permuted(BLANKS, max(16, self.tokens))))
 
     def guesses(self, words: int) -> Twins:
-        """Return two texts that differ in their first two words alone."""
+        """Return two texts, to follow another, that differ in their first two words alone."""
         one, other = self.chance.sample(WORDS, 2)
         rest = self.chance.choices(WORDS, k=words)
         return Twins(" ".join([one, other, *rest]), " ".join([other, one, *rest]))
 
     def near(self, text: str) -> str:
-        """Return a text of the same words, two of the first ones exchanged."""
+        """Return a text of the same words, the fourth exchanged with a later one."""
         words = text.split()
-        other = next(i for i in range(3, len(words)) if words[i] != words[2])
-        words[2], words[other] = words[other], words[2]
+        other = next(i for i in range(4, len(words)) if words[i] != words[3])
+        words[3], words[other] = words[other], words[3]
         return " ".join(words)
-
-    def _permuted(self, units: Sequence[str], count: int) -> tuple[list[str], list[str]]:
-        drawn = self.chance.choices(units, k=count)
-        drawn[:2] = self.chance.sample(units, 2)
-        rest = drawn[2:]
-        self.chance.shuffle(rest)
-        return drawn, [drawn[1], drawn[0], *rest]
 
     def secret(self) -> str:
         """Return made-up personal data."""
@@ -100,3 +94,10 @@ class PromptMaker:
         """
         words, before = text.split(), max(2, round(PAGE_TOKENS / self.tokens_per_word) - 4)
         return " ".join([*words[:before], secret, *words[before:]])
+
+    def _permuted(self, units: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+        first = self.chance.choice(units)
+        one, other = self.chance.sample(units, 2)
+        drawn = self.chance.choices(units, k=count - 3)
+        shuffled = self.chance.sample(drawn, len(drawn))
+        return [first, one, other, *drawn], [first, other, one, *shuffled]

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvkeep.audit.channel import Channel, Observable, Pair, Stage
 from kvkeep.audit.channels import CHANNELS, CONTROLS
-from kvkeep.audit.channels.early_bird import threshold_of
+from kvkeep.audit.channels.early_bird import middle
 from kvkeep.audit.findings import Finding, Report, conclude
 from kvkeep.audit.prober import Clock, Prober, Prompt, first_model
 from kvkeep.audit.prompts import PromptMaker
@@ -24,11 +24,11 @@ from kvkeep.errors import ConfigError
 
 CONTROL_ALPHA: Final = 0.01
 CONTROL_PAIRS: Final = 200
-CONTROL_SHARE: Final = 0.2
-"""Of the time, for controls."""
+CONTROL_SHARE: Final = 0.1
+"""Of the time, for one control of one length of prompts."""
 CLEAR_AUC: Final = 0.85
 """Of own hits; below it longer prompts are tried."""
-TRY_PAIRS: Final = 24
+TRY_PAIRS: Final = 16
 MAX_UNEQUAL_SHARE: Final = 0.25
 UNEQUAL: Final = "the target counts the tokens of like prompts differently"
 BLIND: Final = "own hits do not show, so nothing that this observable says counts"
@@ -155,14 +155,14 @@ class Audit:
         while True:
             found = await self._control(stage, channel, TRY_PAIRS)
             clear = found.evidence is not None and found.evidence.auc.value >= CLEAR_AUC
-            if clear or self._control_over() or not await self._grow(stage):
+            if clear or not await self._grow(stage):
                 break
         if found.outcome != "clean":
             found = await self._control(stage, channel, CONTROL_PAIRS)
         self._note(f"control: {found.reason} with prompts of {maker.tokens} tokens")
         self._controls[Observable.TTFT] = found
         return replace(
-            stage, threshold_ms=threshold_of(found.pairs) if found.outcome == "clean" else None
+            stage, threshold_ms=middle(found.pairs) if found.outcome == "clean" else None
         )
 
     async def _grow(self, stage: Stage) -> bool:
@@ -176,14 +176,12 @@ class Audit:
         maker.tokens //= 2
         return False
 
-    def _control_over(self) -> bool:
-        return self._elapsed() > CONTROL_SHARE * self._options.seconds
-
     async def _control(self, stage: Stage, channel: Channel, most_pairs: int) -> Finding:
         """Return "clean" where own hits show beyond doubt and beyond the margin, else "void"."""
         pairs: list[Pair] = []
         evidence: Evidence | None = None
-        while len(pairs) < most_pairs and not (pairs and self._control_over()):
+        over = self._elapsed() + CONTROL_SHARE * self._options.seconds
+        while len(pairs) < most_pairs and not (pairs and self._elapsed() > over):
             found = await channel.run(stage, channel.plan(stage, self._options.batch))
             pairs += found
             if not found or len(pairs) < 2:

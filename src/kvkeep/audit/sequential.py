@@ -7,9 +7,11 @@ likelihood ratio below is a martingale: it exceeds 1/a at any look with probabil
 (Ville). A leak verdict of one channel has that probability at a = alpha / channels, and any false
 leak verdict of an audit alpha (Bonferroni).
 
-A channel is clean when two intervals at the same corrected level, of the AUC over all pairs and of
-the share of pairs won, hold 0.5 and are no wider than the margin on each side. A leak that lifts
-either to 0.5 + twice the margin is then missed with probability alpha / channels / 2, about.
+A channel is clean when, at the same corrected level, the interval of its AUC over all pairs holds
+0.5 and is no wider than the margin on each side. A leak that lifts the AUC to 0.5 + twice the
+margin is then missed with probability alpha / channels / 2, about. Where times drift by more than a
+hit saves, that AUC is narrow for nothing, so the share of pairs won has to hold 0.5 as well, within
+twice the margin.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ Decision = Literal["leak", "clean"]
 
 PRIORS: Final = (1.0, 16.0)
 """Beta(a, a) over the probability of a win: any leak, and a small one."""
+WON_MARGINS: Final = 2.0
+"""Margins that the share of wins may be wide."""
 MIN_PAIRS: Final = 32
 """Before which no channel is clean."""
 
@@ -70,8 +74,8 @@ class Evidence:
 
     @property
     def halfwidth(self) -> float:
-        """Return the wider of the two intervals' half-widths."""
-        return max(self.auc.halfwidth, self.won.halfwidth)
+        """Return what the margin is held against."""
+        return max(self.auc.halfwidth, self.won.halfwidth / WON_MARGINS)
 
 
 def log_likelihood_ratio(wins: int, losses: int) -> float:

@@ -60,7 +60,8 @@ def paired_auc(hits: Samples, misses: Samples, level: float) -> Auc:
     """
     of_hits = placements(hits, misses)
     of_misses = 1.0 - placements(misses, hits)
-    return Auc(float(of_hits.mean()), _halfwidth(of_hits + of_misses, level))
+    halfwidth = _halfwidth(of_hits + of_misses, level)
+    return Auc(float(of_hits.mean()), halfwidth)
 
 
 def win_share(hits: Samples, misses: Samples, level: float) -> Auc:
@@ -70,7 +71,8 @@ def win_share(hits: Samples, misses: Samples, level: float) -> Auc:
     all pairs goes to 0.5 and this does not.
     """
     won = np.where(hits == misses, 0.5, hits < misses)
-    return Auc(float(won.mean()), _halfwidth(won, level))
+    halfwidth = _halfwidth(won, level)
+    return Auc(float(won.mean()), halfwidth)
 
 
 def _halfwidth(scores: Samples, level: float) -> float:

@@ -8,7 +8,7 @@ from typing import Final
 from kvkeep.audit.channel import Channel, Observable
 from kvkeep.audit.channels.cached_tokens import cached_tokens, own_cached_tokens
 from kvkeep.audit.channels.crafted import boundary, collision, empty, sentinel
-from kvkeep.audit.channels.early_bird import early_bird
+from kvkeep.audit.channels.early_bird import EarlyBird
 from kvkeep.audit.channels.eviction import Eviction
 from kvkeep.audit.channels.reply_order import ReplyOrder
 from kvkeep.audit.channels.spoofed import no_key, spoofed_fields, spoofed_headers, spoofed_salt
@@ -17,7 +17,7 @@ from kvkeep.audit.channels.ttft import own_ttft, ttft
 
 CHANNELS: Final[Mapping[str, Callable[[], Channel]]] = {
     "ttft": ttft,
-    "early_bird": early_bird,
+    "early_bird": EarlyBird,
     "cached_tokens": cached_tokens,
     "reply_order": ReplyOrder,
     "eviction": Eviction,

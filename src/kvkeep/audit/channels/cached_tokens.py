@@ -35,6 +35,6 @@ def _trial(stage: Stage, *, own: bool) -> Trial:
 
 async def _reported(stage: Stage) -> str | None:
     prompt = Prompt(stage.maker.text())
-    for _ in range(2):
-        reply = await stage.prober.ask(stage.cast.attacker, prompt)
+    await stage.prober.ask(stage.cast.attacker, prompt)
+    reply = await stage.prober.ask(stage.cast.attacker, prompt)
     return None if reply.cached_tokens is not None else "the target does not report the count"

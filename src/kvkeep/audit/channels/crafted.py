@@ -56,13 +56,10 @@ def _across(stage: Stage) -> Trial:
 def _behind_sentinels(stage: Stage) -> Trial:
     secret, word = stage.maker.secret(), stage.maker.chance.choice(SENTINELS)
     twins = stage.maker.twins()
-    # The twins' first word stays in front: what follows is alike in both.
-    texts = (text.split(" ", 1) for text in twins)
-    return of_twins(
-        stage,
-        Twins(*(f"{head}\n{word}\n{secret} {rest}\n{word}\n" for head, rest in texts)),
-        stage.cast.victim,
-    )
+    # The twins' first two words stay in front, so that they differ within the first page.
+    texts = (text.split(" ", 2) for text in twins)
+    marked = (f"{a} {b}\n{word}\n{secret} {rest}\n{word}\n" for a, b, rest in texts)
+    return of_twins(stage, Twins(*marked), stage.cast.victim)
 
 
 def _almost(stage: Stage) -> Trial:

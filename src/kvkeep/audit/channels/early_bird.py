@@ -1,9 +1,9 @@
 """Early Bird's token recovery (arXiv 2409.20002): a known template, a guess, n = 10 looks, k = 5.
 
 Ten documents hold one bit of the victim's, each under a relabelling that the attacker knows. For
-each of the two values it asks for ten prompts and counts those that answer below a threshold
-calibrated on prompts of its own; the value with k or more is taken. A group is recovered when the
-right value has k and the wrong one has not.
+each of the two values it asks for ten prompts and counts those that answer below a limit, taken
+anew from requests whose answer it knows; the value with k or more is taken. A group is recovered
+when the right value has k and the wrong one has not.
 """
 
 from __future__ import annotations
@@ -24,38 +24,65 @@ from kvkeep.audit.channel import (
 )
 from kvkeep.audit.prober import Prompt
 from kvkeep.audit.prompts import Twins
+from kvkeep.audit.target import Account
 
 LOOKS: Final = 10
 NEEDED: Final = 5
+KNOWN: Final = 4
+"""Requests of either kind whose answer is known, a run."""
 REQUESTS_PER_LOOK: Final = 2
 
-FACTS = Facts(
-    "early_bird",
-    "tokens after a known template are recovered by guessing (n = 10, k = 5)",
-    Observable.TTFT,
-)
+
+class EarlyBird:
+    """Guesses what follows a template, and keeps its limit up to date."""
+
+    def __init__(self) -> None:
+        about = "tokens after a known template are recovered by guessing (n = 10, k = 5)"
+        self._inner = PlantAndProbe(Facts("early_bird", about, Observable.TTFT), guess)
+        self._known = PlantAndProbe(self._inner.facts, _own_guess)
+        self._limits: list[float] = []
+
+    @property
+    def facts(self) -> Facts:
+        """Return what the channel is."""
+        return self._inner.facts
+
+    async def prepare(self, stage: Stage) -> str | None:
+        """Need nothing."""
+        return None
+
+    def plan(self, stage: Stage, count: int) -> Sequence[Trial]:
+        """Return guesses."""
+        return self._inner.plan(stage, count)
+
+    async def run(self, stage: Stage, trials: Sequence[Trial]) -> Sequence[Pair]:
+        """Plant and probe, then look at what own right and wrong guesses take now."""
+        found = await self._inner.run(stage, trials)
+        known = await self._known.run(stage, self._known.plan(stage, KNOWN))
+        limit = middle(known) if known else float("-inf")
+        self._limits += [limit] * len(found)
+        return found
+
+    def score(self, pairs: Sequence[Pair], control: Sequence[Pair]) -> Mapping[str, float]:
+        """Return the share of groups recovered and what a recovered token costs."""
+        return recovery(pairs, self._limits)
 
 
-def early_bird() -> PlantAndProbe:
-    """Return the channel."""
-    return PlantAndProbe(FACTS, _trial, figures=recovery)
+def middle(pairs: Sequence[Pair]) -> float:
+    """Return the middle between what hits and misses took."""
+    return (median(pair.hit for pair in pairs) + median(pair.miss for pair in pairs)) / 2
 
 
-def threshold_of(control: Sequence[Pair]) -> float:
-    """Return the middle between what own hits and own misses took."""
-    return sum(_medians(control)) / 2
-
-
-def recovery(pairs: Sequence[Pair], control: Sequence[Pair]) -> Mapping[str, float]:
-    """Return the share of groups recovered and of wrong values taken, and what a token costs."""
-    groups = [pairs[i : i + LOOKS] for i in range(0, len(pairs) - LOOKS + 1, LOOKS)]
-    if not groups or not control:
+def recovery(pairs: Sequence[Pair], limits: Sequence[float]) -> Mapping[str, float]:
+    """Return shares of groups, and requests per recovered token, under a limit for each pair."""
+    seen = [
+        (pair.hit < limit, pair.miss < limit) for pair, limit in zip(pairs, limits, strict=True)
+    ]
+    groups = [seen[i : i + LOOKS] for i in range(0, len(seen) - LOOKS + 1, LOOKS)]
+    if not groups:
         return {}
-    hit, miss = _medians(control)
-    # A wrong guess still finds the template, half of the prompt: the limit lies halfway to that.
-    limit = hit + (miss - hit) / 4
-    right = [sum(pair.hit < limit for pair in group) >= NEEDED for group in groups]
-    wrong = [sum(pair.miss < limit for pair in group) >= NEEDED for group in groups]
+    right = [sum(hit for hit, _ in group) >= NEEDED for group in groups]
+    wrong = [sum(miss for _, miss in group) >= NEEDED for group in groups]
     recovered = sum(r and not w for r, w in zip(right, wrong, strict=True))
     found = {
         "groups": float(len(groups)),
@@ -67,15 +94,19 @@ def recovery(pairs: Sequence[Pair], control: Sequence[Pair]) -> Mapping[str, flo
     return found
 
 
-def _medians(control: Sequence[Pair]) -> tuple[float, float]:
-    return median(pair.hit for pair in control), median(pair.miss for pair in control)
+def guess(stage: Stage) -> Trial:
+    """Return a trial of two texts that follow a template which the attacker holds already."""
+    return _after_template(stage, stage.cast.victim)
 
 
-def _trial(stage: Stage) -> Trial:
+def _own_guess(stage: Stage) -> Trial:
+    return _after_template(stage, stage.cast.attacker)
+
+
+def _after_template(stage: Stage, planter: Account) -> Trial:
     half = stage.maker.words // 2
     template = stage.maker.template(half)
     guesses = Twins(*(f"{template} {rest}" for rest in stage.maker.guesses(half)))
-    trial = of_twins(stage, guesses, stage.cast.victim)
-    # The attacker holds the template already, so that both of its guesses start from it.
+    trial = of_twins(stage, guesses, planter)
     known = Sending(stage.cast.attacker, Prompt(template))
     return Trial((known, *trial.planted), trial.hit, trial.miss, trial.hit_first)
