@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +187,7 @@ class FakeServer:
 
     def _leaked(self, tokens: tuple[str, ...], text: str, scope: str) -> int:
         """Return what a planted leak lets this request read of others."""
-        planted = {
+        planted: Mapping[str, Callable[[], bool]] = {
             "ttft": lambda: True,
             "sybils": lambda: len(self.senders.get(tokens, set()) - {scope}) >= 2,
             "no_key": lambda: scope.startswith("nobody"),

@@ -81,7 +81,7 @@ def test_few_pairs_are_never_clean() -> None:
     few, enough = MIN_PAIRS - 1, MIN_PAIRS
     values = chance.standard_normal((2, enough))
     assert decide(weigh(values[0, :few], values[1, :few], 0.05), wide) is None
-    assert decide(weigh(*values, 0.05), wide) == "clean"
+    assert decide(weigh(values[0], values[1], 0.05), wide) == "clean"
 
 
 def test_drift_does_not_hurry_a_clean_verdict() -> None:

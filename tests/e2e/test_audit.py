@@ -15,7 +15,8 @@ from kvkeep.audit.channels import CHANNELS
 from kvkeep.cli import run
 from tests.servers import Server, serving
 
-TENANTS: Final = {"victim": 0.4, "attacker": 0.4, "sybil": 0.2}
+TENANTS: Final = {"victim": 0.3, "attacker": 0.3, "sybil": 0.1}
+"""What they leave of the pool holds public pages."""
 SMALL: Final = ("--kv-cache-memory-bytes", "256MiB", "--threads", "2")
 UNSAFE: Final = ("--share", "all", "--unsafe-share-all")
 
@@ -48,10 +49,9 @@ def test_sharing_everything_is_caught_by_time_alone(tmp_path: Path) -> None:
         words = [word for key in keys(server) for word in ("--key", key)]
         report = tmp_path / "report.json"
         page = tmp_path / "report.html"
-        code = run(
-            ["attack", server.url, *words, "--channels", "ttft", "--prompt-tokens", "512"]
-            + ["--rate", "1000", "--seconds", "60", "--json", str(report), "--html", str(page)]
-        )
+        options = ("--channels", "ttft", "--prompt-tokens", "512", "--rate", "1000")
+        files = ("--json", str(report), "--html", str(page))
+        code = run(["attack", server.url, *words, *options, "--seconds", "60", *files])
         assert code == 3
         (found,) = json.loads(report.read_text())["channels"]
         assert found["outcome"] == "leak"

@@ -24,9 +24,9 @@ from kvkeep.errors import ConfigError
 
 CONTROL_ALPHA: Final = 0.01
 CONTROL_PAIRS: Final = 200
-CONTROL_SHARE: Final = 0.1
+CONTROL_SHARE: Final = 0.2
 """Of the time, for one control of one length of prompts."""
-CLEAR_AUC: Final = 0.85
+CLEAR_AUC: Final = 0.8
 """Of own hits; below it longer prompts are tried."""
 TRY_PAIRS: Final = 16
 MAX_UNEQUAL_SHARE: Final = 0.25
@@ -55,7 +55,7 @@ class Options:
     prompt_tokens: int = 256
     """Of the first prompts tried."""
     max_prompt_tokens: int = 2048
-    batch: int = 8
+    batch: int = 4
     """Pairs between one wait and the next."""
     consent: str | None = None
     seed: int | None = None
@@ -152,11 +152,13 @@ class Audit:
     async def _show_time(self, stage: Stage) -> Stage:
         """Show what own hits look like in time; prompts grow until they are clear."""
         maker, channel = stage.maker, CONTROLS[Observable.TTFT]()
+        tried: dict[int, Finding] = {}
         while True:
-            found = await self._control(stage, channel, TRY_PAIRS)
-            clear = found.evidence is not None and found.evidence.auc.value >= CLEAR_AUC
-            if clear or not await self._grow(stage):
+            found = tried[maker.tokens] = await self._control(stage, channel, TRY_PAIRS)
+            if _auc(found) >= CLEAR_AUC or not await self._grow(stage):
                 break
+        maker.tokens = max(tried, key=lambda tokens: _auc(tried[tokens]))
+        found = tried[maker.tokens]
         if found.outcome != "clean":
             found = await self._control(stage, channel, CONTROL_PAIRS)
         self._note(f"control: {found.reason} with prompts of {maker.tokens} tokens")
@@ -255,6 +257,10 @@ class Audit:
             f"{rates.margin:g} was asked for: raise --seconds"
         )
         return Finding(facts, "void", reason, evidence, tuple(course.pairs), self._figures(course))
+
+
+def _auc(found: Finding) -> float:
+    return 0.0 if found.evidence is None else found.evidence.auc.value
 
 
 def _columns(pairs: Sequence[Pair]) -> tuple[Samples, Samples]:

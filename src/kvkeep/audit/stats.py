@@ -84,7 +84,7 @@ def _halfwidth(scores: Samples, level: float) -> float:
     n = scores.size
     if n < 2:
         raise ValueError("an interval needs at least two pairs")
-    floor = (1.0 - level ** (1.0 / n)) / 2.0
+    floor = (1.0 - math.exp(math.log(level) / n)) / 2.0
     spread = math.sqrt(float(np.var(scores, ddof=1)) / n)
     return max(NormalDist().inv_cdf(1.0 - level / 2.0) * spread, floor)
 

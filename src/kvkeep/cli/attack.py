@@ -95,7 +95,7 @@ def attack(
         seconds=seconds if seconds is not None else FULL_S if full else QUICK_S,
         settle_s=settle,
         # What waits for an epoch's end waits for many pairs at once.
-        batch=64 if settle else 8,
+        batch=64 if settle else 4,
         per_second=rate,
         prompt_tokens=prompt_tokens,
         max_prompt_tokens=max_prompt_tokens,
