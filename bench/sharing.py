@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from bench import harness, sharing_trace
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
 from bench.load import TIMEOUT_S
 from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
+from kvkeep import metrics
 from kvkeep.audit import Finding, audit, cast_of
 from kvkeep.audit import Options as AuditOptions
 from kvkeep.audit import Report as AuditReport
@@ -72,8 +74,8 @@ POLICIES: Final = (
     Policy("share_all", ("share_all", "all"), ("--unsafe-share-all",)),
 )
 EPOCH_SETTING: Final = "share_epoch_s"
-SCAN_SECONDS: Final = "kvkeep_sharing_scan_seconds_total"
-CPU_SECONDS: Final = "kvkeep_engine_cpu_seconds_total"
+SCAN_SECONDS: Final = f"{metrics.PREFIX}share_scan_seconds_total"
+"""Processor time of the detector; where a server does not count it there is no `scan_share`."""
 
 
 def arguments_of(policy: Policy) -> tuple[str, ...] | None:
@@ -133,8 +135,8 @@ def counter(server: Server, name: str) -> float | None:
 
 def hits(server: Server) -> tuple[float, float]:
     """Return tokens found and tokens looked up."""
-    names = ("kvkeep_prefix_cache_hits_total", "kvkeep_prefix_cache_queries_total")
-    found, asked = (counter(server, name) for name in names)
+    counted = (metrics.PREFIX_HITS, metrics.PREFIX_QUERIES)
+    found, asked = (counter(server, f"{metric.full_name}_total") for metric in counted)
     if found is None or asked is None:
         raise RuntimeError("the metrics page has no prefix cache counters")
     return found, asked
@@ -210,34 +212,41 @@ def replay(
             asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
             if has_epochs():
                 time.sleep(2 * epoch_s)  # what epoch e offers is public at the end of e + 1
-        before, scans = hits(server), (counter(server, SCAN_SECONDS), counter(server, CPU_SECONDS))
+        before, scanned, worked = hits(server), counter(server, SCAN_SECONDS), cpu_seconds(server)
         begun = time.perf_counter()
         measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
         samples = asyncio.run(player.play(measured))
-        after = hits(server)
+        after, scanned_after = hits(server), counter(server, SCAN_SECONDS)
         ratio = (after[0] - before[0]) / (after[1] - before[1])
-        return Replay(tuple(samples), begun, ratio, scan_share(server, scans))
+        scan_share = None
+        if scanned is not None and scanned_after is not None:
+            scan_share = (scanned_after - scanned) / (cpu_seconds(server) - worked)
+        return Replay(tuple(samples), begun, ratio, scan_share)
 
 
-def scan_share(server: Server, before: tuple[float | None, float | None]) -> float | None:
-    """Return the detector's part of the processor time, None where the server does not report."""
-    scan, total = counter(server, SCAN_SECONDS), counter(server, CPU_SECONDS)
-    if scan is None or total is None or before[0] is None or before[1] is None:
-        return None
-    return (scan - before[0]) / (total - before[1])
+def cpu_seconds(server: Server) -> float:
+    """Return the processor time of the server's processes."""
+    stats = (Path(f"/proc/{pid}/stat").read_text() for pid in server.tree())
+    fields = (stat.rpartition(")")[2].split() for stat in stats)
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def attacked(arguments: Sequence[str], seed: int, options: Options, epoch_s: float) -> AuditReport:
     """Return the audit of a fresh server under one policy."""
-    with TemporaryDirectory() as folder, serving(Path(folder), AUDITED, *arguments) as server:
+    memory = ("--kv-cache-memory-bytes", "1GiB")
+    with (
+        TemporaryDirectory() as folder,
+        serving(Path(folder), AUDITED, *arguments, *memory) as server,
+    ):
         told = AuditOptions(
             server.url,
             cast_of([f"{name}={server.keys[name]}" for name in AUDITED]),
             channels=INDEX_CHANNELS[:3:2] if options.quick else INDEX_CHANNELS,
             margin=0.2 if options.quick else 0.03,
-            seconds=15.0 if options.quick else 3600.0,
+            seconds=8.0 if options.quick else 3600.0,
+            least_pairs=0 if options.quick else 128,
             settle_s=2 * epoch_s if has_epochs() else 0.0,
-            batch=64 if has_epochs() else 4,
+            batch=128 if has_epochs() else 4,
             per_second=1000.0,
             prompt_tokens=512,
             seed=seed,

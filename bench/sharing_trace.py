@@ -60,7 +60,7 @@ QUICK: Final = Shape(
     suffix_tokens=(64, 128),
     answer_tokens=8,
     epochs=3,
-    requests_per_epoch=16,
+    requests_per_epoch=12,
 )
 
 

@@ -26,7 +26,7 @@ def test_texts_that_look_empty_part_too() -> None:
     one, other = maker().blanks()
     assert set(one + other) <= set(BLANKS)
     assert Counter(one) == Counter(other)
-    assert len(one) == 256
+    assert len(one) == 128
     assert one[1] != other[1]
 
 

@@ -59,8 +59,17 @@ async def test_a_verdict_that_time_does_not_allow_is_void() -> None:
 
 
 async def test_channels_without_time_say_so() -> None:
-    report = await seen(FakeServer(), replace(BASE, seconds=0.3, margin=0.01, batch=1000))
+    report = await seen(FakeServer(), replace(BASE, seconds=0.1, margin=0.01, batch=32))
     assert report.channels[0].reason == "no time was left; raise --seconds"
+
+
+async def test_a_verdict_waits_for_the_pairs_asked_for() -> None:
+    server = FakeServer(leaks=frozenset({"ttft"}))
+    report = await seen(server, replace(BASE, least_pairs=64))
+    evidence = report.channels[0].evidence
+    assert evidence is not None
+    assert evidence.pairs == 64
+    assert report.verdict == "leak"
 
 
 async def test_prompts_of_unequal_counts_void_the_audit() -> None:

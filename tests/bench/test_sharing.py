@@ -8,7 +8,7 @@ import pytest
 from bench import sharing, sharing_trace
 from bench.harness import Figure
 from bench.sharing import Policy, Replay, Sample
-from bench.sharing_trace import FULL, K, MEASURED_FROM, PAGE, Ask, Shape, Texts
+from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, audit
 from kvkeep.config import DEMO_MODEL
 from kvkeep.models.text import TextModel

@@ -37,8 +37,11 @@ class Point(NamedTuple):
 
 def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
     """Return the points among a result file's rows."""
-    found = [[row.get(column) for column in COLUMNS] for row in rows]
-    return [Point(*cells) for cells in found if None not in cells]
+    whole = [row for row in rows if all(row.get(column) is not None for column in COLUMNS)]
+    return [
+        Point(str(r["engine"]), str(r["policy"]), *(float(r[column]) for column in COLUMNS[2:]))
+        for r in whole
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

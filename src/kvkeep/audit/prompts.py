@@ -66,8 +66,8 @@ class PromptMaker:
         return Twins(*map(" ".join, self._permuted(WORDS, self.words)))
 
     def blanks(self) -> Twins:
-        """Return two texts that look empty."""
-        return Twins(*map("".join, self._permuted(BLANKS, max(16, self.tokens))))
+        """Return two texts that look empty; a character of theirs is one to three tokens."""
+        return Twins(*map("".join, self._permuted(BLANKS, max(16, self.tokens // 2))))
 
     def guesses(self, words: int) -> Twins:
         """Return two texts, to follow another, that differ in their first two words alone."""

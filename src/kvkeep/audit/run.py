@@ -29,7 +29,8 @@ CONTROL_SHARE: Final = 0.2
 CLEAR_AUC: Final = 0.8
 """Of own hits; below it longer prompts are tried."""
 TRY_PAIRS: Final = 16
-MAX_UNEQUAL_SHARE: Final = 0.25
+MIN_EQUAL_SHARE: Final = 0.25
+"""Of trials, below which a channel's prompts are not alike to the target."""
 UNEQUAL: Final = "the target counts the tokens of like prompts differently"
 BLIND: Final = "own hits do not show, so nothing that this observable says counts"
 REASONS: Final[Mapping[Decision, str]] = {
@@ -57,6 +58,8 @@ class Options:
     max_prompt_tokens: int = 2048
     batch: int = 4
     """Pairs between one wait and the next."""
+    least_pairs: int = 0
+    """Before any verdict, for those who want an interval more than a quick end."""
     consent: str | None = None
     seed: int | None = None
 
@@ -86,7 +89,14 @@ class _Course:
 
     channel: Channel
     pairs: list[Pair] = field(default_factory=list)
+    planned: int = 0
     outcome: Finding | None = None
+
+    async def advance(self, stage: Stage, count: int) -> bool:
+        """Run so many trials more; tells whether enough of all had prompts of equal length."""
+        self.planned += count
+        self.pairs += await self.channel.run(stage, self.channel.plan(stage, count))
+        return self.planned < TRY_PAIRS or len(self.pairs) >= MIN_EQUAL_SHARE * self.planned
 
 
 class Audit:
@@ -154,10 +164,14 @@ class Audit:
         maker, channel = stage.maker, CONTROLS[Observable.TTFT]()
         tried: dict[int, Finding] = {}
         while True:
-            found = tried[maker.tokens] = await self._control(stage, channel, TRY_PAIRS)
-            if _auc(found) >= CLEAR_AUC or not await self._grow(stage):
+            found = await self._control(stage, channel, TRY_PAIRS)
+            if found.outcome != "clean" and _auc(found) >= CLEAR_AUC:
+                found = await self._control(stage, channel, CONTROL_PAIRS)
+            tried[maker.tokens] = found
+            clear = found.outcome == "clean" and _auc(found) >= CLEAR_AUC
+            if clear or not await self._grow(stage):
                 break
-        maker.tokens = max(tried, key=lambda tokens: _auc(tried[tokens]))
+        maker.tokens = max(tried, key=lambda n: (tried[n].outcome == "clean", _auc(tried[n])))
         found = tried[maker.tokens]
         if found.outcome != "clean":
             found = await self._control(stage, channel, CONTROL_PAIRS)
@@ -180,21 +194,21 @@ class Audit:
 
     async def _control(self, stage: Stage, channel: Channel, most_pairs: int) -> Finding:
         """Return "clean" where own hits show beyond doubt and beyond the margin, else "void"."""
-        pairs: list[Pair] = []
+        course = _Course(channel)
         evidence: Evidence | None = None
         over = self._elapsed() + CONTROL_SHARE * self._options.seconds
-        while len(pairs) < most_pairs and not (pairs and self._elapsed() > over):
-            found = await channel.run(stage, channel.plan(stage, self._options.batch))
-            pairs += found
-            if not found or len(pairs) < 2:
-                return Finding(channel.facts, "void", UNEQUAL, pairs=tuple(pairs))
-            evidence = weigh(*_columns(pairs), CONTROL_ALPHA)
+        while course.planned < most_pairs and not (evidence and self._elapsed() > over):
+            if not await course.advance(stage, self._options.batch):
+                return Finding(channel.facts, "void", UNEQUAL, pairs=tuple(course.pairs))
+            if len(course.pairs) < 2:
+                continue
+            evidence = weigh(*_columns(course.pairs), CONTROL_ALPHA)
             shown = evidence.log_e >= -math.log(CONTROL_ALPHA) and evidence.wins > evidence.losses
             beyond = evidence.auc.low > 0.5 + self._options.margin
-            if shown and beyond and len(pairs) >= TRY_PAIRS:
+            if shown and beyond and evidence.pairs >= TRY_PAIRS:
                 seen = "own hits are seen"
-                return Finding(channel.facts, "clean", seen, evidence, tuple(pairs))
-        return Finding(channel.facts, "void", BLIND, evidence, tuple(pairs))
+                return Finding(channel.facts, "clean", seen, evidence, tuple(course.pairs))
+        return Finding(channel.facts, "void", BLIND, evidence, tuple(course.pairs))
 
     async def _missing(self, stage: Stage, channel: Channel) -> Finding | None:
         """Return why a channel is not tried, None where it is."""
@@ -222,13 +236,10 @@ class Audit:
 
     async def _turn(self, stage: Stage, course: _Course, rates: Rates) -> None:
         channel = course.channel
-        asked = self._options.batch
-        found = await channel.run(stage, channel.plan(stage, asked))
-        course.pairs += found
-        if not found or stage.prober.unequal > MAX_UNEQUAL_SHARE * stage.prober.requests:
+        if not await course.advance(stage, self._options.batch):
             course.outcome = Finding(channel.facts, "void", UNEQUAL, pairs=tuple(course.pairs))
             return
-        if len(course.pairs) < 2:
+        if len(course.pairs) < max(2, self._options.least_pairs):
             return
         evidence = weigh(*_columns(course.pairs), rates.level)
         decision = decide(evidence, rates)

@@ -24,12 +24,12 @@ class Auc(NamedTuple):
     @property
     def low(self) -> float:
         """Return the interval's lower end."""
-        return self.value - self.halfwidth
+        return max(0.0, self.value - self.halfwidth)
 
     @property
     def high(self) -> float:
         """Return the interval's upper end."""
-        return self.value + self.halfwidth
+        return min(1.0, self.value + self.halfwidth)
 
     @property
     def holds_chance(self) -> bool:

@@ -8,7 +8,9 @@ when the right value has k and the wrong one has not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from statistics import median
 from typing import Final
 
@@ -28,8 +30,8 @@ from kvkeep.audit.target import Account
 
 LOOKS: Final = 10
 NEEDED: Final = 5
-KNOWN: Final = 4
-"""Requests of either kind whose answer is known, a run."""
+KNOWN: Final = 8
+"""Pairs of own requests, the latest, that the limit is taken from; one is added every run."""
 REQUESTS_PER_LOOK: Final = 2
 
 
@@ -39,7 +41,8 @@ class EarlyBird:
     def __init__(self) -> None:
         about = "tokens after a known template are recovered by guessing (n = 10, k = 5)"
         self._inner = PlantAndProbe(Facts("early_bird", about, Observable.TTFT), guess)
-        self._known = PlantAndProbe(self._inner.facts, _own_guess)
+        self._own = PlantAndProbe(self._inner.facts, _own_guess)
+        self._known: deque[Pair] = deque(maxlen=KNOWN)
         self._limits: list[float] = []
 
     @property
@@ -58,9 +61,8 @@ class EarlyBird:
     async def run(self, stage: Stage, trials: Sequence[Trial]) -> Sequence[Pair]:
         """Plant and probe, then look at what own right and wrong guesses take now."""
         found = await self._inner.run(stage, trials)
-        known = await self._known.run(stage, self._known.plan(stage, KNOWN))
-        limit = middle(known) if known else float("-inf")
-        self._limits += [limit] * len(found)
+        self._known += await self._own.run(stage, self._own.plan(stage, 1))
+        self._limits += [middle(self._known) if self._known else -inf] * len(found)
         return found
 
     def score(self, pairs: Sequence[Pair], control: Sequence[Pair]) -> Mapping[str, float]:
@@ -68,9 +70,10 @@ class EarlyBird:
         return recovery(pairs, self._limits)
 
 
-def middle(pairs: Sequence[Pair]) -> float:
+def middle(pairs: Iterable[Pair]) -> float:
     """Return the middle between what hits and misses took."""
-    return (median(pair.hit for pair in pairs) + median(pair.miss for pair in pairs)) / 2
+    hits, misses = zip(*pairs, strict=True)
+    return (median(hits) + median(misses)) / 2
 
 
 def recovery(pairs: Sequence[Pair], limits: Sequence[float]) -> Mapping[str, float]:
