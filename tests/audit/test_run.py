@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 
 from kvkeep.audit import Options, Report, audit
-from kvkeep.errors import ConfigError
+from kvkeep.audit.prober import Clock
+from kvkeep.errors import AuditError, ConfigError
 from tests.audit.fakes import CAST, MODEL, URL, FakeServer
 
 BASE = Options(
@@ -82,8 +85,40 @@ async def test_prompts_of_unequal_counts_void_the_audit() -> None:
 async def test_the_wait_lies_between_the_victim_and_the_attacker() -> None:
     server = FakeServer()
     report = await seen(server, replace(BASE, settle_s=60.0, batch=64))
-    assert 120 <= report.seconds < 200
+    assert 60 <= report.seconds < 70
     assert report.verdict == "clean"
+
+
+async def test_channels_wait_at_the_same_time() -> None:
+    waiting = most = 0
+    server = FakeServer()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal waiting, most
+        if seconds == 60.0:
+            waiting += 1
+            most = max(most, waiting)
+            await asyncio.sleep(0.2)
+            waiting -= 1
+
+    options = replace(BASE, settle_s=60.0, batch=40, channels=("ttft", "boundary", "sentinel"))
+    clock = Clock(server.time.now, sleep)
+    report = await audit(options, transport=server.transport(), clock=clock)
+    assert most == 3
+    assert report.verdict == "clean"
+
+
+async def test_a_target_that_dies_ends_the_audit() -> None:
+    server = FakeServer()
+    living = server.transport()
+
+    async def dying(request: httpx.Request) -> httpx.Response:
+        if len(server.bodies) > 100:
+            raise httpx.ReadError("reset")
+        return await living.handle_async_request(request)
+
+    with pytest.raises(AuditError, match="ReadError"):
+        await audit(BASE, transport=httpx.MockTransport(dying), clock=server.time.clock())
 
 
 async def test_a_seed_repeats_the_prompts_and_none_is_sent_to_be_cold_twice() -> None:

@@ -10,8 +10,11 @@ from kvkeep.audit.channel import Facts, Observable, Pair
 from kvkeep.audit.sequential import Evidence, Rates
 
 Verdict = Literal["leak", "clean", "void"]
-Outcome = Literal["leak", "clean", "void", "skipped"]
-"""Of one channel; `skipped` where the target or the caller does not offer what it needs."""
+Outcome = Literal["leak", "clean", "void", "skipped", "seen"]
+"""Of one channel; `skipped` where the target or the caller does not offer what it needs.
+
+A control is `seen` or `void`.
+"""
 
 EXIT_CODES: Final[Mapping[Verdict, int]] = {"clean": 0, "leak": 3, "void": 4}
 

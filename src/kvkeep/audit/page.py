@@ -8,7 +8,13 @@ from typing import Final
 from kvkeep.audit.findings import Finding, Report
 from kvkeep.audit.svg import HIT, MISS, histogram
 
-COLOURS: Final = {"leak": "#b91c1c", "clean": "#15803d", "void": "#a16207", "skipped": "#6b7280"}
+COLOURS: Final = {
+    "leak": "#b91c1c",
+    "clean": "#15803d",
+    "void": "#a16207",
+    "skipped": "#6b7280",
+    "seen": "#0f766e",
+}
 LEGEND: Final = (
     "AUC is the probability that a prompt which the victim had sent answers first; chance is 0.5. "
     "Intervals hold for all channels together. KS is the one-sided Kolmogorov-Smirnov test."

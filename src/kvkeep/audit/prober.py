@@ -70,6 +70,8 @@ class Prober:
         self._clock = clock
         self._due = clock.now()
         self._path = COMPLETIONS
+        self.alone = asyncio.Lock()
+        """Held by the channel whose turn it is."""
         self.requests = 0
         self.unequal = 0
         """Pairs left out because the target counted their tokens differently."""
@@ -80,9 +82,16 @@ class Prober:
         return self._clock
 
     async def settle(self, seconds: float) -> None:
-        """Wait, for what the target does in the background."""
+        """Wait for what the target does in the background; it is another channel's turn then.
+
+        The caller holds `alone`.
+        """
         if seconds:
-            await self._clock.sleep(seconds)
+            self.alone.release()
+            try:
+                await self._clock.sleep(seconds)
+            finally:
+                await self.alone.acquire()
 
     async def choose_endpoint(self, account: Account, text: str) -> Reply:
         """Find out if the target completes texts or only chats; returns its first reply."""

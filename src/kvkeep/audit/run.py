@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ TRY_PAIRS: Final = 16
 MIN_EQUAL_SHARE: Final = 0.25
 """Of trials, below which a channel's prompts are not alike to the target."""
 UNEQUAL: Final = "the target counts the tokens of like prompts differently"
+SEEN: Final = "own hits show"
 BLIND: Final = "own hits do not show, so nothing that this observable says counts"
 REASONS: Final[Mapping[Decision, str]] = {
     "leak": "what the victim sent shows",
@@ -165,21 +167,19 @@ class Audit:
         tried: dict[int, Finding] = {}
         while True:
             found = await self._control(stage, channel, TRY_PAIRS)
-            if found.outcome != "clean" and _auc(found) >= CLEAR_AUC:
+            if found.outcome != "seen" and _auc(found) >= CLEAR_AUC:
                 found = await self._control(stage, channel, CONTROL_PAIRS)
             tried[maker.tokens] = found
-            clear = found.outcome == "clean" and _auc(found) >= CLEAR_AUC
+            clear = found.outcome == "seen" and _auc(found) >= CLEAR_AUC
             if clear or not await self._grow(stage):
                 break
-        maker.tokens = max(tried, key=lambda n: (tried[n].outcome == "clean", _auc(tried[n])))
+        maker.tokens = max(tried, key=lambda n: (tried[n].outcome == "seen", _auc(tried[n])))
         found = tried[maker.tokens]
-        if found.outcome != "clean":
+        if found.outcome != "seen":
             found = await self._control(stage, channel, CONTROL_PAIRS)
         self._note(f"control: {found.reason} with prompts of {maker.tokens} tokens")
         self._controls[Observable.TTFT] = found
-        return replace(
-            stage, threshold_ms=middle(found.pairs) if found.outcome == "clean" else None
-        )
+        return replace(stage, threshold_ms=middle(found.pairs) if found.outcome == "seen" else None)
 
     async def _grow(self, stage: Stage) -> bool:
         """Double the prompts, as far as the caller and the target allow."""
@@ -193,7 +193,11 @@ class Audit:
         return False
 
     async def _control(self, stage: Stage, channel: Channel, most_pairs: int) -> Finding:
-        """Return "clean" where own hits show beyond doubt and beyond the margin, else "void"."""
+        """Return "seen" where own hits show beyond doubt and beyond the margin, else "void".
+
+        Own entries are there at once, so nothing settles.
+        """
+        stage = replace(stage, settle_s=0.0)
         course = _Course(channel)
         evidence: Evidence | None = None
         over = self._elapsed() + CONTROL_SHARE * self._options.seconds
@@ -206,8 +210,7 @@ class Audit:
             shown = evidence.log_e >= -math.log(CONTROL_ALPHA) and evidence.wins > evidence.losses
             beyond = evidence.auc.low > 0.5 + self._options.margin
             if shown and beyond and evidence.pairs >= TRY_PAIRS:
-                seen = "own hits are seen"
-                return Finding(channel.facts, "clean", seen, evidence, tuple(course.pairs))
+                return Finding(channel.facts, "seen", SEEN, evidence, tuple(course.pairs))
         return Finding(channel.facts, "void", BLIND, evidence, tuple(course.pairs))
 
     async def _missing(self, stage: Stage, channel: Channel) -> Finding | None:
@@ -222,21 +225,34 @@ class Audit:
             control = CONTROLS[observable]()
             self._controls[observable] = await self._control(stage, control, CONTROL_PAIRS)
         found = self._controls[observable]
-        if found.outcome == "clean":
+        if found.outcome == "seen":
             return None
         return Finding(channel.facts, "void", f"control: {found.reason}")
 
     async def _pursue(self, stage: Stage, courses: Sequence[_Course], rates: Rates) -> None:
-        """Let the undecided channels take turns until none is left or time is up."""
+        """Let the undecided channels take turns until none is left or time is up.
+
+        While one waits between the victim and the attacker, the next plants.
+        """
         while open_ := [course for course in courses if course.outcome is None]:
-            for course in open_:
-                if self._elapsed() >= self._options.seconds:
-                    return
-                await self._turn(stage, course, rates)
+            if self._over():
+                return
+            turns = (self._turn(stage, course, rates) for course in open_)
+            ended = await asyncio.gather(*turns, return_exceptions=True)
+            failed = next((one for one in ended if isinstance(one, BaseException)), None)
+            if failed is not None:
+                raise failed
+
+    def _over(self) -> bool:
+        return self._elapsed() >= self._options.seconds
 
     async def _turn(self, stage: Stage, course: _Course, rates: Rates) -> None:
         channel = course.channel
-        if not await course.advance(stage, self._options.batch):
+        async with stage.prober.alone:
+            if self._over():
+                return
+            alike = await course.advance(stage, self._options.batch)
+        if not alike:
             course.outcome = Finding(channel.facts, "void", UNEQUAL, pairs=tuple(course.pairs))
             return
         if len(course.pairs) < max(2, self._options.least_pairs):

@@ -69,7 +69,6 @@ class Eviction:
                 if busy:
                     for account, prompt in trial.planted:
                         await stage.prober.ask(account, prompt)
-                await stage.prober.settle(stage.settle_s)
                 seen[busy] = -float(await self._gone(stage, kept))
             found.append(Pair(seen[True], seen[False]))
         return found
