@@ -18,7 +18,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -92,6 +92,9 @@ clients: setup ## lm-eval and guidellm, each in its own environment, against a r
 
 figure-fanout: setup ## draw docs/figures/fanout.svg from bench/results/fanout*.json
 	$(BIN)/python -m tools.figures.fanout
+
+figure-leak: setup ## draw docs/figures/leak.svg from bench/results/sharing*.json
+	$(BIN)/python -m tools.figures.leak
 
 wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
 	rm -rf dist build/wheel

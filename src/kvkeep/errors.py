@@ -17,6 +17,7 @@ KvkeepError
 │   └── QuotaExceeded          a tenant's reserved share is used up
 ├── KernelInputError           arrays handed to a kernel do not fit together
 ├── SealError                  sealed bytes do not open in the reader's context
+├── AuditError                 a target can't be audited: it doesn't answer, or refuses
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
     ├── RequestCancelled       cancelled by its client or by revocation
@@ -113,6 +114,10 @@ class KernelInputError(KvkeepError):
 
 class SealError(KvkeepError):
     """Sealed bytes do not open in the reader's context."""
+
+
+class AuditError(KvkeepError):
+    """A target can't be audited: it doesn't answer as expected, or refuses."""
 
 
 class EngineError(KvkeepError):

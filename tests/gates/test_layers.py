@@ -68,6 +68,7 @@ def test_the_tree_as_it_is_keeps_every_contract(copy: Path) -> None:
         ("types.py", "def late() -> None:\n    import torch", "never import torch"),
         ("models/__init__.py", "import triton", "only ops imports triton"),
         ("cache/__init__.py", "import kvkeep.shield", "cache receives the techniques"),
+        ("audit/__init__.py", "import kvkeep.cache", "audit speaks HTTP alone"),
         ("server/__init__.py", "import kvkeep.engine.build", "the engine's protocol alone"),
         ("surprise.py", "", "imports point down only"),
     ],

@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "chat": "talk to a running server, or to a model in this process",
     "generate": "complete one prompt and end",
     "bench": "run a benchmark (from a checkout)",
+    "attack": "test a server for leaks between tenants",
     "doctor": "look at the machine, a model, or a chat template",
     "tenant": "add, revoke, rotate and list tenants' keys",
     "detect": "find what in a text must stay private",

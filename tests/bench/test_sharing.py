@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from bench import sharing, sharing_trace
+from bench.harness import Figure
+from bench.sharing import Policy, Replay, Sample
+from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
+from kvkeep.audit import Options, audit
+from kvkeep.config import DEMO_MODEL
+from kvkeep.models.text import TextModel
+from tests.audit.fakes import CAST, URL, FakeServer
+
+
+def test_the_committed_trace_is_what_its_maker_makes() -> None:
+    assert sharing_trace.read() == sharing_trace.make(FULL)
+
+
+def test_the_trace_is_as_the_shape_says() -> None:
+    trace = sharing_trace.read()
+    assert {ask.tenant for ask in trace} == set(range(32))
+    assert {ask.epoch for ask in trace} == set(range(1, FULL.epochs + 1))
+    assert all(64 <= ask.suffix_tokens <= 512 for ask in trace)
+    for template in range(8):
+        voters = {a.tenant for a in trace if a.epoch == 1 and a.template == template}
+        assert len(voters) >= K + 1
+    late = [ask.template for ask in trace if ask.epoch >= MEASURED_FROM]
+    share = late.count(0) / len(late)
+    assert share == pytest.approx(1 / sum(1 / rank for rank in range(1, 9)), abs=0.08)
+
+
+def test_what_isolation_needs_counts_a_template_once_for_each_tenant() -> None:
+    shape = Shape(template_tokens=2 * PAGE, answer_tokens=10)
+    trace = [Ask(1, 0, 0, 54), Ask(1, 0, 0, 55), Ask(1, 1, 0, 54)]
+    assert sharing_trace.isolation_pages(trace, shape) == 2 * 2 + (1 + 2 + 1)
+
+
+def test_prompts_have_the_length_of_the_trace_and_share_their_template_alone() -> None:
+    shape = Shape(template_tokens=128)
+    texts = Texts(TextModel.load(DEMO_MODEL), shape)
+    one, other = texts.prompt(0, Ask(1, 0, 3, 70)), texts.prompt(1, Ask(1, 1, 3, 70))
+    assert len(one) == len(other) == 198
+    assert one[:128] == other[:128]
+    assert one[128:] != other[128:]
+    assert one[:64] != texts.prompt(2, Ask(1, 0, 4, 70))[:64]
+
+
+def test_a_policy_that_the_server_does_not_have_is_left_out() -> None:
+    assert sharing.arguments_of(Policy("nope", ("no_such_policy",))) is None
+    everything = sharing.arguments_of(sharing.POLICIES[-1])
+    assert everything is not None
+    assert everything[0] == "--share"
+    assert everything[-1] == "--unsafe-share-all"
+
+
+def played(ttft_s: float, tokens: int = 100, hit_ratio: float = 0.5) -> Replay:
+    samples = tuple(Sample(ttft_s, tokens, 10.0 + i) for i in range(1, 25))
+    return Replay(samples, 10.0, hit_ratio, None)
+
+
+def by_name(figures: list[Figure]) -> dict[str, float]:
+    return {figure.name: figure.estimate.median for figure in figures}
+
+
+def test_policies_are_compared_request_by_request() -> None:
+    found = {
+        "isolate": played(0.3, tokens=50),
+        "selective": replace(played(0.21, tokens=200), hit_ratio=0.76, scan_share=0.01),
+        "share_all": replace(played(0.2), hit_ratio=0.8),
+    }
+    assert by_name(sharing.ratios(found)) == {
+        "ttft_overhead_selective_vs_share_all": pytest.approx(0.05),
+        "ttft_overhead_isolate_vs_share_all": pytest.approx(0.5),
+        "throughput_selective_vs_isolate": pytest.approx(4.0),
+        "hit_ratio_selective_over_share_all": pytest.approx(0.95),
+        "scan_share": 0.01,
+    }
+    assert by_name(sharing.ratios({"isolate": found["isolate"]})) == {}
+
+
+def test_a_window_rate_is_tokens_over_its_time() -> None:
+    assert played(0.1).window_rates() == pytest.approx([100.0] * sharing.WINDOWS)
+
+
+@pytest.mark.parametrize(("leak", "policy"), [("ttft", "share_all"), ("", "isolate")])
+def test_the_worst_channel_counts(leak: str, policy: str) -> None:
+    server = FakeServer(leaks=frozenset({leak}))
+    options = Options(
+        URL,
+        CAST,
+        channels=("ttft", "collision"),
+        margin=0.2,
+        seconds=1e6,
+        per_second=1e6,
+        seed=2,
+        prompt_tokens=128,
+        max_prompt_tokens=128,
+    )
+    clock = server.time.clock()
+    report = asyncio.run(audit(options, transport=server.transport(), clock=clock))
+    figures = by_name(sharing.attack_figures(policy, [report]))
+    worst = figures[f"attack_auc_private_{policy}"]
+    if policy == "share_all":
+        assert worst > 0.95
+        assert len(figures) == 1
+    else:
+        assert abs(worst - 0.5) < 0.2
+        assert figures["attack_auc_private_isolate_halfwidth"] <= 0.2
+        assert figures["attack_auc_private_isolate_holds_chance"] == 1.0
+
+
+def test_pages_have_the_demo_models_size() -> None:
+    assert sharing.page_bytes() == 64 * 4 * 2 * 64 * 2 * 2

@@ -1,0 +1,85 @@
+"""Draw attack AUC against time to first token, one point per policy and engine.
+
+Writes docs/figures/leak.svg. Reads the rows of `bench/results/sharing*.json` that have an engine, a
+policy, a median time to first token and an attack's AUC; `kvkeep bench sharing` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "kvkeep"
+
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+OUT: Final = ROOT / "docs" / "figures" / "leak.svg"
+COLUMNS: Final = ("engine", "policy", "ttft_median_ms", "attack_auc", "attack_auc_halfwidth")
+MARKERS: Final = "os^vDP"
+
+
+class Point(NamedTuple):
+    """One policy of one engine."""
+
+    engine: str
+    policy: str
+    ttft_ms: float
+    auc: float
+    halfwidth: float
+
+
+def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
+    """Return the points among a result file's rows."""
+    whole = [row for row in rows if all(row.get(column) is not None for column in COLUMNS)]
+    return [
+        Point(str(r["engine"]), str(r["policy"]), *(float(r[column]) for column in COLUMNS[2:]))
+        for r in whole
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw from the given result files, or from all of `bench/results/sharing*.json`."""
+    files = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob("sharing*.json"))
+    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    found = points(rows)
+    if not found:
+        sys.stderr.write(
+            "no results: run `kvkeep bench sharing --json bench/results/sharing.json`\n"
+        )
+        return 1
+    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    axes.axhspan(0.47, 0.53, color="0.92", label="chance ± 0.03")
+    for marker, engine in zip(MARKERS, sorted({p.engine for p in found}), strict=False):
+        own = [p for p in found if p.engine == engine]
+        axes.errorbar(
+            [p.ttft_ms for p in own],
+            [p.auc for p in own],
+            yerr=[p.halfwidth for p in own],
+            fmt=marker,
+            capsize=3,
+            label=engine,
+        )
+        for p in own:
+            axes.annotate(
+                p.policy, (p.ttft_ms, p.auc), (6, 5), textcoords="offset points", fontsize=8
+            )
+    axes.set(xlabel="median time to first token, ms", ylabel="attack AUC, worst channel")
+    axes.set_ylim(0.4, 1.05)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(OUT, metadata={"Date": None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
