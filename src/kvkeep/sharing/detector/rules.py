@@ -13,6 +13,7 @@ from typing import Final
 
 from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.checks import CHECKS
+from kvkeep.sharing.detector.loosen import loosened, shape
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
@@ -74,7 +75,7 @@ class RuleRecogniser:
         digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
-        self._set = PatternSet([rule.pattern for rule in rules])
+        self._set = PatternSet([loosened(rule.pattern) for rule in rules])
 
     def spans(self, text: str) -> list[Span]:
         """Return what the rules find; rules may overlap."""
@@ -85,7 +86,7 @@ class RuleRecogniser:
         data = text.encode()
         return [
             (self._compiled[index].rule, span)
-            for index in self._set.matching(data)
+            for index in self._set.matching(shape(data))
             for span in _find(self._compiled[index], text, data)
         ]
 
