@@ -25,7 +25,7 @@ from kvkeep.sharing.detector import scorer
 from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
 from tools.detector_data import training
 from tools.detector_data.calibration import Judged, calibrate, plot
-from tools.detector_data.dataset import Sizes, passages
+from tools.detector_data.dataset import PROSE, Sizes, passages
 from tools.detector_data.passages import KINDS, Passage
 from tools.detector_data.prose import read
 from tools.detector_data.split import split
@@ -193,6 +193,7 @@ def judged(weights: scorer.Weights, examples: Sequence[Passage]) -> list[Judged]
         Judged(
             tuple(tagger.odds(tokenise(p.text)).max(axis=0, initial=-30.0).tolist()),
             frozenset(label.kind for label in p.labels),
+            p.target == PROSE,
         )
         for p in examples
     ]

@@ -1,7 +1,8 @@
-"""From a scorer's margins to probabilities: Platt's fit on the validation split, and its plot."""
+"""From a scorer's odds to scores: slopes, bounds on the validation split, the plot."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from kvkeep.sharing.detector.spans import CLEAR_BELOW, TAINT_ABOVE
 PRIOR: Final = 0.1
 """Share of passages that hold something sensitive, which the plot is weighted to."""
 KIND_PRIOR: Final = 0.03
-"""Share that holds one given kind, which scores are calibrated to."""
+"""Share that holds one given kind, for the slope of its scores."""
+BUDGET: Final = 0.03
+PROSE_BUDGET: Final = 0.003
+"""Share of lookalikes, and of real prose, that may be flagged wrongly."""
+QUANTILES: Final = (
+    *(0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03),
+    *(0.04, 0.06, 0.08, 0.1, 0.15, 0.2),
+)
+"""Shares of insensitive passages above a kind's possible bounds."""
 BINS: Final = 10
 
 Array = npt.NDArray[np.float64]
@@ -26,6 +35,8 @@ class Judged(NamedTuple):
 
     odds: tuple[float, ...]
     kinds: frozenset[str]
+    prose: bool = False
+    """Real text, not a lookalike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +92,76 @@ def platt(odds: Array, truth: npt.NDArray[np.bool_], prior: float) -> tuple[floa
     return float(max(point[0], 0.05)), float(point[1])
 
 
+class _Falses(NamedTuple):
+    """What a choice of bounds flags wrongly, as shares of what is allowed."""
+
+    lookalikes: float
+    prose: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The search for each kind's bound: from none flagged wrongly to as much as is allowed."""
+
+    odds: Array
+    """`[passages, kinds]` of those that hold nothing."""
+    prose: npt.NDArray[np.bool_]
+    held: Sequence[Array]
+    """The odds of each kind of passages that hold it."""
+    levels: Array
+    """`[LEVELS, kinds]`: ever lower bounds."""
+
+    def falses(self, chosen: Sequence[int]) -> _Falses:
+        """Return the wrongly flagged shares of both sorts of text, over their budgets."""
+        bounds = np.array([self.levels[level, kind] for kind, level in enumerate(chosen)])
+        hit = (self.odds > bounds).any(axis=1)
+        return _Falses(
+            float(hit[~self.prose].mean()) / BUDGET, float(hit[self.prose].mean()) / PROSE_BUDGET
+        )
+
+    def recall(self, kind: int, level: int) -> float:
+        """Return the share of a kind's passages above its bound."""
+        return float((self.held[kind] > self.levels[level, kind]).mean())
+
+    def search(self) -> Array:
+        """Return bounds: again and again the step that finds most for what it flags wrongly."""
+        chosen = [0] * len(self.held)
+        while True:
+            now, best, rate = sum(self.falses(chosen)), None, 0.0
+            for kind, level in enumerate(chosen):
+                for ahead in range(level + 1, min(level + 5, len(self.levels))):
+                    tried = [*chosen[:kind], ahead, *chosen[kind + 1 :]]
+                    falses = self.falses(tried)
+                    gain = self.recall(kind, ahead) - self.recall(kind, level)
+                    if max(falses) <= 1 and gain / (sum(falses) - now + 1e-3) > rate:
+                        best, rate = tried, gain / (sum(falses) - now + 1e-3)
+            if best is None:
+                return np.array([self.levels[level, kind] for kind, level in enumerate(chosen)])
+            chosen = best
+
+
 def calibrate(found: Sequence[Judged], kinds: Sequence[str]) -> Fit:
-    """Return a fit of each kind: passages that hold it against those that hold nothing."""
+    """Return a fit of each kind: the slope by Platt, the clear bound by the budget.
+
+    A score of `CLEAR_BELOW` stands at the bound; all kinds together flag wrongly no more than
+    `BUDGET` of lookalikes and `PROSE_BUDGET` of prose.
+    """
+    odds = np.array([one.odds for one in found])
+    none = ~sensitive(found)
+    holds = [np.array([kind in one.kinds for one in found]) for kind in kinds]
+    search = _Bounds(
+        odds[none],
+        np.array([one.prose for one in found])[none],
+        [odds[held, place] for place, held in enumerate(holds)],
+        np.quantile(odds[none], 1 - np.array(QUANTILES), axis=0),
+    )
+    start = math.log(CLEAR_BELOW / (1 - CLEAR_BELOW))
     fit = Fit([], [])
-    for place, kind in enumerate(kinds):
-        chosen = [one for one in found if kind in one.kinds or not one.kinds]
-        odds = np.array([one.odds[place] for one in chosen])
-        slope, offset = platt(odds, np.array([kind in one.kinds for one in chosen]), KIND_PRIOR)
+    for place, (held, bound) in enumerate(zip(holds, search.search().tolist())):
+        chosen = held | none
+        slope, _ = platt(odds[chosen, place], held[chosen], KIND_PRIOR)
         fit.slopes.append(slope)
-        fit.offsets.append(offset)
+        fit.offsets.append(start - slope * bound)
     return fit
 
 

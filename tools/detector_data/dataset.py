@@ -9,6 +9,8 @@ from typing import Final
 
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, SPACELESS, Passage, World
 
+PROSE: Final = "prose"
+"""The target of real text."""
 LOWERED: Final = 0.12
 RAISED: Final = 0.02
 IN_PROSE: Final = 0.25
@@ -96,4 +98,4 @@ def passages(
     for lang in LANGUAGES:
         for passage in world.negatives(lang, sizes.negatives):
             yield varied(passage, (), rng)
-        yield from (Passage(text, lang) for text in prose[lang][: sizes.prose])
+        yield from (Passage(text, lang, target=PROSE) for text in prose[lang][: sizes.prose])
