@@ -13,7 +13,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,10 +26,16 @@ import numpy as np
 from bench import harness, sharing_trace
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
 from bench.load import TIMEOUT_S
+from bench.sharing_attack import (
+    AUDIT_PAGES,
+    AUDITED,
+    attack_figures,
+    attack_rows,
+    attacked,
+    certain,
+)
 from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
 from kvkeep import metrics
-from kvkeep.audit import Finding, audit, cast_of
-from kvkeep.audit import Options as AuditOptions
 from kvkeep.audit import Report as AuditReport
 from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL, Settings
@@ -40,17 +47,6 @@ CLIENTS: Final = 4
 WINDOWS: Final = 12
 """Parts of the measured requests, for intervals of rates."""
 SEEDS: Final = (1, 2, 3)
-INDEX_CHANNELS: Final = (
-    "ttft",
-    "early_bird",
-    "cached_tokens",
-    "reply_order",
-    "sybils",
-    "boundary",
-    "sentinel",
-)
-AUDITED: Final = {"victim": 0.3, "attacker": 0.3, "sybil-1": 0.1, "sybil-2": 0.1}
-"""Beside the attacker k - 1 accounts; what they leave of the pool holds public pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +69,7 @@ POLICIES: Final = (
     Policy("safekv", ("safekv",)),
     Policy("share_all", ("share_all", "all"), ("--unsafe-share-all",)),
 )
+QUICK_POLICIES: Final = ("isolate", "selective", "share_all")
 EPOCH_SETTING: Final = "share_epoch_s"
 SCAN_SECONDS: Final = f"{metrics.PREFIX}share_scan_seconds_total"
 """Processor time of the detector; where a server does not count it there is no `scan_share`."""
@@ -193,35 +190,78 @@ def tenant_name(number: int) -> str:
 
 
 def replay(
-    arguments: Sequence[str], trace: Sequence[Ask], shape: Shape, epoch_s: float, *, public: bool
+    server: Server, trace: Sequence[Ask], texts: Texts, shape: Shape, epoch_s: float
 ) -> Replay:
-    """Play the whole trace under one policy; measure from `MEASURED_FROM` on."""
-    least = shape.tenants * (-(-shape.longest // sharing_trace.PAGE) + 2)
-    pages = max(int(POOL_SHARE * sharing_trace.isolation_pages(trace, shape)), least)
-    reserved = least / pages if public else 1.0
-    shares = {tenant_name(t): reserved / shape.tenants for t in range(shape.tenants)}
+    """Play the whole trace; measure from `MEASURED_FROM` on."""
+    player = Player(server, texts, shape)
+    numbered = list(enumerate(trace))
+    for epoch in range(1, MEASURED_FROM):
+        asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
+        if has_epochs():
+            time.sleep(2 * epoch_s)  # what epoch e offers is public at the end of e + 1
+    before, scanned, worked = hits(server), counter(server, SCAN_SECONDS), cpu_seconds(server)
+    begun = time.perf_counter()
+    measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
+    samples = asyncio.run(player.play(measured))
+    after, scanned_after = hits(server), counter(server, SCAN_SECONDS)
+    ratio = (after[0] - before[0]) / (after[1] - before[1])
+    scan_share = None
+    if scanned is not None and scanned_after is not None:
+        scan_share = (scanned_after - scanned) / (cpu_seconds(server) - worked)
+    return Replay(tuple(samples), begun, ratio, scan_share)
+
+
+@contextmanager
+def served(shares: Mapping[str, float], pages: int, *arguments: str) -> Iterator[Server]:
+    """Serve the demo model to these tenants with a pool of so many pages."""
     memory = ("--kv-cache-memory-bytes", str(pages * page_bytes()))
-    texts = Texts(TextModel.load(DEMO_MODEL), shape)
-    with (
-        TemporaryDirectory() as folder,
-        serving(Path(folder), shares, *arguments, *memory) as server,
-    ):
-        player = Player(server, texts, shape)
-        numbered = list(enumerate(trace))
-        for epoch in range(1, MEASURED_FROM):
-            asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
-            if has_epochs():
-                time.sleep(2 * epoch_s)  # what epoch e offers is public at the end of e + 1
-        before, scanned, worked = hits(server), counter(server, SCAN_SECONDS), cpu_seconds(server)
-        begun = time.perf_counter()
-        measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
-        samples = asyncio.run(player.play(measured))
-        after, scanned_after = hits(server), counter(server, SCAN_SECONDS)
-        ratio = (after[0] - before[0]) / (after[1] - before[1])
-        scan_share = None
-        if scanned is not None and scanned_after is not None:
-            scan_share = (scanned_after - scanned) / (cpu_seconds(server) - worked)
-        return Replay(tuple(samples), begun, ratio, scan_share)
+    with TemporaryDirectory() as folder, serving(Path(folder), shares, *arguments, *memory) as one:
+        yield one
+
+
+class Tried(NamedTuple):
+    """What one policy cost and told."""
+
+    played: Replay
+    reports: list[AuditReport]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The trace and how to play it."""
+
+    trace: Sequence[Ask]
+    shape: Shape
+    texts: Texts
+    epoch_s: float
+    quick: bool
+
+    def attempt(self, policy: Policy, arguments: Sequence[str]) -> Tried:
+        """Play the trace under one policy, then let it be attacked."""
+        least = self.shape.tenants * (-(-self.shape.longest // sharing_trace.PAGE) + 2)
+        needed = sharing_trace.isolation_pages(self.trace, self.shape)
+        pages = max(int(POOL_SHARE * needed), least)
+        share = (least / pages if policy.public else 1.0) / self.shape.tenants
+        shares = {tenant_name(number): share for number in range(self.shape.tenants)}
+        if self.quick:
+            # One server for both, a half each: nothing of a quick run is a figure of record.
+            both = {name: part / 2 for name, part in (shares | AUDITED).items()}
+            with served(both, max(2 * pages, AUDIT_PAGES), *arguments) as server:
+                return Tried(self._replay(server), [self._attack(server, SEEDS[0])])
+        with served(shares, pages, *arguments) as server:
+            played = self._replay(server)
+        reports = []
+        for seed in SEEDS:
+            with served(AUDITED, AUDIT_PAGES, *arguments) as server:
+                reports.append(self._attack(server, seed))
+        return Tried(played, reports)
+
+    def _replay(self, server: Server) -> Replay:
+        return replay(server, self.trace, self.texts, self.shape, self.epoch_s)
+
+    def _attack(self, server: Server, seed: int) -> AuditReport:
+        settle_s = 2 * self.epoch_s if has_epochs() else 0.0
+        return attacked(server, seed, settle_s=settle_s, quick=self.quick)
 
 
 def cpu_seconds(server: Server) -> float:
@@ -229,79 +269,6 @@ def cpu_seconds(server: Server) -> float:
     stats = (Path(f"/proc/{pid}/stat").read_text() for pid in server.tree())
     fields = (stat.rpartition(")")[2].split() for stat in stats)
     return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
-
-
-def attacked(arguments: Sequence[str], seed: int, options: Options, epoch_s: float) -> AuditReport:
-    """Return the audit of a fresh server under one policy."""
-    memory = ("--kv-cache-memory-bytes", "1GiB")
-    with (
-        TemporaryDirectory() as folder,
-        serving(Path(folder), AUDITED, *arguments, *memory) as server,
-    ):
-        told = AuditOptions(
-            server.url,
-            cast_of([f"{name}={server.keys[name]}" for name in AUDITED]),
-            channels=INDEX_CHANNELS[:3:2] if options.quick else INDEX_CHANNELS,
-            margin=0.2 if options.quick else 0.03,
-            seconds=8.0 if options.quick else 3600.0,
-            least_pairs=0 if options.quick else 128,
-            settle_s=2 * epoch_s if has_epochs() else 0.0,
-            batch=128 if has_epochs() else 4,
-            per_second=1000.0,
-            prompt_tokens=512,
-            seed=seed,
-        )
-        return asyncio.run(audit(told))
-
-
-def attack_figures(policy: str, reports: Sequence[AuditReport]) -> list[Figure]:
-    """Return the worst channel's AUC over all seeds, its half-width, and if chance is inside."""
-    weighed = [
-        finding.evidence
-        for report in reports
-        for finding in report.channels
-        if finding.evidence is not None
-    ]
-    if not weighed:
-        return []
-    worst = max(weighed, key=lambda evidence: abs(evidence.auc.value - 0.5)).auc
-    pairs = min(evidence.pairs for evidence in weighed)
-    width = max(evidence.auc.halfwidth for evidence in weighed)
-    inside = float(all(evidence.auc.holds_chance for evidence in weighed))
-    safe = policy in {"isolate", "selective", "dp"}
-    name = f"attack_auc_private_{policy}"
-    figures = [
-        Figure(
-            name,
-            Estimate(worst.value, worst.low, worst.high, pairs),
-            Goal(">=", 0.95) if policy == "share_all" else None,
-        )
-    ]
-    if safe:
-        figures += [
-            Figure(f"{name}_halfwidth", certain(width, pairs), Goal("<=", 0.03)),
-            Figure(f"{name}_holds_chance", certain(inside, pairs), Goal(">=", 1.0)),
-        ]
-    return figures
-
-
-def certain(value: float, samples: int) -> Estimate:
-    """Return an estimate without an interval of its own."""
-    return Estimate(value, value, value, samples)
-
-
-def attack_row(policy: str, seed: int, finding: Finding) -> Row:
-    """Return a channel of one audit as a row."""
-    evidence = finding.evidence
-    return {
-        "policy": policy,
-        "seed": seed,
-        "channel": finding.facts.name,
-        "outcome": finding.outcome,
-        "auc": evidence.auc.value if evidence else None,
-        "halfwidth": evidence.auc.halfwidth if evidence else None,
-        "pairs": evidence.pairs if evidence else None,
-    }
 
 
 def ratios(found: Mapping[str, Replay]) -> list[Figure]:
@@ -350,29 +317,26 @@ def measure(options: Options) -> Report:
     epoch_s = 1.0 if options.quick else 10.0
     timing = ("--share-epoch-s", str(epoch_s)) if has_epochs() else ()
     threads = ("--threads", str(options.threads))
+    bench = Bench(trace, shape, Texts(TextModel.load(DEMO_MODEL), shape), epoch_s, options.quick)
     played: dict[str, Replay] = {}
     figures: list[Figure] = []
     rows: list[Row] = []
     seen: dict[str, Estimate] = {}
     attacks: list[Row] = []
     for policy in POLICIES:
+        if options.quick and policy.name not in QUICK_POLICIES:
+            continue
         arguments = arguments_of(policy)
         if arguments is None:
             NOTES.print(f"{policy.name}: left out, the server does not have this policy")
             continue
-        told = (*arguments, *timing, *threads)
-        played[policy.name] = replay(told, trace, shape, epoch_s, public=policy.public)
-        seeds = SEEDS[:1] if options.quick else SEEDS
-        reports = [attacked(told, seed, options, epoch_s) for seed in seeds]
-        attacks += [
-            attack_row(policy.name, seed, finding)
-            for seed, report in zip(seeds, reports, strict=True)
-            for finding in report.channels
-        ]
-        told_by_attack = attack_figures(policy.name, reports)
-        if told_by_attack:
-            seen[policy.name] = told_by_attack[0].estimate
-        figures += told_by_attack
+        tried = bench.attempt(policy, (*arguments, *timing, *threads))
+        played[policy.name] = tried.played
+        attacks += attack_rows(policy.name, tried.reports)
+        told = attack_figures(policy.name, tried.reports)
+        if told:
+            seen[policy.name] = told[0].estimate
+        figures += told
     rows += [policy_row(name, one, seen.get(name)) for name, one in played.items()]
     params: dict[str, Cell] = {
         "model": "demo",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import sharing, sharing_trace
+from bench import sharing, sharing_attack, sharing_trace
 from bench.harness import Figure
 from bench.sharing import Policy, Replay, Sample
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
@@ -101,7 +101,7 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
     )
     clock = server.time.clock()
     report = asyncio.run(audit(options, transport=server.transport(), clock=clock))
-    figures = by_name(sharing.attack_figures(policy, [report]))
+    figures = by_name(sharing_attack.attack_figures(policy, [report]))
     worst = figures[f"attack_auc_private_{policy}"]
     if policy == "share_all":
         assert worst > 0.95

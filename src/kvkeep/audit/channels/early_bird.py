@@ -72,8 +72,8 @@ class EarlyBird:
 
 def middle(pairs: Iterable[Pair]) -> float:
     """Return the middle between what hits and misses took."""
-    hits, misses = zip(*pairs, strict=True)
-    return (median(hits) + median(misses)) / 2
+    known = list(pairs)
+    return (median(pair.hit for pair in known) + median(pair.miss for pair in known)) / 2
 
 
 def recovery(pairs: Sequence[Pair], limits: Sequence[float]) -> Mapping[str, float]:
