@@ -93,6 +93,8 @@ class RuleRecogniser:
 
 def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
     rule, pattern = compiled.rule, compiled.pattern
+    if compiled.context is not None and not rule.alone and compiled.context.search(data) is None:
+        return
     ascii_only = len(text) == len(data)
     hit = pattern.search(data)
     while hit is not None:
