@@ -17,6 +17,7 @@ from tools.detector_data.calibration import (
 )
 
 KINDS = ("person_name", "diagnosis")
+NONE: frozenset[str] = frozenset()
 
 
 def drawn(count: int) -> list[Judged]:
@@ -31,7 +32,7 @@ def drawn(count: int) -> list[Judged]:
 
 def test_wrongly_flagged_text_stays_within_both_budgets() -> None:
     found = drawn(8000)
-    scores = calibrate(found, KINDS).scores(found)
+    scores = calibrate(found, KINDS, NONE).scores(found)
     for prose, budget in ((False, BUDGET), (True, PROSE_BUDGET)):
         chosen = [s for s, one in zip(scores, found) if not one.kinds and one.prose is prose]
         assert float(np.mean(np.array(chosen) > 0.3 + 1e-9)) <= budget
@@ -41,7 +42,7 @@ def test_wrongly_flagged_text_stays_within_both_budgets() -> None:
 
 def test_the_plots_bins_add_up_to_the_prior() -> None:
     found = drawn(4000)
-    rows = reliability(found, calibrate(found, KINDS))
+    rows = reliability(found, calibrate(found, KINDS, NONE))
     assert len(rows) >= 5
     whole = sum(share * weight for _, share, weight in rows) / sum(weight for *_, weight in rows)
     assert abs(whole - PRIOR) < 1e-9
@@ -53,16 +54,22 @@ def test_a_kind_that_is_often_mistaken_needs_larger_odds() -> None:
         one._replace(odds=(one.odds[0], one.odds[1] + (5.0 if at % 3 == 0 else 0.0)))
         for at, one in enumerate(found)
     ]
-    clean, wary = calibrate(found, KINDS), calibrate(noisy, KINDS)
+    clean, wary = calibrate(found, KINDS, NONE), calibrate(noisy, KINDS, NONE)
     assert -wary.offsets[1] / wary.slopes[1] > -clean.offsets[1] / clean.slopes[1] + 0.5
 
 
 def test_larger_odds_never_score_less() -> None:
-    fit = calibrate(drawn(2000), KINDS)
+    fit = calibrate(drawn(2000), KINDS, NONE)
     assert min(fit.slopes) > 0
-    none: frozenset[str] = frozenset()
-    scores = fit.scores([Judged((odds, odds), none) for odds in (-50.0, -1.0, 0.0, 1.0, 50.0)])
+    scores = fit.scores([Judged((odds, odds), NONE) for odds in (-50.0, -1.0, 0.0, 1.0, 50.0)])
     assert list(scores) == sorted(scores)
+
+
+def test_a_silent_kind_never_scores() -> None:
+    found = drawn(2000)
+    fit = calibrate(found, KINDS, frozenset({"diagnosis"}))
+    assert fit.scores([Judged((-50.0, 50.0), NONE)])[0] < 1e-9
+    assert fit.scores([Judged((50.0, -50.0), NONE)])[0] > 0.9
 
 
 def test_the_report_counts_both_bounds() -> None:
@@ -75,7 +82,7 @@ def test_the_report_counts_both_bounds() -> None:
 
 def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
     found = drawn(400)
-    fit = calibrate(found, KINDS)
+    fit = calibrate(found, KINDS, NONE)
     plot(found, fit, tmp_path / "a.svg")
     plot(found, fit, tmp_path / "b" / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b" / "b.svg").read_bytes()

@@ -17,6 +17,8 @@ PRIOR: Final = 0.1
 """Share of passages that hold something sensitive, which the plot is weighted to."""
 KIND_PRIOR: Final = 0.03
 """Share that holds one given kind, for the slope of its scores."""
+NEVER: Final = -30.0
+"""The offset of a kind that never scores."""
 BUDGET: Final = 0.03
 PROSE_BUDGET: Final = 0.003
 """Share of lookalikes, and of real prose, that may be flagged wrongly."""
@@ -140,15 +142,17 @@ class _Bounds:
             chosen = best
 
 
-def calibrate(found: Sequence[Judged], kinds: Sequence[str]) -> Fit:
+def calibrate(found: Sequence[Judged], kinds: Sequence[str], silent: frozenset[str]) -> Fit:
     """Return a fit of each kind: the slope by Platt, the clear bound by the budget.
 
     A score of `CLEAR_BELOW` stands at the bound; all kinds together flag wrongly no more than
-    `BUDGET` of lookalikes and `PROSE_BUDGET` of prose.
+    `BUDGET` of lookalikes and `PROSE_BUDGET` of prose. Silent kinds never score: rules own them.
     """
-    odds = np.array([one.odds for one in found])
+    spoken = [place for place, kind in enumerate(kinds) if kind not in silent]
+    fit = Fit([0.0] * len(kinds), [NEVER] * len(kinds))
+    odds = np.array([one.odds for one in found])[:, spoken]
     none = ~sensitive(found)
-    holds = [np.array([kind in one.kinds for one in found]) for kind in kinds]
+    holds = [np.array([kinds[place] in one.kinds for one in found]) for place in spoken]
     search = _Bounds(
         odds[none],
         np.array([one.prose for one in found])[none],
@@ -156,12 +160,11 @@ def calibrate(found: Sequence[Judged], kinds: Sequence[str]) -> Fit:
         np.quantile(odds[none], 1 - np.array(QUANTILES), axis=0),
     )
     start = math.log(CLEAR_BELOW / (1 - CLEAR_BELOW))
-    fit = Fit([], [])
-    for place, (held, bound) in enumerate(zip(holds, search.search().tolist())):
+    bounds = search.search().tolist()
+    for column, (place, held, bound) in enumerate(zip(spoken, holds, bounds)):
         chosen = held | none
-        slope, _ = platt(odds[chosen, place], held[chosen], KIND_PRIOR)
-        fit.slopes.append(slope)
-        fit.offsets.append(start - slope * bound)
+        slope, _ = platt(odds[chosen, column], held[chosen], KIND_PRIOR)
+        fit.slopes[place], fit.offsets[place] = slope, start - slope * bound
     return fit
 
 
