@@ -12,10 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NAME ?= serve
 BENCH_ARGS ?= --quick --json -
 PYTEST_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-check figure-fanout figure-leak
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,9 +32,11 @@ $(VENV)/.build-tools: constraints.txt $(VENV)/.venv-made
 	$(PIP) install -q -c constraints.txt scikit-build-core nanobind cmake ninja
 	touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(VENV)/.build-tools
+$(VENV)/.installed: EXTRA := dev
+$(VENV)/.runtime: EXTRA := demo
+$(VENV)/.installed $(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE) $(VENV)/.build-tools
 	command -v c++ >/dev/null || { echo "kvkeep needs a C++ compiler: install g++ or clang" >&2; exit 1; }
-	$(ACTIVE) $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(ACTIVE) $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRA)]'
 	touch $@
 
 $(VENV)/.docs: constraints.txt $(VENV)/.venv-made
@@ -40,10 +45,10 @@ $(VENV)/.docs: constraints.txt $(VENV)/.venv-made
 
 setup: $(VENV)/.installed ## make the virtual environment and build the extension (does nothing when up to date)
 
-demo: setup ## three tenants, one server, one small model: answers and a table in minutes
+demo: $(RUNTIME) ## three tenants, one server, one small model: answers and a table in minutes
 	$(BIN)/python -m examples.demo
 
-serve: setup ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
+serve: $(RUNTIME) ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
 	$(BIN)/kvkeep serve --no-auth
 
 test: setup ## all tests but the slow ones
@@ -106,6 +111,8 @@ nightly: setup ## every test, the slow ones too, the demo and the clients
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 	$(MAKE) demo docs wheel clients
 
-gpu-check: setup ## the tests that need a CUDA device
-	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('gpu-check needs a CUDA device and this machine has none')"
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+gpu-wheels: setup ## gather in .gpu-wheels/ what a bare GPU machine lacks, 64 MiB at most
+	$(BIN)/python -m tools.gpu.wheels
+
+gpu-check: ## on a GPU machine: build from .gpu-wheels/, test, serve, compare, measure
+	$(GPU_PYTHON) -m tools.gpu.check $(GPU_ARGS)

@@ -13,7 +13,7 @@ import torch
 from bench.attention_grids import Layout, Tree, laid_out
 from kvkeep.attention.chains import chains_of
 from kvkeep.attention.contraction import contract
-from kvkeep.attention.planner import TreePlanner, plan_of, row_bounds
+from kvkeep.attention.planner import CACHED_BYTES, TreePlanner, plan_of, row_bounds
 from kvkeep.attention.profile import Bench, profile
 from kvkeep.attention.tree import build_forest
 from kvkeep.ops.cpu import DotPeak, ReadBandwidth, available, cpu_ops
@@ -72,7 +72,9 @@ def planner_for(machine: Machine, heads: Heads) -> TreePlanner:
     assert layers is not None
     bench = Bench(machine.ops, layers[0], TileLayout.BF16, heads.q, machine.threads)
     token_bytes = 2 * heads.kv * heads.dim * 2
-    return TreePlanner(profile(bench), heads.q // heads.kv, cached_tokens=(16 << 20) // token_bytes)
+    return TreePlanner(
+        profile(bench), heads.q // heads.kv, cached_tokens=CACHED_BYTES // token_bytes
+    )
 
 
 @dataclass(frozen=True)

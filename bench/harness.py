@@ -100,6 +100,8 @@ class Options:
     """A path, or `-` for stdout; the table then goes to stderr."""
     peers: tuple[str, ...] = ()
     threads: int = 2
+    only: tuple[str, ...] = ()
+    """Parts to measure, where a benchmark has parts; empty: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +205,11 @@ def parse(name: str, arguments: Sequence[str]) -> Options:
     parser.add_argument("--json", metavar="FILE|-", help="write the report as JSON")
     parser.add_argument("--peer", action="append", default=[], help="measure beside this peer")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", action="append", default=[], help="measure this part alone")
     given = parser.parse_args(list(arguments))
-    return Options(given.quick, given.json, tuple(given.peer), given.threads)
+    return Options(
+        given.quick, given.json, tuple(given.peer), given.threads, only=tuple(given.only)
+    )
 
 
 def _shown(cell: Cell) -> str:

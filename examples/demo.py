@@ -60,10 +60,18 @@ def handbook(seed: int, places: int = 36) -> tuple[str, dict[str, str]]:
     return " ".join(sentences), codes
 
 
+class Served(NamedTuple):
+    """Where a server listens."""
+
+    url: str
+    admin_url: str
+
+
 @contextlib.contextmanager
-def server(keys: Path, model: str) -> Iterator[str]:
-    """Start `kvkeep serve` on free ports and yield its URL."""
+def server(keys: Path, model: str, *options: str) -> Iterator[Served]:
+    """Start `kvkeep serve` on free ports and yield its addresses."""
     command = [sys.executable, "-m", "kvkeep", "serve", "--model", model, "--keys", str(keys)]
+    command += options
     log = keys.with_name("serve.log")
     with log.open("wb") as stream:
         process = subprocess.Popen([*command, "--port", "0", "--admin-port", "0"], stderr=stream)
@@ -77,14 +85,15 @@ def server(keys: Path, model: str) -> Iterator[str]:
             process.kill()
 
 
-def wait_for_url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Return the URL the server announces."""
+def wait_for_url(process: subprocess.Popen[bytes], log: Path) -> Served:
+    """Return the addresses the server announces."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         text = log.read_text(encoding="utf-8")
         found = re.search(r"API\s+(http://\S+)/v1\n", text)
-        if found and "Ready." in text:
-            return found[1]
+        admin = re.search(r"admin\s+(http://\S+) ", text)
+        if found and admin and "Ready." in text:
+            return Served(found[1], admin[1])
         if process.poll() is not None:
             raise SystemExit(f"the server ended at once:\n{text}")
         time.sleep(0.1)
@@ -161,7 +170,7 @@ def main() -> int:
         file = TenantFile(Path(folder) / "keys.json")
         keys = {name: file.add(name, share=1 / len(TENANTS)).text for name in TENANTS}
         OUT.print("Starting a server for three tenants ...")
-        with server(file.path, given.model) as url:
+        with server(file.path, given.model) as (url, _):
             OUT.print(f"{url}: every tenant sends the same handbook and asks about it.\n")
             found = run(url, keys, given.seed)
     right = report(found) or given.model != str(DEMO_MODEL)

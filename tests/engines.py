@@ -83,7 +83,7 @@ def tokens(chunks: Iterable[Chunk], index: int = 0) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _oracle(path: Path) -> torch.nn.Module:
+def oracle(path: Path) -> torch.nn.Module:
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.generation_config = GenerationConfig()  # no end of text: every token asked for comes
     return model.eval()
@@ -92,7 +92,7 @@ def _oracle(path: Path) -> torch.nn.Module:
 def greedy_oracle(path: Path, prompt: Sequence[int], max_tokens: int) -> list[int]:
     """Return transformers' own greedy continuation in float32."""
     with torch.inference_mode():
-        out = _oracle(path).generate(  # type: ignore[operator]
+        out = oracle(path).generate(  # type: ignore[operator]
             torch.tensor([list(prompt)]),
             generation_config=GenerationConfig(
                 max_new_tokens=max_tokens, do_sample=False, pad_token_id=0

@@ -45,9 +45,17 @@ class Filled:
         return self.k[pages].reshape(shape)[:count], self.v[pages].reshape(shape)[:count]
 
 
-def filled(ops: AttentionOps, heads: Heads, layout: Layout, pages: int, seed: int = 0) -> Filled:
+def filled(
+    ops: AttentionOps,
+    heads: Heads,
+    layout: Layout,
+    pages: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+) -> Filled:
     """Return a pool of `pages` pages, all of them written."""
-    world = make_world(heads, layout, pages=pages, seed=seed)
+    world = make_world(heads, layout, pages=pages, seed=seed, device=device)
     request = world.add(ops, pages * PAGE_TOKENS)
     shape = (pages, PAGE_TOKENS, heads.kv, heads.dim)
     k, v = torch.empty(shape, dtype=request.k.dtype), torch.empty(shape, dtype=request.v.dtype)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvkeep.ops.layout import (
     TORCH_DTYPE,
+    Attended,
     AttentionOps,
     AttentionPlan,
     LayerKV,
@@ -113,7 +114,14 @@ class World:
 
 
 def make_world(
-    heads: Heads, layout: Layout, *, pages: int, seed: int = 0, layers: int = 2, layer: int = 1
+    heads: Heads,
+    layout: Layout,
+    *,
+    pages: int,
+    seed: int = 0,
+    layers: int = 2,
+    layer: int = 1,
+    device: str = "cpu",
 ) -> World:
     """Return an empty pool whose tiles lie in shuffled order."""
     rng = np.random.default_rng(seed)
@@ -124,7 +132,7 @@ def make_world(
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8).fill_(0xFF)
-    kv = LayerKV(buffer, table, tile_bytes, layer, heads.kv, heads.dim)
+    kv = LayerKV(buffer.to(device), table, tile_bytes, layer, heads.kv, heads.dim)
     return World(heads, layout, kv, rng, rng.permutation(pages).tolist())
 
 
@@ -164,7 +172,17 @@ def causal(heads: Heads, positions: Sequence[int], length: int) -> NDArray[np.bo
 def tolerance(layout: Layout, exact: Float64) -> Float64:
     """Return each output's allowed error; bf16 adds its own rounding of the result."""
     top = np.abs(exact).max()
-    if layout == Layout.F32:
+    if TORCH_DTYPE[layout] == torch.float32:
         return np.full(exact.shape, 3e-6 * top)
     allowed: Float64 = 2e-3 * top + np.abs(exact) * 2.0**-8
     return allowed
+
+
+def check(world: World, got: Attended, exact: OracleResult) -> None:
+    """Hold a result within the layout's tolerance of the exact one."""
+    error = np.abs(got.out.double().numpy() - exact.out)
+    allowed = tolerance(world.layout, exact.out)
+    assert (error <= allowed).all(), f"worst {error.max():.2e}, allowed {allowed.max():.2e}"
+    empty = np.isinf(exact.lse2)
+    assert np.array_equal(np.isinf(got.lse2.numpy()), empty)
+    assert np.abs(got.lse2.numpy()[~empty] - exact.lse2[~empty]).max(initial=0) <= 1e-3

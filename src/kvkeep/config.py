@@ -56,7 +56,8 @@ class Settings(BaseSettings):
     allow_download: bool = Field(False, description="fetch a hub id that isn't on this machine")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="arithmetic and KV")
     weights: Literal["float", "int8"] = Field("float", description="int8: per output channel")
-    kernel: Literal["auto", "avx512", "avx2", "portable", "reference"] = Field(
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where model and cache live")
+    kernel: Literal["auto", "avx512", "avx2", "portable", "reference", "triton"] = Field(
         "auto", description="code path; reference is the slow oracle"
     )
     threads: Count | None = Field(None, description="kernel threads (default: every core)")

@@ -34,6 +34,9 @@ class Layout(IntEnum):
 
     F32 = 0
     BF16 = 1
+    ROWS_F32 = 2
+    ROWS_F16 = 3
+    ROWS_BF16 = 4
 
 
 class PageState(IntEnum):

@@ -15,10 +15,10 @@ from kvkeep.attention.cost import CostModel
 from kvkeep.attention.planner import FlatPlanner, plan_of, row_bounds
 from kvkeep.attention.tree import Forest, Node, build_forest, flat_forest
 from kvkeep.ops.cpu import available
-from kvkeep.types import Layout
+from kvkeep.types import PAGE_TOKENS, Layout
 from tests.attention.chained import branching, is_whole, nodes_of
 from tests.forests import ALWAYS, Asked, Filled, covers, filled, geometry
-from tests.ops.paths import ops_for
+from tests.ops.paths import LAYOUTS, ops_for
 from tests.oracles import Heads
 
 HEADS = Heads(4, 2, 64)
@@ -62,10 +62,10 @@ def test_keeping_all_changes_nothing_and_none_leaves_the_flat_forest() -> None:
 
 @pytest.fixture(scope="module")
 def pools() -> dict[Layout, Filled]:
-    return {layout: filled(ops_for("portable"), HEADS, layout, 100) for layout in Layout}
+    return {layout: filled(ops_for("portable"), HEADS, layout, 100) for layout in LAYOUTS}
 
 
-@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_dropping_any_nodes_changes_no_bit(
@@ -201,5 +201,5 @@ def test_a_prefix_that_stays_in_the_cache_is_read_again_for_nothing() -> None:
     node = Node(0, 16, -1, 0, 2)
     children = [Node(16, 17, 0, 0, 1), Node(16, 17, 0, 1, 2)]
     assert ours(model, 4)(node, children, [0, 1, 2])
-    assert not ours(model, 4, cached_tokens=1024)(node, children, [0, 1, 2])
-    assert ours(model, 4, cached_tokens=1023)(node, children, [0, 1, 2])
+    assert not ours(model, 4, cached_tokens=17 * PAGE_TOKENS)(node, children, [0, 1, 2])
+    assert ours(model, 4, cached_tokens=17 * PAGE_TOKENS - 1)(node, children, [0, 1, 2])

@@ -12,7 +12,7 @@ from kvkeep.attention.cost import SEED
 from kvkeep.attention.profile import Bench, profile
 from kvkeep.ops.cpu import available
 from kvkeep.types import Layout
-from tests.ops.paths import ops_for
+from tests.ops.paths import LAYOUTS, ops_for
 from tests.oracles import Heads, make_world
 
 HEADS = Heads(4, 2, 64)
@@ -25,7 +25,7 @@ def bench(pages: int, layout: Layout = Layout.BF16, heads: Heads = HEADS) -> Ben
     return Bench(ops_for(available()[-1], 2), kv, layout, heads.q, 2)
 
 
-@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_small_pool_gives_costs_in_a_blink(layout: Layout) -> None:
     measured = bench(64, layout)
     begun = time.perf_counter()

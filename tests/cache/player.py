@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
@@ -19,6 +20,12 @@ from kvkeep.types import PAGE_TOKENS, Layout, PageSpec, PageTag, UInt64Array, Vi
 SPEC = PageSpec(Layout.F32, num_layers=2, num_kv_heads=2, head_dim=8, tile_bytes=4096)
 DIGEST = b"m" * 32
 Marks = UInt64Array
+
+
+def tiles_of(pool: TilePool) -> NDArray[np.uint8]:
+    """Return a host pool's tiles [N, tile_bytes], as they are in memory."""
+    tiles: NDArray[np.uint8] = pool.buffer.numpy().reshape(-1, pool.spec.tile_bytes)
+    return tiles
 
 
 def tag_of(scope: str) -> PageTag:
@@ -66,7 +73,7 @@ def _rows(
     tiles = manager.pool.tile_table[view.pages()[at // PAGE_TOKENS]].reshape(
         len(at), manager.pool.spec.tiles_per_page
     )
-    words = manager.pool.tiles.view(np.uint64)
+    words = tiles_of(manager.pool).view(np.uint64)
     if marks is not None:
         words[tiles, (at % PAGE_TOKENS)[:, None]] = marks[:, None]
     return words[tiles, (at % PAGE_TOKENS)[:, None]]
@@ -118,7 +125,7 @@ def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
     slots = [page.slot for page in pages]
     owned = pool.tile_table[slots].ravel().tolist()
     free = pool._tiles._stack[: len(pool._tiles)].tolist()
-    assert sorted(owned + free) == list(range(len(pool.tiles)))
+    assert sorted(owned + free) == list(range(len(tiles_of(pool))))
     assert len(slots) + pool.free_pages == pool.num_pages
 
 

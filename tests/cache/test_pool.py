@@ -6,14 +6,14 @@ import pytest
 from kvkeep.cache.pool import FreeList, TilePool
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.types import Layout, PageSpec
-from tests.cache.player import SPEC
+from tests.cache.player import SPEC, tiles_of
 
 
 def test_the_buffer_is_aligned_and_covers_all_tiles() -> None:
     pool = TilePool(SPEC, 3)
     assert pool.buffer.data_ptr() % 64 == 0
-    assert pool.buffer.numel() == 3 * SPEC.page_bytes == pool.tiles.size
-    pool.tiles[1, 0] = 7
+    assert pool.buffer.numel() == 3 * SPEC.page_bytes == tiles_of(pool).size
+    tiles_of(pool)[1, 0] = 7
     assert int(pool.buffer[SPEC.tile_bytes]) == 7
 
 
@@ -32,10 +32,10 @@ def test_pages_have_distinct_tiles_until_the_pool_is_exhausted() -> None:
 def test_a_page_comes_back_zeroed() -> None:
     pool = TilePool(SPEC, 2)
     first = pool.alloc_page()
-    pool.tiles[:] = 255
+    tiles_of(pool)[:] = 255
     pool.free_page(first)
-    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
-    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
+    assert not tiles_of(pool)[pool.tile_table[pool.alloc_page()].ravel()].any()
+    assert not tiles_of(pool)[pool.tile_table[pool.alloc_page()].ravel()].any()
 
 
 def test_zeroing_and_copying_follow_scattered_tiles() -> None:
@@ -43,13 +43,13 @@ def test_zeroing_and_copying_follow_scattered_tiles() -> None:
     private = pool.alloc_tiles(5)
     pool.free_tiles(private[[0, 2, 4, 1]])
     page, other = pool.alloc_page(), pool.alloc_page()
-    pool.tiles[pool.tile_table[page].ravel()] = 9
-    pool.tiles[private[3]] = 5
+    tiles_of(pool)[pool.tile_table[page].ravel()] = 9
+    tiles_of(pool)[private[3]] = 5
     pool.copy_page(page, other)
-    assert (pool.tiles[pool.tile_table[other].ravel()] == 9).all()
-    assert (pool.tiles[private[3]] == 5).all()
+    assert (tiles_of(pool)[pool.tile_table[other].ravel()] == 9).all()
+    assert (tiles_of(pool)[private[3]] == 5).all()
     pool.free_page(page)
-    assert not pool.tiles[pool.tile_table[pool.alloc_page()].ravel()].any()
+    assert not tiles_of(pool)[pool.tile_table[pool.alloc_page()].ravel()].any()
 
 
 def test_tiles_of_views_leave_less_room_for_pages() -> None:
@@ -84,8 +84,8 @@ def test_freeing_twice_or_what_was_never_taken_is_an_error() -> None:
 def test_a_layer_is_read_and_installed_as_bytes() -> None:
     pool = TilePool(SPEC, 2)
     a, b = pool.alloc_page(), pool.alloc_page()
-    pool.tiles[pool.tile_table[a, 1, 0]] = 3
-    pool.tiles[pool.tile_table[a, 1, 1]] = 4
+    tiles_of(pool)[pool.tile_table[a, 1, 0]] = 3
+    tiles_of(pool)[pool.tile_table[a, 1, 1]] = 4
     data = pool.read(a, 1)
     assert data == bytes([3]) * 4096 + bytes([4]) * 4096
     pool.install(b, 1, data)

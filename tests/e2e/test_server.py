@@ -132,6 +132,35 @@ def test_a_chat_stream_is_the_whole_answer_in_parts_with_usage(harbour: OpenAI) 
     assert last.usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_beams_and_the_best_of_several(harbour: OpenAI) -> None:
+    """Over the wire and the process boundary: ranked, counted, the prompt found again."""
+    prompt = facts("sunken", 12)
+    greedy = text_of(harbour, prompt)
+    beams = harbour.completions.create(
+        model="demo",
+        prompt=prompt,
+        max_tokens=24,
+        n=2,
+        logprobs=0,
+        extra_body={"use_beam_search": True, "best_of": 4, "length_penalty": 0.0},
+    )
+    scores = [sum(choice.logprobs.token_logprobs) for choice in beams.choices]  # type: ignore[union-attr, arg-type]
+    assert scores == sorted(scores, reverse=True)
+    assert beams.usage is not None
+    assert beams.usage.completion_tokens > 2 * 24
+    one = harbour.completions.create(
+        model="demo", prompt=prompt, max_tokens=24, extra_body={"use_beam_search": True}
+    )
+    assert one.choices[0].text == greedy
+    best = harbour.completions.create(
+        model="demo", prompt=prompt, max_tokens=8, n=1, best_of=3, seed=1
+    )
+    assert best.usage is not None
+    assert best.usage.completion_tokens > 8
+    assert best.usage.prompt_tokens_details is not None
+    assert best.usage.prompt_tokens_details.cached_tokens == best.usage.prompt_tokens
+
+
 def test_a_completion_stream_is_the_whole_text_in_parts(harbour: OpenAI) -> None:
     chunks = list(
         harbour.completions.create(

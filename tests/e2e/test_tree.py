@@ -94,11 +94,14 @@ def arrivals(seed: int, count: int) -> dict[int, list[GenerateRequest]]:
     found: dict[int, list[GenerateRequest]] = {}
     for number in range(count):
         tenant = "abc"[rng.integers(3)]
+        beams = bool(rng.random() < 0.2)
         params = SamplingParams(
             max_tokens=int(rng.integers(4, 60)),
-            temperature=float(rng.choice([0.0, 0.9])),
+            temperature=0.0 if beams else float(rng.choice([0.0, 0.9])),
             seed=number,
             n=int(rng.choice([1, 1, 1, 3])),
+            best_of=4 if beams or rng.random() < 0.1 else None,
+            use_beam_search=beams,
             logprobs=2,
             ignore_eos=True,
         )
@@ -120,7 +123,7 @@ def bits(chunks: dict[str, list[Chunk]]) -> Bits:
         for chunk in parts_of:
             assert chunk.error is None
             said.setdefault((name, chunk.index), []).extend(
-                [chunk.token_ids, chunk.logprobs, chunk.text, chunk.finish]
+                [chunk.token_ids, chunk.logprobs, chunk.text, chunk.finish, chunk.score]
             )
     assert all(FinishReason.LENGTH in found for found in said.values())
     return said
@@ -246,8 +249,11 @@ def test_the_setting_decides_whether_tenants_read_together(
     assert (plan.parents is not None) is shares
 
 
-def test_sequences_of_one_request_read_its_prompt_together(start: Start) -> None:
-    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, n=4, ignore_eos=True)
+@pytest.mark.parametrize("beams", [False, True])
+def test_sequences_of_one_request_read_its_prompt_together(start: Start, beams: bool) -> None:
+    params = SamplingParams(
+        max_tokens=40, seed=5, n=4, ignore_eos=True, use_beam_search=beams, logprobs=0
+    )
     ids = np.random.default_rng(4).integers(1, 200, 500).tolist()
     planner = Checked(eager(GROUP, across_scopes=False))
     core = start(planner, "bfloat16")

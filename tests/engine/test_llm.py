@@ -22,6 +22,20 @@ def test_generate_chat_and_close(tiny: dict[str, Path]) -> None:
         assert answer.prompt_tokens > 4
 
 
+def test_beams_and_the_best_of_several(tiny: dict[str, Path]) -> None:
+    with kvkeep.LLM(str(tiny["qwen2"]), kv_cache_bytes=32 << 20, threads=1) as llm:
+        found = llm.beam_search(["one two three", "four"], beam_width=3, max_tokens=5)
+        assert [len(beams) for beams in found] == [3, 3]
+        scores = [beam.score or 0.0 for beam in found[0]]
+        assert scores == sorted(scores, reverse=True)
+        greedy = llm.beam_search("four", beam_width=1, max_tokens=5)[0][0]
+        assert greedy.token_ids == llm.generate("four", max_tokens=5, temperature=0.0)[0].token_ids
+        best, few = (llm.generate("four", max_tokens=5, seed=1, best_of=n)[0] for n in (8, 2))
+        assert (best.score or 0.0) >= (few.score or 0.0)
+        with pytest.raises(EngineError, match="temperature"):
+            llm.beam_search("four", temperature=0.5)
+
+
 async def test_the_async_engine_says_when_it_is_not_running(tiny: dict[str, Path]) -> None:
     engine = kvkeep.Engine(str(tiny["qwen2"]), kv_cache_bytes=32 << 20, threads=1)
     with pytest.raises(EngineError):

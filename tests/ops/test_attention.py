@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from kvkeep.ops.cpu import available
 from kvkeep.ops.layout import (
     TORCH_DTYPE,
-    Attended,
     AttentionOps,
     Observe,
     float_tile_bytes,
@@ -21,25 +20,15 @@ from kvkeep.types import ALL_LIVE, PAGE_TOKENS, Layout
 from tests.ops.paths import PATHS, Path, cpu_attention, ops_for
 from tests.oracles import (
     Heads,
-    OracleResult,
     World,
     attention_oracle,
     causal,
+    check,
     flat_plan,
     make_world,
-    tolerance,
 )
 
 SMALL = Heads(4, 2, 64)
-
-
-def check(world: World, got: Attended, exact: OracleResult) -> None:
-    error = np.abs(got.out.double().numpy() - exact.out)
-    allowed = tolerance(world.layout, exact.out)
-    assert (error <= allowed).all(), f"worst {error.max():.2e}, allowed {allowed.max():.2e}"
-    empty = np.isinf(exact.lse2)
-    assert np.array_equal(np.isinf(got.lse2.numpy()), empty)
-    assert np.abs(got.lse2.numpy()[~empty] - exact.lse2[~empty]).max(initial=0) <= 1e-3
 
 
 def attend_and_check(

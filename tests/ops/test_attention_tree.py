@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.errors import KernelInputError
 from kvkeep.ops.cpu import CpuKernel, available
+from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.layout import Attended, AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Layout
 from tests.forests import Asked, Filled, covers, eager, filled, geometry
-from tests.ops.paths import PATHS, Path, ops_for
+from tests.ops.paths import LAYOUTS, PATHS, Path, ops_for
 from tests.oracles import Heads, attention_oracle, causal, tolerance
 
 HEADS = Heads(4, 2, 64)
@@ -43,7 +44,7 @@ def assert_same_bits(one: Attended, other: Attended) -> None:
 
 @pytest.fixture(scope="module")
 def pools() -> dict[Layout, Filled]:
-    return {layout: filled(ops_for(PATHS[-1]), HEADS, layout, 160) for layout in Layout}
+    return {layout: filled(ops_for(PATHS[-1]), HEADS, layout, 160) for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("requests", [2, 15, 16, 17, 63, 64, 65, 129])
@@ -89,6 +90,38 @@ def test_against_the_oracle(path: Path, layout: Layout, pools: dict[Layout, Fill
         error = np.abs(got.out[row : row + 1].double().numpy() - exact.out)
         assert (error <= tolerance(layout, exact.out)).all()
         assert np.abs(got.lse2[row].numpy() - exact.lse2[0]).max() <= 1e-3
+
+
+def beside_a_prefix(shared: int, requests: int) -> list[Asked]:
+    """Return requests on one prefix, each with 9 to 18 pages of its own that none begins with."""
+    asked = []
+    for i in range(requests):
+        own = [shared + (i + 7 * j) % (160 - shared) for j in range(9 + i % 10)]
+        asked.append(Asked([*range(shared), *own], (shared + len(own)) * PAGE_TOKENS - i))
+    return asked
+
+
+@pytest.mark.parametrize("kernel", available())
+@pytest.mark.parametrize("shared", [16, 20, 32])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_few_rows_between_the_steps_of_many(
+    kernel: CpuKernel, layout: Layout, pools: dict[Layout, Filled], shared: int, threads: int
+) -> None:
+    pool, ops = pools[layout], ops_for(kernel, threads)
+    assert isinstance(ops, CpuAttention)
+    asked = [
+        *beside_a_prefix(shared, 20),
+        Asked([*range(140, 150)], 600),
+        Asked([150, 151], 99, 60),
+    ]
+    step = geometry(asked, layout)
+    tree, q = eager(2).plan(step), pool.queries(step.num_rows)
+    before = ops.bytes_read
+    got = ops.attend(q, pool.world.kv, tree)
+    kv, pages = pool.world.kv, int(tree.runs[:, 1].sum())
+    assert ops.bytes_read - before == pages * kv.num_kv_heads * kv.tile_bytes
+    assert ops.pieces_beside > 0
+    assert_same_bits(got, ops.attend(q, pool.world.kv, FlatPlanner().plan(step)))
 
 
 @st.composite

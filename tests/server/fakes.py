@@ -81,6 +81,8 @@ class FakeEngine:
     delay_s: float = 0.0
     first_delay_s: float = 0.0
     cached_tokens: int = 0
+    unsent_tokens: int = 0
+    """Told with the first sequence's last token."""
     fail_with: Callable[[GenerateRequest], Exception | None] = lambda _: None
     mute: bool = False
     """Whether chunks come without text."""
@@ -150,6 +152,7 @@ class FakeEngine:
             prompt_logprobs=prompt_logprobs,
             finish=finish,
             cached_tokens=self.cached_tokens,
+            unsent_tokens=self.unsent_tokens if finish and index == 0 else 0,
             error="the step failed" if finish is FinishReason.ERROR else None,
         )
 

@@ -166,6 +166,34 @@ async def test_defaults_fill_the_context_for_chats_and_16_tokens_for_completions
         assert chat.params.logprobs is None
 
 
+async def test_beams_and_the_best_of_several_are_asked_of_the_engine(start: Start) -> None:
+    """What was generated and not returned is counted too."""
+    async with start(FakeEngine(unsent_tokens=40)) as server, openai_client(server) as client:
+        best = await client.completions.create(
+            model=MODEL, prompt="x", n=2, best_of=5, max_tokens=4, echo=True
+        )
+        assert best.usage is not None
+        assert best.usage.completion_tokens == 2 * 4 + 40
+        assert [c.text for c in best.choices] == ["x" + REPLY[:4]] * 2
+        beams = {"use_beam_search": True, "length_penalty": 0.5, "temperature": 0, "best_of": 4}
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=HI, n=3, extra_body=beams
+        )
+        assert len(answer.choices) == 3
+        first, second = (request.params for request in server.engine.requests)
+        assert (first.n, first.best_of, first.use_beam_search) == (2, 5, False)
+        assert (second.n, second.best_of, second.use_beam_search) == (3, 4, True)
+        assert second.length_penalty == 0.5
+
+
+async def test_as_many_as_are_returned_may_be_streamed(start: Start) -> None:
+    async with start() as server, openai_client(server) as client:
+        stream = await client.completions.create(
+            model=MODEL, prompt="x", n=2, best_of=2, max_tokens=3, stream=True
+        )
+        assert {choice.index async for event in stream for choice in event.choices} == {0, 1}
+
+
 async def test_completions_of_a_batch_of_texts_and_of_token_ids(start: Start) -> None:
     async with start() as server, openai_client(server) as client:
         reply = await client.completions.create(

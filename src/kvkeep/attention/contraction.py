@@ -47,7 +47,8 @@ def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
     """Keep a node where the profiled cost falls; `group` is G.
 
     Requests whose chains are no longer than `cached_tokens` find a prefix that the one before has
-    read in the last-level cache: reading it apart costs memory once.
+    read in the last-level cache: reading it apart costs memory once. What lies between two readings
+    of a token is a whole chain, not the prefix.
     """
 
     def keep(node: Node, children: Sequence[Node], row_bounds: Sequence[int]) -> bool:
@@ -59,7 +60,7 @@ def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
         together = sum(
             model.ns(_rows(child, row_bounds) * group, tokens) - model.c0 for child in children
         )
-        if node.end * PAGE_TOKENS <= cached_tokens:
+        if max(child.end for child in children) * PAGE_TOKENS <= cached_tokens:
             together -= (len(children) - 1) * tokens * model.a_mem
         return apart < GAIN * together
 

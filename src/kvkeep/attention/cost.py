@@ -58,6 +58,11 @@ class CostModel:
 SEED = CostModel(c0=800.0, a_mem=12.0, a_row=1.5, a_merge=40.0)
 """Before anything is measured: head_dim 64 to 128 in bfloat16 on a server core."""
 
+DEVICE_SEED = CostModel(c0=128.0, a_mem=1.0, a_row=0.005, a_merge=2.0)
+"""For a GPU, in units of one token's reading: a launch costs 128, 200 rows as much as reading, a
+part of a row 2. Derived from a data sheet's bandwidth and peak; not yet measured on a device.
+"""
+
 
 def load(path: Path) -> CostModel:
     """Read what `save` wrote; raises `ConfigError`."""

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from kvkeep.cache.storage import HostTiles, StorageMaker, Tiles
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.ops.layout import LayerKV
 from kvkeep.types import Int32Array, PageSpec
-
-_TOUCH_BYTES = 4096
-"""The smallest page a machine maps."""
-
-_ALIGN_BYTES = 2 << 20
-"""A huge page; kernels need 64."""
 
 
 class FreeList:
@@ -63,7 +55,7 @@ class TilePool:
     and rows not yet written are finite.
     """
 
-    def __init__(self, spec: PageSpec, num_pages: int) -> None:
+    def __init__(self, spec: PageSpec, num_pages: int, storage: StorageMaker = HostTiles) -> None:
         if num_pages < 1:
             raise ConfigError(
                 f"num_pages is {num_pages}; at least 1 is needed: give the cache more memory"
@@ -75,19 +67,14 @@ class TilePool:
         self.spec = spec
         self.num_pages = num_pages
         num_tiles = num_pages * spec.tiles_per_page
-        self._bytes = _anonymous_bytes(num_tiles * spec.tile_bytes)
-        self.buffer: torch.Tensor = torch.from_numpy(self._bytes)
-        self.tiles: NDArray[np.uint8] = self._bytes.reshape(num_tiles, spec.tile_bytes)
+        self._storage = storage(spec, num_pages)
+        self.buffer: torch.Tensor = self._storage.buffer
         self.tile_table: Int32Array = np.full(
             (num_pages, spec.num_layers, spec.num_kv_heads), -1, np.int32
         )
         self._slots = FreeList(num_pages, "page")
         self._tiles = FreeList(num_tiles, "tile")
         self._layers = tuple(self._layer_kv(layer) for layer in range(spec.num_layers))
-
-    def prefault(self) -> None:
-        """Touch all memory now, so that no request pays for the machine's first look at a page."""
-        self._bytes[::_TOUCH_BYTES] = 0
 
     @property
     def free_pages(self) -> int:
@@ -110,8 +97,8 @@ class TilePool:
         except PoolExhausted:
             self._tiles.give_back(tiles)
             raise
-        self._zero(tiles)
         self.tile_table[slot] = tiles.reshape(self.spec.num_layers, self.spec.num_kv_heads)
+        self._storage.place(slot, self.tile_table[slot])
         return slot
 
     def free_page(self, slot: int) -> None:
@@ -123,7 +110,7 @@ class TilePool:
     def alloc_tiles(self, count: int) -> Int32Array:
         """Return ids of zeroed tiles for a view of its own; raises `PoolExhausted`."""
         tiles = self._tiles.take(count)
-        self._zero(tiles)
+        self._storage.zero(tiles)
         return tiles
 
     def free_tiles(self, ids: Int32Array) -> None:
@@ -134,14 +121,20 @@ class TilePool:
         """Copy all bytes of one page to another."""
         self._require(source)
         self._require(target)
-        self.tiles[_span(self.tile_table[target].ravel())] = self.tiles[
-            _span(self.tile_table[source].ravel())
-        ]
+        self._storage.copy(self.tile_table[source].ravel(), self.tile_table[target].ravel())
 
     def read(self, slot: int, layer: int) -> bytes:
         """Return one layer of a page, its Hkv tiles in order."""
         self._require(slot)
-        return self.tiles[_span(self.tile_table[slot, layer])].tobytes()
+        return self.read_tiles(slot, layer).tobytes()
+
+    def read_tiles(self, slot: int, layer: int) -> Tiles:
+        """Return one layer of a page, [Hkv, tile_bytes]; perhaps a view."""
+        return self._storage.read(self.tile_table[slot, layer])
+
+    def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:
+        """Write one layer of a page, [Hkv, tile_bytes]."""
+        self._storage.write(self.tile_table[slot, layer], tiles)
 
     def install(self, slot: int, layer: int, data: bytes) -> None:
         """Write one layer of a page as `read` returned it.
@@ -155,7 +148,7 @@ class TilePool:
                 f"layer {layer} with {len(data)} bytes does not fit a page of this pool"
             )
         rows = np.frombuffer(data, np.uint8).reshape(heads, size)
-        self.tiles[self.tile_table[slot, layer]] = rows
+        self.write_tiles(slot, layer, rows)
 
     def layer_kv(self, layer: int) -> LayerKV:
         """Return what kernels need for one layer; the same object every time."""
@@ -164,35 +157,15 @@ class TilePool:
     def _layer_kv(self, layer: int) -> LayerKV:
         spec = self.spec
         return LayerKV(
-            self.buffer, self.tile_table, spec.tile_bytes, layer, spec.num_kv_heads, spec.head_dim
+            self.buffer,
+            self.tile_table,
+            spec.tile_bytes,
+            layer,
+            spec.num_kv_heads,
+            spec.head_dim,
+            self._storage.device_table,
         )
 
     def _require(self, slot: int) -> None:
         if not self._slots.is_used(slot):
             raise EngineError(f"page slot {slot} is not in use")
-
-    def _zero(self, ids: Int32Array) -> None:
-        if len(ids):
-            self.tiles[_span(ids)] = 0
-
-
-def _span(ids: Int32Array) -> slice | Int32Array:
-    """Return consecutive ids as a slice, which numpy copies in one go."""
-    first, last = int(ids[0]), int(ids[-1])
-    if last - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
-        return slice(first, last + 1)
-    return ids
-
-
-def _anonymous_bytes(size: int) -> NDArray[np.uint8]:
-    try:
-        memory = mmap.mmap(-1, size + _ALIGN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError, ValueError) as error:
-        raise ConfigError(
-            f"the cache asks for {size >> 20} MiB that are not there: lower its share of memory"
-        ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(memory, np.uint8)
-    start = -int(raw.ctypes.data) % _ALIGN_BYTES
-    return raw[start : start + size]

@@ -143,7 +143,9 @@ async def _chat(settings: Settings, url: str | None, key: str | None, max_tokens
 
 
 @app.command()
-@with_settings("config", "dtype", "weights", "kernel", "threads", "allow_download", "port")
+@with_settings(
+    "config", "dtype", "weights", "device", "kernel", "threads", "allow_download", "port"
+)
 def chat(
     settings: Settings,
     model: Annotated[str | None, typer.Option(help="run this model instead of a server")] = None,

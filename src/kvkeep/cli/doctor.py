@@ -33,12 +33,13 @@ def machine_rows(settings: Settings) -> list[tuple[str, str]]:
     flags = cpu_flags(info.read_text(encoding="utf-8")) if info.exists() else frozenset()
     cores = len(os.sched_getaffinity(0))
     page = os.sysconf("SC_PAGE_SIZE")
+    chosen = ops.select(settings.kernel, settings.threads or cores, settings.device)
     total, free = (os.sysconf(name) * page for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     return [
         ("machine", f"{platform.machine()}, {cores} cores"),
         ("features", ", ".join(name for name in FEATURES if name in flags) or "none of ours"),
         ("memory", f"{human_bytes(free)} free of {human_bytes(total)}"),
-        ("kernel", ops.select(settings.kernel, settings.threads or cores).name),
+        ("kernel", chosen.name),
     ]
 
 
@@ -55,7 +56,7 @@ def model_verdict(settings: Settings) -> str:
 
 
 @app.callback(invoke_without_command=True)
-@with_settings("config", "model", "allow_download", "kernel", "threads")
+@with_settings("config", "model", "allow_download", "device", "kernel", "threads")
 def doctor(settings: Settings, context: typer.Context) -> None:
     """Describe the machine and say whether the model can be served."""
     if context.invoked_subcommand is not None:

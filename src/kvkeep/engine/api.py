@@ -33,6 +33,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """None draws a random one; the generator is counter-based per (seed, sample index, position).
     """
     n: int = 1
+    best_of: int | None = None
+    """Sequences generated, of which the `n` best are told; None: `n`."""
+    use_beam_search: bool = False
+    """Search with `width` beams instead of sampling."""
+    length_penalty: float = 1.0
+    """A text's log-probability is divided by its length to this power."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -46,6 +52,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """The same for prompt tokens (`echo` with logprobs)."""
     skip_special_tokens: bool = True
+
+    @property
+    def width(self) -> int:
+        """Return the number of sequences generated at a time."""
+        return self.best_of or self.n
+
+    @property
+    def ranks(self) -> bool:
+        """Tell whether sequences are told only at the end, the best first."""
+        return self.use_beam_search or self.width > self.n
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +100,10 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     stop_match: str | int | None = None
     cached_tokens: int = 0
     """Prompt tokens taken from the cache; the same in every chunk of a request."""
+    score: float | None = None
+    """What ranked it: a beam's score, or the mean log-probability of one of `best_of`."""
+    unsent_tokens: int = 0
+    """Tokens generated for sequences that are not told; in one chunk of a request."""
     error: str | None = None
     """A clear sentence without content, where `finish` is `error`."""
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from kvkeep import ops
 from kvkeep.attention import cost
-from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
+from kvkeep.attention.planner import CACHED_BYTES, AttentionPlanner, FlatPlanner, TreePlanner
 from kvkeep.attention.profile import Bench, profile
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
@@ -19,6 +18,7 @@ from kvkeep.cache.radix import RadixIndex
 from kvkeep.cache.tiers import PageListener, Tier
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
+from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
@@ -29,17 +29,15 @@ from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
-from kvkeep.models.memory import available_bytes
+from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
+from kvkeep.ops.layout import Ops
 from kvkeep.quant.codec import Float, KVShape
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, Layout, PageTag
+from kvkeep.types import PAGE_TOKENS, PageTag
 
 DEFAULT_KV_BYTES = 4 << 30
-_CACHED_BYTES = 16 << 20
-"""Of a last-level cache: what one request's reading of a layer leaves to the next."""
-
 WARM_UP = "warm-up"
 """Tenant of the request that runs before the engine reports ready."""
 
@@ -53,8 +51,8 @@ class Parts(msgspec.Struct, kw_only=True):
     policy: SharingPolicy
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
-    kernels: ops.Ops | None = None
-    """None: the ones the options ask for."""
+    backend: Backend | None = None
+    """None: the one the options ask for."""
 
 
 def default_parts(options: EngineOptions) -> Parts:
@@ -73,8 +71,9 @@ def build_core(
     """Load the model, reserve the pool and warm up; raises `ModelError` or `ConfigError`."""
     parts = parts or default_parts(options)
     threads = options.threads or len(os.sched_getaffinity(0))
-    kernels = parts.kernels or ops.select(options.kernel, threads)
-    torch.set_num_threads(threads if kernels.name == "reference" else 1)
+    backend = parts.backend or choose(options, threads)
+    kernels = backend.ops
+    torch.set_num_threads(backend.torch_threads)
     path = hub.resolve(options.model, allow_download=options.allow_download)
     text = TextModel.load(path)
     model = loader.load(
@@ -85,11 +84,11 @@ def build_core(
         folds=parts.techniques.shield.folds(),
         progress=lambda done, total: reply(m.Loading(done, total)),
     )
-    shape = _shape_of(model)
+    shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)
-    pool = TilePool(spec, _num_pages(options, spec.page_bytes, max_model_len))
-    pool.prefault()
+    num_pages = _num_pages(options, kernels.device, spec.page_bytes, max_model_len)
+    pool = TilePool(spec, num_pages, backend.storage)
     techniques = parts.techniques
     manager = CacheManager(
         pool,
@@ -98,9 +97,11 @@ def build_core(
         lambda scope: PageTag(scope, techniques.codec.name, techniques.shield.name),
         parts.tier,
     )
-    planner = parts.planner or _planner(options, kernels, pool, model, threads)
+    planner = parts.planner or _planner(options, backend, pool, model, threads)
     runner = ModelRunner(
-        RunnerParts(model, pool, kernels, planner, parts.techniques, shape, parts.listeners)
+        RunnerParts(
+            model, pool, kernels, backend.upload, planner, techniques, shape, parts.listeners
+        )
     )
     info = _info(options, model, pool, kernels.name, max_model_len)
     core = EngineCore(
@@ -121,7 +122,7 @@ def build_core(
 
 
 def _planner(
-    options: EngineOptions, kernels: ops.Ops, pool: TilePool, model: HostedModel, threads: int
+    options: EngineOptions, backend: Backend, pool: TilePool, model: HostedModel, threads: int
 ) -> AttentionPlanner:
     """Return the planner asked for; a tree's costs are read or measured on the unused pool."""
     if options.attention_planner == "flat":
@@ -129,21 +130,23 @@ def _planner(
     spec = model.spec
     if options.attention_cost_model is not None:
         costs = cost.load(Path(options.attention_cost_model))
-    elif kernels.name == "reference":
-        costs = cost.SEED
+    elif backend.costs is not None:
+        costs = backend.costs
     else:
-        layout = _shape_of(model).layout
+        kernels = backend.ops
+        layout = kernels.layouts[spec.dtype]
         costs = profile(Bench(kernels.attention, pool.layer_kv(0), layout, spec.num_heads, threads))
     across = options.attention_share_across_tenants == "public"
-    cached = _CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token
+    cached = CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token
     return TreePlanner(
         costs, spec.num_heads // spec.num_kv_heads, across_scopes=across, cached_tokens=cached
     )
 
 
-def _shape_of(model: HostedModel) -> KVShape:
-    layout = Layout.BF16 if model.spec.dtype == torch.bfloat16 else Layout.F32
-    return KVShape(model.spec.num_layers, model.spec.num_kv_heads, model.spec.head_dim, layout)
+def _shape_of(model: HostedModel, kernels: Ops) -> KVShape:
+    spec = model.spec
+    layout = kernels.layouts[spec.dtype]
+    return KVShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, layout)
 
 
 def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
@@ -155,8 +158,10 @@ def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
     return options.max_model_len
 
 
-def _num_pages(options: EngineOptions, page_bytes: int, max_model_len: int) -> int:
-    available = available_bytes() or 2 * DEFAULT_KV_BYTES
+def _num_pages(
+    options: EngineOptions, device: torch.device, page_bytes: int, max_model_len: int
+) -> int:
+    available = free_on(device) or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
     if wanted > available:
         raise ConfigError(

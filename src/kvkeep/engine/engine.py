@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.api import (
@@ -19,6 +20,9 @@ from kvkeep.engine.api import (
     ModelInfo,
     TenantUse,
 )
+from kvkeep.engine.branches import Beams
+from kvkeep.engine.fanout import check_fanout
+from kvkeep.engine.held import BestOf, Held
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.prompt_logprobs import PromptLogprobs
 from kvkeep.engine.runner import ModelRunner, Stepped
@@ -26,7 +30,7 @@ from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
 from kvkeep.engine.stats import EngineCounters
-from kvkeep.errors import CapacityError, InvalidRequest
+from kvkeep.errors import EngineError, InvalidRequest
 from kvkeep.types import PAGE_TOKENS, EpochDelta
 
 
@@ -73,15 +77,11 @@ class EngineCore:
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)
         quotas = {name: int(share * self.info.num_pages) for name, share in shares.items()}
-        self._manager.set_quotas(quotas, self._public_pages(quotas))
+        self._manager.set_quotas(quotas, max(0, self.info.num_pages - sum(quotas.values())))
         for name in self._shares.keys() - shares.keys():
             self._manager.forget(name)
         self._shares = dict(shares)
         self._scheduler.set_tenants(shares)
-
-    def _public_pages(self, quotas: Mapping[str, int]) -> int:
-        """Return the pages left for public content once every tenant has its own."""
-        return max(0, self.info.num_pages - sum(quotas.values()))
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
@@ -97,6 +97,7 @@ class EngineCore:
         request = Request(spec, now, deadline)
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
+        request.held = self._held(request)
         self._requests[spec.id] = request
         self.counters.prompt_tokens += len(spec.prompt_ids)
         self._scheduler.add(request.sequences[0])
@@ -177,6 +178,7 @@ class EngineCore:
 
     def _check(self, spec: GenerateRequest) -> None:
         length = len(spec.prompt_ids)
+        check_fanout(spec.params)
         if spec.tenant not in self._shares:
             raise InvalidRequest("tenant: not known to the engine", param="tenant")
         if not length:
@@ -207,6 +209,16 @@ class EngineCore:
             output=self._outputs.sequence(spec, index),
         )
 
+    def _held(self, request: Request) -> Held | None:
+        """Return where the request's chunks wait for their ranking, if it asks for one."""
+        spec = request.spec
+        if not spec.params.ranks:
+            return None
+        if not spec.params.use_beam_search:
+            return BestOf(spec.params.n)
+        search = self._outputs.search(spec, self.info.max_model_len - len(spec.prompt_ids))
+        return Beams(search, request.sequences[0], self._outputs)
+
     def _after(self, work: list[Work], stepped: Stepped) -> None:
         """Index what closed, take in prompt log-probabilities, sample and emit."""
         for item in work:
@@ -222,20 +234,54 @@ class EngineCore:
         sampling = [item.sequence for item in work if item.samples]
         rows: list[int] = []
         sequences: list[Sequence] = []
-        for offset, sequence in enumerate(sampling):
-            for family in self._family(sequence):
-                rows.append(stepped.prompt_rows + offset)
-                sequences.append(family)
-        if not sequences:
-            return
-        logits = stepped.logits[rows] if len(rows) != len(stepped.logits) else stepped.logits
-        sampled = self._sampler.sample(logits, [s.sampling for s in sequences])
+        searches: dict[Request, Beams] = {}
         now = time.monotonic()
+        for row, sequence in enumerate(sampling, stepped.prompt_rows):
+            held = sequence.request.held
+            if isinstance(held, Beams):
+                self._take_beam(held, sequence, stepped.logits[row], now)
+                searches[sequence.request] = held
+                continue
+            family = self._family(sequence)
+            rows += [row] * len(family)
+            sequences += family
+        for request, beams in searches.items():
+            if request.spec.id in self._requests:
+                self._advance(request, beams, now)
+        if sequences:
+            self._sample(stepped.logits, rows, sequences, now)
+
+    def _sample(
+        self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence], now: float
+    ) -> None:
+        """Choose each sequence's next token from its row of logits [R, V]."""
+        logits = logits[rows] if len(rows) != len(logits) else logits
+        sampled = self._sampler.sample(logits, [s.sampling for s in sequences])
         for sequence, token, scores, error in zip(sequences, *sampled, strict=True):
+            if sequence.status is Status.FINISHED:
+                continue
             if error is not None:
                 self._fail(sequence, str(error), now)
             else:
                 self._accept(sequence, token, scores, now)
+
+    def _take_beam(
+        self, beams: Beams, sequence: Sequence, logits: torch.Tensor, now: float
+    ) -> None:
+        """Note what may follow one beam; a row that is not finite ends the search."""
+        if sequence.status is Status.FINISHED:
+            return
+        try:
+            beams.take(sequence, logits, self._sampler)
+        except EngineError as error:
+            self._fail(sequence, str(error), now)
+
+    def _advance(self, request: Request, beams: Beams, now: float) -> None:
+        """Let a request's beams grow, and end it where its search has."""
+        self._first_token(request, now)
+        self.counters.generated_tokens += beams.advance(self._scheduler, self._sequence)
+        if not beams.search.beams:
+            self._end_request(request, FinishReason.STOP)
 
     def _take_prompt_rows(
         self, item: Work, prompt: PromptLogprobs, stepped: Stepped, row: int
@@ -247,19 +293,22 @@ class EngineCore:
     def _family(self, sequence: Sequence) -> list[Sequence]:
         """Return the sequence, and on its request's first sampling step its new siblings too."""
         request = sequence.request
-        n = request.spec.params.n
-        if sequence.generated or len(request.sequences) == n or request.spec.params.max_tokens == 0:
+        params = request.spec.params
+        if sequence.generated or len(request.sequences) == params.width or params.max_tokens == 0:
             return [sequence]
-        for index in range(1, n):
+        for index in range(1, params.width):
             sibling = self._sequence(request, index, sequence.sampling.seed)
-            assert sequence.view is not None
-            try:
-                sibling.view = self._manager.fork(sequence.view)
-            except CapacityError:
-                sibling.view = None
             request.sequences.append(sibling)
-            self._scheduler.adopt(sibling)
+            self._scheduler.follow(sibling, sequence)
         return list(request.sequences)
+
+    def _first_token(self, request: Request, now: float) -> None:
+        """Count a request's first token, once."""
+        if request.first_token_s is None:
+            request.first_token_s = now
+            self.counters.ttft.add(now - request.arrived_s)
+            self.counters.cache_queries += len(request.spec.prompt_ids)
+            self.counters.cache_hits += request.cached_tokens or 0
 
     def _accept(
         self, sequence: Sequence, token: int, scores: TokenScores | None, now: float
@@ -267,11 +316,11 @@ class EngineCore:
         """Append a sampled token, emit its text and end the sequence where it must."""
         request, params = sequence.request, sequence.request.spec.params
         cached = request.cached_tokens or 0
-        if request.first_token_s is None:
-            request.first_token_s = now
-            self.counters.ttft.add(now - request.arrived_s)
-            self.counters.cache_queries += sequence.prompt_len
-            self.counters.cache_hits += cached
+        self._first_token(request, now)
+        if isinstance(request.held, BestOf) and scores is not None:
+            request.held.note(sequence.index, scores.logprob)
+        if params.logprobs is None:
+            scores = None
         if params.max_tokens == 0:
             chunk: Chunk | None = sequence.output.finish(FinishReason.LENGTH, cached)
         else:
@@ -283,7 +332,7 @@ class EngineCore:
             last = full or sequence.generated >= params.max_tokens
             chunk = sequence.output.push(token, scores, cached, last=last)
         if chunk is not None:
-            self._emit(request.spec.id, chunk)
+            self._tell(request, chunk)
             if chunk.finish is not None:
                 self._end(sequence, chunk.finish, now)
 
@@ -294,13 +343,19 @@ class EngineCore:
             error=message,
             cached_tokens=sequence.request.cached_tokens or 0,
         )
-        self._emit(sequence.request.spec.id, chunk)
-        self._end(sequence, FinishReason.ERROR, now)
+        self._tell(sequence.request, chunk)
+        if sequence.request.held is None:
+            self._end(sequence, FinishReason.ERROR, now)
+        else:
+            self._end_request(sequence.request, FinishReason.ERROR)
 
     def _exhaust(self, sequence: Sequence) -> None:
-        """End a sequence that its tenant's share can't hold even alone."""
-        cached = sequence.request.cached_tokens or 0
-        self._emit(sequence.request.spec.id, sequence.output.finish(FinishReason.LENGTH, cached))
+        """End a sequence that its tenant's share can't hold even alone, and so no other beam."""
+        request = sequence.request
+        if isinstance(request.held, Beams):
+            self._end_request(request, FinishReason.LENGTH)
+            return
+        self._tell(request, sequence.output.finish(FinishReason.LENGTH, request.cached_tokens or 0))
         self._end(sequence, FinishReason.LENGTH, time.monotonic())
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
@@ -312,19 +367,28 @@ class EngineCore:
         if all(s.status is Status.FINISHED for s in request.sequences):
             self.counters.e2e.add(now - request.arrived_s)
             self._requests.pop(request.spec.id, None)
+            for chunk in () if request.held is None else request.held.result():
+                self._emit(request.spec.id, chunk)
 
     def _end_request(self, request: Request, reason: FinishReason) -> None:
         now = time.monotonic()
         for sequence in request.sequences:
             if sequence.status is not Status.FINISHED:
                 cached = request.cached_tokens or 0
-                self._emit(request.spec.id, sequence.output.finish(reason, cached))
+                self._tell(request, sequence.output.finish(reason, cached))
                 self._end(sequence, reason, now)
 
     def _expire(self, now: float) -> None:
         for request in list(self._requests.values()):
             if request.deadline_s is not None and now >= request.deadline_s:
                 self._end_request(request, FinishReason.DEADLINE)
+
+    def _tell(self, request: Request, chunk: Chunk) -> None:
+        """Send a chunk, or keep it where the request's best are told at its end."""
+        if request.held is None:
+            self._emit(request.spec.id, chunk)
+        else:
+            request.held.add(chunk)
 
     def _emit(self, request_id: str, chunk: Chunk) -> None:
         self._pending.append(Output(request_id, chunk))

@@ -44,6 +44,8 @@ class Completion:
     finish: FinishReason
     prompt_tokens: int
     cached_tokens: int
+    score: float | None = None
+    """A beam's score, or the mean log-probability per token of one of `best_of`."""
 
 
 class Engine:
@@ -130,16 +132,36 @@ class Engine:
         *,
         scope: str = "default",
     ) -> Completion:
-        """Return the whole answer (the first of `n`)."""
+        """Return the whole answer (the first of `n`, the best of `best_of`)."""
+        return (await self.generate_all(prompt, params, scope=scope))[0]
+
+    async def generate_all(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        scope: str = "default",
+    ) -> list[Completion]:
+        """Return all `n` answers, the best first where they are ranked."""
         ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        chunks = [c async for c in self.stream(ids, params, scope=scope) if c.index == 0]
-        return Completion(
-            text="".join(c.text for c in chunks),
-            token_ids=tuple(t for c in chunks for t in c.token_ids),
-            finish=chunks[-1].finish or FinishReason.CANCELLED,
-            prompt_tokens=len(ids),
-            cached_tokens=chunks[-1].cached_tokens,
+        chunks: list[list[Chunk]] = [[] for _ in range(params.n if params else 1)]
+        async for chunk in self.stream(ids, params, scope=scope):
+            chunks[chunk.index].append(chunk)
+        return [_completion(one, len(ids)) for one in chunks]
+
+    async def beam_search(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        beam_width: int = 4,
+        scope: str = "default",
+    ) -> list[Completion]:
+        """Return the `beam_width` best answers a beam search finds, best first."""
+        searched = msgspec.structs.replace(
+            params or SamplingParams(), n=beam_width, use_beam_search=True
         )
+        return await self.generate_all(prompt, searched, scope=scope)
 
     async def chat(
         self,
@@ -181,6 +203,20 @@ class LLM:
         chosen = msgspec.structs.replace(params or SamplingParams(), **changes)
         return self._run(_gather([self._engine.generate(p, chosen) for p in batch]))
 
+    def beam_search(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        beam_width: int = 4,
+        **changes: Any,
+    ) -> list[list[Completion]]:
+        """Return the `beam_width` best answers of each prompt, best first, run as one batch."""
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        chosen = msgspec.structs.replace(params or SamplingParams(), **changes)
+        search = self._engine.beam_search
+        return self._run(_gather([search(p, chosen, beam_width=beam_width) for p in batch]))
+
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **changes: Any
     ) -> Completion:
@@ -217,5 +253,17 @@ class LLM:
         self._loop.close()
 
 
-async def _gather(work: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:
+def _completion(chunks: Sequence[Chunk], prompt_tokens: int) -> Completion:
+    last = chunks[-1]
+    return Completion(
+        text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids),
+        finish=last.finish or FinishReason.CANCELLED,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=last.cached_tokens,
+        score=last.score,
+    )
+
+
+async def _gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return list(await asyncio.gather(*work))

@@ -14,7 +14,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     served_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["float", "int8"] = "float"
-    kernel: Literal["auto", "avx512", "avx2", "portable", "reference"] = "auto"
+    kernel: Literal["auto", "avx512", "avx2", "portable", "reference", "triton"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64

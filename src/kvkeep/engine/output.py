@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvkeep.engine.api import Chunk, FinishReason, GenerateRequest, TokenLogprob
+from kvkeep.engine.beams import BeamSearch
 from kvkeep.engine.prompt_logprobs import PromptLogprobs
 from kvkeep.engine.sampling import SequenceSampling, TokenScores
 from kvkeep.engine.stops import StopChecker
@@ -21,12 +22,27 @@ class OutputFactory:
 
     def sampling(self, spec: GenerateRequest, index: int, seed: int) -> SequenceSampling:
         """Return the sampling state of sequence `index`; siblings share a seed, not an index."""
+        scored = 0 if spec.params.ranks else None
+        logprobs = scored if spec.params.logprobs is None else spec.params.logprobs
         return SequenceSampling(
-            msgspec.structs.replace(spec.params, seed=seed),
+            msgspec.structs.replace(spec.params, seed=seed, logprobs=logprobs),
             spec.prompt_ids,
             sample_index=index,
             vocab_size=self._vocab_size,
             eos_ids=self._eos_ids,
+        )
+
+    def search(self, spec: GenerateRequest, room: int) -> BeamSearch:
+        """Return the beam search of a request that has `room` for as many tokens."""
+        params = spec.params
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_ids))
+        return BeamSearch(
+            width=params.width,
+            max_tokens=min(params.max_tokens, room),
+            min_tokens=params.min_tokens,
+            length_penalty=params.length_penalty,
+            ending=frozenset(ends),
+            top=params.logprobs or 0,
         )
 
     def sequence(self, spec: GenerateRequest, index: int) -> SequenceOutput:

@@ -13,6 +13,7 @@ import torch
 from kvkeep.attention.planner import AttentionPlanner
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
+from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.scheduler import Work
 from kvkeep.engine.staging import Staging
@@ -40,6 +41,7 @@ class RunnerParts:
     model: HostedModel
     pool: TilePool
     ops: Ops
+    upload: Upload
     planner: AttentionPlanner
     techniques: Techniques
     shape: KVShape
@@ -92,13 +94,12 @@ class ModelRunner:
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
         rows, prompt_rows = _logit_rows(work)
+        positions = step.plan.row_positions
         begun = time.perf_counter()
-        logits = parts.model.forward(
-            torch.from_numpy(ids.astype(np.int64)),
-            torch.from_numpy(step.plan.row_positions.astype(np.int64)),
-            kv,
-            torch.from_numpy(rows),
+        ids_there, positions_there, rows_there = parts.upload(
+            [ids.astype(np.int64), positions.astype(np.int64), rows]
         )
+        logits = parts.model.forward(ids_there, positions_there, kv, rows_there)
         model_s = time.perf_counter() - begun
         kv.finish()
         for item in work:
@@ -152,7 +153,7 @@ def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[n
     row = 0
     for item in work:
         end = min(item.start + item.count, item.sequence.prompt_len)
-        if item.sequence.request.spec.params.prompt_logprobs is not None and end > item.start:
+        if item.sequence.output.prompt is not None and end > item.start:
             prompt.append(np.arange(row, row + end - item.start))
         if item.samples:
             last.append(row + item.count - 1)

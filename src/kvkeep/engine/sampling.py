@@ -154,6 +154,18 @@ class Sampler:
             for index, token_id in enumerate(token_ids)
         ]
 
+    def rank(self, logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+        """Return the `count` likeliest tokens of logits `[V]` with their log-probabilities.
+
+        Raises `EngineError` where the logits are not finite.
+        """
+        row = self._float_row(_dense(logits))
+        if not math.isfinite(row.max()):
+            raise EngineError(_NOT_FINITE)
+        shift = self._ranker.log_total(row)
+        best = self._ranker.top_ids(row, count)
+        return tuple((int(i), float(row[i]) - shift) for i in best)
+
     def _edited_rows(
         self, logits: torch.Tensor, states: Sequence[SequenceSampling]
     ) -> list[torch.Tensor]:
@@ -171,7 +183,7 @@ class Sampler:
     def _float_row(self, row: torch.Tensor) -> FloatArray:
         """Return logits `[V]` as float32; a bfloat16 row is valid until the next call."""
         if row.dtype == torch.float32:
-            array: FloatArray = row.numpy()
+            array: FloatArray = row.cpu().numpy()
             return array
         _widen(row, self._widened)
         return self._widened
@@ -202,10 +214,10 @@ def _dense(logits: torch.Tensor) -> torch.Tensor:
 def _widen(row: torch.Tensor, to: FloatArray) -> None:
     """Copy logits `[V]`, float32 or bfloat16, to float32."""
     if row.dtype == torch.float32:
-        np.copyto(to, row.numpy())
+        np.copyto(to, row.cpu().numpy())
         return
     words = to.view(np.uint32)
-    np.copyto(words, row.view(torch.uint16).numpy())
+    np.copyto(words, row.cpu().view(torch.uint16).numpy())
     np.left_shift(words, 16, out=words)
 
 

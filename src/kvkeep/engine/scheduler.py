@@ -14,7 +14,7 @@ from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.sequence import Sequence, Status
 from kvkeep.errors import CapacityError
-from kvkeep.types import View
+from kvkeep.types import PAGE_TOKENS, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,47 @@ class Scheduler:
         tenant = self._tenants[sequence.account]
         if sequence.view is not None:
             sequence.status = Status.RUNNING
-            tenant.running.append(sequence)
+            if sequence not in tenant.running:
+                tenant.running.append(sequence)
         else:
             sequence.status = Status.WAITING
+            if sequence in tenant.running:
+                tenant.running.remove(sequence)
             tenant.waiting.appendleft(sequence)
+
+    def follow(self, sequence: Sequence, source: Sequence) -> None:
+        """Let a sequence without a view go on from where `source` stands.
+
+        Full pages are shared, the open one is copied; it waits where there is no room for that.
+        """
+        try:
+            sequence.view = None if source.view is None else self._manager.fork(source.view)
+        except CapacityError:
+            sequence.view = None
+        self.adopt(sequence)
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Release the view of a sequence that keeps its place for other tokens.
+
+        Its open page is not worth keeping.
+        """
+        if sequence.view is not None:
+            view, sequence.view = sequence.view, None
+            self._forget(view)
+            full = view.length - view.length % PAGE_TOKENS
+            self._manager.release(view, sequence.tokens.ids(full))
+
+    def park(self, sequence: Sequence) -> None:
+        """Take a running sequence out of its tenant's lists; what it computed stays cached."""
+        if sequence.status is Status.RUNNING:
+            self._tenants[sequence.account].running.remove(sequence)
+            self._release(sequence)
+            sequence.status = Status.PARKED
+
+    def resume(self, sequence: Sequence) -> None:
+        """Queue a parked sequence; does nothing for others."""
+        if sequence.status is Status.PARKED:
+            self.adopt(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended or was cancelled, releasing its view."""

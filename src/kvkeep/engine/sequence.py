@@ -9,6 +9,7 @@ import numpy as np
 
 from kvkeep.cache.fetch import Fetch
 from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.held import Held
 from kvkeep.engine.output import SequenceOutput
 from kvkeep.engine.sampling import SequenceSampling
 from kvkeep.types import Int32Array, View
@@ -21,6 +22,8 @@ class Status(Enum):
     WAITING_FETCH = auto()
     """Pages of its prefix are on their way from a lower tier."""
     RUNNING = auto()
+    PARKED = auto()
+    """Scored, while other beams of its request have yet to be; holds nothing."""
     FINISHED = auto()
 
 
@@ -44,6 +47,10 @@ class TokenBuffer:
         self._ids[self._length] = token_id
         self._length += 1
 
+    def copy(self) -> TokenBuffer:
+        """Return an independent buffer of the same tokens."""
+        return TokenBuffer(self.ids(), len(self._ids) - self._length)
+
     def ids(self, end: int | None = None) -> Int32Array:
         """Return the first `end` tokens (default all), a view that later appends leave alone."""
         return self._ids[: self._length if end is None else end]
@@ -60,6 +67,8 @@ class Request:
     cached_tokens: int | None = None
     """Prompt tokens found in the cache when it was first admitted."""
     first_token_s: float | None = None
+    held: Held | None = None
+    """Where its chunks wait, if only the best sequences are told."""
 
 
 @dataclass(slots=True, eq=False)

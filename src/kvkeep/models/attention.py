@@ -52,7 +52,7 @@ class SelfAttention(Leaf):
         """Pack the three input projections as one weight, and the output's."""
         joined = torch.cat([tensors[f"{name}.weight"] for name in QKV])
         self._qkv = self._packing.pack(joined)
-        self._bias = self._joined_bias(tensors, joined.dtype)
+        self._bias = self._joined_bias(tensors, joined)
         self._out = self._packing.pack(tensors["o_proj.weight"])
         out_bias = tensors.get("o_proj.bias")
         self._out_bias = None if out_bias is None else out_bias.clone()
@@ -87,14 +87,14 @@ class SelfAttention(Leaf):
         return self._ops.linear(attended, self._out, self._out_bias).unsqueeze(0), None
 
     @staticmethod
-    def _joined_bias(tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+    def _joined_bias(tensors: dict[str, Tensor], like: Tensor) -> Tensor | None:
         biases = {name: tensors.get(f"{name}.bias") for name in QKV}
         if all(bias is None for bias in biases.values()):
             return None
         sizes = [len(tensors[f"{name}.weight"]) for name in QKV]
         return torch.cat(
             [
-                torch.zeros(size, dtype=dtype) if bias is None else bias
+                like.new_zeros(size) if bias is None else bias
                 for size, bias in zip(sizes, biases.values(), strict=True)
             ]
         )

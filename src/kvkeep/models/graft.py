@@ -136,7 +136,7 @@ def _leaf_for(
             packing, _shapes(module)["weight"][0], float(_attribute(module, "variance_epsilon"))
         )
     if hasattr(module, "inv_freq"):
-        return _rotary(module, config, dtype)
+        return _rotary(module, config, dtype, packing.device)
     if hasattr(module, "experts") and hasattr(module, "gate"):
         return _sparse_mlp(module, packing)
     if all(isinstance(getattr(module, name, None), nn.Linear) for name in GATED):
@@ -185,7 +185,9 @@ def _check_attention(attention: nn.Module, config: PreTrainedConfig) -> None:
         raise CheckpointError("config field `num_key_value_heads` must divide num_attention_heads")
 
 
-def _rotary(module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> RotaryEmbedding:
+def _rotary(
+    module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> RotaryEmbedding:
     rope_type = str(module.rope_type)
     compute = (
         _attribute(module, "compute_default_rope_parameters")
@@ -193,7 +195,8 @@ def _rotary(module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> 
         else ROPE_INIT_FUNCTIONS[rope_type]
     )
     inv_freq, scaling = compute(config, device=torch.device("cpu"))
-    return RotaryEmbedding(inv_freq, float(scaling), config.max_position_embeddings, dtype)
+    longest = config.max_position_embeddings
+    return RotaryEmbedding(inv_freq, float(scaling), longest, dtype, device)
 
 
 def _sparse_mlp(block: nn.Module, packing: Packing) -> SparseMLP:

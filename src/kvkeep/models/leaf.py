@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvkeep.ops.layout import LeafOps, PackedWeight
+from kvkeep.ops.layout import HOST, LeafOps, PackedWeight
 
 Shape = tuple[int, ...]
 
@@ -24,6 +24,8 @@ class Packing:
 
     ops: LeafOps
     int8: bool = False
+    device: torch.device = HOST
+    """Where tensors are filled in from, and tables are kept."""
 
     def pack(self, weight: Tensor) -> PackedWeight:
         """Return `weight` [N, K] in the kernels' order."""
@@ -146,13 +148,18 @@ class RotaryEmbedding(Leaf):
     """
 
     def __init__(
-        self, inv_freq: Tensor, scaling: float, max_positions: int, dtype: torch.dtype
+        self,
+        inv_freq: Tensor,
+        scaling: float,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device = HOST,
     ) -> None:
         super().__init__({})
         angles = torch.arange(max_positions).float()[:, None] * inv_freq.float()
         wide = angles.double()
-        self._cos = self._table(wide.cos(), scaling, dtype)
-        self._sin = self._table(wide.sin(), scaling, dtype)
+        self._cos = self._table(wide.cos(), scaling, dtype).to(device)
+        self._sin = self._table(wide.sin(), scaling, dtype).to(device)
 
     @staticmethod
     def _table(half: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

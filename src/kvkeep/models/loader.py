@@ -19,7 +19,7 @@ from kvkeep.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from kvkeep.models.graft import Slot, build_skeleton, head_dim_of, leaves_of, read_config, slots_of
 from kvkeep.models.host import HostedModel
 from kvkeep.models.leaf import Packing
-from kvkeep.models.memory import check_fits
+from kvkeep.models.memory import check_fits, free_on
 from kvkeep.models.spec import ModelSpec
 from kvkeep.ops.layout import Ops
 
@@ -57,18 +57,20 @@ def load(
     check_config(checkpoint.config)
     model_dtype = _choose_dtype(checkpoint, dtype)
     config = read_config(path)
-    skeleton = build_skeleton(config, model_dtype, Packing(ops.leaf, int8=weights == "int8"))
+    packing = Packing(ops.leaf, int8=weights == "int8", device=ops.device)
+    skeleton = build_skeleton(config, model_dtype, packing)
     slots = slots_of(skeleton)
     tied = _tied(checkpoint)
     _check_names(checkpoint, slots, tied=tied)
     check_fits(
         checkpoint,
+        free_on(ops.device),
         embedding=EMBEDDING,
         tied=tied,
         element_bytes=model_dtype.itemsize,
         packed_bytes=1 if weights == "int8" else model_dtype.itemsize,
     )
-    _fill(checkpoint, slots, model_dtype, folds, progress, tied=tied)
+    _fill(checkpoint, slots, (model_dtype, ops.device), folds, progress, tied=tied)
     return HostedModel(skeleton, _describe(checkpoint, config, model_dtype, weights, skeleton))
 
 
@@ -122,7 +124,7 @@ def _named(names: Sequence[str]) -> str:
 def _fill(
     checkpoint: Checkpoint,
     slots: Mapping[str, Slot],
-    dtype: torch.dtype,
+    to: tuple[torch.dtype, torch.device],
     folds: Sequence[WeightFold],
     progress: Progress | None,
     *,
@@ -134,17 +136,25 @@ def _fill(
     for name, stored in _stream(checkpoint):
         done += _stored_bytes(checkpoint, name)
         if name in slots:
-            _put(slots[name], name, stored.to(dtype), folds)
+            _put(slots[name], name, stored, to, folds)
         if name == EMBEDDING and tied:
-            _put(slots[HEAD], HEAD, stored.to(dtype), folds)
+            _put(slots[HEAD], HEAD, stored, to, folds)
         if progress is not None:
             progress(done, total)
 
 
-def _put(slot: Slot, name: str, tensor: Tensor, folds: Sequence[WeightFold]) -> None:
+def _put(
+    slot: Slot,
+    name: str,
+    tensor: Tensor,
+    to: tuple[torch.dtype, torch.device],
+    folds: Sequence[WeightFold],
+) -> None:
+    dtype, device = to
+    tensor = tensor.to(dtype)
     for fold in folds:
         tensor = fold.apply(name, tensor)
-    slot.leaf.fill(slot.name, tensor)
+    slot.leaf.fill(slot.name, tensor.to(device))
 
 
 def _stream(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
+
 from kvkeep.errors import ConfigError
 from kvkeep.models.checkpoint import Checkpoint
+from kvkeep.ops import free_bytes
 
 MEMINFO = Path("/proc/meminfo")
 GIB = 1 << 30
@@ -22,11 +25,22 @@ def available_bytes(meminfo: Path = MEMINFO) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
+def free_on(device: torch.device) -> int | None:
+    """Return the memory free for weights and pages on a device, or on this machine."""
+    found = free_bytes(device)
+    return available_bytes() if found is None else found
+
+
 def check_fits(
-    checkpoint: Checkpoint, *, embedding: str, tied: bool, element_bytes: int, packed_bytes: int
+    checkpoint: Checkpoint,
+    free: int | None,
+    *,
+    embedding: str,
+    tied: bool,
+    element_bytes: int,
+    packed_bytes: int,
 ) -> None:
     """Raise `ConfigError` where packed weights and a plain embedding exceed what is free."""
-    free = available_bytes()
     sizes = {name: math.prod(stored.shape) for name, stored in checkpoint.tensors.items()}
     rows = sizes.get(embedding, 0)
     packed = sum(sizes.values()) - (0 if tied else rows)

@@ -49,7 +49,7 @@ class SparseMLP(nn.Module):
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=len(self._rows)).tolist()
-        total = torch.zeros(rows.shape, dtype=torch.float32)
+        total = torch.zeros_like(rows, dtype=torch.float32)
         scale = weights.flatten().float()[:, None]
         begin = 0
         for expert, count in zip(self._rows, counts, strict=True):

@@ -7,6 +7,7 @@ from typing import Literal
 from kvkeep.errors import ConfigError
 from kvkeep.ops.cpu import available, cpu_ops
 from kvkeep.ops.cpu_leaf import CpuLeaf
+from kvkeep.ops.device import Device, device_ops, free_bytes
 from kvkeep.ops.layout import (
     Attended,
     AttentionOps,
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionOps",
     "AttentionPlan",
     "CpuLeaf",
+    "Device",
     "Kernel",
     "LayerKV",
     "LeafOps",
@@ -38,17 +40,22 @@ __all__ = [
     "Run",
     "SampleOps",
     "available",
+    "free_bytes",
     "select",
     "validate",
 ]
 
-Kernel = Literal["auto", "avx512", "avx2", "portable", "reference"]
+Kernel = Literal["auto", "avx512", "avx2", "portable", "reference", "triton"]
 
 
-def select(kernel: Kernel, threads: int) -> Ops:
-    """Return the kernels of one path; 'auto' takes the fastest this CPU runs."""
+def select(kernel: Kernel, threads: int, device: Device = "cpu") -> Ops:
+    """Return the kernels of one path; 'auto' takes the fastest this CPU or device runs."""
     if threads < 1:
         raise ConfigError(f"threads: {threads} must be at least 1")
+    if device == "cuda" and kernel not in {"auto", "triton"}:
+        raise ConfigError(f"kernel: '{kernel}' runs on a CPU; leave it at 'auto' for {device}")
+    if device == "cuda" or kernel == "triton":
+        return device_ops(device)
     if kernel == "reference":
         return Ops(kernel, ReferenceAttention(), ReferenceLeaf(), ReferenceSample())
     return cpu_ops(available()[0] if kernel == "auto" else kernel, threads)

@@ -11,7 +11,7 @@ import torch
 from kvkeep.errors import KernelInputError
 from kvkeep.ops import _native
 from kvkeep.ops.layout import (
-    TORCH_DTYPE,
+    LANE_LAYOUTS,
     Attended,
     AttentionPlan,
     LayerKV,
@@ -21,7 +21,6 @@ from kvkeep.ops.layout import (
 )
 from kvkeep.types import Int32Array, Layout
 
-_LAYOUT = {dtype: layout for layout, dtype in TORCH_DTYPE.items()}
 _NATIVE = {Layout.F32: _native.Layout.F32, Layout.BF16: _native.Layout.BF16}
 _DIM_STEP = 16
 
@@ -59,6 +58,11 @@ class CpuAttention:
     def makespan_over_bound(self) -> float:
         """Return the last plan's predicted makespan over max(work / threads, longest item)."""
         return 1.0 if self._last is None else self._last.native.makespan
+
+    @property
+    def pieces_beside(self) -> int:
+        """Return the last plan's pieces that are read while others' rows are multiplied."""
+        return 0 if self._last is None else self._last.native.pieces_beside
 
     @property
     def bytes_read(self) -> int:
@@ -240,7 +244,7 @@ def _same_pool(one: LayerKV, other: LayerKV) -> bool:
 
 
 def _layout_of(dtype: torch.dtype, name: str) -> Layout:
-    layout = _LAYOUT.get(dtype)
+    layout = LANE_LAYOUTS.get(dtype)
     if layout is None:
         raise KernelInputError(f"{name} is {dtype}; the kernels take float32 and bfloat16")
     return layout

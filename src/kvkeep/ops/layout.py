@@ -9,6 +9,9 @@ Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned
         V [S/2][D][2]         dim lanes, pairs of tokens
   F32   K [S/16][D][16]       token lanes
         V [S][D]
+  ROWS_BF16, ROWS_F16, ROWS_F32
+        K [S][D]              plain rows, for devices that transpose as they load; ROWS_F16 is
+        V [S][D]              for tests: no model is served in it
 
 Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens
 at absolute positions; the running state (m, l, O) is carried over the steps of one span of 1,024
@@ -19,8 +22,8 @@ alone. `lse2 = m + log2(l)`, base 2, float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,13 +38,29 @@ STEP_TOKENS = 128
 SPAN_TOKENS = 1024
 """Tokens per carried state; threads split only at its multiples."""
 
-ELEMENT_BYTES = {Layout.F32: 4, Layout.BF16: 2}
-TORCH_DTYPE = {Layout.F32: torch.float32, Layout.BF16: torch.bfloat16}
+TORCH_DTYPE = {
+    Layout.F32: torch.float32,
+    Layout.BF16: torch.bfloat16,
+    Layout.ROWS_F32: torch.float32,
+    Layout.ROWS_F16: torch.float16,
+    Layout.ROWS_BF16: torch.bfloat16,
+}
+HOST = torch.device("cpu")
+
+LANE_LAYOUTS = {torch.float32: Layout.F32, torch.bfloat16: Layout.BF16}
+"""Layout of each dtype on a CPU."""
+
+ROW_LAYOUTS = {
+    torch.float32: Layout.ROWS_F32,
+    torch.float16: Layout.ROWS_F16,
+    torch.bfloat16: Layout.ROWS_BF16,
+}
+"""Layout of each dtype on a device."""
 
 
 def float_tile_bytes(layout: Layout, head_dim: int) -> int:
     """Return the bytes of one K+V tile of a float layout."""
-    return 2 * PAGE_TOKENS * head_dim * ELEMENT_BYTES[layout]
+    return 2 * PAGE_TOKENS * head_dim * TORCH_DTYPE[layout].itemsize
 
 
 class Run(NamedTuple):
@@ -108,6 +127,10 @@ class LayerKV:
     layer: int
     num_kv_heads: int
     head_dim: int
+    device_table: torch.Tensor | None = None
+    """[page slots, L, Hkv] int32, the tile table where the buffer is, kept equal by the pool; None:
+    the kernels' own copy is made with each plan.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +282,15 @@ class SampleOps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One backend: its name as shown to the operator and its kernels."""
+    """One backend: its name as shown to the operator, its kernels, and where its tensors live."""
 
     name: str
     attention: AttentionOps
     leaf: LeafOps
     sample: SampleOps
+    device: torch.device = HOST
+    layouts: Mapping[torch.dtype, Layout] = field(default_factory=lambda: LANE_LAYOUTS)
+    """Layout of the tiles that `attention` reads, per dtype of the model."""
 
 
 def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:

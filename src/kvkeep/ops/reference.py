@@ -9,6 +9,7 @@ import torch
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops.layout import (
+    LANE_LAYOUTS,
     TORCH_DTYPE,
     Attended,
     AttentionPlan,
@@ -194,9 +195,8 @@ def _tile(kv: LayerKV, layout: Layout, tile: int) -> tuple[torch.Tensor, torch.T
 
 
 def _layout_of(dtype: torch.dtype) -> Layout:
-    for layout, torch_dtype in TORCH_DTYPE.items():
-        if torch_dtype == dtype:
-            return layout
+    if dtype in LANE_LAYOUTS:
+        return LANE_LAYOUTS[dtype]
     raise KernelInputError(
         f"queries, keys and values are {dtype}; float32 and bfloat16 are supported"
     )

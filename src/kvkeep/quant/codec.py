@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvkeep.ops.layout import TORCH_DTYPE, WeightFold, float_tile_bytes
+from kvkeep.ops.layout import LANE_LAYOUTS, TORCH_DTYPE, WeightFold, float_tile_bytes
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 
 Tiles = NDArray[np.uint8]
@@ -62,23 +62,23 @@ class Float:
         return ()
 
     def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
-        """Return tiles in the float layout of k's dtype."""
-        return pack_float_tiles(k, v)
+        """Return tiles in a CPU's layout of k's dtype."""
+        return pack_float_tiles(k, v, LANE_LAYOUTS[k.dtype])
 
     def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stored values."""
         return unpack_float_tiles(tiles, shape)
 
 
-def pack_float_tiles(k: torch.Tensor, v: torch.Tensor) -> Tiles:
-    """Arrange k, v [N, S, D] as float tiles of their dtype (layouts of `ops/layout.py`)."""
+def pack_float_tiles(k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Tiles:
+    """Arrange k, v [N, S, D] as float tiles of a layout of their dtype (`ops/layout.py`)."""
     n, _, d = k.shape
-    if k.dtype == torch.bfloat16:
+    keys, values = k, v
+    if layout == Layout.BF16:
         keys = k.reshape(n, PAGE_TOKENS // 16, 16, d // 2, 2).permute(0, 1, 3, 2, 4)
         values = v.reshape(n, PAGE_TOKENS // 2, 2, d).permute(0, 1, 3, 2)
-    else:
+    elif layout == Layout.F32:
         keys = k.reshape(n, PAGE_TOKENS // 16, 16, d).permute(0, 1, 3, 2)
-        values = v
     parts = [x.contiguous().reshape(n, -1).view(torch.uint8) for x in (keys, values)]
     return np.asarray(torch.cat(parts, 1).numpy())
 
@@ -91,6 +91,6 @@ def unpack_float_tiles(tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torc
     if shape.layout == Layout.BF16:
         k = k.reshape(n, PAGE_TOKENS // 16, d // 2, 16, 2).permute(0, 1, 3, 2, 4)
         v = v.reshape(n, PAGE_TOKENS // 2, d, 2).permute(0, 1, 3, 2)
-    else:
+    elif shape.layout == Layout.F32:
         k = k.reshape(n, PAGE_TOKENS // 16, d, 16).permute(0, 1, 3, 2)
     return k.reshape(n, PAGE_TOKENS, d), v.reshape(n, PAGE_TOKENS, d)

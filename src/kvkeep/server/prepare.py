@@ -108,13 +108,14 @@ def prepare_completion(context: Context, raw: bytes) -> Prepared:
     request = decoded.request
     check_model(request.model, context.names)
     n, prompt_only = request.n or 1, bool(request.echo and request.max_tokens == 0)
-    if request.best_of is not None and request.best_of != n:
-        raise InvalidRequest("is not supported by this server; leave it out", param="best_of")
     _check_before_text(context, request)
     batch = _batch(context, request)
     prompts = [_prompt_ids(context, prompt) for prompt in batch]
-    if len(prompts) * n > limits.max_sequences:
-        raise InvalidRequest(f"prompts times n must be at most {limits.max_sequences}", param="n")
+    if len(prompts) * (request.best_of or n) > limits.max_sequences:
+        raise InvalidRequest(
+            f"prompts times it must be at most {limits.max_sequences}",
+            param="n" if request.best_of is None else "best_of",
+        )
     params = [
         sampling_params(
             request,

@@ -195,7 +195,7 @@ class Tally:
 
     def add(self, prompt: int, chunk: Chunk) -> None:
         """Count one chunk."""
-        self.completion_tokens += len(chunk.token_ids)
+        self.completion_tokens += len(chunk.token_ids) + chunk.unsent_tokens
         self._cached[prompt] = chunk.cached_tokens
         if chunk.finish is not None:
             self.finish = chunk.finish.value

@@ -34,6 +34,12 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: _Unit | None = None
     n: _Positive | None = None
+    best_of: _Positive | None = None
+    """Sequences generated; the `n` with the highest mean log-probability per token are returned."""
+    use_beam_search: bool | None = None
+    """Search with `best_of`, else `n`, beams instead of sampling."""
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] | None = None
+    """A beam's log-probability is divided by its length to this power."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[_NotNegative] | None = None
@@ -85,7 +91,6 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt: str | list[str | _NotNegative | list[_NotNegative]]
     echo: bool | None = None
     logprobs: _NotNegative | None = None
-    best_of: _Positive | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,15 +144,13 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "echo": (False,),
-    "best_of": (1,),
     "top_logprobs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from kvkeep.engine.api import ModelInfo, SamplingParams
+from kvkeep.engine.fanout import check_fanout
 from kvkeep.errors import InvalidRequest
 from kvkeep.server.body import JsonObject, printable
 from kvkeep.server.options import ServerLimits
@@ -122,8 +123,9 @@ def sampling_params(
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("is only for streams: send stream = true", param="stream_options")
     n = request.n or 1
-    if n > limits.max_n:
-        raise InvalidRequest(f"must be at most {limits.max_n}", param="n")
+    for name, count in (("n", n), ("best_of", request.best_of or n)):
+        if count > limits.max_n:
+            raise InvalidRequest(f"must be at most {limits.max_n}", param=name)
     max_tokens = _max_tokens(wanted, info)
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
@@ -132,7 +134,7 @@ def sampling_params(
         raise InvalidRequest(
             f"must ask for at most {limits.max_logprobs} alternatives", param="logprobs"
         )
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         temperature=_or(request.temperature, 1.0),
@@ -141,6 +143,9 @@ def sampling_params(
         min_p=_or(request.min_p, 0.0),
         seed=request.seed,
         n=n,
+        best_of=request.best_of,
+        use_beam_search=bool(request.use_beam_search),
+        length_penalty=_or(request.length_penalty, 1.0),
         stop=_stops(request.stop, limits),
         stop_token_ids=_stop_ids(request.stop_token_ids, info, limits),
         ignore_eos=bool(request.ignore_eos),
@@ -153,6 +158,13 @@ def sampling_params(
         prompt_logprobs=wanted.prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens is not False,
     )
+    check_fanout(params)
+    if request.stream and params.ranks:
+        raise InvalidRequest(
+            "can't be streamed: the best are known at the end; send stream = false",
+            param="use_beam_search" if params.use_beam_search else "best_of",
+        )
+    return params
 
 
 def _sift(

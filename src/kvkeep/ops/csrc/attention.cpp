@@ -48,214 +48,7 @@ void check_slots(const Cache& cache, const NewRows& rows) {
   }
 }
 
-void check(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
-
-// Every row in one leaf, every group's runs in order.
-void check_groups(const PlanArrays& arrays) {
-  std::vector<bool> placed(arrays.num_rows, false);
-  for (int64_t place = 0; arrays.plan.order && place < arrays.num_rows; place++) {
-    const int32_t row = arrays.plan.order[place];
-    check(row >= 0 && row < arrays.num_rows && !placed[row], "the order is not one of the rows");
-    placed[row] = true;
-  }
-  std::vector<bool> inner(arrays.num_groups, false);
-  for (int64_t g = 0; arrays.parents && g < arrays.num_groups; g++) {
-    check(arrays.parents[g] < g, "a group comes before its parent");
-    if (arrays.parents[g] >= 0) inner[arrays.parents[g]] = true;
-  }
-  int64_t rows = 0;
-  for (int64_t i = 0; i < arrays.num_groups; i++) {
-    const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[i];
-    rows += inner[i] ? 0 : row_end - row_begin;
-    check(row_begin >= 0 && row_begin <= row_end && row_end <= arrays.num_rows,
-          "a group reaches outside the rows");
-    check(run_begin >= 0 && run_begin <= run_end && run_end <= arrays.num_runs,
-          "a group reaches outside the runs");
-    for (int32_t r = run_begin; r + 1 < run_end; r++) {
-      const Run& run = arrays.plan.runs[r];
-      check(arrays.plan.runs[r + 1].first_position >= run.first_position + run.page_count * kPage,
-            "a group's runs are not in order of position");
-    }
-  }
-  check(rows == arrays.num_rows, "the groups do not hold every row once");
-}
-
-void check_plan(const PlanArrays& arrays, Layout layout) {
-  for (int64_t i = 0; i < arrays.num_runs; i++) {
-    const Run& run = arrays.plan.runs[i];
-    check(run.layout == static_cast<int32_t>(layout),
-          "a run's layout is not that of the queries' dtype");
-    check(run.page_begin >= 0 && run.page_count >= 0 &&
-              run.page_begin + int64_t{run.page_count} <= arrays.num_pages,
-          "a run reaches outside the plan's pages");
-    check(run.first_position >= 0 && run.first_position % kStep == 0,
-          "a run starts inside a step of 128 tokens");
-  }
-  check_groups(arrays);
-}
-
-// A group's tokens, its distance from its root, and how many of its rows its children hold.
-struct Node {
-  int32_t begin = 0, end = 0;
-  int depth = 0;
-  int32_t held = 0;
-  bool leaf() const { return held == 0; }
-};
-
-std::vector<Node> nodes_of(const PlanArrays& arrays) {
-  std::vector<Node> nodes(arrays.num_groups);
-  for (int64_t g = 0; g < arrays.num_groups; g++) {
-    const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
-    Node& node = nodes[g];
-    const int32_t parent = arrays.parents ? arrays.parents[g] : -1;
-    if (parent >= 0) {
-      check(parent < g, "a group comes before its parent");
-      const auto& [begin, end, runs_begin, runs_end] = arrays.groups[parent];
-      check(row_begin == begin + nodes[parent].held && row_begin < row_end && row_end <= end,
-            "a group's children do not divide its rows");
-      nodes[parent].held += row_end - row_begin;
-      node.depth = nodes[parent].depth + 1;
-      node.begin = nodes[parent].end;
-    }
-    node.end = node.begin;
-    if (run_begin == run_end) continue;
-    const Run& last = arrays.plan.runs[run_end - 1];
-    node.end = last.first_position + last.page_count * kPage;
-    check(arrays.plan.runs[run_begin].first_position >= node.begin,
-          "a group's tokens overlap its parent's");
-  }
-  return nodes;
-}
-
-// Arithmetic and memory of rows at positions first..last over tokens [begin, end), in units of one
-// row and token.
-int64_t cost_of(int rows, int32_t first, int32_t last, int32_t begin, int32_t end) {
-  constexpr int kTokenCost = 9;  // reading a token costs as much as nine rows' arithmetic on it
-  const int64_t middle = (int64_t{first} + last) / 2 + 1;
-  const int64_t tokens = std::clamp<int64_t>(middle, begin, end) - begin;
-  return (tokens + kPage) * (rows + kTokenCost);
-}
-
-// Cut a group into items of at most `most` rows, one for each KV head.
-void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const Node& node,
-              std::vector<PreparedPlan::Work>& to) {
-  const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
-  const int rows = (row_end - row_begin) * prepared.group;
-  const int most = node.leaf() ? kPanel : rows;  // a shared token is read once for all rows
-  const bool root = !arrays.parents || arrays.parents[g] < 0;
-  for (int begin = 0; begin < rows; begin += most) {
-    const int end = std::min(begin + most, rows);
-    int32_t first = INT32_MAX, last = -1;
-    for (int place = row_begin + begin / prepared.group;
-         place <= row_begin + (end - 1) / prepared.group; place++) {
-      const int32_t at =
-          arrays.plan.positions[arrays.plan.order ? arrays.plan.order[place] : place];
-      first = std::min(first, at);
-      last = std::max(last, at);
-    }
-    check(node.leaf() || first >= node.end - 1, "a row does not see all of a shared group");
-    const int32_t seen = std::max(std::min(last + 1, node.end), node.begin);
-    const int64_t cost = cost_of(end - begin, first, last, node.begin, seen);
-    prepared.most_rows = std::max(prepared.most_rows, end - begin);
-    for (int head = 0; head < prepared.kv_heads; head++) {
-      to.push_back({{row_begin, head, begin, end, run_begin, run_end, node.begin, seen, root,
-                     node.leaf(), nullptr},
-                    -1,
-                    cost});
-    }
-  }
-}
-
-// The longest thread's load where items are dealt longest first, to the least loaded.
-int64_t makespan(const std::vector<PreparedPlan::Work>& work, int threads) {
-  std::vector<int64_t> load(threads, 0);
-  for (const auto& w : work) *std::min_element(load.begin(), load.end()) += w.cost;
-  return *std::max_element(load.begin(), load.end());
-}
-
-int spans_of(const Item& item) {
-  return item.end > item.begin ? (item.end - 1) / kSpan - item.begin / kSpan + 1 : 0;
-}
-
-// Cut an item at ends of spans into pieces of about `most` cost.
-void split(PreparedPlan& prepared, PreparedPlan::Wave& wave, PreparedPlan::Work whole,
-           int64_t most) {
-  const Item item = whole.item;
-  const int rows = item.row_end - item.row_begin, spans = spans_of(item);
-  const int first = item.begin / kSpan;
-  const int parts = static_cast<int>(std::min<int64_t>(spans, (whole.cost + most - 1) / most));
-  whole.offset = prepared.state_floats;
-  for (int part = 0; part < parts; part++) {
-    PreparedPlan::Work piece = whole;
-    const int from = spans * part / parts, to = spans * (part + 1) / parts;
-    piece.item.begin = std::max(item.begin, (first + from) * kSpan);
-    piece.item.end = std::min(item.end, (first + to) * kSpan);
-    piece.offset += from * state_floats(rows, prepared.dim);
-    piece.cost = whole.cost * (piece.item.end - piece.item.begin) / (item.end - item.begin);
-    wave.work.push_back(piece);
-  }
-  prepared.state_floats += spans * state_floats(rows, prepared.dim);
-  wave.folds.push_back(whole);
-}
-
-// Longest first, cut smaller where that leaves a thread idle.
-void schedule(PreparedPlan& prepared, PreparedPlan::Wave& wave, int threads) {
-  const auto longest = [](const auto& a, const auto& b) { return a.cost > b.cost; };
-  std::stable_sort(wave.work.begin(), wave.work.end(), longest);
-  int64_t total = 0;
-  for (const auto& w : wave.work) total += w.cost;
-  if (threads == 1 || makespan(wave.work, threads) <= total / threads + total / (12 * threads))
-    return;
-  const int64_t most = std::max<int64_t>(total / (4 * threads), 1);
-  std::vector<PreparedPlan::Work> whole;
-  std::swap(whole, wave.work);
-  for (const auto& w : whole) {
-    if (w.cost > most && spans_of(w.item) > 1) {
-      split(prepared, wave, w, most);
-    } else {
-      wave.work.push_back(w);
-    }
-  }
-  std::stable_sort(wave.work.begin(), wave.work.end(), longest);
-}
-
-double makespan_over_bound(const PreparedPlan& prepared, int threads) {
-  int64_t took = 0, total = 0, longest = 0;
-  for (const auto& wave : prepared.waves) {
-    took += makespan(wave.work, threads);
-    for (const auto& w : wave.work) {
-      total += w.cost;
-      longest = std::max(longest, w.cost);
-    }
-  }
-  const double bound = std::max(static_cast<double>(total) / threads, static_cast<double>(longest));
-  return bound > 0 ? static_cast<double>(took) / bound : 1.0;
-}
-
 }  // namespace
-
-PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
-                     int threads) {
-  check_plan(arrays, layout);
-  PreparedPlan prepared{arrays.plan,     layout,           group, kv_heads, dim,
-                        arrays.num_rows, arrays.num_pages, {}};
-  const auto nodes = nodes_of(arrays);
-  for (int64_t g = 0; g < arrays.num_groups; g++) {
-    const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
-    check(nodes[g].leaf() || (nodes[g].held == row_end - row_begin && nodes[g].end % kStep == 0),
-          "a group's children do not divide its rows, or it ends inside a step of 128 tokens");
-    if (static_cast<size_t>(nodes[g].depth) >= prepared.waves.size())
-      prepared.waves.resize(nodes[g].depth + 1);
-    cut_rows(prepared, arrays, g, nodes[g], prepared.waves[nodes[g].depth].work);
-  }
-  if (prepared.waves.size() > 1)
-    prepared.record_floats = 2 * kv_heads * state_floats(arrays.num_rows * group, dim);
-  for (auto& wave : prepared.waves) schedule(prepared, wave, threads);
-  prepared.makespan = makespan_over_bound(prepared, threads);
-  return prepared;
-}
 
 const Kernels& Attention::kernels(Layout layout) const {
   const int index = static_cast<int>(layout);
@@ -293,32 +86,36 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   job.bad_tile = &bad_tile;
   job.plan = prepared.plan;
   const Kernels& kernel = kernels(prepared.layout);
-  const int64_t each =
-      (kernel.scratch_bytes(prepared.dim, prepared.most_rows) + 4095) / 4096 * 4096;
+  const int64_t wanted = kernel.scratch_bytes(prepared.dim, prepared.most_rows) +
+                         kernel.scratch_bytes(prepared.dim, kPanel);
+  const int64_t each = (wanted + 4095) / 4096 * 4096;
   char* scratch = scratch_.reserve<char>(each * backend_.pool.threads());
-  float* states = states_.reserve<float>(prepared.state_floats);
+  job.states = states_.reserve<float>(prepared.state_floats);
   job.records = records_.reserve<float>(prepared.record_floats);
   job.record_rows = static_cast<int>(prepared.num_rows * prepared.group);
-  const auto run = [&](const std::vector<PreparedPlan::Work>& work, auto kernel_of_item) {
+  const auto run = [&](const std::vector<PreparedPlan::Work>& work, auto kernel_of_work) {
     backend_.pool.parallel_for(static_cast<int64_t>(work.size()), [&](int64_t i, int thread) {
-      Item item = work[i].item;
-      item.states = work[i].offset < 0 ? nullptr : states + work[i].offset;
-      kernel_of_item(job, item, scratch + each * thread);
+      kernel_of_work(work[i], scratch + each * thread);
     });
   };
   const auto count = [&](uint64_t bytes) {
     bytes_read_.fetch_add(bytes, std::memory_order_relaxed);
   };
   for (const auto& wave : prepared.waves) {
-    run(wave.work, [&](const Job& j, const Item& item, char* memory) {
-      count(kernel.attend(j, item, memory));
+    run(wave.work, [&](const PreparedPlan::Work& work, char* memory) {
+      const Beside beside{wave.beside.data() + work.beside_begin,
+                          work.beside_end - work.beside_begin};
+      count(kernel.attend(job, work.item, beside, memory));
     });
-    run(wave.folds, kernel.fold);
+    run(wave.folds,
+        [&](const PreparedPlan::Work& work, char* memory) { kernel.fold(job, work.item, memory); });
   }
   for (const auto& wave : prepared.waves) {
     if (!job.thresholds) break;
-    run(wave.work, [&](const Job& j, const Item& item, char* memory) {
-      count(kernel.observe(j, item, memory));
+    run(wave.work, [&](const PreparedPlan::Work& work, char* memory) {
+      count(kernel.observe(job, work.item, memory));
+      for (int i = work.beside_begin; i < work.beside_end; i++)
+        count(kernel.observe(job, wave.beside[i], memory));
     });
   }
   if (bad_tile) throw std::invalid_argument("the plan names a page without a tile in the pool");

@@ -25,12 +25,13 @@ struct PlanArrays {
 struct PreparedPlan {
   struct Work {
     Item item;
-    int64_t offset;  // of its states in scratch; -1: it is no piece
     int64_t cost;
+    int beside_begin = 0, beside_end = 0;  // of the wave's `beside`
   };
-  struct Wave {               // what may run at the same time
-    std::vector<Work> work;   // longest first
-    std::vector<Work> folds;  // items whose tokens were cut into pieces
+  struct Wave {                // what may run at the same time
+    std::vector<Work> work;    // longest first
+    std::vector<Work> folds;   // items whose tokens were cut into pieces
+    std::vector<Item> beside;  // pieces attended between the steps of `work`
   };
 
   Plan plan;
@@ -42,6 +43,12 @@ struct PreparedPlan {
   int64_t record_floats = 0;  // between parents and children
   int most_rows = 0;          // of an item
   double makespan = 0;        // predicted, over the larger of an even share and the longest item
+
+  int64_t pieces_beside() const {
+    int64_t count = 0;
+    for (const auto& wave : waves) count += static_cast<int64_t>(wave.beside.size());
+    return count;
+  }
 };
 
 // Throws std::invalid_argument where the plan contradicts itself.

@@ -44,8 +44,7 @@ struct Isa {
   }
 };
 
-#include "attention_block.inl"
-#include "attention_nest.inl"
+#include "attention_kernels.inl"
 
 struct F32 {
   using A = float;

@@ -202,9 +202,8 @@ template <class K, int kRows = Isa::kRows>
 inline void weigh(int rows, const typename K::A* p, const Values<K>& v, float* o, int dim,
                   int column, int cols, Ahead share) {
   if (rows == kRows) {
-    with_every(share.every, [&]<int kAhead>() {
-      weigh_columns<K, kRows, kAhead>(p, v, o, dim, column, cols);
-    });
+    with_every(share.every,
+               [&]<int kAhead>() { weigh_columns<K, kRows, kAhead>(p, v, o, dim, column, cols); });
   } else if constexpr (kRows > 1) {
     weigh<K, kRows - 1>(rows, p, v, o, dim, column, cols, share);
   }

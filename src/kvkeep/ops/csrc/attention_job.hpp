@@ -60,6 +60,7 @@ struct Job {
   int record_rows;          // T * G
   const float* thresholds;  // [T] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
+  float* states;            // where pieces leave theirs
   int* bad_tile;            // set where a tile id lies outside the pool
 };
 
@@ -73,7 +74,13 @@ struct Item {
   int32_t run_begin, run_end;
   int32_t begin, end;  // tokens; begin is a multiple of a step
   bool root, leaf;
-  float* states;  // of a piece: where its spans' states go, one `state_floats` each; null: no piece
+  int64_t states;  // of a piece: where in the job's its spans' go, one `state_floats` each; or -1
+};
+
+// Pieces of few rows within one span each, to be attended between the steps of an item of many.
+struct Beside {
+  const Item* pieces;
+  int count;
 };
 
 // Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory.
@@ -81,8 +88,8 @@ inline constexpr int64_t state_floats(int rows, int dim) { return int64_t{rows} 
 
 // The kernels of one layout on one instruction set. They return the bytes of K and V read.
 struct Kernels {
-  int64_t (*scratch_bytes)(int dim, int rows);
-  uint64_t (*attend)(const Job& job, const Item& item, char* scratch);
+  int64_t (*scratch_bytes)(int dim, int rows);  // for an item and what is beside it
+  uint64_t (*attend)(const Job& job, const Item& item, Beside beside, char* scratch);
   void (*fold)(const Job& job, const Item& item, char* scratch);
   uint64_t (*observe)(const Job& job, const Item& item, char* scratch);
   // Merge row `row` of parts [N, rows, D] and lse2s [N, rows].

@@ -146,7 +146,9 @@ attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions
 void bind_attention(nb::module_& m) {
   using namespace attention;
   nb::enum_<Layout>(m, "Layout").value("F32", Layout::kF32).value("BF16", Layout::kBf16);
-  nb::class_<PreparedPlan>(m, "PreparedPlan").def_ro("makespan", &PreparedPlan::makespan);
+  nb::class_<PreparedPlan>(m, "PreparedPlan")
+      .def_ro("makespan", &PreparedPlan::makespan)
+      .def_prop_ro("pieces_beside", &PreparedPlan::pieces_beside);
   m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "order"_a, "groups"_a,
         "parents"_a, "num_groups"_a, "runs"_a, "num_runs"_a, "pages"_a, "num_pages"_a,
         "private_tiles"_a, "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a,

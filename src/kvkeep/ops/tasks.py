@@ -1,0 +1,213 @@
+"""Cut a plan into tasks for a device: which program attends which rows over which tiles.
+
+A task is a range of places and a list of visits (page entry, position of its first token). Rows of
+a task are (query, head in group), padded to one of `ROW_CLASSES`, one launch per class. A row with
+one task is stored at once; a row with more leaves one part per task, merged root to leaf and left
+to right. Long lists are split so that tasks times KV heads fill the device. A task never lists a
+page that none of its rows sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops.layout import AttentionPlan
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
+
+ROW_CLASSES: Final = (16, 32, 64, 128)
+TASK_FIELDS: Final = 8
+"""place_begin, num_rows, visit_begin, num_visits, target_begin, and three unused."""
+
+MIN_PAGES: Final = 4
+"""No task is made shorter by splitting: 256 tokens."""
+
+_ONE_PART: Final = -1
+
+
+class Launch(NamedTuple):
+    """Tasks of one row class, idle ones last so that their number is a power of two."""
+
+    rows: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """A plan as programs execute it."""
+
+    tasks: Int32Array
+    """[N, TASK_FIELDS] in order of launches, within one longest first."""
+    launches: tuple[Launch, ...]
+    visits: Int32Array
+    """[V, 2] page entry, position of its first token; a task's stand together."""
+    targets: Int32Array
+    """One per (task, row): the part to store, or -1 for the result itself."""
+    order: Int32Array
+    """[T] query row at each place."""
+    num_parts: int
+    merge_rows: Int32Array
+    """[M] query rows to merge, -1 where idle; a row without tasks is merged from nothing."""
+    merge_bounds: Int32Array
+    """[M + 1]"""
+    merge_slots: Int32Array
+    """Parts of each merged row, first to last."""
+
+
+class _Piece(NamedTuple):
+    """One task: places [begin, end) over `visits` [n, 2]."""
+
+    begin: int
+    end: int
+    visits: Int32Array
+
+
+def cut_tasks(
+    plan: AttentionPlan, layout: Layout, group: int, num_kv_heads: int, programs: int
+) -> Tasks:
+    """Return the tasks of a validated plan for `group` query heads per KV head.
+
+    Raises `KernelInputError` where the plan is no forest over its rows or holds another layout.
+    """
+    if not 1 <= group <= ROW_CLASSES[-1]:
+        raise KernelInputError(f"{group} query heads per KV head; at most 128 are supported")
+    order = _order(plan)
+    _check_forest(plan)
+    if np.any(plan.runs[:, 3] != int(layout)):
+        raise KernelInputError(f"a run's layout is not {layout.name}, that of the queries' dtype")
+    whole = list(_row_chunks(plan, order, ROW_CLASSES[-1] // group))
+    pieces = list(_split(whole, num_kv_heads, programs))
+    return _assemble(pieces, order, group)
+
+
+def _order(plan: AttentionPlan) -> Int32Array:
+    rows = len(plan.row_positions)
+    if plan.row_order is None:
+        return np.arange(rows, dtype=np.int32)
+    order = np.ascontiguousarray(plan.row_order, np.int32)
+    if not np.array_equal(np.sort(order), np.arange(rows)):
+        raise KernelInputError("the order of rows does not name every row once")
+    return order
+
+
+def _check_forest(plan: AttentionPlan) -> None:
+    """Raise unless parents come first and hold their children, and leaves hold every row once."""
+    rows, groups, count = len(plan.row_positions), plan.groups, len(plan.groups)
+    parents = np.full(count, -1, np.int64) if plan.parents is None else plan.parents
+    if np.any(groups[:, 0] > groups[:, 1]) or np.any(groups[:, 2] > groups[:, 3]):
+        raise KernelInputError("a group's rows or runs end before they begin")
+    if count and (int(groups.min()) < 0 or np.any(parents >= np.arange(count))):
+        raise KernelInputError("a group comes before its parent")
+    held = parents >= 0
+    above = groups[np.where(held, parents, 0)] if count else groups
+    if np.any(held & ((groups[:, 0] < above[:, 0]) | (groups[:, 1] > above[:, 1]))):
+        raise KernelInputError("a group has rows that its parent lacks")
+    leaves = np.ones(count, np.bool_)
+    leaves[parents[held]] = False
+    covered = np.zeros(rows + 1, np.int64)
+    np.add.at(covered, groups[leaves, 0], 1)
+    np.add.at(covered, groups[leaves, 1], -1)
+    if count and np.any(np.cumsum(covered)[:rows] != 1):
+        raise KernelInputError("leaf groups do not hold every row once")
+
+
+def _row_chunks(plan: AttentionPlan, order: Int32Array, most: int) -> Iterator[_Piece]:
+    """Yield each group's rows in chunks of at most `most`, with the pages some row sees."""
+    for begin, end, run_begin, run_end in plan.groups.tolist():
+        visits = _visits(plan.runs[run_begin:run_end])
+        if not len(visits):
+            continue
+        for first in range(begin, end, most):
+            last = min(first + most, end)
+            top = plan.row_positions[order[first:last]].max()
+            seen = visits[visits[:, 1] <= top]
+            if len(seen):
+                yield _Piece(first, last, seen)
+
+
+def _visits(runs: Int32Array) -> Int32Array:
+    parts = [
+        np.stack((begin + np.arange(count), first + PAGE_TOKENS * np.arange(count)), axis=1).astype(
+            np.int32
+        )
+        for begin, count, first, _ in runs.tolist()
+    ]
+    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int32)
+
+
+def _split(pieces: list[_Piece], num_kv_heads: int, programs: int) -> Iterator[_Piece]:
+    """Yield pieces whose lists are short enough for `programs` programs to share the work.
+
+    Cuts fall on even pages, that is on multiples of 128 tokens.
+    """
+    total = sum(len(piece.visits) for piece in pieces)
+    longest = _even(max(MIN_PAGES, -(-total * num_kv_heads // programs)))
+    for piece in pieces:
+        count = len(piece.visits)
+        step = _even(-(-count // -(-count // longest)))
+        for begin in range(0, count, step):
+            yield _Piece(piece.begin, piece.end, piece.visits[begin : begin + step])
+
+
+def _even(pages: int) -> int:
+    return pages + pages % 2
+
+
+def _assemble(pieces: list[_Piece], order: Int32Array, group: int) -> Tasks:
+    starts = np.array([piece.begin for piece in pieces], np.int64)
+    sizes = np.array([piece.end - piece.begin for piece in pieces], np.int64)
+    lengths = np.array([len(piece.visits) for piece in pieces], np.int64)
+    target_begin = np.cumsum(sizes) - sizes
+    offsets = np.arange(sizes.sum()) - np.repeat(target_begin, sizes)
+    places = np.repeat(starts, sizes) + offsets
+    per_place = np.bincount(places, minlength=len(order))
+    parted = per_place[places] > 1
+    targets = np.where(parted, np.cumsum(parted) - 1, _ONE_PART).astype(np.int32)
+    columns = np.zeros((len(pieces), TASK_FIELDS), np.int32)
+    for i, column in enumerate(
+        (starts, sizes, np.cumsum(lengths) - lengths, lengths, target_begin)
+    ):
+        columns[:, i] = column
+    tasks, launches = _by_class(columns, group)
+    merged = np.flatnonzero(per_place != 1)
+    bounds = np.concatenate([[0], np.cumsum(per_place[merged])])
+    idle = _padded(len(merged)) - len(merged)
+    return Tasks(
+        tasks=tasks,
+        launches=launches,
+        visits=np.concatenate([p.visits for p in pieces]) if pieces else np.zeros((0, 2), np.int32),
+        targets=targets,
+        order=order,
+        num_parts=int(parted.sum()),
+        merge_rows=np.concatenate([order[merged], np.full(idle, -1, np.int32)]),
+        merge_bounds=np.pad(bounds, (0, idle), mode="edge").astype(np.int32),
+        merge_slots=np.argsort(places[parted], kind="stable").astype(np.int32),
+    )
+
+
+def _by_class(columns: Int32Array, group: int) -> tuple[Int32Array, tuple[Launch, ...]]:
+    """Return tasks sorted into row classes, each padded with idle ones, and their launches."""
+    of_task = np.searchsorted(ROW_CLASSES, columns[:, 1] * group)
+    parts: list[Int32Array] = []
+    launches: list[Launch] = []
+    begin = 0
+    for index, rows in enumerate(ROW_CLASSES):
+        own = columns[of_task == index]
+        if not len(own):
+            continue
+        own = own[np.argsort(-own[:, 3], kind="stable")]
+        end = begin + _padded(len(own))
+        parts += [own, np.zeros((end - begin - len(own), TASK_FIELDS), np.int32)]
+        launches.append(Launch(rows, begin, end))
+        begin = end
+    return np.concatenate(parts) if parts else columns, tuple(launches)
+
+
+def _padded(count: int) -> int:
+    """Return the next power of two; 0 stays 0."""
+    return 1 << (count - 1).bit_length() if count else 0

@@ -1,0 +1,374 @@
+"""Attention on a device: a plan becomes tasks once, every layer launches them.
+
+One launch per row class, then one merge of the rows that more than one task holds. On a CPU the
+kernels run through Triton's interpreter, where `TRITON_INTERPRET=1` was set before it was imported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops import triton_kernels as kernels
+from kvkeep.ops.layout import (
+    ROW_LAYOUTS,
+    Attended,
+    AttentionPlan,
+    LayerKV,
+    Observe,
+    float_tile_bytes,
+    validate,
+)
+from kvkeep.ops.tasks import ROW_CLASSES, TASK_FIELDS, Tasks, cut_tasks
+from kvkeep.ops.upload import Uploader
+from kvkeep.types import PAGE_TOKENS, Int32Array
+
+_DIM_STEP: Final = 16
+_PROGRAMS_PER_CORE: Final = 2
+_INTERPRETED_PROGRAMS: Final = 16
+
+_APPENDED: Final = 16
+"""Tokens that one program appends."""
+
+
+class _Arrays(NamedTuple):
+    """A plan's arrays on the device, in the order of their upload."""
+
+    tasks: torch.Tensor
+    visits: torch.Tensor
+    targets: torch.Tensor
+    order: torch.Tensor
+    positions: torch.Tensor
+    pages: torch.Tensor
+    private: torch.Tensor
+    masks: torch.Tensor
+    merge_rows: torch.Tensor
+    merge_bounds: torch.Tensor
+    merge_slots: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plan cut into tasks for one query shape, and its arrays on the device."""
+
+    plan: AttentionPlan
+    tile_table: Int32Array
+    query: tuple[torch.Size, torch.dtype, torch.device]
+    tasks: Tasks
+    arrays: _Arrays
+
+    def visits_read(self, kv: LayerKV) -> int:
+        """Return how many tiles one layer's tasks load: those with a live token."""
+        masks = self.plan.masks
+        if masks is None:
+            return len(self.tasks.visits) * kv.num_kv_heads
+        return int(np.count_nonzero(masks[self.tasks.visits[:, 0], kv.layer]))
+
+
+class TritonAttention:
+    """`AttentionOps` in Triton over tiles of plain rows; calls take turns.
+
+    A plan is prepared and uploaded once for all layers of a step: its arrays must not change in
+    between.
+    """
+
+    def __init__(self, device: torch.device, programs: int | None = None) -> None:
+        self._device = device
+        self._programs = programs or _programs_of(device)
+        self.calls = 0
+        """Number of `attend` calls so far."""
+        self.bytes_read = 0
+        """Bytes of K and V that `attend` has read so far, by the tasks launched."""
+        self._plan_upload = Uploader(device)
+        self._slots_upload = Uploader(device)
+        self._threshold_upload = Uploader(device)
+        self._last: _Prepared | None = None
+        self._slots: tuple[Int32Array, Int32Array, torch.Tensor, torch.Tensor] | None = None
+        self._observed: tuple[Observe, torch.Tensor] | None = None
+        self._idle = torch.zeros((1, TASK_FIELDS), dtype=torch.int32, device=device)
+        self._compiled: set[tuple[object, ...]] = set()
+
+    @property
+    def transfers(self) -> int:
+        """Return the uploads so far: one per plan, step's slots and step's thresholds."""
+        uploads = (self._plan_upload, self._slots_upload, self._threshold_upload)
+        return sum(upload.transfers for upload in uploads)
+
+    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
+        """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
+        _check_pool(kv, k, "k")
+        shape = (len(slots), kv.num_kv_heads, kv.head_dim)
+        if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
+            raise KernelInputError(
+                f"k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} "
+                f"must both be {shape}"
+            )
+        if not len(slots):
+            return
+        table, there = self._slots_of(kv, slots)
+        k, v = _dense_rows(k), _dense_rows(v)
+        kernels.append_kernel[-(-len(slots) // _APPENDED), kv.num_kv_heads](
+            kv.buffer.view(k.dtype), table, there, k, v, len(slots), k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1), kv.layer, kv.tile_table.shape[1], kv.num_kv_heads,
+            PAGE_TOKENS, kv.head_dim, _block(kv.head_dim), _APPENDED,
+        )  # fmt: skip
+
+    def attend(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
+    ) -> Attended:
+        """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
+        prepared = self._prepare(q, kv, plan)
+        rows, heads, dim = q.shape
+        q = _dense_rows(q)
+        out = torch.empty((rows, heads, dim), dtype=q.dtype, device=self._device)
+        lse2 = torch.empty((rows, heads), dtype=torch.float32, device=self._device)
+        parts = (max(1, prepared.tasks.num_parts), heads)
+        part_out = torch.empty((*parts, dim), dtype=torch.float32, device=self._device)
+        part_lse2 = torch.empty(parts, dtype=torch.float32, device=self._device)
+        arrays = prepared.arrays
+        common = self._shape_arguments(q, kv, plan)
+        for row_class, tasks in self._launches(prepared, q, kv):
+            kernels.node_kernel[len(tasks), kv.num_kv_heads](
+                kv.buffer.view(q.dtype), arrays.table, tasks,
+                arrays.visits, arrays.targets, arrays.order, arrays.positions, arrays.pages,
+                arrays.private, arrays.masks, q, out, lse2, part_out, part_lse2,
+                **common, ROWS=row_class, num_warps=_warps(row_class),
+            )  # fmt: skip
+        self._merge_into(
+            part_out, part_lse2, arrays.merge_rows, arrays.merge_bounds, arrays.merge_slots,
+            out, lse2,
+        )  # fmt: skip
+        self.calls += 1
+        self.bytes_read += prepared.visits_read(kv) * kv.tile_bytes
+        hits = None
+        if observe is not None:
+            hits = self._observe(q, kv, prepared, lse2, observe, common)
+        return Attended(out, lse2, hits)
+
+    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
+        _check_dtype(outs.dtype, "outs")
+        if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
+            raise KernelInputError(
+                f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
+                "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
+            )
+        parts, rows, heads, dim = outs.shape
+        index = torch.arange(rows + 1, dtype=torch.int32, device=outs.device)
+        slots = torch.arange(parts * rows, dtype=torch.int32, device=outs.device)
+        out = torch.empty((rows, heads, dim), dtype=outs.dtype, device=outs.device)
+        lse2 = torch.empty((rows, heads), dtype=torch.float32, device=outs.device)
+        self._merge_into(
+            outs.contiguous(), lse2s.contiguous(), index[:rows], index * parts,
+            slots.view(parts, rows).T.contiguous(), out, lse2,
+        )  # fmt: skip
+        return out, lse2
+
+    def _launches(
+        self, prepared: _Prepared, q: torch.Tensor, kv: LayerKV
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Return each launch's row class and tasks.
+
+        The first step of a shape launches an idle task of every class, so that all are compiled
+        before a client waits for them.
+        """
+        plan, tasks = prepared.plan, prepared.arrays.tasks
+        found = [
+            (launch.rows, tasks[launch.begin : launch.end]) for launch in prepared.tasks.launches
+        ]
+        heads = q.shape[1] // kv.num_kv_heads
+        shape = (q.dtype, heads, kv.head_dim, plan.private_tiles is None, plan.masks is None)
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            found += [(rows, self._idle) for rows in ROW_CLASSES]
+        return found
+
+    def _merge_into(
+        self,
+        part_out: torch.Tensor,
+        part_lse2: torch.Tensor,
+        rows: torch.Tensor,
+        bounds: torch.Tensor,
+        slots: torch.Tensor,
+        out: torch.Tensor,
+        lse2: torch.Tensor,
+    ) -> None:
+        """Fold parts [*, Hq, D] into the named rows of out [T, Hq, D] and lse2 [T, Hq]."""
+        heads, dim = out.shape[1:]
+        if len(rows) and heads:
+            kernels.merge_kernel[len(rows), heads](
+                part_out, part_lse2, rows, bounds, slots, out, lse2, heads, dim, _block(dim)
+            )
+
+    def _observe(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        prepared: _Prepared,
+        lse2: torch.Tensor,
+        observe: Observe,
+        common: dict[str, Any],
+    ) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Return hits [E, Hkv]: the words of all tasks, joined on the host."""
+        visits, arrays = prepared.tasks.visits, prepared.arrays
+        thresholds = self._thresholds(observe, q.shape[0])
+        words = torch.zeros((len(visits), kv.num_kv_heads), dtype=torch.int64, device=self._device)
+        for launch in prepared.tasks.launches:
+            kernels.observe_kernel[launch.end - launch.begin, kv.num_kv_heads](
+                kv.buffer.view(q.dtype), arrays.table, arrays.tasks[launch.begin :],
+                arrays.visits, arrays.order, arrays.positions, arrays.pages, arrays.private,
+                arrays.masks, q, lse2, thresholds, words, **common, ROWS=launch.rows,
+                num_warps=_warps(launch.rows),
+            )  # fmt: skip
+        hits = np.zeros((len(prepared.plan.pages), kv.num_kv_heads), np.uint64)
+        np.bitwise_or.at(hits, visits[:, 0], words.cpu().numpy().view(np.uint64))
+        return hits
+
+    def _thresholds(self, observe: Observe, rows: int) -> torch.Tensor:
+        """Return thresholds [T] on the device, kept from the layer before where they are its."""
+        if self._observed is None or self._observed[0] is not observe:
+            values = np.ascontiguousarray(observe.log2_thresholds, np.float32)
+            if len(values) != rows:
+                raise KernelInputError(f"{len(values)} thresholds for {rows} rows")
+            self._observed = observe, self._threshold_upload([values])[0]
+        return self._observed[1]
+
+    def _slots_of(self, kv: LayerKV, slots: Int32Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tile table and the slots on the device, kept from the layer before."""
+        last = self._slots
+        if last is not None and last[0] is slots and last[1] is kv.tile_table:
+            return last[2], last[3]
+        top = int(slots.max())
+        if top // PAGE_TOKENS >= len(kv.tile_table) or int(slots.min()) < -1:
+            raise KernelInputError("a slot lies outside the tile table")
+        written = np.unique(slots[slots >= 0] // PAGE_TOKENS)
+        _check_tiles(kv, kv.tile_table[written])
+        own = [] if kv.device_table is not None else [kv.tile_table]
+        there, *copied = self._slots_upload([slots.astype(np.int32, copy=False), *own])
+        table = copied[0] if kv.device_table is None else kv.device_table
+        self._slots = slots, kv.tile_table, table, there
+        return table, there
+
+    def _prepare(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> _Prepared:
+        """Return the plan's tasks, kept from the layer before where nothing changed."""
+        last, query = self._last, (q.shape, q.dtype, q.device)
+        if (
+            last is not None
+            and last.plan is plan
+            and last.tile_table is kv.tile_table
+            and last.query == query
+        ):
+            return last
+        _check_pool(kv, q, "q")
+        validate(q, kv, plan)
+        layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
+        tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
+        _check_entries(kv, plan)
+        nothing = np.zeros(1, np.int32)
+        private, masks = plan.private_tiles, plan.masks
+        arrays = [
+            tasks.tasks, tasks.visits, tasks.targets, tasks.order,
+            np.asarray(plan.row_positions, np.int32), np.asarray(plan.pages, np.int32),
+            nothing if private is None else np.asarray(private, np.int32),
+            nothing if masks is None else masks,
+            tasks.merge_rows, tasks.merge_bounds, tasks.merge_slots,
+            kv.tile_table if kv.device_table is None else nothing,
+        ]  # fmt: skip
+        there = _Arrays(*self._plan_upload(arrays))
+        if kv.device_table is not None:
+            there = there._replace(table=kv.device_table)
+        self._last = _Prepared(plan, kv.tile_table, query, tasks, there)
+        return self._last
+
+    @staticmethod
+    def _shape_arguments(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> dict[str, Any]:
+        """Return what the node and the observing kernel are told alike, by its name there."""
+        _, heads, dim = q.shape
+        return {
+            "q_token": q.stride(0),
+            "q_head": q.stride(1),
+            "layer": kv.layer,
+            "num_layers": kv.tile_table.shape[1],
+            "num_kv_heads": kv.num_kv_heads,
+            "scale": math.log2(math.e) / math.sqrt(dim),
+            "G": heads // kv.num_kv_heads,
+            "S": PAGE_TOKENS,
+            "D": dim,
+            "BLOCK_D": _block(dim),
+            "HAS_PRIVATE": plan.private_tiles is not None,
+            "HAS_MASKS": plan.masks is not None,
+        }
+
+
+def _programs_of(device: torch.device) -> int:
+    """Return how many (task, KV head) programs keep a device busy."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS_PER_CORE * cores
+
+
+def _warps(rows: int) -> int:
+    """Return the warps of a program: its accumulators must fit their registers."""
+    return 8 if rows > 64 else 4
+
+
+def _block(dim: int) -> int:
+    return 1 << (dim - 1).bit_length()
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in ROW_LAYOUTS:
+        raise KernelInputError(f"{name} is {dtype}; the kernels take float32, float16 and bfloat16")
+
+
+def _check_pool(kv: LayerKV, x: torch.Tensor, name: str) -> None:
+    """Raise where a layer's tiles are not plain rows of x's dtype on x's device."""
+    _check_dtype(x.dtype, name)
+    layout = ROW_LAYOUTS[x.dtype]
+    if x.device.type != kv.buffer.device.type:
+        raise KernelInputError(f"{name} is on {x.device.type}, the pool on {kv.buffer.device.type}")
+    if kv.head_dim <= 0 or kv.head_dim % _DIM_STEP:
+        raise KernelInputError(f"head_dim {kv.head_dim} is not a multiple of {_DIM_STEP}")
+    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
+        raise KernelInputError(
+            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
+        )
+    _, layers, heads = kv.tile_table.shape
+    if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
+        raise KernelInputError(
+            f"the tile table has {layers} layers of {heads} heads; "
+            f"asked for layer {kv.layer} of {kv.num_kv_heads}"
+        )
+
+
+def _check_entries(kv: LayerKV, plan: AttentionPlan) -> None:
+    """Raise where a page with a live token has no tile."""
+    pages, private, masks = plan.pages, plan.private_tiles, plan.masks
+    shared = pages >= 0
+    _check_tiles(kv, kv.tile_table[pages[shared]], None if masks is None else masks[shared])
+    if private is not None:
+        own = private[-1 - pages[~shared]]
+        _check_tiles(kv, own, None if masks is None else masks[~shared])
+
+
+def _check_tiles(
+    kv: LayerKV,
+    tiles: Int32Array,
+    masks: np.ndarray[Any, np.dtype[np.uint64]] | None = None,
+) -> None:
+    bad = (tiles < 0) | (tiles >= kv.buffer.numel() // kv.tile_bytes)
+    if masks is not None:
+        bad &= masks != 0
+    if bad.any():
+        raise KernelInputError("the plan names a page without a tile in the pool")

@@ -1,0 +1,221 @@
+"""Triton kernels over tiles of plain rows: append, the node stage, observing, and the merge.
+
+Imported by `ops/triton_attention.py` alone, and only where Triton is there. A program of the node
+stage handles one (task, KV head): its rows are (query, head in group), padded to `ROWS`. A task
+without rows ends at once, so that a launch's grid need not follow the plan. Pointers are torch
+tensors; strides and offsets count elements. Under `TRITON_INTERPRET=1` the same source runs on a
+CPU.
+
+State of a row: m = max s, l = sum 2^(s-m), acc = sum 2^(s-m) v over scores s in base 2; nothing
+subtracts -inf from -inf.
+"""
+
+import triton
+import triton.language as tl
+
+TASK_FIELDS = tl.constexpr(8)
+"""Columns of a task (`ops/tasks.py`); a power of two keeps every task aligned."""
+
+VISIT_FIELDS = tl.constexpr(2)
+"""Columns of a visit: page entry, position of its first token."""
+
+
+@triton.jit(do_not_specialize=["layer", "count"])
+def append_kernel(
+    tiles, table, slots, k, v, count,
+    k_token, k_head, v_token, v_head, layer, num_layers, num_kv_heads,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Write K and V rows of one KV head where their slots say; -1 writes nothing."""
+    head = tl.program_id(1)
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    slot = tl.load(slots + token, mask=token < count, other=-1)
+    written = slot >= 0
+    page = (slot // S).to(tl.int64)
+    column = layer * num_kv_heads + head
+    tile = tl.load(table + page * (num_layers * num_kv_heads) + column, mask=written, other=0)
+    d = tl.arange(0, BLOCK_D)
+    inside = written[:, None] & (d < D)[None, :]
+    base = tile.to(tl.int64) * (2 * S * D) + (slot % S) * D
+    to = tiles + base[:, None] + d[None, :]
+    keys = tl.load(k + (token * k_token + head * k_head)[:, None] + d[None, :], mask=inside)
+    tl.store(to, keys, mask=inside)
+    values = tl.load(v + (token * v_token + head * v_head)[:, None] + d[None, :], mask=inside)
+    tl.store(to + S * D, values, mask=inside)
+
+
+@triton.jit
+def load_rows(
+    task, order, positions, q, q_token, q_head, head,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return a task's rows: query row, query head, whether used, position, queries [ROWS, D]."""
+    r = tl.arange(0, ROWS)
+    used = r < tl.load(task + 1) * G
+    row = tl.load(order + tl.load(task) + r // G, mask=used, other=0).to(tl.int64)
+    at = tl.load(positions + row, mask=used, other=-1)
+    q_heads = head * G + r % G
+    d = tl.arange(0, BLOCK_D)
+    where = q + row[:, None] * q_token + (q_heads * q_head)[:, None] + d[None, :]
+    queries = tl.load(where, mask=used[:, None] & (d < D)[None, :], other=0.0)
+    return row, q_heads, used, at, queries
+
+
+@triton.jit
+def find_tile(
+    visit, top, head, pages, table, private, masks, layer, num_layers, num_kv_heads,
+    S: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """Return a visit's tile, its first position, and which tokens [S] some row may see."""
+    entry = tl.load(visit).to(tl.int64)
+    first = tl.load(visit + 1)
+    column = layer * num_kv_heads + head
+    columns = num_layers * num_kv_heads
+    t = tl.arange(0, S)
+    seen = first + t <= top
+    if HAS_MASKS:
+        live = tl.load(masks + entry * columns + column)
+        seen = seen & (((live >> t.to(tl.int64)) & 1) != 0)
+    page = tl.load(pages + entry).to(tl.int64)
+    tile = tl.load(table + page * columns + column, mask=page >= 0, other=0)
+    if HAS_PRIVATE:
+        own = tl.load(private + (-1 - page) * columns + column, mask=page < 0, other=0)
+        tile = tl.where(page >= 0, tile, own)
+    return tile.to(tl.int64), first, seen
+
+
+@triton.jit
+def score_tile(
+    queries, tiles, tile, seen, first, at, scale,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return scores [ROWS, S] in base 2, -inf where a row does not see a token."""
+    t = tl.arange(0, S)
+    d = tl.arange(0, BLOCK_D)
+    where = tiles + tile * (2 * S * D) + t[:, None] * D + d[None, :]
+    keys = tl.load(where, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    visible = seen[None, :] & ((first + t)[None, :] <= at[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["layer"])
+def node_kernel(
+    tiles, table, tasks, visits, targets, order, positions, pages, private, masks,
+    q, out, lse2, part_out, part_lse2,
+    q_token, q_head, layer, num_layers, num_kv_heads, scale,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """Attend a task's rows over its tiles; store results, or float32 partials where rows merge."""
+    task = tasks + tl.program_id(0) * TASK_FIELDS
+    head = tl.program_id(1)
+    if tl.load(task + 1) == 0:
+        return
+    row, q_heads, used, at, queries = load_rows(
+        task, order, positions, q, q_token, q_head, head, G, D, BLOCK_D, ROWS
+    )
+    top = tl.max(at, 0)
+    t = tl.arange(0, S)
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    visit = visits + tl.load(task + 2) * VISIT_FIELDS
+    for i in range(tl.load(task + 3)):
+        tile, first, seen = find_tile(
+            visit + i * VISIT_FIELDS, top, head, pages, table, private, masks,
+            layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
+        )  # fmt: skip
+        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D)
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        held = tl.where(new_m == float("-inf"), 0.0, new_m)
+        weights = tl.exp2(scores - held[:, None])
+        carried = tl.exp2(m - held)
+        where = tiles + tile * (2 * S * D) + S * D + t[:, None] * D + d[None, :]
+        values = tl.load(where, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+        l = l * carried + tl.sum(weights, 1)
+        product = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        acc = acc * carried[:, None] + product
+        m = new_m
+    safe = tl.where(l == 0.0, 1.0, l)
+    result = acc / safe[:, None]
+    total = tl.where(l == 0.0, float("-inf"), m + tl.log2(safe))
+    r = tl.arange(0, ROWS)
+    target = tl.load(targets + tl.load(task + 4) + r // G, mask=used, other=-1).to(tl.int64)
+    whole = used & (target < 0)
+    at_out = row * (num_kv_heads * G) + q_heads
+    tl.store(lse2 + at_out, total, mask=whole)
+    wide = whole[:, None] & (d < D)[None, :]
+    tl.store(out + at_out[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=wide)
+    part = used & (target >= 0)
+    at_part = target * (num_kv_heads * G) + q_heads
+    tl.store(part_lse2 + at_part, total, mask=part)
+    wide = part[:, None] & (d < D)[None, :]
+    tl.store(part_out + at_part[:, None] * D + d[None, :], result, mask=wide)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def observe_kernel(
+    tiles, table, tasks, visits, order, positions, pages, private, masks,
+    q, lse2, thresholds, words,
+    q_token, q_head, layer, num_layers, num_kv_heads, scale,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+):  # fmt: skip
+    """Write one word per (visit, KV head): the tokens some row gave 2^threshold of its weight."""
+    task = tasks + tl.program_id(0) * TASK_FIELDS
+    head = tl.program_id(1)
+    if tl.load(task + 1) == 0:
+        return
+    row, q_heads, used, at, queries = load_rows(
+        task, order, positions, q, q_token, q_head, head, G, D, BLOCK_D, ROWS
+    )
+    top = tl.max(at, 0)
+    total = tl.load(lse2 + row * (num_kv_heads * G) + q_heads, mask=used, other=0.0)
+    total = tl.where(total == float("-inf"), 0.0, total)
+    bound = tl.load(thresholds + row, mask=used, other=float("inf"))
+    bit = tl.full((S,), 1, tl.int64) << tl.arange(0, S).to(tl.int64)
+    begin = tl.load(task + 2).to(tl.int64)
+    for i in range(tl.load(task + 3)):
+        tile, first, seen = find_tile(
+            visits + (begin + i) * VISIT_FIELDS, top, head, pages, table, private, masks,
+            layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
+        )  # fmt: skip
+        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D)
+        hit = (scores - total[:, None] >= bound[:, None]).to(tl.int32)
+        word = tl.sum(tl.where(tl.max(hit, 0) > 0, bit, 0), 0)
+        tl.store(words + (begin + i) * num_kv_heads + head, word)
+
+
+@triton.jit
+def merge_kernel(
+    part_out, part_lse2, rows, bounds, slots, out, lse2, num_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Fold the parts of one (row, head), first to last; empty ones are skipped."""
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.load(rows + index).to(tl.int64)
+    if row < 0:
+        return
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full((1,), float("-inf"), tl.float32)
+    l = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(tl.load(bounds + index), tl.load(bounds + index + 1)):
+        part = tl.load(slots + i).to(tl.int64) * num_heads + head
+        part_total = tl.load(part_lse2 + part)
+        if part_total > float("-inf"):
+            new_m = tl.maximum(m, part_total)
+            carried = tl.exp2(m - new_m)
+            weight = tl.exp2(part_total - new_m)
+            values = tl.load(part_out + part * D + d, mask=d < D, other=0.0)
+            acc = acc * carried + values.to(tl.float32) * weight
+            l = l * carried + weight
+            m = new_m
+    safe = tl.where(l == 0.0, 1.0, l)
+    at = row * num_heads + head
+    one = tl.arange(0, 1)
+    tl.store(lse2 + at + one, tl.where(l == 0.0, float("-inf"), m + tl.log2(safe)))
+    tl.store(out + at * D + d, (acc / safe).to(out.dtype.element_ty), mask=d < D)
