@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from kvkeep.cache.accounts import Account
@@ -57,12 +57,7 @@ class PageStore:
         all the same.
         """
         owner = self.account(account)
-        if count > owner.room_pages:
-            raise QuotaExceeded(
-                f"account {account!r} needs {count} more pages; its share of "
-                f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
-            )
-        self.evict_pages(account, owner.used_pages + count - owner.quota_pages)
+        self._make_room(owner, count)
         pages: list[Page] = []
         try:
             for _ in range(count):
@@ -74,6 +69,22 @@ class PageStore:
             for page in pages:
                 self.unlock(page)
             raise
+        return pages
+
+    def share_pages(self, account: str, tag: PageTag, sources: Sequence[Page]) -> list[Page]:
+        """Return pages over the memory of full ones, locked once and charged like any other.
+
+        Their bytes stay while either is held. Raises `QuotaExceeded` before anything changes.
+        """
+        owner = self.account(account)
+        self._make_room(owner, len(sources))
+        pages: list[Page] = []
+        for source in sources:
+            self.pool.hold_page(source.slot)
+            page = Page(source.slot, account, tag)
+            page.state, page.ref_count = source.state, 1
+            owner.used_pages += 1
+            pages.append(page)
         return pages
 
     def lock(self, page: Page) -> None:
@@ -170,8 +181,17 @@ class PageStore:
         owner = page.account
         self.accounts[owner].used_pages -= 1
         public.used_pages += 1
-        page.account = PUBLIC_ACCOUNT
+        page.account, page.pinned = PUBLIC_ACCOUNT, True
         return True
+
+    def _make_room(self, owner: Account, count: int) -> None:
+        """Evict what an account must give up for `count` more pages."""
+        if count > owner.room_pages:
+            raise QuotaExceeded(
+                f"account {owner.name!r} needs {count} more pages; its share of "
+                f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
+            )
+        self.evict_pages(owner.name, owner.used_pages + count - owner.quota_pages)
 
     def _alloc(self, owner: Account) -> int:
         """Take a slot; after a quota moved away, the account's own pages make way first."""

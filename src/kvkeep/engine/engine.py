@@ -212,8 +212,10 @@ class EngineCore:
         for item in work:
             view, tokens = item.sequence.view, item.sequence.tokens
             assert view is not None
-            if view.length // PAGE_TOKENS > item.start // PAGE_TOKENS:
+            closes = view.length // PAGE_TOKENS > item.start // PAGE_TOKENS
+            if closes or item.sequence.uncommitted:
                 self._manager.commit(view, tokens.ids(view.length))
+                item.sequence.uncommitted = False
         row = 0
         for item in work:
             prompt = item.sequence.output.prompt
@@ -271,7 +273,7 @@ class EngineCore:
             request.first_token_s = now
             self.counters.ttft.add(now - request.arrived_s)
             self.counters.cache_queries += sequence.prompt_len
-            self.counters.cache_hits += cached
+            self.counters.cache_hits += request.saved_tokens
         if params.max_tokens == 0:
             chunk: Chunk | None = sequence.output.finish(FinishReason.LENGTH, cached)
         else:
