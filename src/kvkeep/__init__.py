@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from kvkeep.engine.llm import LLM as LLM
     from kvkeep.engine.llm import Completion as Completion
     from kvkeep.engine.llm import Engine as Engine
+    from kvkeep.sharing.detector.default import load_detector as load_detector
+    from kvkeep.sharing.detector.scanner import Detector as Detector
 
-__all__ = ["LLM", "Completion", "Engine", "SamplingParams"]
+__all__ = ["LLM", "Completion", "Detector", "Engine", "SamplingParams", "load_detector"]
 
 _HOMES = {
     "LLM": "kvkeep.engine.llm",
     "Completion": "kvkeep.engine.llm",
     "Engine": "kvkeep.engine.llm",
     "SamplingParams": "kvkeep.engine.api",
+    "Detector": "kvkeep.sharing.detector.scanner",
+    "load_detector": "kvkeep.sharing.detector.default",
 }
 
 

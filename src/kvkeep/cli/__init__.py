@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "bench": "run a benchmark (from a checkout)",
     "doctor": "look at the machine, a model, or a chat template",
     "tenant": "add, revoke, rotate and list tenants' keys",
+    "detect": "find what in a text must stay private",
     "model": "make or describe a checkpoint",
 }
 

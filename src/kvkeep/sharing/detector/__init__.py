@@ -1,0 +1,1 @@
+"""Find what must stay private in a text: rules, then a learned scorer, then context."""

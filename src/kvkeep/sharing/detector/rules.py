@@ -1,0 +1,158 @@
+"""Find spans by rules: one pass over all patterns, then each one's context, check and entropy."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import log2
+from typing import Final
+
+from kvkeep.sharing.detector.catalogue import Rule
+from kvkeep.sharing.detector.checks import CHECKS
+from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
+from kvkeep.sharing.detector.spans import Span
+
+_WITHIN_NUMBERS: Final = frozenset(" -.")
+DENY_REACH: Final = 16
+"""Characters before a value in which a denying word counts."""
+
+
+def entropy_bits(text: str) -> float:
+    """Return the Shannon entropy of a text in bits per character."""
+    length = len(text)
+    return -sum(n / length * log2(n / length) for n in Counter(text).values())
+
+
+def words_pattern(words: Sequence[str]) -> Pattern:
+    """Return a pattern for any of some whole words in any case; `*` at an end lets a word go on.
+
+    Scripts without spaces between words have no whole words: there any occurrence counts.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for word in words:
+        body = word.strip("*")
+        before = "" if word.startswith("*") else _edge(body[0], "^")
+        after = "" if word.endswith("*") else _edge(body[-1], "$")
+        groups.setdefault((before, after), []).append(re.escape(body))
+    parts = (f"{b}(?:{'|'.join(bodies)}){a}" for (b, a), bodies in groups.items())
+    return Pattern(f"(?i){'|'.join(parts)}")
+
+
+def _edge(letter: str, anchor: str) -> str:
+    return rf"(?:{anchor}|[^\pL\pN])" if _in_word(letter) else ""
+
+
+class _Compiled:
+    """A rule with its patterns, compiled when the rule's pattern first matches."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        return Pattern(self.rule.pattern)
+
+    @cached_property
+    def context(self) -> Pattern | None:
+        return words_pattern(self.rule.context) if self.rule.context else None
+
+    @cached_property
+    def deny(self) -> Pattern | None:
+        return words_pattern(self.rule.deny) if self.rule.deny else None
+
+
+class RuleRecogniser:
+    """Finds what a list of rules describes."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
+        self._compiled = [_Compiled(rule) for rule in rules]
+        digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
+        self.version = digest.hexdigest()[:12]
+        """What tells these rules from others."""
+        self._set = PatternSet([rule.pattern for rule in rules])
+
+    def spans(self, text: str) -> list[Span]:
+        """Return what the rules find; rules may overlap."""
+        return [span for _, span in self.explained(text)]
+
+    def explained(self, text: str) -> list[tuple[Rule, Span]]:
+        """Return each span with the rule that found it."""
+        data = text.encode()
+        return [
+            (self._compiled[index].rule, span)
+            for index in self._set.matching(data)
+            for span in _find(self._compiled[index], text, data)
+        ]
+
+
+def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
+    rule, pattern = compiled.rule, compiled.pattern
+    ascii_only = len(text) == len(data)
+    hit = pattern.search(data)
+    while hit is not None:
+        start, end = hit.value if ascii_only else _characters(data, hit)
+        score = _score(compiled, text, start, end)
+        if score > 0:
+            yield Span(start, end, rule.kind, rule.category, score, "rule")
+        hit = pattern.search(data, max(hit.value[1], hit.start + 1) if score > 0 else hit.start + 1)
+
+
+def _characters(data: bytes, hit: Hit) -> tuple[int, int]:
+    start = len(data[: hit.value[0]].decode())
+    return start, start + len(data[slice(*hit.value)].decode())
+
+
+def _score(compiled: _Compiled, text: str, start: int, end: int) -> float:
+    """Return the score of a value, 0 where a condition does not hold."""
+    rule, value = compiled.rule, text[start:end]
+    if _touched(rule.edge, text, start, end):
+        return 0.0
+    if rule.check and not any(CHECKS[name](value) for name in rule.check):
+        return 0.0
+    if rule.entropy and entropy_bits(value) < rule.entropy:
+        return 0.0
+    if compiled.deny is not None:
+        before = text[max(0, start - DENY_REACH) : start]
+        if compiled.deny.search(before.encode()) is not None:
+            return 0.0
+    if compiled.context is not None:
+        near = f"{text[max(0, start - rule.reach) : start]}\n{text[end : end + rule.reach]}"
+        if compiled.context.search(near.encode()) is None:
+            return rule.alone
+    return rule.score
+
+
+def _touched(edge: str, text: str, start: int, end: int) -> bool:
+    """Tell whether a letter or digit continues the value beyond its edges."""
+    before, after = text[max(0, start - 2) : start], text[end : end + 2]
+    first, last = text[start], text[end - 1]
+    if edge == "word":
+        return _joins(before[-1:], first) or _joins(last, after[:1])
+    if edge == "none":
+        return False
+    if _both_digits(before[-1:], first) or _both_digits(last, after[:1]):
+        return True
+    return edge == "number" and (
+        (before[-1:] in _WITHIN_NUMBERS and _both_digits(before[:1], first))
+        or (after[:1] in _WITHIN_NUMBERS and _both_digits(last, after[1:]))
+    )
+
+
+def _both_digits(left: str, right: str) -> bool:
+    return left.isdecimal() and right.isdecimal()
+
+
+def _joins(left: str, right: str) -> bool:
+    """Tell whether two neighbours belong to one word; scripts without spaces always part."""
+    return _in_word(left) and _in_word(right)
+
+
+def _in_word(letter: str) -> bool:
+    if not letter:
+        return False
+    return letter.isdecimal() or unicodedata.category(letter) in {"Lu", "Ll", "Lt"}

@@ -1,0 +1,64 @@
+"""Every rule against its table: what it finds, what it leaves, whole and split anywhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kvkeep.sharing.detector.catalogue import Rule, shipped_rules
+from kvkeep.sharing.detector.normalise import views
+from kvkeep.sharing.detector.rules import RuleRecogniser
+from kvkeep.sharing.detector.scanner import Detector
+
+CASES = Path(__file__).parent / "cases"
+MARKED = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+RULES = {rule.id: rule for rule in shipped_rules()}
+TABLE = {
+    rule: case
+    for path in sorted(CASES.glob("*.toml"))
+    for rule, case in tomllib.loads(path.read_text(encoding="utf-8")).items()
+}
+
+
+def cases(column: str) -> list[tuple[str, str]]:
+    return [(rule, text) for rule, case in TABLE.items() for text in case[column]]
+
+
+def alone(rule: str) -> RuleRecogniser:
+    return RuleRecogniser([RULES[rule]])
+
+
+def test_every_rule_has_true_and_false_cases() -> None:
+    assert TABLE.keys() == RULES.keys()
+    assert all(case["found"] and case["clear"] for case in TABLE.values())
+
+
+@pytest.mark.parametrize(("rule", "marked"), cases("found"))
+def test_a_rule_finds_its_cases_whole_and_split_anywhere(rule: str, marked: str) -> None:
+    match = MARKED.search(marked)
+    assert match is not None
+    text = marked.replace("[[", "", 1).replace("]]", "", 1)
+    start, end = match.start(), match.start() + len(match[1])
+    detector = Detector([alone(rule)])
+    whole = set(detector.scan(text).spans)
+    assert any((span.start, span.end) == (start, end) for span in whole), whole
+    assert all(span.kind == RULES[rule].kind for span in whole)
+    for split in range(1, len(text)):
+        scanner = detector.scanner()
+        first, second = set(scanner.feed(text[:split])), set(scanner.feed(text[split:]))
+        assert whole <= first | second
+        assert not {span for span in second - whole if span.source == "rule"}
+
+
+@pytest.mark.parametrize(("rule", "text"), cases("clear"))
+def test_a_rule_leaves_its_false_cases(rule: str, text: str) -> None:
+    found = [span for view in views(text) for span in alone(rule).spans(view.text)]
+    assert found == []
+
+
+def test_no_rule_needs_more_text_than_a_window_carries() -> None:
+    long: list[Rule] = [rule for rule in RULES.values() if rule.reach > 64]
+    assert long == []
