@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from kvkeep.cache.accounts import Retention
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import Page, RadixIndex
 from kvkeep.sharing.policy import Access, ShareNothing
 from kvkeep.types import PUBLIC_SCOPE, EpochDelta, PageTag
 from tests.cache.player import DIGEST, SPEC, Player, check, check_rows, make_manager, prompt
-from tests.toys import PromoteOffered
+from tests.toys import DelayedTier, PromoteOffered
 
 TOKENS = prompt(1, 2, 3, tail=9)
 
@@ -219,4 +220,35 @@ def test_pinned_pages_are_not_withdrawn() -> None:
     manager.end_epoch(1.0)
     manager.end_epoch(2.0)
     assert manager.used("public") == 3
+    player.end()
+
+
+def test_what_may_not_leave_memory_goes_to_no_tier() -> None:
+    for to_tier in (True, False):
+        tier = DelayedTier(polls=1)
+        manager = make_manager(24, tier=tier)
+        manager.set_quotas({"a": 8}, 0)
+        manager.set_retention({"a": Retention(to_tier=to_tier)})
+        player = Player(manager)
+        player.open("a", "a/1", prompt(1, 2))
+        player.end_views()
+        manager.evict_pages("a", 9)
+        assert bool(tier._pages) is to_tier
+
+
+def test_unused_pages_go_when_their_time_is_over_and_used_ones_stay() -> None:
+    manager = make_manager(24)
+    manager.set_quotas({"a": 8, "b": 8}, 0)
+    manager.set_retention({"a": Retention(ttl_s=100.0)})
+    player = Player(manager)
+    manager.end_epoch(1000.0)
+    for account in ("a", "b"):
+        player.open(account, f"{account}/1", prompt(1, 2))
+        player.end_views()
+    player.open("a", "a/1", prompt(3))
+    manager.end_epoch(1090.0)
+    assert (manager.used("a"), manager.used("b")) == (3, 2)
+    manager.end_epoch(1100.0)
+    assert (manager.used("a"), manager.used("b")) == (1, 2)
+    check(manager)
     player.end()

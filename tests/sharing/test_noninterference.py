@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.sharing.promotion import Promotion
+from tests.cache.player import prompt
 from tests.sharing import worlds as w
 
 CASTS = [(("x0",), ("v0", "v1")), (("x0", "x1"), ("v0",))]
@@ -111,3 +112,31 @@ def test_the_snapshot_is_used_in_these_tests() -> None:
     note = world.seen["x0"][0]
     assert isinstance(note, tuple)
     assert note[:3] == ("open", 0, 128)
+
+
+@pytest.mark.parametrize("make", [w.isolate, w.selective, w.dp, w.pinned])
+def test_three_subjects_behind_one_gateway_key_are_one_tenant(make: w.Make) -> None:
+    seen = []
+    for subjects in (0, 3):
+        world = w.World(make, ["x0", "gate"])
+        for subject in range(subjects):
+            world.player.open("gate", f"gate/{subject}", prompt(1, 2))
+            world.player.end_views()
+        world.end_epoch()
+        world.end_epoch()
+        for _ in range(3):
+            world.player.open("x0", "x0/0", prompt(1, 2))
+            world.player.end_views()
+            world.end_epoch()
+        seen.append(world.seen["x0"])
+    assert seen[0] == seen[1]
+
+
+def test_subjects_of_one_gateway_do_not_read_each_other() -> None:
+    world = w.World(w.selective, ["gate"])
+    world.player.open("gate", "gate/0", prompt(1, 2))
+    world.player.end_views()
+    world.end_epoch()
+    world.end_epoch()
+    match = world.manager.match(prompt(1, 2), account="gate", scope="gate/1")
+    assert (match.cached_tokens, match.snapshot) == (0, ())

@@ -48,6 +48,7 @@ def test_fewer_than_k_share_nothing() -> None:
     end_epochs(policy, 2)
     assert set(readers(policy, chain).values()) == {0}
     assert policy.public_units == 0
+    assert policy.eps_per_day is None
 
 
 def test_all_keys_children_and_subjects_of_one_tenant_are_one_voter() -> None:
@@ -163,10 +164,11 @@ def test_a_taint_is_terminal_and_inherited_for_the_tenant_whose_text_it_is() -> 
 
 
 class LooksAhead(Finds):
-    """Taints a page because of what follows it."""
+    """Taints the page before the one where something is found."""
 
     def first_doubt(self, text: str) -> int | None:
-        return 64 if super().first_doubt(text) is not None else None
+        at = super().first_doubt(text)
+        return None if at is None else at - 1
 
 
 def test_one_tenants_taint_takes_nothing_from_others() -> None:

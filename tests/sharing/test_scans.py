@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_a_queue_and_a_budget_are_a_tenants_own_and_start_anew_each_epoch() -> N
 
 def test_what_earlier_votes_cleared_costs_nothing() -> None:
     assert job("a", units=4).cost_bytes == 1024
-    assert job("a", units=4, known=3).cost_bytes == 256
+    assert job("a", units=4, known=3).cost_bytes == 512, "the last of them is read again"
 
 
 def test_an_error_is_a_doubt_and_is_not_told_in_words(caplog: pytest.LogCaptureFixture) -> None:
@@ -116,3 +117,51 @@ def test_an_only_vote_goes_with_its_taint() -> None:
     assert ledger.knows("a", "g", b"u")
     ledger.cast([Ballot("a", "g", (), ref)], 1, 0, 3)
     assert ledger.units == {}
+
+
+def test_a_taint_takes_back_the_tenants_own_votes_below_it() -> None:
+    ledger = Ledger()
+    top, below = UnitRef((b"u",), None, 0), UnitRef((b"w",), b"u", 1)
+    other = UnitRef((b"o",), None, 0)
+    for voter in ("a", "b"):
+        ledger.cast([Ballot(voter, "g", (top, below)), Ballot(voter, "g", (other,))], 0, 0, 99)
+    ledger.cast([Ballot("a", "h", (top,))], 0, 0, 99)
+    ledger.cast([Ballot("a", "g", (), top)], 1, 0, 99)
+    left = {key: sorted(unit.votes) for key, unit in ledger.units.items()}
+    assert left == {
+        ("g", b"u"): ["b"],
+        ("g", b"w"): ["b"],
+        ("g", b"o"): ["a", "b"],
+        ("h", b"u"): ["a"],
+    }
+
+
+def test_what_is_known_is_not_read_again_but_for_its_end() -> None:
+    read: list[str] = []
+
+    class Notes:
+        version = "notes"
+
+        def first_doubt(self, text: str) -> int | None:
+            read.append(text)
+            return None
+
+    tokens = Blocks(1, 2, 3, 4, 5).token_ids()
+    assert cleared_units(tokens, 64, lambda ids: "".join(map(str, ids)), Notes(), 3) == 5
+    assert read == ["3" * 64 + "4" * 64 + "5" * 64]
+
+
+def test_what_begins_in_known_text_taints_it() -> None:
+    inspector = Detects(lambda: Scans(Place(60, 2)), "d1")
+    tokens = Blocks(1, 2, 3, 4).token_ids()
+    assert cleared_units(tokens, 64, lambda ids: "x" * len(ids), inspector, 2) == 1
+
+
+def test_a_character_halved_by_the_cut_is_no_doubt() -> None:
+    tokens = Blocks(1, 2, 3, 4).token_ids()
+
+    def halves(ids: Sequence[int]) -> str:
+        return ("" if ids[0] == 1 else "\ufffd") + "x" * (len(ids) - 1)
+
+    assert cleared_units(tokens, 64, halves, Detects(Scans, "d1"), 3) == 4
+    assert cleared_units(tokens[64:], 64, halves, Detects(Scans, "d1")) == 0

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
+from kvkeep.errors import ConfigError
 from kvkeep.sharing.ledger import Ballot, Ledger, UnitRef
+from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.sharing.snapshot import Snapshot
 from kvkeep.sharing.state import FileStore, NoStore, State, decode_state, encode_state
+from tests.sharing.worlds import Setting
 
 
 def test_a_file_is_replaced_as_a_whole_and_is_its_owners(tmp_path: Path) -> None:
@@ -49,3 +53,21 @@ def test_what_nobody_else_sent_goes_with_its_only_voter() -> None:
     ledger = Ledger()
     ledger.cast([Ballot("a", "g", (UnitRef((b"p",), None, 0),))], 0, 0, 10)
     assert (ledger.forget("b"), ledger.forget("a"), ledger.units) == (0, 1, {})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="share_state"):
+        FileStore(tmp_path).load()
+
+
+def test_a_full_disk_stops_no_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(NoStore):
+        def save(self, state: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    setting = Setting()
+    setting.store = Full()  # type: ignore[assignment]
+    policy = setting.promotion(AtLeast(4))
+    with caplog.at_level(logging.WARNING):
+        assert policy.end_epoch(0.0).epoch == 1
+    assert "OSError" in caplog.text

@@ -14,9 +14,8 @@ was read to compute it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from kvkeep.cache.accounts import AccountUse
+from kvkeep.cache.accounts import AccountUse, CacheStats, Forgotten, Retention
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
@@ -35,25 +34,6 @@ from kvkeep.types import (
     SharingPolicy,
     View,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """The cache at one moment."""
-
-    pages_total: int
-    pages_used: int
-    pages_free: int
-    open_views: int
-    accounts: dict[str, AccountUse]
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What was dropped of an account."""
-
-    pages: int
-    votes: int
 
 
 class CacheManager:
@@ -95,6 +75,11 @@ class CacheManager:
         """
         self._store.set_quotas(quotas, public_pages)
 
+    def set_retention(self, terms: Mapping[str, Retention]) -> None:
+        """Say how long accounts keep pages; one that is left out keeps them as long as they fit."""
+        for name, owner in self._store.accounts.items():
+            owner.retention = terms.get(name, Retention())
+
     def fits(self, account: str, num_pages: int) -> bool:
         """Tell whether an account could ever hold this many pages at once."""
         owner = self._store.accounts.get(account)
@@ -109,6 +94,11 @@ class CacheManager:
         """Return the pages charged to an account, in use or cached."""
         owner = self._store.accounts.get(account)
         return 0 if owner is None else owner.used_pages
+
+    @property
+    def public_pages(self) -> int:
+        """Return the pages that are public now."""
+        return len(self.index.public_pages)
 
     def evict_pages(self, account: str, count: int) -> int:
         """Evict up to `count` of an account's unused pages, oldest first; return how many."""
@@ -292,7 +282,8 @@ class CacheManager:
         return self._policy.forget(account)
 
     def end_epoch(self, now: float) -> EpochDelta:
-        """Close the policy's epoch and apply its snapshot to the public tree."""
+        """Drop what has had its time, close the policy's epoch and apply its snapshot."""
+        self._store.expire(now)
         delta = self._policy.end_epoch(now)
         self._promoter.apply(delta)
         return delta

@@ -24,6 +24,8 @@ class PageStore:
         self.index = index
         self._tier = tier
         self.accounts: dict[str, Account] = {}
+        self.now = 0.0
+        """The time of the last epoch's end, in seconds."""
 
     def set_quotas(self, quotas: Mapping[str, int], public_pages: int) -> None:
         """Set every account's share; accounts left out keep only what running views hold."""
@@ -104,7 +106,7 @@ class PageStore:
         if page.ref_count == 0:
             if page.attached:
                 owner = self.accounts[page.account]
-                owner.unreferenced[page] = None
+                owner.unreferenced[page] = self.now
                 self.evict_pages(owner.name, owner.used_pages - owner.quota_pages)
             else:
                 self._free(page)
@@ -123,11 +125,23 @@ class PageStore:
                 self._tier is not None
                 and page.n_tokens == PAGE_TOKENS
                 and account != PUBLIC_ACCOUNT
+                and owner.retention.to_tier
             ):
                 self._tier.store(page.hash, partial(self.pool.read, page.slot))
             self.drop(page)
             owner.evicted_pages += 1
         return max(count, 0)
+
+    def expire(self, now: float) -> None:
+        """Take note of the time and drop pages unused for longer than their account keeps them."""
+        self.now = now
+        for owner in self.accounts.values():
+            ttl_s = owner.retention.ttl_s
+            while ttl_s is not None and owner.unreferenced:
+                page, since = next(iter(owner.unreferenced.items()))
+                if since > now - ttl_s:
+                    break
+                self.drop(page)
 
     def trim(self, account: str) -> None:
         """Evict what an account holds beyond its share, as far as views allow.

@@ -17,6 +17,8 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    Purged,
+    TenantTerms,
     TenantUse,
 )
 from kvkeep.engine.output import OutputFactory
@@ -25,6 +27,7 @@ from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
+from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.errors import CapacityError, InvalidRequest
 from kvkeep.types import PAGE_TOKENS, EpochDelta
@@ -47,9 +50,12 @@ class EngineCore:
         runner: ModelRunner,
         outputs: OutputFactory,
         limits: SchedulerLimits,
+        sharing: Sharing,
         *,
         prefix_caching: bool = True,
     ) -> None:
+        self.sharing = sharing
+        self.epochs = EpochTimer(sharing.epoch_s)
         self._prefix_caching = prefix_caching
         self.info = info
         self._manager = manager
@@ -67,7 +73,9 @@ class EngineCore:
         """Whether the last step found nothing it could run."""
         self.counters = EngineCounters()
 
-    def set_tenants(self, shares: Mapping[str, float]) -> None:
+    def set_tenants(
+        self, shares: Mapping[str, float], terms: Mapping[str, TenantTerms] | None = None
+    ) -> None:
         """Reserve each tenant's share of the pool; tenants left out lose their requests."""
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
@@ -76,6 +84,10 @@ class EngineCore:
         self._manager.set_quotas(quotas, self._public_pages(quotas))
         for name in self._shares.keys() - shares.keys():
             self._manager.forget(name)
+        for name in self.sharing.leaving(terms or {}):
+            self._manager.forget_votes(name)
+        self.sharing.settle(terms or {})
+        self._manager.set_retention(self.sharing.retention())
         self._shares = dict(shares)
         self._scheduler.set_tenants(shares)
 
@@ -92,6 +104,8 @@ class EngineCore:
             return
         if not self._prefix_caching:
             spec = msgspec.structs.replace(spec, scope=f"{spec.scope}/{spec.id}")
+        if self.sharing.stores_nothing(spec.tenant):
+            spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         request = Request(spec, now, deadline)
@@ -106,6 +120,15 @@ class EngineCore:
         request = self._requests.get(request_id)
         if request is not None:
             self._end_request(request, FinishReason.CANCELLED)
+
+    def purge(self, tenant: str) -> Purged:
+        """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""
+        gone = self._manager.forget(tenant)
+        return Purged(pages=gone.pages, votes=gone.votes)
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.sharing.close()
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
@@ -173,6 +196,7 @@ class EngineCore:
             e2e_s=c.e2e.snapshot(),
             step_s=c.step.snapshot(),
             tenants=tuple(tenants),
+            sharing=self.sharing.stats(self._manager.public_pages, c.saved_tokens),
         )
 
     def _check(self, spec: GenerateRequest) -> None:
@@ -274,6 +298,7 @@ class EngineCore:
             self.counters.ttft.add(now - request.arrived_s)
             self.counters.cache_queries += sequence.prompt_len
             self.counters.cache_hits += request.saved_tokens
+            self.counters.saved_tokens += request.saved_tokens - cached
         if params.max_tokens == 0:
             chunk: Chunk | None = sequence.output.finish(FinishReason.LENGTH, cached)
         else:

@@ -170,6 +170,8 @@ class Scheduler:
             if alone:
                 self._exhausted(sequence)
             return False
+        if not spec.store:
+            view.taint(0)
         sequence.view = view
         sequence.uncommitted = sequence.hidden_hit = view.length > match.cached_tokens
         sequence.status = Status.RUNNING

@@ -66,24 +66,32 @@ class Detects:
 
 
 def cleared_units(
-    token_ids: Int32Array, unit_tokens: int, decode: DecodeText, inspector: Inspector
+    token_ids: Int32Array,
+    unit_tokens: int,
+    decode: DecodeText,
+    inspector: Inspector,
+    known: int = 0,
 ) -> int:
     """Return how many leading units of a prompt are clear.
 
-    What cannot be decoded is doubtful, and so is a unit without any text.
+    What cannot be decoded is doubtful, and so is a unit without any text. Of the units known to be
+    clear the last is read again, for what may begin in it, and the ones before it are not.
     """
-    ids = token_ids.tolist()
+    first = max(known - 1, 0)
+    ids = token_ids[first * unit_tokens :].tolist()
     units = len(ids) // unit_tokens
     text = decode(ids)
+    if first:
+        text = text.lstrip(UNDECODABLE)  # a character that the cut has halved
     doubts = [inspector.first_doubt(text), _or_none(text.find(UNDECODABLE))]
     doubt = min((at for at in doubts if at is not None), default=None)
     for unit in range(units):
         if not decode(ids[unit * unit_tokens : (unit + 1) * unit_tokens]):
             units = unit
             break
-    if doubt is None:
-        return units
-    return _whole_before(doubt, units, lambda unit: len(decode(ids[: unit * unit_tokens])))
+    if doubt is not None:
+        units = _whole_before(doubt, units, lambda unit: len(decode(ids[: unit * unit_tokens])))
+    return first + units
 
 
 def _whole_before(doubt: int, units: int, length: Callable[[int], int]) -> int:

@@ -123,11 +123,19 @@ class Ledger(msgspec.Struct):
         spending.tainted[name] = ballot.tainted.depth
         while len(spending.tainted) > bound:
             del spending.tainted[next(iter(spending.tainted))]
-        found = self.units.get((ballot.group, name))
-        if found is not None:
-            found.votes.pop(voter, None)
-            if not found.votes:
-                del self.units[ballot.group, name]
+        if self.knows(voter, ballot.group, name):
+            self._retract(voter, ballot.group, name)
+
+    def _retract(self, voter: str, group: str, name: bytes) -> None:
+        """Take back a voter's votes for a unit and all below it."""
+        below = {name}
+        for key, unit in sorted(self.units.items(), key=lambda item: item[1].depth):
+            if key[0] != group or (key[1] != name and unit.above not in below):
+                continue
+            below.add(key[1])
+            unit.votes.pop(voter, None)
+            if not unit.votes:
+                del self.units[key]
 
     def _clean(self, spending: Spending, ballots: list[Ballot]) -> dict[Key, tuple[UnitRef, int]]:
         """Return the units above every taint with how often they were sent."""

@@ -9,6 +9,7 @@ detector says: a miss costs nothing while fewer than the rule asks for hold the 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from kvkeep.sharing.worker import Worker, read_one
 from kvkeep.types import PAGE_TOKENS, Access, Chain, EpochDelta
 
 DAY_S = 86_400
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,11 @@ class Promotion:
         period = self._parts.rule.period_epochs(a_day)
         return max(1, self._limits.units_per_day * period // a_day)
 
+    @property
+    def eps_per_day(self) -> float | None:
+        """Return what the rule's noise may cost one tenant in a day; None where there is none."""
+        return self._parts.rule.eps_total(self.units_per_period, self._limits.epochs_per_day)
+
     def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
         """Return the leading pages that are pinned or that enough others than the tenant sent."""
         pages = self._parts.pins.leading(chain)
@@ -171,7 +179,7 @@ class Promotion:
         snapshot = advance(old, decided, self._epoch)
         ledger.expire(self._epoch - rule.life_epochs)
         self._state.snapshot = snapshot
-        self._parts.store.save(encode_state(self._state))
+        self._save()
         pages = snapshot.pages()
         gone = tuple(page for page in old.pages() if page not in pages)
         return EpochDelta(self._epoch, tuple(pages), gone)
@@ -188,7 +196,14 @@ class Promotion:
         if self._worker is not None:
             self._worker.close()
 
+    def _save(self) -> None:
+        """Keep the state; where that fails, a restart begins with older votes or none."""
+        try:
+            self._parts.store.save(encode_state(self._state))
+        except OSError as error:
+            log.warning("votes could not be saved: %s", type(error).__name__)
+
     def _read(self, job: ScanJob) -> int:
         unit_tokens = self._limits.unit_pages * PAGE_TOKENS
         parts = self._parts
-        return cleared_units(job.token_ids, unit_tokens, parts.decode, parts.inspector)
+        return cleared_units(job.token_ids, unit_tokens, parts.decode, parts.inspector, job.known)

@@ -20,6 +20,9 @@ class Rule(Protocol):
     def period_epochs(self, epochs_per_day: int) -> int:
         """Return the epochs after which a vote for the same unit costs anew."""
 
+    def eps_total(self, units_per_period: int, epochs_per_day: int) -> float | None:
+        """Return the privacy loss of one tenant's day; None where the rule draws nothing."""
+
     def decide(
         self, units: Mapping[Key, Unit], changed: AbstractSet[Key], closed: int, now: int
     ) -> dict[Key, Entry | None]:

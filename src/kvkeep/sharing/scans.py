@@ -19,7 +19,7 @@ class ScanLimits:
 
     queued_bytes: int = 4 << 20
     """Token ids that wait."""
-    epoch_bytes: int = 256 << 10
+    epoch_bytes: int = 128 << 10
     """Token ids scanned per epoch, beside what its earlier votes have cleared."""
 
 
@@ -37,7 +37,8 @@ class ScanJob:
     @property
     def cost_bytes(self) -> int:
         """Return the bytes that count against the voter's limits."""
-        return self.token_ids.nbytes * (len(self.units) - self.known) // len(self.units)
+        read = len(self.units) - max(self.known - 1, 0)
+        return self.token_ids.nbytes * read // len(self.units)
 
 
 @dataclass(slots=True)

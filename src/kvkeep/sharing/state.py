@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvkeep.errors import ConfigError
 from kvkeep.sharing.ledger import Ledger
 from kvkeep.sharing.snapshot import Snapshot
 
@@ -41,11 +42,15 @@ class FileStore:
         self._path = path
 
     def load(self) -> bytes | None:
-        """Return the file's bytes."""
+        """Return the file's bytes; raises `ConfigError` where it is there and can't be read."""
         try:
             return self._path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ConfigError(
+                f"share_state: can't read {self._path}: {error.strerror}; name another file"
+            ) from None
 
     def save(self, state: bytes) -> None:
         """Write a sibling, then rename it over the file."""

@@ -63,9 +63,9 @@ class Noisy(msgspec.Struct, frozen=True):
             return {}
         return {key: self._entry(key, unit, now) for key, unit in units.items()}
 
-    def eps_total(self, units_per_window: int, epochs_per_day: int) -> float:
+    def eps_total(self, units_per_period: int, epochs_per_day: int) -> float | None:
         """Return what one tenant's whole day may cost: eps for each unit and window."""
-        return self.eps * units_per_window * -(-epochs_per_day // self.window_epochs)
+        return self.eps * units_per_period * -(-epochs_per_day // self.window_epochs)
 
     def _entry(self, key: Key, unit: Unit, now: int) -> Entry | None:
         window = now // self.window_epochs

@@ -28,6 +28,10 @@ class AtLeast(msgspec.Struct, frozen=True):
         """Return a day: confirming again within it costs nothing."""
         return epochs_per_day
 
+    def eps_total(self, units_per_period: int, epochs_per_day: int) -> float | None:
+        """Return None: a count is no noise."""
+        return None
+
     def decide(
         self, units: Mapping[Key, Unit], changed: AbstractSet[Key], closed: int, now: int
     ) -> dict[Key, Entry | None]:
