@@ -17,7 +17,7 @@ def test_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     settings = load()
     assert Path(settings.model).name == "demo"
     assert is_loopback(settings.host)
-    assert settings.share == "nothing"
+    assert settings.share == "selective"
 
 
 def test_flags_win_over_environment_wins_over_file(
@@ -90,6 +90,15 @@ def test_a_broken_file_is_an_error(tmp_path: Path, content: bytes) -> None:
         ("kv_cache_memory_bytes", "4 parsecs"),
         ("admin_host", "0.0.0.0"),
         ("share", "all"),
+        ("share", "some"),
+        ("share", 3),
+        ("share", "pinned"),
+        ("share_k", 1),
+        ("share_eps", 0),
+        ("share_delta", 1),
+        ("share_pool", 1),
+        ("share_life_epochs", 1),
+        ("share_webhook", "ftp://x"),
     ],
 )
 def test_a_bad_value_is_named_by_its_field(field: str, value: object) -> None:
@@ -97,8 +106,15 @@ def test_a_bad_value_is_named_by_its_field(field: str, value: object) -> None:
         load({field: value})
 
 
-def test_sharing_everything_needs_its_confirmation() -> None:
-    assert load({"share": "all", "unsafe_share_all": True}).share == "all"
+@pytest.mark.parametrize("policy", ["all", "share_all", "safekv"])
+def test_what_leaks_needs_its_confirmation(policy: str) -> None:
+    with pytest.raises(ConfigError, match="unsafe-share-all"):
+        load({"share": policy})
+    assert load({"share": policy, "unsafe_share_all": True}).share in ("share_all", "safekv")
+
+
+def test_a_policys_former_name_is_taken_for_todays() -> None:
+    assert load({"share": "nothing"}).share == "isolate"
 
 
 def test_no_auth_stays_on_loopback() -> None:

@@ -58,6 +58,7 @@ class PromoteOffered:
     """Makes public, at each epoch's end, every chain that was offered."""
 
     at_once = False
+    by_scope = False
 
     def __init__(self) -> None:
         self._offered: dict[bytes, None] = {}
@@ -79,8 +80,8 @@ class PromoteOffered:
         self._epoch += 1
         return EpochDelta(self._epoch, promoted)
 
-    def forget(self, tenant: str) -> None:
-        return
+    def forget(self, tenant: str) -> int:
+        return 0
 
 
 class MirrorShield:

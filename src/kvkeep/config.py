@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -25,6 +25,10 @@ from kvkeep.errors import ConfigError
 
 ENV_PREFIX: Final = "KVKEEP_"
 DEFAULT_FILE: Final = Path("kvkeep.toml")
+UNSAFE_POLICIES: Final = ("safekv", "share_all")
+"""Policies that need a word of confirmation."""
+FORMER_POLICIES: Final = {"nothing": "isolate", "all": "share_all"}
+"""Names of earlier versions."""
 DEMO_MODEL: Final = Path(__file__).parent / "demo"
 """The checkpoint that comes with the package."""
 
@@ -80,8 +84,43 @@ class Settings(BaseSettings):
     attention_cost_model: Path | None = Field(
         None, description="coefficients of the planner, JSON (default: measured at start)"
     )
-    share: Literal["nothing", "all"] = Field("nothing", description="pages across tenants")
-    unsafe_share_all: bool = Field(False, description="confirm --share all: it leaks by timing")
+    share: Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"] = Field(
+        "selective", description="which pages tenants share"
+    )
+    unsafe_share_all: bool = Field(
+        False, description="confirm safekv or share_all: they leak by timing"
+    )
+    share_k: Annotated[int, Field(ge=2)] = Field(
+        4, description="tenants beside the reader that must have sent a page (selective)"
+    )
+    share_eps: Annotated[float, Field(gt=0, le=16)] = Field(
+        1.0, description="odds that one tenant may change, as a logarithm (dp)"
+    )
+    share_delta: Annotated[float, Field(gt=0, lt=0.1)] = Field(
+        1e-6, description="chance that the odds say more (dp)"
+    )
+    share_epoch_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0, description="time between two snapshots of what is shared"
+    )
+    share_life_epochs: Annotated[int, Field(ge=2)] = Field(
+        60, description="epochs that a page stays shared unless it is sent again; dp: a window"
+    )
+    share_units_per_day: Count = Field(
+        1024, description="units of 256 tokens that one tenant may vote for in a day"
+    )
+    share_pool: Annotated[float, Field(ge=0, le=0.9)] = Field(
+        0.3, description="part of the pool for shared pages, where any tenant shares"
+    )
+    share_state: Path | None = Field(
+        None, description="file of votes over restarts (default: beside the keys)"
+    )
+    share_pinned: Path | None = Field(
+        None, description="TOML file of prefixes public from the start"
+    )
+    share_audit_log: Path | None = Field(
+        None, description="file of the monitor's alerts, JSON lines"
+    )
+    share_webhook: str | None = Field(None, description="URL that alerts are posted to")
 
     host: str = Field("127.0.0.1", description="public address")
     port: Port = Field(8000, description="public port")
@@ -114,13 +153,25 @@ class Settings(BaseSettings):
         file = InitSettingsSource(settings_cls, read_file(Path(named) if named else None))
         return init_settings, env_settings, file
 
+    @field_validator("share", mode="before")
+    @classmethod
+    def _today(cls, value: object) -> object:
+        """Take a policy's former name for the present one."""
+        return FORMER_POLICIES.get(value, value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.share == "all" and not self.unsafe_share_all:
+        if self.share in UNSAFE_POLICIES and not self.unsafe_share_all:
             raise ConfigError(
-                "share: 'all' lets tenants time each other's prompts; add --unsafe-share-all, "
-                "or leave it at 'nothing'"
+                f"share: {self.share!r} lets tenants time each other's prompts; "
+                "add --unsafe-share-all, or leave it at 'selective'"
             )
+        if self.share == "pinned" and self.share_pinned is None:
+            raise ConfigError("share: 'pinned' shares what --share-pinned FILE declares; add it")
+        if self.share_webhook is not None and not self.share_webhook.startswith(
+            ("http://", "https://")
+        ):
+            raise ConfigError("share_webhook: must be an http or https URL")
         if self.no_auth and not is_loopback(self.host):
             raise ConfigError(
                 "no_auth: serves without keys, so host must be a loopback address; "

@@ -76,6 +76,27 @@ TENANT_RUNNING = Metric(
 TENANT_WAITING = Metric(
     "tenant_requests_waiting", Kind.GAUGE, "Requests of a tenant waiting.", ("tenant",)
 )
+SHARING_EPOCH = Metric("sharing_epoch", Kind.GAUGE, "Number of the epoch that runs.", ("policy",))
+PUBLIC_UNITS = Metric("sharing_public_units", Kind.GAUGE, "Units of 256 tokens shared now.")
+PUBLIC_PAGES = Metric("sharing_public_pages", Kind.GAUGE, "Pages shared now.")
+EPS_PER_DAY = Metric(
+    "sharing_eps_per_day", Kind.GAUGE, "What the noise may cost one tenant in a day."
+)
+SAVED_TOKENS = Metric(
+    "sharing_saved_tokens", Kind.COUNTER, "Prompt tokens not computed thanks to other tenants."
+)
+SCANNED_BYTES = Metric(
+    "sharing_scanned_bytes", Kind.COUNTER, "Token ids read by the detector.", ("tenant",)
+)
+SCANS_DROPPED = Metric(
+    "sharing_scans_dropped", Kind.COUNTER, "Prompts that were not read in time.", ("tenant",)
+)
+SCANS_DOUBTFUL = Metric(
+    "sharing_scans_doubtful", Kind.COUNTER, "Prompts with something doubtful.", ("tenant",)
+)
+SCAN_RESTARTS = Metric("sharing_scan_restarts", Kind.COUNTER, "Times the detector was restarted.")
+ALERTS = Metric("sharing_alerts", Kind.COUNTER, "Alerts of the monitor.", ("rule", "action"))
+ALERTS_FAILED = Metric("sharing_alerts_failed", Kind.COUNTER, "Alerts that could not be handed on.")
 ENGINE_UP = Metric("engine_up", Kind.GAUGE, "1 while the engine is ready.")
 HTTP_REQUESTS = Metric(
     "http_requests", Kind.COUNTER, "HTTP requests by route and status.", ("route", "status")

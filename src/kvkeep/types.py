@@ -7,6 +7,7 @@ Shape letters are those of `ops/layout.py`: `L` layers, `Hkv` KV heads, `D` head
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -191,12 +192,26 @@ class BatchGeometry:
         return pages if self.coded_layout == self.layout else pages - pages % 2
 
 
+class Chain(Sequence[bytes]):
+    """The page hashes of a prompt under the public tag, first page first, and its tokens.
+
+    It may be computed lazily and is valid during the call it is passed to.
+    """
+
+    @abstractmethod
+    def token_ids(self) -> Int32Array:
+        """Return the tokens of all its pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpochDelta:
-    """Chain hashes of pages that an epoch's end made public or withdrew."""
+    """What an epoch's end changes, as chain hashes of pages."""
 
     epoch: int
     promoted: tuple[bytes, ...] = ()
+    """The pages that are public from now on, parents before children, the first to get a place
+    first; those that are public already may be named again.
+    """
     withdrawn: tuple[bytes, ...] = ()
 
 
@@ -211,24 +226,28 @@ class Access:
     own_tokens: int
     public_chain: tuple[bytes, ...]
     """The public pages it was served."""
+    branch: bytes = b""
+    """Stands for how the prompt goes on after what was found; equal for equal continuations."""
+    answer_tokens: int | None = None
+    """The longest answer it asked for, where known."""
 
 
 class SharingPolicy(Protocol):
     """Decides which chains are public, and when; everything else stays in its scope.
 
-    A chain is the page hashes of a prompt under the public tag, first page first; it may be
-    computed lazily and is valid during the call only. It stands here because `cache` is handed one
-    and imports no technique.
+    It stands here because `cache` is handed one and imports no technique.
     """
 
     at_once: bool
     """Whether pages become public as they are computed; a safe policy waits for an epoch's end."""
+    by_scope: bool
+    """Whether pages public at once are so within one scope only."""
 
     def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
         """Return how many leading pages of a chain this tenant may read as public ones."""
 
-    def offer(self, chain: Sequence[bytes], tenant: str) -> None:
-        """Hear that a tenant has computed or reused all pages of a chain."""
+    def offer(self, chain: Chain, tenant: str) -> None:
+        """Hear that a tenant has sent a prompt and all its full pages are computed or reused."""
 
     def observe(self, access: Access) -> None:
         """Hear of one prompt and what it hit."""
@@ -239,8 +258,8 @@ class SharingPolicy(Protocol):
         Parents come before children.
         """
 
-    def forget(self, tenant: str) -> None:
-        """Drop everything remembered of a tenant."""
+    def forget(self, tenant: str) -> int:
+        """Drop everything remembered of a tenant; return how many of its votes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,9 @@ def check(manager: CacheManager) -> None:
 def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
     """Check that every tile is free or in exactly one page."""
     pool = manager.pool
-    slots = [page.slot for page in pages]
+    slots = sorted({page.slot for page in pages})
+    holders = Counter(page.slot for page in pages)
+    assert all(pool._holders[slot] == n for slot, n in holders.items())
     owned = pool.tile_table[slots].ravel().tolist()
     free = pool._tiles._stack[: len(pool._tiles)].tolist()
     assert sorted(owned + free) == list(range(len(tiles_of(pool))))
@@ -158,7 +160,7 @@ class Player:
     def open(self, account: str, scope: str, tokens: list[int]) -> None:
         match = self.manager.match(tokens, account=account, scope=scope)
         view = self.manager.open_view(match, len(tokens))
-        assert view.length <= match.cached_tokens
+        assert view.length <= match.cached_tokens + PAGE_TOKENS * len(match.snapshot)
         check_rows(self.manager, view, tokens)
         run = Running(account, view, tokens[: view.length])
         self.running.setdefault(account, []).append(run)
@@ -199,11 +201,15 @@ class Player:
         done = self.manager.evict_pages(account, count) if self.manager.fits(account, 0) else 0
         self.note(account, "evicted", done)
 
-    def end(self) -> None:
-        """Release and evict everything: nothing may be left."""
+    def end_views(self) -> None:
+        """Release every view, keeping all that was computed."""
         for runs in self.running.values():
             for run in tuple(runs):
                 self.release(run, len(run.tokens))
+
+    def end(self) -> None:
+        """Release and evict everything: nothing may be left."""
+        self.end_views()
         check(self.manager)
         for name in tuple(self.manager._store.accounts):
             self.manager.evict_pages(name, self.manager.pool.num_pages)

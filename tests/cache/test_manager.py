@@ -180,7 +180,7 @@ def test_a_forgotten_account_leaves_nothing_even_from_running_views(player: Play
     serve(player, "a/2", TOKENS)
     player.open("a", "a/1", TOKENS)
     serve(player, "b/1", TOKENS)
-    assert player.manager.forget("a") == 7
+    assert player.manager.forget("a").pages == 7
     check_rows(player.manager, player.running["a"][0].view, TOKENS)
     player.feed(player.running["a"][0], [3] * 70)
     player.release(player.running["a"][0], len(TOKENS) + 70)

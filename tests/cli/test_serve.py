@@ -7,11 +7,13 @@ import pytest
 
 from kvkeep.cli import run
 from kvkeep.cli.engine import describe, engine_options
-from kvkeep.cli.serve import admin_token, server_options
+from kvkeep.cli.serve import admin_token, announce, server_options
 from kvkeep.config import load
 from kvkeep.engine.api import ModelInfo
 from kvkeep.errors import ConfigError
 from kvkeep.models.make import tiny
+from kvkeep.server.options import Bind
+from kvkeep.server.serve import Listening
 
 FREE_PORTS = ["--port", "0", "--admin-port", "0"]
 
@@ -36,6 +38,37 @@ def test_settings_reach_the_engine_and_the_server() -> None:
     engine, server = engine_options(settings), server_options(settings)
     assert (engine.kv_cache_bytes, engine.kernel, engine.served_name) == (2 << 30, "avx2", "m")
     assert (server.limits.max_n, server.served_names) == (3, ("m",))
+
+
+@pytest.mark.parametrize(
+    ("policy", "word"),
+    [
+        ("isolate", "no tenant's pages"),
+        ("selective", "once 5 tenants"),
+        ("dp", "at most e^2, plus 1e-06"),
+        ("pinned", "operator"),
+        ("salt", "salt (UNSAFE)"),
+        ("safekv", "safekv (UNSAFE)"),
+        ("share_all", "share_all (UNSAFE)"),
+    ],
+)
+def test_the_policy_and_what_it_guarantees_are_told(
+    policy: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"share": policy, "share_k": 5, "share_eps": 2.0, "unsafe_share_all": True}
+    settings = load({**flags, "share_pinned": "pins.toml" if policy == "pinned" else None})
+    bind = Bind(port=1)
+    announce(Listening(bind, bind), settings, "token")
+    assert word in " ".join(capsys.readouterr().err.split())
+    options, server = engine_options(settings).share, server_options(settings)
+    assert (options.policy, options.k, options.state) == (policy, 5, "kvkeep-keys.json.votes")
+    assert server.share_by_salt is (policy == "salt")
+    assert server.share_always is (policy in ("pinned", "salt", "safekv", "share_all"))
+
+
+def test_no_votes_are_kept_without_tenants() -> None:
+    assert engine_options(load({"no_auth": True})).share.state is None
+    assert server_options(load({"share_pinned": "pins.toml"})).share_always
 
 
 def test_what_is_served_is_described() -> None:

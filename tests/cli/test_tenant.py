@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from kvkeep.cli import run
+from kvkeep.server.tenants import TenantFile
 
 
 @pytest.fixture
@@ -55,6 +58,57 @@ def test_a_malformed_child_is_one_sentence(
 ) -> None:
     assert run(["tenant", "add", "g", "--share", "1", "--gateway", "--child", child, *keys]) == 1
     assert capsys.readouterr().err.startswith("kvkeep: child: ")
+
+
+def test_sharing_is_told_at_the_start(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--group", "team", "--no-contribute", "--consume", "--store", "memory", "--ttl-s", "60"]
+    assert run(["tenant", "add", "acme", "--share", "0.5", *told, *keys]) == 0
+    tenant = TenantFile(Path(keys[1])).list()[0]
+    assert (tenant.group, tenant.contribute, tenant.consume) == ("team", False, True)
+    assert (tenant.store, tenant.ttl_s) == ("memory", 60.0)
+    capsys.readouterr()
+    assert run(["tenant", "list", *keys]) == 0
+    assert "team" in capsys.readouterr().out
+    assert run(["tenant", "add", "b", "--share", "0.1", "--store", "tape", *keys]) == 1
+    assert "store: 'tape'" in capsys.readouterr().err
+
+
+class Admin(BaseHTTPRequestHandler):
+    """An admin port that knows one tenant."""
+
+    def do_POST(self) -> None:
+        known = self.path == "/purge?tenant=acme"
+        known = known and self.headers["authorization"] == "Bearer a token of some length"
+        body = b'{"pages":3,"votes":2}' if known else b'{"error":{"message":"no such tenant"}}'
+        self.send_response(200 if known else 400)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        return
+
+
+def test_a_purge_goes_through_the_admin_port(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("a token of some length\n")
+    with HTTPServer(("127.0.0.1", 0), Admin) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        at = ["--admin-port", str(server.server_port), "--admin-token-file", str(token)]
+        assert run(["tenant", "purge", "acme", *at]) == 0
+        assert "Purged acme: 3 pages, 2 votes." in capsys.readouterr().err
+        assert run(["tenant", "purge", "ghost", *at]) == 1
+        assert "no such tenant" in capsys.readouterr().err
+        server.shutdown()
+        thread.join()
+    assert run(["tenant", "purge", "acme", *at]) == 1
+    assert "no server answers" in capsys.readouterr().err
+    assert run(["tenant", "purge", "acme"]) == 1
+    assert "admin_token_file" in capsys.readouterr().err
+    assert run(["tenant", "purge", "acme", "--admin-token-file", str(tmp_path / "gone")]) == 1
+    assert "can't be read" in capsys.readouterr().err
 
 
 def test_revoking_nobody_is_one_sentence(

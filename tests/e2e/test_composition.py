@@ -120,8 +120,10 @@ def test_a_policy_that_promotes_shares_between_tenants(tiny: dict[str, Path]) ->
     before = drive(core, [request(prompt, id="b0", tenant="b")])["b0"]
     assert before[0].cached_tokens == 0
     core.end_epoch(1.0)
+    saved = core.counters.cache_hits
     after = drive(core, [request(prompt, id="b1", tenant="b", scope="fresh")])["b1"]
-    assert after[0].cached_tokens == 192
+    assert after[0].cached_tokens == 0, "nobody is told what others have sent"
+    assert core.counters.cache_hits - saved == 192
     assert tokens(cold) == tokens(before) == tokens(after)
 
 

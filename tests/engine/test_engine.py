@@ -11,6 +11,7 @@ import torch
 
 from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import SharingOptions
 from tests.engines import core_for, drive, greedy_oracle, request, tokens
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -160,7 +161,9 @@ def test_without_prefix_caching_nothing_is_reused(tiny: dict[str, Path]) -> None
 
 
 def test_share_all_reuses_across_tenants(tiny: dict[str, Path]) -> None:
-    core = core_for(tiny["llama"], tenants={"a": 0.3, "b": 0.3}, share="all")
+    core = core_for(
+        tiny["llama"], tenants={"a": 0.3, "b": 0.3}, share=SharingOptions(policy="share_all")
+    )
     drive(core, [request(prompt_of(200), GREEDY, id="x")])
     chunks = drive(core, [request(prompt_of(200), GREEDY, id="y", tenant="b")])["y"]
     assert chunks[0].cached_tokens == 192

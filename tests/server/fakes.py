@@ -15,6 +15,9 @@ from kvkeep.engine.api import (
     GenerateRequest,
     Histogram,
     ModelInfo,
+    Purged,
+    SharingStats,
+    TenantTerms,
     TenantUse,
     TokenLogprob,
 )
@@ -95,6 +98,8 @@ class FakeEngine:
     closed: list[str] = field(default_factory=list)
     """Requests whose iterator was closed before its end."""
     quotas: list[dict[str, float]] = field(default_factory=list)
+    terms: list[dict[str, TenantTerms]] = field(default_factory=list)
+    purged: list[str] = field(default_factory=list)
     dead: bool = False
     shut: bool = False
 
@@ -187,10 +192,26 @@ class FakeEngine:
             tenants=(
                 TenantUse(tenant="acme", quota_pages=50, used_pages=25, running=1, waiting=2),
             ),
+            sharing=SharingStats(
+                policy="selective",
+                epoch=7,
+                public_units=3,
+                public_pages=12,
+                eps_per_day=2.5,
+                scanned_bytes=(("acme", 512),),
+                alerts=(("probe share", "notify", 1),),
+            ),
         )
 
-    async def set_tenants(self, quotas: dict[str, float]) -> None:
+    async def set_tenants(
+        self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
+    ) -> None:
         self.quotas.append(dict(quotas))
+        self.terms.append(dict(terms or {}))
+
+    async def purge(self, tenant: str) -> Purged:
+        self.purged.append(tenant)
+        return Purged(pages=3, votes=2)
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         self.shut = True

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from kvkeep.engine.api import TenantTerms
+from kvkeep.server.tenants import SharingTerms
 from tests.server.conftest import Start
 
 
@@ -24,3 +28,44 @@ async def test_the_last_bound_of_a_histogram_is_told_apart_from_none(start: Star
         }
     assert ready["engine"]["finished"] == [["stop", 3], ["length", 4]]
     assert ready["model"]["eos_token_ids"] == [257]
+
+
+async def test_a_purge_covers_a_tenant_and_its_children(start: Start) -> None:
+    async with start() as server, server.admin() as admin:
+        answer = await admin.post("/purge", params={"tenant": "gw"})
+        assert (answer.status_code, answer.json()) == (200, {"pages": 9, "votes": 6})
+        assert server.engine.purged == ["gw", "gw/a", "gw/b"]
+        answer = await admin.post("/purge", params={"tenant": "gw/b"})
+        assert (answer.json(), server.engine.purged[3:]) == ({"pages": 3, "votes": 2}, ["gw/b"])
+        for query in ({"tenant": "nobody"}, {}):
+            refused = await admin.post("/purge", params=query)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "tenant"
+
+
+async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> None:
+    async with start() as server, server.admin() as admin, server.client() as client:
+        page = (await admin.get("/metrics")).text
+        assert (await client.get("/metrics")).status_code == 404
+    for line in (
+        'kvkeep:sharing_epoch{model_name="tiny",policy="selective"} 7.0',
+        'kvkeep:sharing_public_pages{model_name="tiny"} 12.0',
+        'kvkeep:sharing_eps_per_day{model_name="tiny"} 2.5',
+        'kvkeep:sharing_scanned_bytes_total{model_name="tiny",tenant="acme"} 512.0',
+        'kvkeep:sharing_alerts_total{action="notify",model_name="tiny",rule="probe share"} 1.0',
+    ):
+        assert line in page
+
+
+async def test_the_engine_hears_each_tenants_terms_and_leaves_room_to_share(start: Start) -> None:
+    async with start() as server, server.admin() as admin:
+        assert server.engine.quotas[-1]["acme"] == 0.5
+        sharing = SharingTerms(group="all", contribute=False, store="memory", ttl_s=60.0)
+        server.file.add("new", share=0.1, sharing=sharing)
+        assert (await admin.post("/reload")).status_code == 200
+        assert server.engine.quotas[-1]["acme"] == pytest.approx(0.35)
+        told = server.engine.terms[-1]
+        assert told["new"] == TenantTerms(
+            voter="new", group="all", contribute=False, store="memory", ttl_s=60.0
+        )
+        assert told["gw/a"] == TenantTerms(voter="gw")

@@ -8,6 +8,7 @@ import pytest
 from openai import AsyncOpenAI, NotFoundError
 from openai.types.chat import ChatCompletionMessageParam
 
+from kvkeep.server.options import ServerOptions
 from tests.server.conftest import Running, Start
 from tests.server.fakes import BOS, MAX_LEN, MODEL, REPLY, FakeEngine
 
@@ -315,3 +316,28 @@ async def test_cosmetic_fields_are_ignored_and_counted(start: Start) -> None:
         page = (await admin.get("/metrics")).text
         for name in ("user", "metadata", "store"):
             assert f'kvkeep:ignored_fields_total{{field="{name}"}} 1.0' in page
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_scopes_are_a_tenants_own_or_its_salts_alone(start: Start, *, shared: bool) -> None:
+    options = ServerOptions(share_by_salt=shared)
+    async with start(options=options) as server:
+        for key in (server.key, server.gateway_key):
+            for salt in ({}, {"X-Cache-Salt": "blue"}):
+                async with server.client(key) as client:
+                    body = {"model": MODEL, "prompt": "hi"}
+                    answer = await client.post("/v1/completions", json=body, headers=salt)
+                    assert answer.status_code == 200
+        scopes = [request.scope for request in server.engine.requests]
+    assert len(set(scopes)) == (2 if shared else 4)
+    assert (scopes[:2] == scopes[2:]) is shared
+
+
+async def test_what_must_not_be_stored_is_told_to_the_engine(start: Start) -> None:
+    async with start() as server, server.client() as client:
+        body = {"model": MODEL, "prompt": "hi"}
+        for headers in ({}, {"X-Kvkeep-Store": "never"}):
+            await client.post("/v1/completions", json=body, headers=headers)
+        refused = await client.post("/v1/completions", json=body, headers={"X-Kvkeep-Store": "no"})
+        assert [request.store for request in server.engine.requests] == [True, False]
+    assert refused.json()["error"]["param"] == "X-Kvkeep-Store"

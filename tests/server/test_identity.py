@@ -150,7 +150,8 @@ def test_a_malformed_salt_is_400(house: House, salt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["authorization", "x-kvkeep-tenant", "x-kvkeep-subject", "x-cache-salt"]
+    "name",
+    ["authorization", "x-kvkeep-tenant", "x-kvkeep-subject", "x-cache-salt", "x-kvkeep-store"],
 )
 def test_a_header_sent_twice_is_400(house: House, name: str) -> None:
     raw = [(b"authorization", f"Bearer {house.gateway}".encode()), (name.encode(), b"a")]
@@ -167,6 +168,14 @@ def test_a_gateway_without_a_rest_must_name_a_child(house: House) -> None:
         house.identify(key)
     assert house.identify(key, x_kvkeep_tenant="x").account == "full/x"
     assert "full" not in house.store.quotas()
+
+
+def test_what_must_not_be_stored_says_so_in_one_word(house: House) -> None:
+    assert house.identify(house.plain).store
+    assert not house.identify(house.plain, x_kvkeep_store="never").store
+    for word in ("", "Never", "no", "memory"):
+        with pytest.raises(InvalidRequest, match="must be 'never'"):
+            house.identify(house.plain, x_kvkeep_store=word)
 
 
 LOCAL = LoopbackAuthenticator(4)

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
 from kvkeep.server.options import Bind, ServerOptions
 from kvkeep.server.serve import _tcp_socket, serve
@@ -119,7 +120,9 @@ async def test_open_doors_are_refused() -> None:
 
 async def test_an_engine_that_does_not_start_is_raised(tmp_path: Path) -> None:
     class Broken(FakeEngine):
-        async def set_tenants(self, quotas: dict[str, float]) -> None:
+        async def set_tenants(
+            self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
+        ) -> None:
             raise ConfigError("share: too small for one page")
 
     with pytest.raises(ConfigError, match="too small"):

@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
 from kvkeep.server.keys import key_digest
-from kvkeep.server.tenants import TenantFile
+from kvkeep.server.tenants import SharingTerms, TenantFile
 
 
 @pytest.fixture
@@ -92,6 +93,27 @@ def test_a_wrong_tenant_is_named(
     with pytest.raises(ConfigError, match=word):
         file.add(name, share=share, concurrency=concurrency, gateway=gateway, children=children)
     assert not file.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("sharing", "word"),
+    [
+        (SharingTerms(group=""), "group"),
+        (SharingTerms(group="a/b"), "group"),
+        (SharingTerms(ttl_s=0.0), "ttl_s"),
+        (SharingTerms(ttl_s=float("inf")), "ttl_s"),
+        (SharingTerms(ttl_s=float("nan")), "ttl_s"),
+    ],
+)
+def test_wrong_terms_are_named(file: TenantFile, sharing: SharingTerms, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        file.add("a", share=0.1, sharing=sharing)
+
+
+def test_terms_are_a_gateways_for_all_its_children(file: TenantFile) -> None:
+    file.add("gw", share=0.4, gateway=True, children={"x": 0.5}, sharing=SharingTerms("g"))
+    terms = {name: tenant.terms() for name, tenant in file.read().accounts().items()}
+    assert terms["gw"] == terms["gw/x"] == TenantTerms(voter="gw", group="g")
 
 
 def test_quotas_give_children_their_slice_of_the_gateways_share(file: TenantFile) -> None:

@@ -2,13 +2,29 @@ from __future__ import annotations
 
 import pytest
 
+from kvkeep.sharing.pins import Pins
+from kvkeep.sharing.policies.pinned import SharePinned
+from kvkeep.sharing.policies.salt import ShareBySalt
 from kvkeep.sharing.policy import Access, ShareAll, ShareNothing, SharingPolicy
+from tests.sharing.nodes import Blocks
 
-CHAIN = (b"1" * 32, b"2" * 32)
+CHAIN = Blocks(1, 2)
+
+
+def pinned() -> SharePinned:
+    pins = Pins()
+    pins.add([CHAIN.hashes[0]])
+    return SharePinned(pins)
 
 
 @pytest.mark.parametrize(
-    ("policy", "length", "at_once"), [(ShareNothing(), 0, False), (ShareAll(), 2, True)]
+    ("policy", "length", "at_once"),
+    [
+        (ShareNothing(), 0, False),
+        (pinned(), 1, False),
+        (ShareBySalt(), 2, True),
+        (ShareAll(), 2, True),
+    ],
 )
 def test_the_null_object_shares_nothing_and_the_baseline_everything(
     policy: SharingPolicy, length: int, at_once: bool
@@ -20,5 +36,5 @@ def test_the_null_object_shares_nothing_and_the_baseline_everything(
     assert policy.at_once is at_once
     delta = policy.end_epoch(1.0)
     assert (delta.promoted, delta.withdrawn) == ((), ())
-    policy.forget("a")
+    assert policy.forget("a") == 0
     assert policy.public_len(CHAIN, "a") == length

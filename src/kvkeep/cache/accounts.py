@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from kvkeep.cache.radix import Page
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long an account's cached pages may stay, and where."""
+
+    ttl_s: float | None = None
+    """Seconds without use after which a page goes; None: when its room is needed."""
+    to_tier: bool = True
+    """Whether evicted pages may go to a lower tier."""
+
+
 @dataclass(slots=True)
 class Account:
     """A reserved share of the pool.
@@ -21,11 +31,12 @@ class Account:
     evicted_pages: int = 0
     clock: int = 0
     """The account's own logical time: views it has opened."""
-    unreferenced: OrderedDict[Page, None] = field(default_factory=OrderedDict)
-    """Indexed pages that no view holds, the first to be evicted first.
+    unreferenced: OrderedDict[Page, float] = field(default_factory=OrderedDict)
+    """Indexed pages that no view holds and since when, the first to be evicted first.
 
     Children always before their parents.
     """
+    retention: Retention = field(default_factory=Retention)
 
     @property
     def referenced_pages(self) -> int:
@@ -51,3 +62,22 @@ class AccountUse:
     used_pages: int
     unreferenced_pages: int
     evicted_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The cache at one moment."""
+
+    pages_total: int
+    pages_used: int
+    pages_free: int
+    open_views: int
+    accounts: dict[str, AccountUse]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was dropped of an account."""
+
+    pages: int
+    votes: int

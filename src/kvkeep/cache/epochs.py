@@ -4,82 +4,90 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvkeep.cache.radix import Page
+from kvkeep.cache.radix import Page, path_to
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.errors import QuotaExceeded
 from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, PageTag, chain_hash
 
 
 class Promoter:
     """Keeps the public tree in step with the policy's snapshots.
 
-    A public page's parent is public or the root.
+    A public page's parent is public or the root. Between two epochs' ends no public page comes or
+    goes: what does not fit in the public share is not published, and nothing is evicted for it.
     """
 
-    def __init__(self, store: PageStore, public_tag: PageTag) -> None:
+    def __init__(self, store: PageStore, public_tag: PageTag, *, at_once: bool) -> None:
         self._store = store
+        self._at_once = at_once
         self._tag = public_tag
         self._tag_digest = public_tag.digest()
 
     def apply(self, delta: EpochDelta) -> None:
-        """Withdraw, then promote what some tenant still holds.
+        """Withdraw, then promote in the delta's order what some tenant still holds.
 
         A page that does not fit stays private.
         """
         for chain in delta.withdrawn:
             self.withdraw(chain)
-        wanted = set(delta.promoted)
-        if not wanted:
+        public = self._store.index.public_pages
+        missing = [chain for chain in delta.promoted if chain not in public]
+        if not missing:
             return
         held = self._own_pages_by_public_hash()
-        for page in sorted((held[h] for h in wanted & held.keys()), key=lambda page: page.index):
-            self.promote(page)
+        for chain in missing:
+            page = held.get(chain)
+            if page is not None:
+                self.promote(page)
 
     def withdraw(self, chain: bytes) -> int:
-        """Take a public page and all below it out of the index; return how many."""
+        """Take a public page and all below it out of the index; return how many.
+
+        A pinned page stays.
+        """
         page = self._store.index.public_pages.get(chain)
-        if page is None:
+        if page is None or (page.pinned and not self._at_once):
             return 0
         count = self._store.drop_below(page)
         self._store.drop(page)
         return count + 1
 
-    def promote(self, page: Page) -> Page | None:
-        """Copy a closed page into the public tree and return the copy.
+    def promote(self, page: Page, *, pinned: bool = False) -> Page | None:
+        """Publish a full page and return its public twin, which shares its memory.
 
-        Its own stays until it is evicted.
-
-        None where its parent is not public, its bytes are not what a public page would hold
-        (another codec or shield), or the public share is full of pages in use.
+        Its own stays until it is evicted. `pinned`: in the open, see `Page`. None where its parent
+        is not public, its bytes are not what a public page would hold (another codec or shield), or
+        the public share is full.
         """
         store = self._store
         hashes = self._public_hashes(page)
         if not hashes or replace(page.tag, scope=PUBLIC_SCOPE) != self._tag:
             return None
         found = store.index.public_pages.get(hashes[-1])
+        if found is None:
+            found = self._publish(page, hashes)
         if found is not None:
-            return found
-        above = self._public_ancestors(page, hashes)
-        if above is None:
-            return None
-        for ancestor in above:
-            store.lock(ancestor)
-        copy = self._copy(page, above[-1] if above else None)
-        for ancestor in reversed(above):
-            store.unlock(ancestor)
-        return copy
+            found.pinned = found.pinned or pinned
+        return found
 
-    def _copy(self, page: Page, parent: Page | None) -> Page | None:
+    def _publish(self, page: Page, hashes: list[bytes]) -> Page | None:
         store = self._store
-        try:
-            copy = store.new_pages(PUBLIC_ACCOUNT, self._tag, 1)[0]
-        except QuotaExceeded:
+        public = store.account(PUBLIC_ACCOUNT)
+        if public.used_pages >= public.quota_pages:
             return None
-        store.pool.copy_page(page.slot, copy.slot)
-        copy.state = page.state
-        store.attach(self._root() if parent is None else parent, copy, page.key)
-        store.unlock(copy)
-        return copy
+        above: list[Page] = []
+        if page.index > 0:
+            start = page.parent.hash if len(hashes) == 1 and page.parent else hashes[-2]
+            parent = store.index.public_pages.get(start)
+            if parent is None:
+                return None
+            above = path_to(parent)
+        twin = store.share_pages(PUBLIC_ACCOUNT, self._tag, [page])[0]
+        store.attach(above[-1] if above else self._root(), twin, page.key)
+        for one in above:
+            store.lock(one)
+        for one in (twin, *reversed(above)):
+            store.unlock(one)
+        return twin
 
     def _root(self) -> Page:
         index = self._store.index
@@ -102,23 +110,6 @@ class Promoter:
             last = chain_hash(last, self._tag_digest, key)
             hashes.append(last)
         return hashes
-
-    def _public_ancestors(self, page: Page, hashes: list[bytes]) -> list[Page] | None:
-        """Return the public pages above, the first page first; None where one is missing."""
-        if page.index == 0:
-            return []
-        if len(hashes) > 1:
-            start = hashes[-2]
-        else:
-            start = page.parent.hash if page.parent is not None else b""
-        node = self._store.index.public_pages.get(start)
-        if node is None:
-            return None
-        above: list[Page] = []
-        while node.parent is not None:
-            above.append(node)
-            node = node.parent
-        return above[::-1]
 
     def _own_pages_by_public_hash(self) -> dict[bytes, Page]:
         """Return every private full page by the hash it would have in the public tree."""

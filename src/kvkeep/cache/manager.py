@@ -14,14 +14,13 @@ was read to compute it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from kvkeep.cache.accounts import AccountUse
+from kvkeep.cache.accounts import AccountUse, CacheStats, Forgotten, Retention
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_bytes
+from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, path_to, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.cache.tiers import Tier
 from kvkeep.cache.views import Closer, HeldView
@@ -35,17 +34,6 @@ from kvkeep.types import (
     SharingPolicy,
     View,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """The cache at one moment."""
-
-    pages_total: int
-    pages_used: int
-    pages_free: int
-    open_views: int
-    accounts: dict[str, AccountUse]
 
 
 class CacheManager:
@@ -71,7 +59,7 @@ class CacheManager:
         copies_rows = pool.spec.recent_tokens is None
         self._matcher = Matcher(index, policy, tag_of, tier, copies_rows=copies_rows)
         self._closer = Closer(self._store, policy, public_tag, copies_rows=copies_rows)
-        self._promoter = Promoter(self._store, public_tag)
+        self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
         self._fetches: set[Fetch] = set()
         self._next_view = 0
@@ -87,6 +75,11 @@ class CacheManager:
         """
         self._store.set_quotas(quotas, public_pages)
 
+    def set_retention(self, terms: Mapping[str, Retention]) -> None:
+        """Say how long accounts keep pages; one that is left out keeps them as long as they fit."""
+        for name, owner in self._store.accounts.items():
+            owner.retention = terms.get(name, Retention())
+
     def fits(self, account: str, num_pages: int) -> bool:
         """Tell whether an account could ever hold this many pages at once."""
         owner = self._store.accounts.get(account)
@@ -101,6 +94,11 @@ class CacheManager:
         """Return the pages charged to an account, in use or cached."""
         owner = self._store.accounts.get(account)
         return 0 if owner is None else owner.used_pages
+
+    @property
+    def public_pages(self) -> int:
+        """Return the pages that are public now."""
+        return len(self.index.public_pages)
 
     def evict_pages(self, account: str, count: int) -> int:
         """Evict up to `count` of an account's unused pages, oldest first; return how many."""
@@ -161,10 +159,11 @@ class CacheManager:
 
     # Views
 
-    def open_view(self, match: Match, prompt_len: int) -> View:
+    def open_view(self, match: Match, prompt_len: int, *, answer_tokens: int | None = None) -> View:
         """Return a view of what a match found, its pages locked.
 
-        A page evicted since then ends it sooner.
+        A page evicted since then ends it sooner. The snapshot's pages become pages of the view's
+        own, charged to its account, where there is room for the whole prompt.
 
         `View.length` says how much of the prompt it holds: all of it where all was cached. Rows of
         a partial match are copied to a page of the view's own; where the account has no room for it
@@ -176,14 +175,21 @@ class CacheManager:
             self._store.lock(page)
         view = View(self._next_view, match.tag)
         self._next_view += 1
-        held = HeldView(view, match.account, pages, len(pages))
+        held = HeldView(
+            view, match.account, pages, len(pages), prompt_pages=prompt_len // PAGE_TOKENS
+        )
+        whole = len(pages) == len(match.public) + len(match.own)
+        served = [page.hash for page in pages[:public]]
         rows = 0
-        if match.partial is not None and len(pages) == len(match.public) + len(match.own):
+        if whole and match.snapshot and self._add_snapshot(held, match, prompt_len):
+            served = [page.hash for page in path_to(match.snapshot[-1])]
+        elif whole and match.partial is not None:
             rows = self._copy_rows(held, *match.partial)
         held.set_slots()
-        view.length = min(held.closed * PAGE_TOKENS + rows, prompt_len)
+        full = len(held.pages) - (rows > 0)
+        view.length = min(full * PAGE_TOKENS + rows, prompt_len)
         self._held[view.id] = held
-        self._observe(held, view.length, prompt_len, public)
+        self._observe(held, match, prompt_len, tuple(served), answer_tokens)
         return view
 
     def extend(self, view: View, n_tokens: int) -> None:
@@ -215,6 +221,7 @@ class CacheManager:
         view.length = len(tokens)
         if len(tokens) // PAGE_TOKENS > held.closed:
             self._closer.close_pages(held, tokens)
+        self._closer.offer(held, tokens, ended=False)
 
     def fork(self, view: View) -> View:
         """Return a second view of the same tokens: full pages shared, an open page copied.
@@ -233,7 +240,9 @@ class CacheManager:
         twin = View(self._next_view, view.tag, length=view.length, tainted_from=view.tainted_from)
         twin.evict = None if view.evict is None else view.evict.copy()
         self._next_view += 1
-        copy_held = HeldView(twin, held.account, pages, min(held.closed, full), held.indexable)
+        copy_held = HeldView(
+            twin, held.account, pages, min(held.closed, full), 0, True, held.indexable
+        )
         copy_held.set_slots()
         self._held[twin.id] = copy_held
         return twin
@@ -247,6 +256,7 @@ class CacheManager:
         del self._held[view.id]
         if len(tokens) // PAGE_TOKENS > held.closed:
             self._closer.close_pages(held, tokens)
+        self._closer.offer(held, tokens, ended=True)
         self._closer.keep_rows(held, tokens)
         for page in reversed(held.pages):
             self._store.unlock(page)
@@ -262,20 +272,25 @@ class CacheManager:
         """
         return self._drop_trees(account, scope)
 
-    def forget(self, account: str) -> int:
-        """Drop every page of an account and all its policy state; return how many pages."""
-        self._policy.forget(account)
-        return self._drop_trees(account, None)
+    def forget(self, account: str) -> Forgotten:
+        """Drop every page of an account and all its policy state."""
+        votes = self._policy.forget(account)
+        return Forgotten(self._drop_trees(account, None), votes)
+
+    def forget_votes(self, account: str) -> int:
+        """Drop an account's policy state alone; return how many votes."""
+        return self._policy.forget(account)
 
     def end_epoch(self, now: float) -> EpochDelta:
-        """Close the policy's epoch and apply its snapshot to the public tree."""
+        """Drop what has had its time, close the policy's epoch and apply its snapshot."""
+        self._store.expire(now)
         delta = self._policy.end_epoch(now)
         self._promoter.apply(delta)
         return delta
 
-    def promote(self, page: Page) -> Page | None:
-        """Copy one page into the public tree; see `Promoter.promote`."""
-        return self._promoter.promote(page)
+    def promote(self, page: Page, *, pinned: bool = False) -> Page | None:
+        """Publish one page; see `Promoter.promote`."""
+        return self._promoter.promote(page, pinned=pinned)
 
     # Inside
 
@@ -322,14 +337,36 @@ class CacheManager:
         finally:
             self._store.unlock(source)
 
-    def _observe(self, held: HeldView, cached: int, prompt_len: int, public: int) -> None:
+    def _add_snapshot(self, held: HeldView, match: Match, prompt_len: int) -> bool:
+        """Give a view the snapshot's pages as its own, moving what computing them would move.
+
+        False without room for the whole prompt: then it is not to be served now.
+        """
+        needed = -(-prompt_len // PAGE_TOKENS) - len(held.pages)
+        if needed > self.room(held.account):
+            return False
+        if match.partial is not None and match.partial[0].attached:
+            self._store.lock(match.partial[0])
+            self._store.unlock(match.partial[0])
+        held.pages += self._store.share_pages(held.account, held.view.tag, match.snapshot)
+        return True
+
+    def _observe(
+        self,
+        held: HeldView,
+        match: Match,
+        prompt_len: int,
+        served: tuple[bytes, ...],
+        answer_tokens: int | None,
+    ) -> None:
         owner = self._store.accounts.get(held.account)
         at = 0
         if owner is not None:
             at, owner.clock = owner.clock, owner.clock + 1
-        chain = tuple(page.hash for page in held.pages[:public])
-        own_tokens = max(cached - public * PAGE_TOKENS, 0)
-        self._policy.observe(Access(held.account, at, prompt_len, own_tokens, chain))
+        own = max(min(match.cached_tokens, prompt_len) - len(match.public) * PAGE_TOKENS, 0)
+        self._policy.observe(
+            Access(held.account, at, prompt_len, own, served, match.branch, answer_tokens)
+        )
 
     def _drop_trees(self, account: str, scope: str | None) -> int:
         """Drop an account's trees, all or one scope's; nothing in flight is indexed after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -13,6 +14,13 @@ from kvkeep.errors import ConfigError
 from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageTag, SharingPolicy, chain_hash
 
 
+def public_start(index: RadixIndex, policy: SharingPolicy, scope: str) -> bytes:
+    """Return what a request's public pages continue: the model, or its scope's part of it."""
+    if not policy.by_scope:
+        return index.model_digest
+    return chain_hash(index.model_digest, b"scope", scope.encode())
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """What the cache holds of a prompt for one scope; nothing is locked until it is opened."""
@@ -20,6 +28,7 @@ class Match:
     account: str
     tag: PageTag
     public: tuple[Page, ...]
+    """Pages that are public in the open."""
     own: tuple[Page, ...]
     """Pages of the scope that continue the public ones."""
     partial: tuple[Page, int] | None
@@ -27,6 +36,11 @@ class Match:
     pending: tuple[bytes, ...]
     """Chain hashes of the next pages, which a tier holds."""
     cached_tokens: int
+    """What `public`, `own` and `partial` hold: the same whatever others have sent."""
+    snapshot: tuple[Page, ...] = ()
+    """Pages of the epoch's snapshot that continue `own`; the view gets copies of its own."""
+    branch: bytes = b""
+    """Stands for the tokens of the page after them."""
 
     def attached(self) -> list[Page]:
         """Return the matched pages up to the first that has left the index since."""
@@ -55,11 +69,13 @@ class Matcher:
     def match(self, tokens: TokenIds, *, account: str, scope: str) -> Match:
         """Return the longest cached start of a prompt: public pages, own pages, an own page's rows.
 
-        Of equally long ones, the one with the most public pages.
+        Of equally long ones, the one with the most public pages. What the snapshot adds comes
+        after, and is used like pages yet to be computed: no result but the time depends on it.
         """
         tag = self._private_tag(scope)
         raw = token_bytes(tokens)
-        public = self._match_public(raw, account)
+        readable = self._match_public(raw, account, scope)
+        public = tuple(takewhile(lambda page: page.pinned, readable))
         best = Match(account, tag, public, (), None, (), len(public) * PAGE_TOKENS)
         for shared in range(len(public), -1, -1):
             start = public[shared - 1].hash if shared else self._index.model_digest
@@ -75,6 +91,7 @@ class Matcher:
             cached = pages * PAGE_TOKENS + (partial[1] if partial else 0)
             if cached > best.cached_tokens:
                 best = Match(account, tag, public[:shared], tuple(own), partial, (), cached)
+        best = self._with_snapshot(best, readable, raw)
         return best if self._tier is None else self._with_pending(best, raw, self._tier)
 
     def _private_tag(self, scope: str) -> PageTag:
@@ -85,8 +102,9 @@ class Matcher:
             )
         return tag
 
-    def _match_public(self, raw: bytes, account: str) -> tuple[Page, ...]:
-        root = self._index.find_root(self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
+    def _match_public(self, raw: bytes, account: str, scope: str) -> tuple[Page, ...]:
+        start = public_start(self._index, self._policy, scope)
+        root = self._index.find_root(start, PUBLIC_ACCOUNT, self._public_tag)
         if root is None:
             return ()
         pages = self._index.walk(root, raw)
@@ -94,6 +112,14 @@ class Matcher:
             return ()
         allowed = self._policy.public_len(tuple(page.hash for page in pages), account)
         return tuple(pages[: max(allowed, 0)])
+
+    def _with_snapshot(self, match: Match, readable: tuple[Page, ...], raw: bytes) -> Match:
+        """Add the readable pages that go on where the match ends."""
+        known = len(match.public) + len(match.own)
+        pages = max(known, len(readable))
+        rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
+        branch = hashlib.blake2b(rest, digest_size=8, person=b"kvkeep-branch").digest()
+        return replace(match, snapshot=readable[known:], branch=branch)
 
     def _with_pending(self, match: Match, raw: bytes, tier: Tier) -> Match:
         """Add the next pages that the tier holds."""

@@ -73,6 +73,7 @@ class TilePool:
             (num_pages, spec.num_layers, spec.num_kv_heads), -1, np.int32
         )
         self._slots = FreeList(num_pages, "page")
+        self._holders = np.zeros(num_pages, np.int32)
         self._tiles = FreeList(num_tiles, "tile")
         self._layers = tuple(self._layer_kv(layer) for layer in range(spec.num_layers))
 
@@ -99,10 +100,23 @@ class TilePool:
             raise
         self.tile_table[slot] = tiles.reshape(self.spec.num_layers, self.spec.num_kv_heads)
         self._storage.place(slot, self.tile_table[slot])
+        self._holders[slot] = 1
         return slot
 
+    def hold_page(self, slot: int) -> None:
+        """Add a holder to a page in use: it takes one `free_page` more until it is free."""
+        self._require(slot)
+        self._holders[slot] += 1
+
     def free_page(self, slot: int) -> None:
-        """Free a page and its tiles; raises `EngineError` where the slot is not in use."""
+        """Let one holder go of a page; the last frees it and its tiles.
+
+        Raises `EngineError` where the slot is not in use.
+        """
+        self._require(slot)
+        self._holders[slot] -= 1
+        if self._holders[slot]:
+            return
         self._slots.give_back(np.array([slot], np.int32))
         self._tiles.give_back(self.tile_table[slot].ravel())
         self.tile_table[slot] = -1

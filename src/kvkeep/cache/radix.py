@@ -11,7 +11,15 @@ from typing import overload
 
 import numpy as np
 
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, Int32Array, PageState, PageTag, chain_hash
+from kvkeep.types import (
+    PAGE_TOKENS,
+    PUBLIC_SCOPE,
+    Chain,
+    Int32Array,
+    PageState,
+    PageTag,
+    chain_hash,
+)
 
 KEY_BYTES = PAGE_TOKENS * 4
 """A full page's key: its int32 token ids as bytes."""
@@ -44,6 +52,7 @@ class Page:
         "n_tokens",
         "parent",
         "partials",
+        "pinned",
         "ref_count",
         "slot",
         "state",
@@ -68,9 +77,11 @@ class Page:
         self.ref_count = 0
         self.state = PageState.OPEN
         self.attached = False
+        self.pinned = False
+        """Public in the open: a hit counts as one, and no reader's share pays for it."""
 
 
-class PublicChain(Sequence[bytes]):
+class PublicChain(Chain):
     """The chain hashes of full pages under the public tag, computed only when looked at.
 
     Reads `tokens` when asked, so it is valid during the call it is passed to. `known` keeps what
@@ -88,6 +99,10 @@ class PublicChain(Sequence[bytes]):
 
     def __len__(self) -> int:
         return self._num_pages
+
+    def token_ids(self) -> Int32Array:
+        """Return the tokens of all its pages."""
+        return np.asarray(self._tokens[: self._num_pages * PAGE_TOKENS], np.int32)
 
     @overload
     def __getitem__(self, key: int) -> bytes: ...
@@ -218,6 +233,14 @@ class RadixIndex:
                 found.append(child)
                 stack.append(child)
         return found[::-1]
+
+
+def path_to(page: Page) -> list[Page]:
+    """Return a page and those before it in its tree, the first page first."""
+    path = [page]
+    while path[-1].parent is not None and path[-1].parent.parent is not None:
+        path.append(path[-1].parent)
+    return path[::-1]
 
 
 def _root_key(root: Page) -> tuple[bytes, str, PageTag]:

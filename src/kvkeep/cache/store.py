@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from kvkeep.cache.accounts import Account
@@ -24,6 +24,8 @@ class PageStore:
         self.index = index
         self._tier = tier
         self.accounts: dict[str, Account] = {}
+        self.now = 0.0
+        """The time of the last epoch's end, in seconds."""
 
     def set_quotas(self, quotas: Mapping[str, int], public_pages: int) -> None:
         """Set every account's share; accounts left out keep only what running views hold."""
@@ -57,12 +59,7 @@ class PageStore:
         all the same.
         """
         owner = self.account(account)
-        if count > owner.room_pages:
-            raise QuotaExceeded(
-                f"account {account!r} needs {count} more pages; its share of "
-                f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
-            )
-        self.evict_pages(account, owner.used_pages + count - owner.quota_pages)
+        self._make_room(owner, count)
         pages: list[Page] = []
         try:
             for _ in range(count):
@@ -74,6 +71,22 @@ class PageStore:
             for page in pages:
                 self.unlock(page)
             raise
+        return pages
+
+    def share_pages(self, account: str, tag: PageTag, sources: Sequence[Page]) -> list[Page]:
+        """Return pages over the memory of full ones, locked once and charged like any other.
+
+        Their bytes stay while either is held. Raises `QuotaExceeded` before anything changes.
+        """
+        owner = self.account(account)
+        self._make_room(owner, len(sources))
+        pages: list[Page] = []
+        for source in sources:
+            self.pool.hold_page(source.slot)
+            page = Page(source.slot, account, tag)
+            page.state, page.ref_count = source.state, 1
+            owner.used_pages += 1
+            pages.append(page)
         return pages
 
     def lock(self, page: Page) -> None:
@@ -93,7 +106,7 @@ class PageStore:
         if page.ref_count == 0:
             if page.attached:
                 owner = self.accounts[page.account]
-                owner.unreferenced[page] = None
+                owner.unreferenced[page] = self.now
                 self.evict_pages(owner.name, owner.used_pages - owner.quota_pages)
             else:
                 self._free(page)
@@ -112,11 +125,23 @@ class PageStore:
                 self._tier is not None
                 and page.n_tokens == PAGE_TOKENS
                 and account != PUBLIC_ACCOUNT
+                and owner.retention.to_tier
             ):
                 self._tier.store(page.hash, partial(self.pool.read, page.slot))
             self.drop(page)
             owner.evicted_pages += 1
         return max(count, 0)
+
+    def expire(self, now: float) -> None:
+        """Take note of the time and drop pages unused for longer than their account keeps them."""
+        self.now = now
+        for owner in self.accounts.values():
+            ttl_s = owner.retention.ttl_s
+            while ttl_s is not None and owner.unreferenced:
+                page, since = next(iter(owner.unreferenced.items()))
+                if since > now - ttl_s:
+                    break
+                self.drop(page)
 
     def trim(self, account: str) -> None:
         """Evict what an account holds beyond its share, as far as views allow.
@@ -170,8 +195,17 @@ class PageStore:
         owner = page.account
         self.accounts[owner].used_pages -= 1
         public.used_pages += 1
-        page.account = PUBLIC_ACCOUNT
+        page.account, page.pinned = PUBLIC_ACCOUNT, True
         return True
+
+    def _make_room(self, owner: Account, count: int) -> None:
+        """Evict what an account must give up for `count` more pages."""
+        if count > owner.room_pages:
+            raise QuotaExceeded(
+                f"account {owner.name!r} needs {count} more pages; its share of "
+                f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
+            )
+        self.evict_pages(owner.name, owner.used_pages + count - owner.quota_pages)
 
     def _alloc(self, owner: Account) -> int:
         """Take a slot; after a quota moved away, the account's own pages make way first."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from kvkeep.cache.matching import public_start
 from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.types import PAGE_TOKENS, PageState, PageTag, SharingPolicy, View
@@ -20,8 +21,10 @@ class HeldView:
     pages: list[Page]
     closed: int
     """Leading pages whose closing was seen."""
+    prompt_pages: int = 0
+    """Full pages of what the tenant sent; offered once they are all there."""
+    offered: bool = False
     indexable: bool = True
-    public_hashes: list[bytes] = field(default_factory=list)
 
     def set_slots(self) -> None:
         """Write the pages' slots into the view."""
@@ -77,13 +80,18 @@ class Closer:
                 begin = (i - first) * KEY_BYTES
                 self._index_page(held, i, raw[begin : begin + KEY_BYTES])
         held.closed = last
-        if clean > first:
-            self._policy.offer(self._public_chain(held, tokens, clean), held.account)
 
-    def _public_chain(self, held: HeldView, tokens: TokenIds, pages: int) -> PublicChain:
-        return PublicChain(
-            self._index.model_digest, self._public_tag_digest, tokens, pages, held.public_hashes
-        )
+    def offer(self, held: HeldView, tokens: TokenIds, *, ended: bool) -> None:
+        """Offer the prompt's pages to the policy, once: when all are there or the view ends."""
+        there = len(tokens) // PAGE_TOKENS
+        if held.offered or (there < held.prompt_pages and not ended):
+            return
+        held.offered = True
+        pages = min(held.clean_tokens(len(tokens)) // PAGE_TOKENS, held.prompt_pages)
+        if pages:
+            start = public_start(self._index, self._policy, held.view.tag.scope)
+            chain = PublicChain(start, self._public_tag_digest, tokens, pages, [])
+            self._policy.offer(chain, held.account)
 
     def _index_page(self, held: HeldView, i: int, key: bytes) -> None:
         """Index page i of a view, or swap it for its indexed equal.
@@ -110,7 +118,8 @@ class Closer:
         """
         if before is not None and not (before.attached and before.account == PUBLIC_ACCOUNT):
             return False
-        start = (self._index.model_digest, PUBLIC_ACCOUNT, self._public_tag)
+        digest = public_start(self._index, self._policy, held.view.tag.scope)
+        start = (digest, PUBLIC_ACCOUNT, self._public_tag)
         parent = self._index.find_root(*start) if before is None else before
         twin = None if parent is None else parent.children.get(key)
         if twin is not None:

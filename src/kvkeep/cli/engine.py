@@ -9,7 +9,7 @@ from pathlib import Path
 from kvkeep.cli.console import NOTES, human_bytes, loading_bar
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, ModelInfo
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import EngineOptions, SharingOptions
 from kvkeep.engine.process import spawn_engine
 from kvkeep.models.check import check_directory
 from kvkeep.models.hub import resolve
@@ -36,6 +36,28 @@ MODEL_SETTINGS = (
 """What concerns an engine without a server."""
 
 
+def sharing_options(settings: Settings) -> SharingOptions:
+    """Return how tenants share; votes are kept beside the keys unless told otherwise."""
+    beside = None if settings.no_auth else settings.keys.with_name(settings.keys.name + ".votes")
+    return SharingOptions(
+        policy=settings.share,
+        k=settings.share_k,
+        eps=settings.share_eps,
+        delta=settings.share_delta,
+        epoch_s=settings.share_epoch_s,
+        life_epochs=settings.share_life_epochs,
+        units_per_day=settings.share_units_per_day,
+        state=_text(settings.share_state or beside),
+        pinned=_text(settings.share_pinned),
+        audit_log=_text(settings.share_audit_log),
+        webhook=settings.share_webhook,
+    )
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
 def engine_options(settings: Settings) -> EngineOptions:
     """Return what the engine is started with."""
     return EngineOptions(
@@ -53,10 +75,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,
         attention_share_across_tenants=settings.attention_share_across_tenants,
-        attention_cost_model=(
-            None if settings.attention_cost_model is None else str(settings.attention_cost_model)
-        ),
-        share=settings.share,
+        attention_cost_model=_text(settings.attention_cost_model),
+        share=sharing_options(settings),
         allow_download=settings.allow_download,
     )
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from kvkeep.cli.console import NOTES
 from kvkeep.cli.engine import checkpoint_path, running_engine
 from kvkeep.cli.options import new_app, with_settings
-from kvkeep.config import Settings
+from kvkeep.config import UNSAFE_POLICIES, Settings
 from kvkeep.errors import ConfigError
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve
 from kvkeep.server.store import TenantStore
+from kvkeep.sharing.guarantees import describe
 
 app = new_app("Serve a model to several tenants over the OpenAI API.")
 
@@ -29,6 +30,10 @@ def server_options(settings: Settings) -> ServerOptions:
         no_auth=settings.no_auth,
         drain_s=settings.drain_s,
         deadline_s=settings.deadline_s,
+        share_pool=settings.share_pool,
+        share_by_salt=settings.share == "salt",
+        share_always=settings.share in ("pinned", "salt", *UNSAFE_POLICIES)
+        or (settings.share != "isolate" and settings.share_pinned is not None),
         limits=ServerLimits(
             max_body_bytes=settings.max_body_bytes,
             max_n=settings.max_n,
@@ -63,8 +68,10 @@ def announce(listening: Listening, settings: Settings, token: str) -> None:
         NOTES.print(f"  {'admin token':<16} {shown}")
     keys = "any key, this machine only" if settings.no_auth else f"keys of {settings.keys}"
     NOTES.print(f"  {'tenants':<16} {keys}")
-    if settings.share == "all":
-        NOTES.print("WARNING: --share all: tenants can time each other's prompts")
+    told = describe(
+        settings.share, k=settings.share_k, eps=settings.share_eps, delta=settings.share_delta
+    )
+    NOTES.print(f"  {'sharing':<16} {told}")
     NOTES.print(f"Ready. Try: kvkeep chat --url {public}")
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
+from kvkeep.cli.admin import post_admin
 from kvkeep.cli.console import NOTES, OUT, make_table
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import Settings
 from kvkeep.errors import ConfigError
 from kvkeep.server.keys import ApiKey
-from kvkeep.server.tenants import TenantFile
+from kvkeep.server.tenants import SharingTerms, Store, TenantFile
 
 app = new_app("Add, revoke, rotate and list tenants' keys.")
 
@@ -27,6 +28,13 @@ def _show(name: str, key: ApiKey) -> None:
 
 def _seconds(days: float | None) -> float | None:
     return None if days is None else days * 86_400
+
+
+def _store(word: str) -> Store:
+    for known in get_args(Store):
+        if word == known:
+            return cast("Store", known)
+    raise ConfigError(f"store: {word!r} is neither never, memory nor disk")
 
 
 def _children(pairs: list[str]) -> dict[str, float]:
@@ -50,6 +58,11 @@ def add(
     gateway: Annotated[bool, typer.Option("--gateway", help="may assert tenants")] = False,
     child: Annotated[list[str] | None, typer.Option(help="NAME=FRACTION of a gateway")] = None,
     expires_days: Days = None,
+    group: Annotated[str | None, typer.Option(help="tenants it shares with")] = None,
+    contribute: Annotated[bool, typer.Option(help="its prompts count towards sharing")] = True,
+    consume: Annotated[bool, typer.Option(help="it reads what its group shares")] = True,
+    store: Annotated[str, typer.Option(help="never, memory or disk")] = "disk",
+    ttl_s: Annotated[float | None, typer.Option(help="seconds unused pages stay")] = None,
 ) -> None:
     """Add a tenant and print its first key."""
     key = TenantFile(settings.keys).add(
@@ -59,8 +72,17 @@ def add(
         gateway=gateway,
         children=_children(child or []),
         expires_s=_seconds(expires_days),
+        sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s),
     )
     _show(name, key)
+
+
+@app.command()
+@with_settings("admin_host", "admin_port", "admin_socket", "admin_token_file")
+def purge(settings: Settings, name: Name) -> None:
+    """Drop a tenant's cached pages and votes from a running server."""
+    gone = post_admin(settings, "/purge", {"tenant": name})
+    NOTES.print(f"Purged {name}: {gone['pages']} pages, {gone['votes']} votes.")
 
 
 @app.command()
@@ -101,8 +123,9 @@ def list_tenants(settings: Settings) -> None:
             f"{tenant.share:g}",
             tenant.concurrency,
             "yes" if tenant.gateway else "",
+            tenant.group or "",
             ", ".join(key.id for key in tenant.keys if key.live(now)),
         )
         for tenant in TenantFile(settings.keys).list()
     ]
-    OUT.print(make_table(("tenant", "share", "concurrency", "gateway", "live keys"), rows))
+    OUT.print(make_table(("tenant", "share", "concurrency", "gateway", "group", "live keys"), rows))

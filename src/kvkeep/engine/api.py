@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -76,6 +76,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     deadline_s: float | None = None
     """Seconds from submission after which it ends with `deadline`."""
+    store: bool = True
+    """Whether anything of it may stay cached once it has ended."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -135,6 +137,49 @@ class TenantUse(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
 
 
+class TenantTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator has settled for one account, beside its share."""
+
+    voter: str
+    """The authenticated tenant that answers for the account."""
+    group: str | None = None
+    """Whom it shares with; None: nobody."""
+    contribute: bool = True
+    consume: bool = True
+    store: Literal["never", "memory", "disk"] = "disk"
+    """How far down its cached pages may go."""
+    ttl_s: float | None = None
+    """Seconds without use after which its pages go."""
+
+
+class Purged(msgspec.Struct, frozen=True, kw_only=True):
+    """What was dropped of an account."""
+
+    pages: int
+    votes: int
+
+
+class SharingStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The sharing policy at one moment, for the admin port only."""
+
+    policy: str
+    epoch: int = 0
+    public_units: int = 0
+    public_pages: int = 0
+    eps_per_day: float | None = None
+    """What `dp` may cost one tenant in a day."""
+    scanned_bytes: tuple[tuple[str, int], ...] = ()
+    """(tenant, bytes of token ids), as are the next two in prompts."""
+    scans_dropped: tuple[tuple[str, int], ...] = ()
+    scans_doubtful: tuple[tuple[str, int], ...] = ()
+    scan_restarts: int = 0
+    saved_tokens: int = 0
+    """Prompt tokens that a snapshot's pages have saved computing."""
+    alerts: tuple[tuple[str, str, int], ...] = ()
+    """(rule, action, count)."""
+    alerts_failed: int = 0
+
+
 class Histogram(msgspec.Struct, frozen=True, kw_only=True):
     """A cumulative histogram: counts per upper bound, +inf last."""
 
@@ -172,6 +217,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     e2e_s: Histogram
     step_s: Histogram
     tenants: tuple[TenantUse, ...]
+    sharing: SharingStats
 
 
 class ChunkStream(Protocol):
@@ -187,7 +233,22 @@ class ChunkStream(Protocol):
         """Stop reading; a request that is not finished is cancelled within a step."""
 
 
-class EngineClient(Protocol):
+class TenantControl(Protocol):
+    """What an operator decides about tenants while the engine runs."""
+
+    async def set_tenants(
+        self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
+    ) -> None:
+        """Set each tenant's reserved share (sum <= 1) and what else is settled for it.
+
+        Tenants left out lose their requests.
+        """
+
+    async def purge(self, tenant: str) -> Purged:
+        """Drop a tenant's cached pages and votes; its requests go on and leave nothing behind."""
+
+
+class EngineClient(TenantControl, Protocol):
     """The whole engine, as a front end sees it: in a thread, a process or a cluster."""
 
     def submit(self, request: GenerateRequest) -> ChunkStream:
@@ -198,9 +259,6 @@ class EngineClient(Protocol):
 
     async def stats(self) -> EngineStats:
         """Return counters and gauges; raises `EngineStopped` where the engine has died."""
-
-    async def set_tenants(self, quotas: dict[str, float]) -> None:
-        """Set each tenant's reserved share (sum <= 1); tenants left out lose their requests."""
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop taking requests, wait up to `drain_s` for those running, and end."""

@@ -23,8 +23,10 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.output import OutputFactory
+from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
+from kvkeep.engine.sharing import Sharing, inspector_of
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import hub, loader
@@ -33,7 +35,8 @@ from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import Ops
 from kvkeep.quant.codec import Float, KVShape
-from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
+from kvkeep.sharing.inspection import DecodeText, Inspector
+from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, PageTag
 
@@ -48,7 +51,10 @@ class Parts(msgspec.Struct, kw_only=True):
     techniques: Techniques
     planner: AttentionPlanner | None = None
     """None: the one the options ask for, fitted to this machine."""
-    policy: SharingPolicy
+    policy: SharingPolicy | None = None
+    """None: the one the options ask for."""
+    inspector: Inspector | None = None
+    """What reads prompts before they are shared; None clears nothing."""
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
     backend: Backend | None = None
@@ -58,8 +64,7 @@ class Parts(msgspec.Struct, kw_only=True):
 def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     return Parts(
-        techniques=Techniques(Float(), NoShield(), KeepAll()),
-        policy=ShareAll() if options.share == "all" else ShareNothing(),
+        techniques=Techniques(Float(), NoShield(), KeepAll()), inspector=inspector_of(options.share)
     )
 
 
@@ -90,10 +95,11 @@ def build_core(
     num_pages = _num_pages(options, kernels.device, spec.page_bytes, max_model_len)
     pool = TilePool(spec, num_pages, backend.storage)
     techniques = parts.techniques
+    sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector)
     manager = CacheManager(
         pool,
         RadixIndex(model.spec.digest),
-        parts.policy,
+        sharing.policy,
         lambda scope: PageTag(scope, techniques.codec.name, techniques.shield.name),
         parts.tier,
     )
@@ -115,10 +121,19 @@ def build_core(
             options.chunk_tokens,
             whole_hits=spec.recent_tokens is None,
         ),
+        sharing,
         prefix_caching=options.prefix_caching,
     )
     _warm_up(core)
+    if options.share.pinned is not None:
+        pin(core, manager, pinned_prompts(Path(options.share.pinned), text))
+        core.reset_counters()
     return core
+
+
+def _decode(text: TextModel) -> DecodeText:
+    """Return the text of tokens with nothing left out: what is invisible is read too."""
+    return lambda ids: text.decode(ids, skip_special_tokens=False)
 
 
 def _planner(

@@ -10,7 +10,15 @@ from typing import Any, Protocol, Self, TypeVar
 
 from kvkeep import errors
 from kvkeep.engine import messages as m
-from kvkeep.engine.api import Chunk, ChunkStream, EngineStats, GenerateRequest, ModelInfo
+from kvkeep.engine.api import (
+    Chunk,
+    ChunkStream,
+    EngineStats,
+    GenerateRequest,
+    ModelInfo,
+    Purged,
+    TenantTerms,
+)
 from kvkeep.errors import ConfigError, EngineError, EngineStopped
 
 Progress = Callable[[int, int], None]
@@ -80,6 +88,7 @@ class MessageClient:
         self._ready: asyncio.Future[ModelInfo] = self._loop.create_future()
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._tenants: deque[asyncio.Future[None]] = deque()
+        self._purges: deque[asyncio.Future[Purged]] = deque()
         self._failure: Exception | None = None
         self._drained = asyncio.Event()
         """No stream is open."""
@@ -110,13 +119,23 @@ class MessageClient:
         self._transport.send(m.GetStats())
         return await future
 
-    async def set_tenants(self, quotas: dict[str, float]) -> None:
-        """Set the reserved share of each tenant; raises `ConfigError` where they do not fit."""
+    async def set_tenants(
+        self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
+    ) -> None:
+        """Set share and terms of each tenant; raises `ConfigError` where they do not fit."""
         self._raise_if_down()
         future: asyncio.Future[None] = self._loop.create_future()
         self._tenants.append(future)
-        self._transport.send(m.SetTenants(quotas))
+        self._transport.send(m.SetTenants(quotas, terms or {}))
         await future
+
+    async def purge(self, tenant: str) -> Purged:
+        """Drop a tenant's cached pages and votes."""
+        self._raise_if_down()
+        future: asyncio.Future[Purged] = self._loop.create_future()
+        self._purges.append(future)
+        self._transport.send(m.Purge(tenant))
+        return await future
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop taking requests, wait up to `drain_s` for those running, and end the loop."""
@@ -156,6 +175,8 @@ class MessageClient:
                     _resolve(future, None)
                 elif not future.done():
                     future.set_exception(ConfigError(error))
+            case m.PurgeDone(purged):
+                _resolve(self._purges.popleft(), purged)
             case m.Loading(done, total):
                 if self._progress is not None:
                     self._progress(done, total)
@@ -177,7 +198,7 @@ class MessageClient:
         down = error if isinstance(error, EngineError) else EngineStopped(str(error))
         for stream in self._streams.values():
             stream.put_nowait(down)
-        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._tenants]
+        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._tenants, *self._purges]
         for future in waiting:
             if not future.done():
                 future.set_exception(down)

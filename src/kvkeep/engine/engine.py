@@ -18,6 +18,8 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    Purged,
+    TenantTerms,
     TenantUse,
 )
 from kvkeep.engine.branches import Beams
@@ -29,6 +31,7 @@ from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
+from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.errors import EngineError, InvalidRequest
 from kvkeep.types import PAGE_TOKENS, EpochDelta
@@ -51,9 +54,12 @@ class EngineCore:
         runner: ModelRunner,
         outputs: OutputFactory,
         limits: SchedulerLimits,
+        sharing: Sharing,
         *,
         prefix_caching: bool = True,
     ) -> None:
+        self.sharing = sharing
+        self.epochs = EpochTimer(sharing.epoch_s)
         self._prefix_caching = prefix_caching
         self.info = info
         self._manager = manager
@@ -71,7 +77,9 @@ class EngineCore:
         """Whether the last step found nothing it could run."""
         self.counters = EngineCounters()
 
-    def set_tenants(self, shares: Mapping[str, float]) -> None:
+    def set_tenants(
+        self, shares: Mapping[str, float], terms: Mapping[str, TenantTerms] | None = None
+    ) -> None:
         """Reserve each tenant's share of the pool; tenants left out lose their requests."""
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
@@ -80,6 +88,10 @@ class EngineCore:
         self._manager.set_quotas(quotas, max(0, self.info.num_pages - sum(quotas.values())))
         for name in self._shares.keys() - shares.keys():
             self._manager.forget(name)
+        for name in self.sharing.leaving(terms or {}):
+            self._manager.forget_votes(name)
+        self.sharing.settle(terms or {})
+        self._manager.set_retention(self.sharing.retention())
         self._shares = dict(shares)
         self._scheduler.set_tenants(shares)
 
@@ -92,6 +104,8 @@ class EngineCore:
             return
         if not self._prefix_caching:
             spec = msgspec.structs.replace(spec, scope=f"{spec.scope}/{spec.id}")
+        if self.sharing.stores_nothing(spec.tenant):
+            spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         request = Request(spec, now, deadline)
@@ -107,6 +121,15 @@ class EngineCore:
         request = self._requests.get(request_id)
         if request is not None:
             self._end_request(request, FinishReason.CANCELLED)
+
+    def purge(self, tenant: str) -> Purged:
+        """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""
+        gone = self._manager.forget(tenant)
+        return Purged(pages=gone.pages, votes=gone.votes)
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.sharing.close()
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
@@ -174,6 +197,7 @@ class EngineCore:
             e2e_s=c.e2e.snapshot(),
             step_s=c.step.snapshot(),
             tenants=tuple(tenants),
+            sharing=self.sharing.stats(self._manager.public_pages, c.saved_tokens),
         )
 
     def _check(self, spec: GenerateRequest) -> None:
@@ -224,8 +248,10 @@ class EngineCore:
         for item in work:
             view, tokens = item.sequence.view, item.sequence.tokens
             assert view is not None
-            if view.length // PAGE_TOKENS > item.start // PAGE_TOKENS:
+            closes = view.length // PAGE_TOKENS > item.start // PAGE_TOKENS
+            if closes or item.sequence.uncommitted:
                 self._manager.commit(view, tokens.ids(view.length))
+                item.sequence.uncommitted = False
         row = 0
         for item in work:
             prompt = item.sequence.output.prompt
@@ -308,7 +334,8 @@ class EngineCore:
             request.first_token_s = now
             self.counters.ttft.add(now - request.arrived_s)
             self.counters.cache_queries += len(request.spec.prompt_ids)
-            self.counters.cache_hits += request.cached_tokens or 0
+            self.counters.cache_hits += request.saved_tokens
+            self.counters.saved_tokens += request.saved_tokens - (request.cached_tokens or 0)
 
     def _accept(
         self, sequence: Sequence, token: int, scores: TokenScores | None, now: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections.abc import Callable
 
 from kvkeep.engine import messages as m
@@ -22,6 +23,7 @@ def run(build: Callable[[m.Sink], EngineCore], inbox: m.Inbox, reply: m.Sink) ->
         core = build(reply)
         reply(m.Ready(core.info))
         _serve(core, inbox, reply)
+        core.close()
         reply(m.Stopped())
     except KvkeepError as error:
         reply(m.Failed(type(error).__name__, str(error)))
@@ -32,21 +34,24 @@ def run(build: Callable[[m.Sink], EngineCore], inbox: m.Inbox, reply: m.Sink) ->
 
 def _serve(core: EngineCore, inbox: m.Inbox, reply: m.Sink) -> None:
     while True:
-        wait = None if core.idle() else (STALL_WAIT_S if core.stalled else 0.0)
+        idle_s = core.epochs.left_s()
+        wait = idle_s if core.idle() else (min(STALL_WAIT_S, idle_s) if core.stalled else 0.0)
         for command in _drain(inbox, wait):
             if isinstance(command, m.Stop):
                 return
             _handle(core, command, reply)
+        if core.epochs.due():
+            core.end_epoch(time.time())
         outputs = core.step()
         if outputs:
             reply(m.Outputs(tuple((o.request_id, o.chunk) for o in outputs)))
 
 
-def _drain(inbox: m.Inbox, wait: float | None) -> list[m.Command]:
-    """Return all queued commands, waiting for the first (None: for ever)."""
+def _drain(inbox: m.Inbox, wait: float) -> list[m.Command]:
+    """Return all queued commands, waiting so long for the first."""
     commands: list[m.Command] = []
     try:
-        if wait is None or wait > 0:
+        if wait > 0:
             commands.append(inbox.get(timeout=wait))
         while True:
             commands.append(inbox.get_nowait())
@@ -62,9 +67,11 @@ def _handle(core: EngineCore, command: m.Command, reply: m.Sink) -> None:
             core.cancel(request_id)
         case m.GetStats():
             reply(m.Stats(core.stats()))
-        case m.SetTenants(shares):
+        case m.Purge(tenant):
+            reply(m.PurgeDone(core.purge(tenant)))
+        case m.SetTenants(shares, terms):
             try:
-                core.set_tenants(shares)
+                core.set_tenants(shares, terms)
             except KvkeepError as error:
                 reply(m.TenantsSet(str(error)))
             else:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvkeep.engine.api import Chunk, EngineStats, GenerateRequest, ModelInfo
+from kvkeep.engine.api import (
+    Chunk,
+    EngineStats,
+    GenerateRequest,
+    ModelInfo,
+    Purged,
+    TenantTerms,
+)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -23,9 +30,16 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetTenants(msgspec.Struct, frozen=True, tag=True):
-    """Replace the tenants' reserved shares."""
+    """Replace the tenants' reserved shares and terms."""
 
     shares: dict[str, float]
+    terms: dict[str, TenantTerms] = {}
+
+
+class Purge(msgspec.Struct, frozen=True, tag=True):
+    """Drop all that is kept of a tenant."""
+
+    tenant: str
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
@@ -36,7 +50,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the loop now."""
 
 
-Command = Submit | Cancel | SetTenants | GetStats | Stop
+Command = Submit | Cancel | SetTenants | Purge | GetStats | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -77,11 +91,17 @@ class TenantsSet(msgspec.Struct, frozen=True, tag=True):
     error: str | None
 
 
+class PurgeDone(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Purge`."""
+
+    purged: Purged
+
+
 class Stopped(msgspec.Struct, frozen=True, tag=True):
     """The loop has ended as asked."""
 
 
-Reply = Loading | Ready | Failed | Outputs | Stats | TenantsSet | Stopped
+Reply = Loading | Ready | Failed | Outputs | Stats | TenantsSet | PurgeDone | Stopped
 
 Inbox = queue.SimpleQueue[Command]
 Sink = Callable[[Reply], None]

@@ -6,6 +6,26 @@ from typing import Literal
 
 import msgspec
 
+PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
+
+
+class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which pages tenants share, and how; lengths of time in epochs of `epoch_s` seconds."""
+
+    policy: PolicyName = "isolate"
+    k: int = 4
+    eps: float = 1.0
+    delta: float = 1e-6
+    epoch_s: float = 60.0
+    life_epochs: int = 60
+    units_per_day: int = 1024
+    state: str | None = None
+    """File that carries votes over restarts."""
+    pinned: str | None = None
+    """TOML file of prefixes that are public from the start."""
+    audit_log: str | None = None
+    webhook: str | None = None
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine is started with; crosses the process boundary."""
@@ -26,5 +46,5 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     attention_planner: Literal["tree", "flat"] = "tree"
     attention_share_across_tenants: Literal["public", "never"] = "public"
     attention_cost_model: str | None = None
-    share: Literal["nothing", "all"] = "nothing"
+    share: SharingOptions = SharingOptions()
     allow_download: bool = False

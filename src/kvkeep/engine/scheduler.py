@@ -199,7 +199,7 @@ class Scheduler:
             if sequence.fetch is not None:
                 sequence.status = Status.WAITING_FETCH
                 return False
-        view = manager.open_view(match, len(tokens))
+        view = manager.open_view(match, len(tokens), answer_tokens=spec.params.max_tokens)
         try:
             manager.extend(view, len(tokens) - view.length)
         except CapacityError:
@@ -207,10 +207,14 @@ class Scheduler:
             if alone:
                 self._exhausted(sequence)
             return False
+        if not spec.store:
+            view.taint(0)
         sequence.view = view
+        sequence.uncommitted = sequence.hidden_hit = view.length > match.cached_tokens
         sequence.status = Status.RUNNING
         if sequence.request.cached_tokens is None:
-            sequence.request.cached_tokens = min(view.length, sequence.prompt_len)
+            sequence.request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
+            sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
         return True
 
     def _reusable(self, sequence: Sequence) -> int:
@@ -223,7 +227,7 @@ class Scheduler:
     def _decodes(self, tenant: _Tenant) -> list[Work]:
         work = []
         for sequence in list(tenant.running):
-            if sequence.status is not Status.RUNNING or sequence.remaining() > 1:
+            if sequence.status is not Status.RUNNING or _prefills(sequence):
                 continue
             if self._make_room(tenant, sequence):
                 work.append(Work(sequence, sequence.next_position(), 1))
@@ -270,7 +274,7 @@ class Scheduler:
         for sequence in tenant.running:
             begin = planned.get(sequence, sequence.next_position())
             left = len(sequence.tokens) - begin
-            if left and (sequence in planned or sequence.remaining() > 1):
+            if left and (sequence in planned or _prefills(sequence)):
                 chunk = self._limits.chunk_tokens
                 return sequence, min(left, chunk - begin % chunk)
         return None, None
@@ -280,3 +284,12 @@ class Scheduler:
         assert sequence is not None
         assert rows is not None
         planned[sequence] = planned.get(sequence, sequence.next_position()) + rows
+
+
+def _prefills(sequence: Sequence) -> bool:
+    """Tell whether a sequence waits its turn for the prefill.
+
+    One that the snapshot has brought to its last row does too: what others sent changes when a
+    tenant's requests are answered, but not in which order.
+    """
+    return sequence.remaining() > 1 or (sequence.hidden_hit and not sequence.generated)

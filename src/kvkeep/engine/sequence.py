@@ -65,7 +65,9 @@ class Request:
     deadline_s: float | None
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
-    """Prompt tokens found in the cache when it was first admitted."""
+    """Prompt tokens found among its own and pinned pages when it was first admitted."""
+    saved_tokens: int = 0
+    """Prompt tokens that were not computed then, those of the snapshot among them."""
     first_token_s: float | None = None
     held: Held | None = None
     """Where its chunks wait, if only the best sequences are told."""
@@ -85,6 +87,10 @@ class Sequence:
     fetch: Fetch | None = None
     """Pages of its prefix on their way up, while `WAITING_FETCH`."""
     generated: int = 0
+    uncommitted: bool = False
+    """Whether its view holds pages of a snapshot that its scope does not list yet."""
+    hidden_hit: bool = False
+    """Whether it is further than its own and pinned pages have brought it."""
 
     @property
     def account(self) -> str:

@@ -47,6 +47,7 @@ class EngineCounters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cache_queries: int = 0
+    saved_tokens: int = 0
     cache_hits: int = 0
     steps: int = 0
     step_seconds: float = 0.0

@@ -57,6 +57,7 @@ def create_admin_app(front: Frontend, token: str) -> Starlette:
             plain("/metrics", "GET", partial(_metrics, front)),
             plain("/ready", "GET", partial(_ready, front)),
             plain("/reload", "POST", partial(_reload, front)),
+            plain("/purge", "POST", partial(_purge, front)),
         ],
         middleware=[Middleware(Gate, front, authorize)],
         exception_handlers={HTTPException: http_problem},
@@ -101,6 +102,10 @@ async def _reload(front: Frontend, _request: Request) -> Response:
     except ConfigError as error:
         return reply(Reloaded(reloaded=False, message=str(error)), 409)
     return reply(Reloaded(reloaded=True, message=f"{len(front.tenants.quotas())} accounts"))
+
+
+async def _purge(front: Frontend, request: Request) -> Response:
+    return reply(await front.purge(request.query_params.get("tenant", "")))
 
 
 async def _stats(front: Frontend) -> EngineStats | None:

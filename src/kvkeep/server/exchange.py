@@ -182,7 +182,7 @@ def context_of(front: Frontend, request_id: str, identity: Identity) -> Context:
 
 def _fitting(front: Frontend, info: ModelInfo, identity: Identity) -> ModelInfo:
     """Return the model's description with the length that fits the account's reserved share."""
-    share = front.tenants.quotas().get(identity.account, 0.0)
+    share = front.quotas().get(identity.account, 0.0)
     tokens = int(share * info.num_pages) * PAGE_TOKENS
     return msgspec.structs.replace(info, max_model_len=min(info.max_model_len, tokens))
 

@@ -9,8 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
-from kvkeep.engine.api import EngineClient, ModelInfo
-from kvkeep.errors import ConfigError, EngineError, EngineStopped, KvkeepError, Unauthenticated
+from kvkeep.engine.api import EngineClient, ModelInfo, Purged
+from kvkeep.errors import (
+    ConfigError,
+    EngineError,
+    EngineStopped,
+    InvalidRequest,
+    KvkeepError,
+    Unauthenticated,
+)
 from kvkeep.metrics import RELOAD_FAILURES, RELOADS, REVOKED, Metric
 from kvkeep.server.identity import Authenticator, Headers, Identity, LoopbackAuthenticator
 from kvkeep.server.logs import log_event
@@ -82,6 +89,20 @@ class Frontend:
         """Return who asks; raises 401, 403 or 400."""
         return self._auth.identify(headers, connection)
 
+    def quotas(self) -> dict[str, float]:
+        """Return each account's part of the pool, what shared pages need left out."""
+        shares = self.options.share_always or self.tenants.shares()
+        left = 1.0 - self.options.share_pool if shares else 1.0
+        return {name: share * left for name, share in self.tenants.quotas().items()}
+
+    async def purge(self, name: str) -> Purged:
+        """Drop what is kept of a tenant and its children; raises `InvalidRequest` for none."""
+        accounts = [a for a, t in self.tenants.accounts().items() if name in (a, t.name)]
+        if not accounts:
+            raise InvalidRequest("there is no tenant of this name", param="tenant")
+        done = [await self.client.purge(account) for account in accounts]
+        return Purged(pages=sum(d.pages for d in done), votes=sum(d.votes for d in done))
+
     def count(self, metric: Metric, *labels: str) -> None:
         """Add one to a counter."""
         self.counts[metric, labels] += 1
@@ -114,7 +135,7 @@ class Frontend:
         try:
             self.tenants.reload()
             self.cancel_revoked()
-            await self.client.set_tenants(self.tenants.quotas())
+            await self.client.set_tenants(self.quotas(), self.tenants.terms())
         except ConfigError:
             self.count(RELOAD_FAILURES)
             log_event("tenant_file_refused")
@@ -146,7 +167,7 @@ class Frontend:
     async def _watch(self) -> None:
         try:
             info = await self.client.info()
-            await self.client.set_tenants(self.tenants.quotas())
+            await self.client.set_tenants(self.quotas(), self.tenants.terms())
         except KvkeepError as error:
             log_event("engine_start_failed", type=type(error).__name__)
             self._start_error = error

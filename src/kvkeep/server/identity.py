@@ -40,6 +40,8 @@ class Identity:
     """A gateway's end user, or the connection without authentication: own scope, shared quota."""
     salt: str | None = None
     """From the header; one in the body narrows further."""
+    store: bool = True
+    """Whether what it sends may stay cached."""
 
 
 class Headers(Protocol):
@@ -105,7 +107,9 @@ class Authenticator:
                 "must be 1 to 128 letters, digits or _.:@+=/-", param="X-Kvkeep-Subject"
             )
         account, concurrency = _account(tenant, child)
-        return Identity(account, key.id, concurrency, subject, _header_salt(headers))
+        return Identity(
+            account, key.id, concurrency, subject, _header_salt(headers), _stores(headers)
+        )
 
 
 class LoopbackAuthenticator:
@@ -129,7 +133,9 @@ class LoopbackAuthenticator:
             raise Forbidden(
                 "without authentication only a loopback host name is served", param="Host"
             )
-        return Identity(LOCAL, LOCAL, self._concurrency, connection, _header_salt(headers))
+        return Identity(
+            LOCAL, LOCAL, self._concurrency, connection, _header_salt(headers), _stores(headers)
+        )
 
 
 def _account(tenant: Tenant, child: str | None) -> tuple[str, int]:
@@ -152,6 +158,14 @@ def _account(tenant: Tenant, child: str | None) -> tuple[str, int]:
 def _header_salt(headers: Headers) -> str | None:
     value = _single(headers, "x-cache-salt")
     return None if value is None else check_salt(value, "X-Cache-Salt")
+
+
+def _stores(headers: Headers) -> bool:
+    """Return whether a request may be kept; a word that is not known must not be taken for yes."""
+    value = _single(headers, "x-kvkeep-store")
+    if value not in (None, "never"):
+        raise InvalidRequest("must be 'never'; leave it out to cache", param="X-Kvkeep-Store")
+    return value is None
 
 
 def _single(headers: Headers, name: str) -> str | None:

@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from kvkeep import metrics as m
-from kvkeep.engine.api import EngineStats, Histogram
+from kvkeep.engine.api import EngineStats, Histogram, SharingStats
 from kvkeep.server.frontend import Frontend, Health
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -31,7 +31,8 @@ def render(front: Frontend, stats: EngineStats | None) -> bytes:
     """Return the page; without `stats` it has the server's own part only."""
     families = list(_server(front))
     if stats is not None:
-        families += _engine(stats, front.model.name if front.model else "")
+        name = front.model.name if front.model else ""
+        families += [*_engine(stats, name), *_sharing(stats.sharing, name)]
     registry = CollectorRegistry()
     registry.register(_Families(families))
     return generate_latest(registry)
@@ -98,6 +99,28 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
         (m.TENANT_WAITING, [(u.tenant, u.waiting) for u in stats.tenants]),
     ):
         yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
+
+
+def _sharing(stats: SharingStats, model: str) -> Iterator[Family]:
+    yield _simple(m.SHARING_EPOCH, [((stats.policy,), float(stats.epoch))], model)
+    plain = (
+        (m.PUBLIC_UNITS, stats.public_units),
+        (m.PUBLIC_PAGES, stats.public_pages),
+        (m.SAVED_TOKENS, stats.saved_tokens),
+        (m.SCAN_RESTARTS, stats.scan_restarts),
+        (m.ALERTS_FAILED, stats.alerts_failed),
+    )
+    for metric, value in plain:
+        yield _simple(metric, [((), float(value))], model)
+    if stats.eps_per_day is not None:
+        yield _simple(m.EPS_PER_DAY, [((), stats.eps_per_day)], model)
+    for metric, counts in (
+        (m.SCANNED_BYTES, stats.scanned_bytes),
+        (m.SCANS_DROPPED, stats.scans_dropped),
+        (m.SCANS_DOUBTFUL, stats.scans_doubtful),
+    ):
+        yield _simple(metric, [((tenant,), float(n)) for tenant, n in counts], model)
+    yield _simple(m.ALERTS, [((rule, act), float(n)) for rule, act, n in stats.alerts], model)
 
 
 def _simple(metric: m.Metric, samples: Iterable[Sample], model: str | None = None) -> Family:

@@ -52,6 +52,12 @@ class ServerOptions:
     drain_s: float = 30.0
     deadline_s: float | None = None
     """Seconds a request may run; None for as long as it takes."""
+    share_pool: float = 0.3
+    """Part of the pool that shared pages get where any tenant shares."""
+    share_by_salt: bool = False
+    """Whether a request's scope is its salts' alone, whoever sends it."""
+    share_always: bool = False
+    """Whether pages are shared without a group."""
     poll_s: float = 1.0
     """How often the tenant file and the engine are looked at."""
     text_workers: int = 2

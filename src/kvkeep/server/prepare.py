@@ -238,7 +238,10 @@ def _requests(
     identity = context.identity
     body_salt = None if request.cache_salt is UNSET else request.cache_salt
     salts = [salt for salt in (identity.salt, body_salt) if salt is not None]
-    scope = derive_scope(context.scope_key, identity.account, identity.subject, salts)
+    if context.options.share_by_salt:
+        scope = derive_scope(context.scope_key, "", None, salts)
+    else:
+        scope = derive_scope(context.scope_key, identity.account, identity.subject, salts)
     return tuple(
         GenerateRequest(
             id=context.id if len(prompts) == 1 else f"{context.id}-{i}",
@@ -247,6 +250,7 @@ def _requests(
             prompt_ids=tuple(ids),
             params=param,
             deadline_s=context.options.deadline_s,
+            store=identity.store,
         )
         for i, (ids, param) in enumerate(zip(prompts, params, strict=True))
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
 from kvkeep.server.identity import LOCAL
 from kvkeep.server.keys import key_digest, parse_key, same_digest
@@ -58,11 +59,15 @@ class TenantStore:
 
     def accounts(self) -> dict[str, Tenant]:
         """Return each account with the tenant it belongs to."""
-        return {
-            f"{t.name}/{c}" if c else t.name: t
-            for t in self._table.tenants
-            for c in ("", *t.children)
-        }
+        return self._table.accounts()
+
+    def terms(self) -> dict[str, TenantTerms]:
+        """Return what is settled for each account beside its share."""
+        return {name: tenant.terms() for name, tenant in self._table.accounts().items()}
+
+    def shares(self) -> bool:
+        """Return whether any tenant is in a group."""
+        return any(tenant.group is not None for tenant in self._table.tenants)
 
     def changed(self) -> bool:
         """Return whether the file differs from the one last looked at."""

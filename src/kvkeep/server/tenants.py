@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
 from kvkeep.server.keys import ApiKey, key_digest, new_key
 
@@ -25,6 +27,20 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 """A tenant's or a gateway child's name; `/` is left to join the two."""
 
 _SHARE_SLACK = 1e-9
+
+
+Store = Literal["never", "memory", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharingTerms:
+    """What a new tenant shares and keeps; see `Tenant`."""
+
+    group: str | None = None
+    contribute: bool = True
+    consume: bool = True
+    store: Store = "disk"
+    ttl_s: float | None = None
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +66,27 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     children: dict[str, float] = msgspec.field(default_factory=dict)
     """A gateway's own tenants and the fraction of its share for each; the rest is its own."""
     keys: tuple[KeyRecord, ...] = ()
+    group: str | None = None
+    """Tenants it shares with; None: nobody."""
+    contribute: bool = True
+    """Whether its prompts count towards sharing."""
+    consume: bool = True
+    """Whether it reads what its group shares."""
+    store: Store = "disk"
+    """How far down its cached pages may go."""
+    ttl_s: float | None = None
+    """Seconds without use after which its pages go."""
+
+    def terms(self) -> TenantTerms:
+        """Return what the engine needs to know beside the share."""
+        return TenantTerms(
+            voter=self.name,
+            group=self.group,
+            contribute=self.contribute,
+            consume=self.consume,
+            store=self.store,
+            ttl_s=self.ttl_s,
+        )
 
 
 class TenantTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +98,12 @@ class TenantTable(msgspec.Struct, frozen=True, kw_only=True):
     def find(self, name: str) -> Tenant | None:
         """Return the tenant of this name."""
         return next((t for t in self.tenants if t.name == name), None)
+
+    def accounts(self) -> dict[str, Tenant]:
+        """Return each account with the tenant it belongs to."""
+        return {
+            f"{t.name}/{c}" if c else t.name: t for t in self.tenants for c in ("", *t.children)
+        }
 
     def quotas(self) -> dict[str, float]:
         """Return the reserved share of every account: tenants, and the children of gateways."""
@@ -97,6 +140,14 @@ def _check_tenant(tenant: Tenant) -> None:
             )
     if not 0 < tenant.share <= 1:
         raise ConfigError(f"share: tenant {tenant.name} needs a share above 0 and at most 1")
+    if tenant.group is not None and NAME.fullmatch(tenant.group) is None:
+        raise ConfigError(
+            f"group: of tenant {tenant.name}: use at most 63 letters, digits, '_', '.' and '-'"
+        )
+    if tenant.ttl_s is not None and not 0 < tenant.ttl_s < float("inf"):
+        raise ConfigError(
+            f"ttl_s: tenant {tenant.name} needs seconds above 0; leave it out for none"
+        )
     if tenant.concurrency < 1:
         raise ConfigError(f"concurrency: tenant {tenant.name} needs at least 1")
     if tenant.children and not tenant.gateway:
@@ -167,8 +218,10 @@ class TenantFile:
         gateway: bool = False,
         children: dict[str, float] | None = None,
         expires_s: float | None = None,
+        sharing: SharingTerms | None = None,
     ) -> ApiKey:
         """Add a tenant and return its first key; the file is created where there is none."""
+        terms = sharing or SharingTerms()
         key = new_key()
         with self._editing() as cell:
             if any(t.name == name for t in cell.table.tenants):
@@ -182,6 +235,11 @@ class TenantFile:
                 gateway=gateway,
                 children=children or {},
                 keys=(self._record(key, expires_s),),
+                group=terms.group,
+                contribute=terms.contribute,
+                consume=terms.consume,
+                store=terms.store,
+                ttl_s=terms.ttl_s,
             )
             cell.table = msgspec.structs.replace(cell.table, tenants=(*cell.table.tenants, tenant))
         return key

@@ -1,0 +1,209 @@
+"""The sharing policy an engine runs with, and what belongs to it: members, votes, alerts."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kvkeep.cache.accounts import Retention
+from kvkeep.engine.api import SharingStats, TenantTerms
+from kvkeep.engine.options import SharingOptions
+from kvkeep.sharing.audit import AlertSink, AuditLog, NoSink, Webhook
+from kvkeep.sharing.detector.default import load_detector
+from kvkeep.sharing.inspection import ClearsNothing, DecodeText, Detects, Inspector
+from kvkeep.sharing.members import Directory, Member
+from kvkeep.sharing.monitor import Monitor
+from kvkeep.sharing.pins import Pins
+from kvkeep.sharing.policies.dp import Noisy
+from kvkeep.sharing.policies.isolate import ShareNothing
+from kvkeep.sharing.policies.pinned import SharePinned
+from kvkeep.sharing.policies.safekv import SafeKV
+from kvkeep.sharing.policies.salt import ShareBySalt
+from kvkeep.sharing.policies.selective import AtLeast
+from kvkeep.sharing.policies.share_all import ShareAll
+from kvkeep.sharing.promotion import Promotion, PromotionLimits, PromotionParts
+from kvkeep.sharing.rules import Rule
+from kvkeep.sharing.state import FileStore, NoStore
+from kvkeep.types import SharingPolicy
+
+_KEY_BYTES = 32
+_READ = ("selective", "dp", "safekv")
+"""Policies that share what tenants send, so that it has to be read first."""
+
+
+def inspector_of(options: SharingOptions) -> Inspector:
+    """Return what reads prompts before they are shared: the shipped detector where it is needed."""
+    if options.policy not in _READ:
+        return ClearsNothing()
+    detector = load_detector()
+    return Detects(detector.scanner, detector.version)
+
+
+class EpochTimer:
+    """Says when the engine's loop must end an epoch."""
+
+    def __init__(self, epoch_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._epoch_s = epoch_s
+        self._clock = clock
+        self._end = clock() + epoch_s
+
+    def left_s(self) -> float:
+        """Return the seconds until the epoch's end, at least 0."""
+        return max(0.0, self._end - self._clock())
+
+    def due(self) -> bool:
+        """Tell, once an epoch, that it has ended; epochs that were slept through count as one."""
+        now = self._clock()
+        if now < self._end:
+            return False
+        self._end += self._epoch_s * (1 + (now - self._end) // self._epoch_s)
+        return True
+
+
+class Sharing:
+    """A policy and its surroundings, as the engine drives them."""
+
+    def __init__(
+        self,
+        options: SharingOptions,
+        decode: DecodeText,
+        policy: SharingPolicy | None = None,
+        inspector: Inspector | None = None,
+    ) -> None:
+        """`policy` takes the place of the one the options name."""
+        self.epoch_s = options.epoch_s
+        self.pins = Pins()
+        self.directory = Directory()
+        self._options = options
+        self._decode = decode
+        self._inspector = inspector or ClearsNothing()
+        self._webhook = Webhook(options.webhook) if options.webhook else None
+        self._audit = (
+            AuditLog(Path(options.audit_log), self._webhook or NoSink())
+            if options.audit_log
+            else None
+        )
+        sink: AlertSink = self._audit or self._webhook or NoSink()
+        self._monitor = Monitor(sink=sink)
+        self._terms: dict[str, TenantTerms] = {}
+        self._members: dict[str, Member] = {}
+        self.policy = policy or self._named()
+
+    def leaving(self, terms: Mapping[str, TenantTerms]) -> list[str]:
+        """Return the accounts whose votes must not count under new terms."""
+        members = _members(terms)
+        return [
+            account
+            for account, old in self._members.items()
+            if (new := members.get(account)) is None
+            or (new.voter, new.group) != (old.voter, old.group)
+            or (old.contribute and not new.contribute)
+        ]
+
+    def settle(self, terms: Mapping[str, TenantTerms]) -> None:
+        """Take the terms of all accounts; ask `leaving` first."""
+        self._terms, self._members = dict(terms), _members(terms)
+        self.directory.set(self._members)
+
+    def retention(self) -> dict[str, Retention]:
+        """Return how long each account's pages may stay."""
+        return {
+            account: Retention(term.ttl_s, to_tier=term.store == "disk")
+            for account, term in self._terms.items()
+        }
+
+    def stores_nothing(self, account: str) -> bool:
+        """Tell whether nothing of an account may stay cached."""
+        term = self._terms.get(account)
+        return term is not None and term.store == "never"
+
+    def stats(self, public_pages: int, saved_tokens: int) -> SharingStats:
+        """Return the figures for the admin port."""
+        alerts = tuple((*key, count) for key, count in sorted(self._monitor.alerts.items()))
+        failed = sum(
+            sink.counts.failed + sink.counts.dropped
+            for sink in (self._audit, self._webhook)
+            if sink is not None
+        )
+        if not isinstance(self.policy, Promotion):
+            return SharingStats(
+                policy=self._options.policy,
+                public_pages=public_pages,
+                alerts=alerts,
+                alerts_failed=failed,
+            )
+        counts = self.policy.scans.counts
+        return SharingStats(
+            policy=self._options.policy,
+            epoch=self.policy.epoch,
+            public_units=self.policy.public_units,
+            public_pages=public_pages,
+            eps_per_day=self.policy.eps_per_day,
+            scanned_bytes=tuple(sorted(counts.scanned_bytes.items())),
+            scans_dropped=tuple(sorted(counts.dropped.items())),
+            scans_doubtful=tuple(sorted(counts.doubtful.items())),
+            scan_restarts=counts.restarts,
+            saved_tokens=saved_tokens,
+            alerts=alerts,
+            alerts_failed=failed,
+        )
+
+    def close(self) -> None:
+        """End the scanning thread."""
+        if isinstance(self.policy, Promotion):
+            self.policy.close()
+
+    def _named(self) -> SharingPolicy:
+        options = self._options
+        match options.policy:
+            case "isolate":
+                return ShareNothing()
+            case "pinned":
+                return SharePinned(self.pins)
+            case "salt":
+                return ShareBySalt()
+            case "share_all":
+                return ShareAll()
+            case "safekv":
+                return SafeKV(self.directory, self._decode, self._inspector)
+            case "selective":
+                return self._promotion(AtLeast(options.k, options.life_epochs))
+            case "dp":
+                key = _draw_key(options.state)
+                return self._promotion(Noisy(key, options.eps, options.delta, options.life_epochs))
+
+    def _promotion(self, rule: Rule) -> Promotion:
+        options = self._options
+        parts = PromotionParts(
+            rule,
+            self.directory,
+            self._decode,
+            self._inspector,
+            FileStore(Path(options.state)) if options.state else NoStore(),
+            self._monitor,
+            self.pins,
+        )
+        limits = PromotionLimits(epoch_s=options.epoch_s, units_per_day=options.units_per_day)
+        return Promotion(parts, limits, threaded=True)
+
+
+def _members(terms: Mapping[str, TenantTerms]) -> dict[str, Member]:
+    return {
+        account: Member(term.voter, term.group, term.contribute, term.consume)
+        for account, term in terms.items()
+        if term.group is not None
+    }
+
+
+def _draw_key(state: str | None) -> bytes:
+    """Return the key of all draws, kept beside the state: a restart draws the same."""
+    if state is None:
+        return secrets.token_bytes(_KEY_BYTES)
+    store = FileStore(Path(state + ".key"))
+    key = store.load()
+    if key is None or len(key) != _KEY_BYTES:
+        key = secrets.token_bytes(_KEY_BYTES)
+        store.save(key)
+    return key

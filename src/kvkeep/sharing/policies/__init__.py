@@ -1,0 +1,1 @@
+"""The sharing policies, one small class each."""

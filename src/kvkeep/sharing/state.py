@@ -1,0 +1,97 @@
+"""What promotion remembers over restarts: chain hashes, names and epochs, never text."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from kvkeep.errors import ConfigError
+from kvkeep.sharing.ledger import Ledger
+from kvkeep.sharing.snapshot import Snapshot
+
+
+class StateStore(Protocol):
+    """Where a policy keeps its state over restarts."""
+
+    def load(self) -> bytes | None:
+        """Return what was saved last, None where nothing was."""
+
+    def save(self, state: bytes) -> None:
+        """Replace what is kept, all or nothing."""
+
+
+class NoStore:
+    """Keeps nothing: a restart begins with no votes."""
+
+    def load(self) -> bytes | None:
+        """Return None."""
+        return None
+
+    def save(self, state: bytes) -> None:
+        """Drop it."""
+
+
+class FileStore:
+    """One file, mode 0600, replaced as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> bytes | None:
+        """Return the file's bytes; raises `ConfigError` where it is there and can't be read."""
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(
+                f"share_state: can't read {self._path}: {error.strerror}; name another file"
+            ) from None
+
+    def save(self, state: bytes) -> None:
+        """Write a sibling, then rename it over the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name + ".")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(state)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(self._path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+class State(msgspec.Struct):
+    """All that promotion carries from one run to the next."""
+
+    version: str
+    """The inspector's; under another one no vote stands."""
+    unit_pages: int
+    ledger: Ledger
+    snapshot: Snapshot
+
+
+def encode_state(state: State) -> bytes:
+    """Return a state's bytes."""
+    return msgspec.msgpack.encode(state)
+
+
+def decode_state(raw: bytes | None, version: str, unit_pages: int) -> State:
+    """Return what was saved.
+
+    Nothing of it stands where it cannot be read, or another inspector or unit has made it.
+    """
+    empty = State(version, unit_pages, Ledger(), Snapshot())
+    if raw is None:
+        return empty
+    try:
+        state = msgspec.msgpack.decode(raw, type=State)
+    except msgspec.MsgspecError:
+        return empty
+    return state if (state.version, state.unit_pages) == (version, unit_pages) else empty
