@@ -233,9 +233,11 @@ def summary(cells: Sequence[tuple[Tree, Heads, Measured]]) -> list[Figure]:
     )
     if sweep:
         best = max(sweep, key=lambda e: e.median)
-        middle = [float(np.mean([getattr(e, n) for e in sweep])) for n in Estimate._fields[:3]]
+        mean, low, high = (
+            float(np.mean([getattr(e, name) for e in sweep])) for name in Estimate._fields[:3]
+        )
         figures += [
-            Figure("codec_grid_mean", Estimate(*middle, best.samples), Goal(">=", 2.2)),
+            Figure("codec_grid_mean", Estimate(mean, low, high, best.samples), Goal(">=", 2.2)),
             Figure("codec_grid_max", best, Goal(">=", 5.0)),
         ]
     mha = [m.gain_over_heads for t, h, m in cells if t.name == "16 on 4096" and h == HEADS[1]]
