@@ -115,12 +115,7 @@ def build_core(
         manager,
         runner,
         OutputFactory(text, info.vocab_size, info.eos_token_ids),
-        SchedulerLimits(
-            options.max_num_seqs,
-            options.max_num_batched_tokens,
-            options.chunk_tokens,
-            whole_hits=spec.recent_tokens is None,
-        ),
+        _limits(options, whole_hits=spec.recent_tokens is None),
         sharing,
         prefix_caching=options.prefix_caching,
     )
@@ -129,6 +124,15 @@ def build_core(
         pin(core, manager, pinned_prompts(Path(options.share.pinned), text))
         core.reset_counters()
     return core
+
+
+def _limits(options: EngineOptions, *, whole_hits: bool) -> SchedulerLimits:
+    return SchedulerLimits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        options.chunk_tokens,
+        whole_hits=whole_hits,
+    )
 
 
 def _decode(text: TextModel) -> DecodeText:

@@ -20,13 +20,13 @@ from kvkeep.engine.api import (
     ModelInfo,
     Purged,
     TenantTerms,
-    TenantUse,
 )
 from kvkeep.engine.branches import Beams
 from kvkeep.engine.fanout import check_fanout
 from kvkeep.engine.held import BestOf, Held
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.prompt_logprobs import PromptLogprobs
+from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
@@ -162,42 +162,11 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Return a snapshot for the admin port."""
-        c, pool, read = self.counters, self._manager.stats(), self._runner.read
-        tenants = []
-        for name in sorted(self._shares):
-            running, waiting = self._scheduler.counts(name)
-            tenants.append(
-                TenantUse(
-                    tenant=name,
-                    quota_pages=int(self._shares[name] * self.info.num_pages),
-                    used_pages=self._manager.used(name),
-                    running=running,
-                    waiting=waiting,
-                )
-            )
-        return EngineStats(
-            requests_running=sum(t.running for t in tenants),
-            requests_waiting=sum(t.waiting for t in tenants),
-            pages_total=self.info.num_pages,
-            pages_used=self.info.num_pages - pool.pages_free,
-            pages_free=pool.pages_free,
-            prompt_tokens_total=c.prompt_tokens,
-            generation_tokens_total=c.generated_tokens,
-            prefix_cache_queries_total=c.cache_queries,
-            prefix_cache_hits_total=c.cache_hits,
-            preemptions_total=self._scheduler.preemptions,
-            steps_total=c.steps,
-            attention_tree_steps_total=read.tree_steps,
-            attention_planned_bytes_total=read.planned_pages * self._runner.page_bytes,
-            attention_flat_bytes_total=read.flat_pages * self._runner.page_bytes,
-            attention_read_bytes_total=self.kernels.attention.bytes_read,
-            finished=tuple((reason.value, c.finished[reason]) for reason in FinishReason),
-            ttft_s=c.ttft.snapshot(),
-            tpot_s=c.tpot.snapshot(),
-            e2e_s=c.e2e.snapshot(),
-            step_s=c.step.snapshot(),
-            tenants=tuple(tenants),
-            sharing=self.sharing.stats(self._manager.public_pages, c.saved_tokens),
+        return snapshot(
+            Sources(self._manager, self._scheduler, self._runner, self.sharing),
+            self.counters,
+            self._shares,
+            self.info.num_pages,
         )
 
     def _check(self, spec: GenerateRequest) -> None:
