@@ -9,7 +9,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.organisation import OrganisationFile, parse_organisation
 from kvkeep.sharing.detector.scanner import Detector
-from kvkeep.sharing.detector.spans import Verdict
+from kvkeep.sharing.detector.spans import Span, Verdict
 
 FILE = """
 [categories]
@@ -65,6 +65,15 @@ def test_words_patterns_allow_lists_and_categories(text: str, expected: set[str]
 def test_a_credential_is_allowed_only_where_its_kind_is_named() -> None:
     rules = '[[allow]]\nwords = ["AKIAQYLPMN5HFIQR7XYA"]\n'
     assert kinds("AKIAQYLPMN5HFIQR7XYA", rules) == {"api_key"}
+
+
+def test_a_part_of_what_is_allowed_is_allowed_but_a_credential_in_it_is_not() -> None:
+    rules = parse_organisation("o.toml", '[[allow]]\nwords = ["a@b.de"]\n')
+    whole = Span(0, 6, "email", "contact", 1.0, "rule")
+    part = Span(2, 3, "employer", "employer", 0.5, "scorer")
+    key = Span(2, 3, "api_key", "credential", 1.0, "rule")
+    wider = Span(0, 8, "person_name", "person", 0.9, "scorer")
+    assert rules.judge("a@b.de, c", [whole, part, key, wider]) == [key, wider]
 
 
 def test_own_spans_say_where_they_come_from_and_taint() -> None:

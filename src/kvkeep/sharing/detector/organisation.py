@@ -62,12 +62,13 @@ class Organisation:
     def judge(self, text: str, spans: Sequence[Span]) -> list[Span]:
         """Return the spans that matter to the organisation and those of its own rules."""
         own = [span._replace(source="organisation") for span in self._own(text)]
-        return [
+        counted = [span for span in (*spans, *own) if span.category in self.categories]
+        harmless = [
             span
-            for span in (*spans, *own)
-            if span.category in self.categories
-            and not any(a.covers(span, text[span.start : span.end]) for a in self.allowed)
+            for span in counted
+            if any(a.covers(span, text[span.start : span.end]) for a in self.allowed)
         ]
+        return [span for span in counted if not any(_within(span, other) for other in harmless)]
 
     def _own(self, text: str) -> Iterable[Span]:
         if self.rules is not None:
@@ -78,6 +79,13 @@ class Organisation:
                 start = len(data[: hit.start].decode())
                 end = start + len(data[hit.start : hit.end].decode())
                 yield Span(start, end, words.kind, words.category, words.score, "organisation")
+
+
+def _within(span: Span, harmless: Span) -> bool:
+    """Tell whether a span is an allowed one or a part of it; a credential never is a part."""
+    if span.category == "credential" and span != harmless:
+        return False
+    return harmless.start <= span.start and span.end <= harmless.end
 
 
 def parse_organisation(name: str, text: str) -> Organisation:
