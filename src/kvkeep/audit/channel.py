@@ -88,7 +88,7 @@ class Channel(Protocol):
         """Return why the target does not have this channel, None where it can be tried."""
 
     def plan(self, stage: Stage, count: int) -> Sequence[Trial]:
-        """Return so many trials, each with a coin of its own."""
+        """Return so many trials, or fewer where they are costly, each with a coin of its own."""
 
     async def run(self, stage: Stage, trials: Sequence[Trial]) -> Sequence[Pair]:
         """Send what was planned; trials whose token counts differ are left out."""

@@ -95,9 +95,10 @@ class _Course:
     outcome: Finding | None = None
 
     async def advance(self, stage: Stage, count: int) -> bool:
-        """Run so many trials more; tells whether enough of all had prompts of equal length."""
-        self.planned += count
-        self.pairs += await self.channel.run(stage, self.channel.plan(stage, count))
+        """Run about so many trials more; tells whether enough of all were of equal length."""
+        trials = self.channel.plan(stage, count)
+        self.planned += len(trials)
+        self.pairs += await self.channel.run(stage, trials)
         return self.planned < TRY_PAIRS or len(self.pairs) >= MIN_EQUAL_SHARE * self.planned
 
 

@@ -46,17 +46,14 @@ class Eviction:
         return f"own entries outlive {self._most_tokens:,} tokens of own load"
 
     def plan(self, stage: Stage, count: int) -> Sequence[Trial]:
-        """Return trials; `planted` is the load, the two prompts are the entries kept."""
+        """Return a trial, whatever was asked for: each costs as much as many of other channels.
+
+        `planted` is the load, the two prompts are the entries kept.
+        """
         victim = stage.cast.victim
-        return [
-            Trial(
-                tuple(Sending(victim, Prompt(stage.maker.text())) for _ in range(self._load)),
-                Prompt(stage.maker.text()),
-                Prompt(stage.maker.text()),
-                stage.maker.chance.random() < 0.5,
-            )
-            for _ in range(count)
-        ]
+        load = tuple(Sending(victim, Prompt(stage.maker.text())) for _ in range(self._load))
+        kept, other = Prompt(stage.maker.text()), Prompt(stage.maker.text())
+        return [Trial(load, kept, other, stage.maker.chance.random() < 0.5)]
 
     async def run(self, stage: Stage, trials: Sequence[Trial]) -> Sequence[Pair]:
         """Keep one entry through the victim's load and one through its rest, the coin's first."""
