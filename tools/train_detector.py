@@ -41,9 +41,9 @@ SILENT: Final = frozenset(
 """Kinds with a form: learned, so that they are not taken for others, and left to the rules."""
 GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
-DROPPED: Final = 0.5
+DROPPED: Final = 0.3
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.15
+UNKNOWN: Final = 0.05
 """Share of insensitive tokens hidden altogether: unseen wording looks like that."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
 
@@ -89,9 +89,9 @@ class Tagger(nn.Module):
 
     def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
-        embedded = F.dropout(self.table(rows), 0.2, self.training)
+        embedded = F.dropout(self.table(rows), 0.1, self.training)
         near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
-        near = F.dropout(near, 0.2, self.training)
+        near = F.dropout(near, 0.1, self.training)
         wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
         logits: torch.Tensor = self.out(F.dropout(wide, 0.1, self.training))
         return logits
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--locales", type=Path, default=Path("/usr/share/locale"))
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
     given = parser.parse_args()
     begun = time.perf_counter()
