@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_a_rule_finds_its_cases_whole_and_split_anywhere(rule: str, marked: str)
 def test_a_rule_leaves_its_false_cases(rule: str, text: str) -> None:
     found = [span for view in views(text) for span in alone(rule).spans(view.text)]
     assert found == []
+
+
+def full_width(text: str) -> str:
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+def zero_width(text: str) -> str:
+    return "\u200b".join(text)
+
+
+@pytest.mark.parametrize("disguise", [full_width, zero_width])
+def test_no_rule_is_escaped_by_other_characters(disguise: Callable[[str], str]) -> None:
+    for rule, marked in cases("found"):
+        text = marked.replace("[[", "", 1).replace("]]", "", 1)
+        found = Detector([alone(rule)]).scan(disguise(text)).spans
+        assert any(span.kind == RULES[rule].kind for span in found), (rule, text)
 
 
 def test_no_rule_needs_more_text_than_a_window_carries() -> None:

@@ -44,6 +44,7 @@ GOOD_AND_BAD = [
     ("has_digit", "abcdefg1", "os.environ[1]"),
     ("placed", "482913", "123456"),
     ("placed", "482913", "987654"),
+    ("placed", "0120-444-444", "01 02 01 02 01"),
     ("four_digits", "FA502613", "FA502"),
     ("real_place", "221 Baker Street", "1 Example Road"),
     ("iban", "DE69748338014126906044", "DE69748338014126906045"),

@@ -310,10 +310,11 @@ def real_place(value: str) -> bool:
 
 
 def placed(value: str) -> bool:
-    """Tell whether digits are no placeholder such as 000000000 or 123456789."""
+    """Tell whether digits are no placeholder or table: 000000000, 123456789, 01 02 01 02 01."""
     digits = _digits(value)
     steps = {b - a for a, b in pairwise(digits)}
-    return not _one_digit(digits) and steps not in ({1}, {-1})
+    few = len(digits) > 8 and len(set(digits)) < 4
+    return not few and not _one_digit(digits) and steps not in ({1}, {-1})
 
 
 CHECKS: Final[Mapping[str, Check]] = MappingProxyType(

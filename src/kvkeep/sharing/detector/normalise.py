@@ -131,7 +131,8 @@ def normalise(text: str) -> View:
     letters: list[str] = []
     starts: list[int] = []
     for begin, end in _clusters(whole):
-        cluster = unicodedata.normalize("NFKC", whole[begin:end]).translate(_LETTERS.plain)
+        visible = whole[begin:end].translate(_LETTERS.plain)
+        cluster = unicodedata.normalize("NFKC", visible).translate(_LETTERS.plain)
         letters += cluster
         starts += [begin] * len(cluster)
     starts.append(len(whole))
@@ -148,15 +149,18 @@ def _encodable(text: str) -> tuple[str, bytes]:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where each letter stands together with the marks that follow it."""
+    """Yield where each letter stands, with the marks and invisible characters that follow it."""
     begin = 0
     for position in range(1, len(text) + 1):
-        if position < len(text) and (
-            unicodedata.combining(text[position]) or ord(text[position]) in _JOINS
-        ):
+        if position < len(text) and _goes_on(text[position]):
             continue
         yield begin, position
         begin = position
+
+
+def _goes_on(letter: str) -> bool:
+    code = ord(letter)
+    return bool(unicodedata.combining(letter) or code in _JOINS or _LETTERS.plain.get(code) == "")
 
 
 def _fold(view: View) -> View | None:

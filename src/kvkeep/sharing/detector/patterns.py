@@ -9,7 +9,7 @@ import re2
 
 from kvkeep.errors import ConfigError
 
-_SET_BYTES: Final = 256 << 20
+_SET_BYTES: Final = 64 << 20
 """Most memory the automaton of a `PatternSet` may take; it is taken as texts need it."""
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.checks import CHECKS
+from kvkeep.sharing.detector.loosen import loosened, shape
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
@@ -74,7 +75,7 @@ class RuleRecogniser:
         digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
-        self._set = PatternSet([rule.pattern for rule in rules])
+        self._set = PatternSet([loosened(rule.pattern) for rule in rules])
 
     def spans(self, text: str) -> list[Span]:
         """Return what the rules find; rules may overlap."""
@@ -85,13 +86,15 @@ class RuleRecogniser:
         data = text.encode()
         return [
             (self._compiled[index].rule, span)
-            for index in self._set.matching(data)
+            for index in self._set.matching(shape(data))
             for span in _find(self._compiled[index], text, data)
         ]
 
 
 def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
     rule, pattern = compiled.rule, compiled.pattern
+    if compiled.context is not None and not rule.alone and compiled.context.search(data) is None:
+        return
     ascii_only = len(text) == len(data)
     hit = pattern.search(data)
     while hit is not None:
