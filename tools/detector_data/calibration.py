@@ -116,7 +116,7 @@ class _Bounds:
     def falses(self, chosen: Sequence[int]) -> _Falses:
         """Return the wrongly flagged shares of both sorts of text, over their budgets."""
         bounds = np.array([self.levels[level, kind] for kind, level in enumerate(chosen)])
-        hit: npt.NDArray[np.bool_] = np.any(self.odds > bounds, axis=1)
+        hit: npt.NDArray[np.bool_] = np.asarray((self.odds > bounds).any(axis=1), np.bool_)
         return _Falses(
             float(hit[~self.prose].mean()) / BUDGET, float(hit[self.prose].mean()) / PROSE_BUDGET
         )
