@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -338,15 +338,27 @@ def test_chunks_of_a_prompt_are_planned_with_the_decodes_beside_them() -> None:
         assert covers(planner.plan(step), step)
 
 
-def test_a_cached_plan_of_64_requests_takes_under_a_millisecond_and_a_half() -> None:
-    planner = TreePlanner(SEED, 4)
+def calls(work: Callable[[], object]) -> int:
+    """Return how many functions `work` calls: what it does, on any machine."""
+    count = 0
+
+    def heard(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(heard)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_cached_plan_of_64_requests_does_less_than_a_fresh_one() -> None:
     asked = prefixed(64, 64, 4, room=4)
     steps = [geometry(grown(asked, by), Layout.BF16) for by in range(40)]
-    assert planner.plan(steps[0]).parents is not None
-    times = []
-    for step in steps[1:]:
-        begun = time.perf_counter()
-        plan = planner.plan(step)
-        times.append(time.perf_counter() - begun)
-        assert plan.parents is not None
-    assert statistics.median(times) < 1.5e-3
+    planner = TreePlanner(SEED, 4)
+    fresh = calls(lambda: planner.plan(steps[0]))
+    cached = [calls(lambda step=step: planner.plan(step)) for step in steps[1:]]  # type: ignore[misc]
+    assert max(cached) < fresh / 2
+    assert max(cached) <= 30 * len(asked)
