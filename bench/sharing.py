@@ -1,4 +1,4 @@
-"""What sharing is worth and what it tells: every policy the server has, on one committed trace.
+"""What sharing is worth and what it tells: every policy, on one committed trace.
 
 Each policy gets a server of its own on the demo model, the same requests in the same order by the
 same number of clients, and a pool of 30 % of what isolation would need. Requests of epochs 1 and 2
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, NamedTuple, get_args
+from typing import Final, NamedTuple
 
 import httpx
 import numpy as np
@@ -37,8 +37,8 @@ from bench.sharing_attack import (
 from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
 from kvkeep import metrics
 from kvkeep.audit import Report as AuditReport
-from kvkeep.cli.console import NOTES
-from kvkeep.config import DEMO_MODEL, Settings
+from kvkeep.config import DEMO_MODEL
+from kvkeep.metrics import Metric
 from kvkeep.models.text import TextModel
 from tests.servers import Server, serving
 
@@ -51,40 +51,33 @@ SEEDS: Final = (1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy by the name figures use, and how a server is told."""
+    """A value of `--share` and what it takes to measure it."""
 
     name: str
-    choices: tuple[str, ...]
-    """Values of `--share`, the first that the server knows."""
     flags: tuple[str, ...] = ()
     public: bool = True
     """Whether the pool beyond what every tenant needs for one request is left to public pages."""
+    settles: bool = False
+    """Whether what is sent becomes public at a later epoch's end."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Return the server's command line."""
+        return ("--share", self.name, *self.flags)
 
 
+UNSAFE: Final = ("--unsafe-share-all",)
 POLICIES: Final = (
-    Policy("isolate", ("isolate", "nothing"), public=False),
-    Policy("selective", ("selective",)),
-    Policy("dp", ("dp",)),
-    Policy("salt", ("salt",), public=False),
-    Policy("safekv", ("safekv",)),
-    Policy("share_all", ("share_all", "all"), ("--unsafe-share-all",)),
+    Policy("isolate", public=False),
+    Policy("selective", settles=True),
+    Policy("dp", settles=True),
+    Policy("salt"),
+    Policy("safekv", UNSAFE, settles=True),
+    Policy("share_all", UNSAFE),
 )
 QUICK_POLICIES: Final = ("isolate", "selective", "share_all")
-EPOCH_SETTING: Final = "share_epoch_s"
-SCAN_SECONDS: Final = f"{metrics.PREFIX}share_scan_seconds_total"
-"""Processor time of the detector; where a server does not count it there is no `scan_share`."""
-
-
-def arguments_of(policy: Policy) -> tuple[str, ...] | None:
-    """Return the command line of a policy, None where the server does not have it."""
-    known = get_args(Settings.model_fields["share"].annotation)
-    choice = next((choice for choice in policy.choices if choice in known), None)
-    return None if choice is None else ("--share", choice, *policy.flags)
-
-
-def has_epochs() -> bool:
-    """Tell whether the server decides what is public at epochs' ends."""
-    return EPOCH_SETTING in Settings.model_fields
+GROUP: Final = "bench"
+"""All tenants are of it: a tenant without a group shares with nobody, whatever the policy."""
 
 
 class Sample(NamedTuple):
@@ -103,7 +96,8 @@ class Replay:
     """In the order of the trace."""
     begun_s: float
     hit_ratio: float
-    scan_share: float | None
+    scan_share: float
+    """Of the server's processor time: the detector's."""
 
     def window_rates(self) -> list[float]:
         """Return tokens per second in parts of equal numbers of requests, by time of ending."""
@@ -123,20 +117,29 @@ def page_bytes() -> int:
     return int(sharing_trace.PAGE * heads * config["head_dim"] * 2 * 2)
 
 
-def counter(server: Server, name: str) -> float | None:
-    """Return the sum of a counter on the admin port's metrics page, None where it has none."""
+def counter(server: Server, metric: Metric) -> float:
+    """Return the sum of a counter on the admin port's metrics page."""
     page = server.admin("/metrics").text
-    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
-    return sum(map(float, found)) if found else None
+    name = re.escape(f"{metric.full_name}_total")
+    found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"the metrics page has no {metric.full_name}_total")
+    return sum(map(float, found))
 
 
-def hits(server: Server) -> tuple[float, float]:
-    """Return tokens found and tokens looked up."""
-    counted = (metrics.PREFIX_HITS, metrics.PREFIX_QUERIES)
-    found, asked = (counter(server, f"{metric.full_name}_total") for metric in counted)
-    if found is None or asked is None:
-        raise RuntimeError("the metrics page has no prefix cache counters")
-    return found, asked
+class Counted(NamedTuple):
+    """A server's counters at one moment."""
+
+    found_tokens: float
+    asked_tokens: float
+    scan_s: float
+    processor_s: float
+
+    @classmethod
+    def of(cls, server: Server) -> Counted:
+        """Read them."""
+        found, asked = (counter(server, m) for m in (metrics.PREFIX_HITS, metrics.PREFIX_QUERIES))
+        return cls(found, asked, counter(server, metrics.SCAN_SECONDS), cpu_seconds(server))
 
 
 class Player:
@@ -190,32 +193,34 @@ def tenant_name(number: int) -> str:
 
 
 def replay(
-    server: Server, trace: Sequence[Ask], texts: Texts, shape: Shape, epoch_s: float
+    server: Server, trace: Sequence[Ask], texts: Texts, shape: Shape, settle_s: float
 ) -> Replay:
     """Play the whole trace; measure from `MEASURED_FROM` on."""
     player = Player(server, texts, shape)
     numbered = list(enumerate(trace))
     for epoch in range(1, MEASURED_FROM):
         asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
-        if has_epochs():
-            time.sleep(2 * epoch_s)  # what epoch e offers is public at the end of e + 1
-    before, scanned, worked = hits(server), counter(server, SCAN_SECONDS), cpu_seconds(server)
-    begun = time.perf_counter()
+        time.sleep(settle_s)
+    before, begun = Counted.of(server), time.perf_counter()
     measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
     samples = asyncio.run(player.play(measured))
-    after, scanned_after = hits(server), counter(server, SCAN_SECONDS)
-    ratio = (after[0] - before[0]) / (after[1] - before[1])
-    scan_share = None
-    if scanned is not None and scanned_after is not None:
-        scan_share = (scanned_after - scanned) / (cpu_seconds(server) - worked)
-    return Replay(tuple(samples), begun, ratio, scan_share)
+    after = Counted.of(server)
+    return Replay(
+        tuple(samples),
+        begun,
+        (after.found_tokens - before.found_tokens) / (after.asked_tokens - before.asked_tokens),
+        (after.scan_s - before.scan_s) / (after.processor_s - before.processor_s),
+    )
 
 
 @contextmanager
-def served(shares: Mapping[str, float], pages: int, *arguments: str) -> Iterator[Server]:
+def served(
+    policy: Policy, shares: Mapping[str, float], pages: int, *arguments: str
+) -> Iterator[Server]:
     """Serve the demo model to these tenants with a pool of so many pages."""
-    memory = ("--kv-cache-memory-bytes", str(pages * page_bytes()))
-    with TemporaryDirectory() as folder, serving(Path(folder), shares, *arguments, *memory) as one:
+    told = (*policy.arguments, *arguments, "--kv-cache-memory-bytes", str(pages * page_bytes()))
+    group = GROUP if policy.public else None
+    with TemporaryDirectory() as folder, serving(Path(folder), shares, *told, group=group) as one:
         yield one
 
 
@@ -241,26 +246,29 @@ class Bench:
         least = self.shape.tenants * (-(-self.shape.longest // sharing_trace.PAGE) + 2)
         needed = sharing_trace.isolation_pages(self.trace, self.shape)
         pages = max(int(POOL_SHARE * needed), least)
-        share = (least / pages if policy.public else 1.0) / self.shape.tenants
-        shares = {tenant_name(number): share for number in range(self.shape.tenants)}
+        shares = {tenant_name(n): 1 / self.shape.tenants for n in range(self.shape.tenants)}
+        pool = ("--share-pool", f"{1 - least / pages:.4f}")
+        settle_s = 2 * self.epoch_s if policy.settles else 0.0  # e's offers: the end of e + 1
         if self.quick:
             # One server for both, a half each: nothing of a quick run is a figure of record.
             both = {name: part / 2 for name, part in (shares | AUDITED).items()}
-            with served(both, max(2 * pages, AUDIT_PAGES), *arguments) as server:
-                return Tried(self._replay(server), [self._attack(server, SEEDS[0])])
-        with served(shares, pages, *arguments) as server:
-            played = self._replay(server)
+            audited = max(2 * pages, AUDIT_PAGES)
+            with served(policy, both, audited, *arguments, *pool) as server:
+                return Tried(
+                    self._replay(server, settle_s), [self._attack(server, SEEDS[0], settle_s)]
+                )
+        with served(policy, shares, pages, *arguments, *pool) as server:
+            played = self._replay(server, settle_s)
         reports = []
         for seed in SEEDS:
-            with served(AUDITED, AUDIT_PAGES, *arguments) as server:
-                reports.append(self._attack(server, seed))
+            with served(policy, AUDITED, AUDIT_PAGES, *arguments) as server:
+                reports.append(self._attack(server, seed, settle_s))
         return Tried(played, reports)
 
-    def _replay(self, server: Server) -> Replay:
-        return replay(server, self.trace, self.texts, self.shape, self.epoch_s)
+    def _replay(self, server: Server, settle_s: float) -> Replay:
+        return replay(server, self.trace, self.texts, self.shape, settle_s)
 
-    def _attack(self, server: Server, seed: int) -> AuditReport:
-        settle_s = 2 * self.epoch_s if has_epochs() else 0.0
+    def _attack(self, server: Server, seed: int, settle_s: float) -> AuditReport:
         return attacked(server, seed, settle_s=settle_s, quick=self.quick)
 
 
@@ -289,7 +297,7 @@ def ratios(found: Mapping[str, Replay]) -> list[Figure]:
     if selective and everything:
         share = certain(selective.hit_ratio / everything.hit_ratio, len(selective.samples))
         figures.append(Figure("hit_ratio_selective_over_share_all", share, Goal(">=", 0.95)))
-    if selective and selective.scan_share is not None:
+    if selective:
         share = certain(selective.scan_share, len(selective.samples))
         figures.append(Figure("scan_share", share, Goal("<=", 0.02)))
     return figures
@@ -311,12 +319,11 @@ def policy_row(policy: str, played: Replay, worst: Estimate | None) -> Row:
 
 
 def measure(options: Options) -> Report:
-    """Play the trace and run the audits under every policy that the server has."""
+    """Play the trace and run the audits under every policy."""
     shape = sharing_trace.QUICK if options.quick else sharing_trace.FULL
     trace = sharing_trace.make(shape) if options.quick else sharing_trace.read()
     epoch_s = 1.0 if options.quick else 10.0
-    timing = ("--share-epoch-s", str(epoch_s)) if has_epochs() else ()
-    threads = ("--threads", str(options.threads))
+    always = ("--share-epoch-s", str(epoch_s), "--threads", str(options.threads))
     bench = Bench(trace, shape, Texts(TextModel.load(DEMO_MODEL), shape), epoch_s, options.quick)
     played: dict[str, Replay] = {}
     figures: list[Figure] = []
@@ -326,11 +333,7 @@ def measure(options: Options) -> Report:
     for policy in POLICIES:
         if options.quick and policy.name not in QUICK_POLICIES:
             continue
-        arguments = arguments_of(policy)
-        if arguments is None:
-            NOTES.print(f"{policy.name}: left out, the server does not have this policy")
-            continue
-        tried = bench.attempt(policy, (*arguments, *timing, *threads))
+        tried = bench.attempt(policy, always)
         played[policy.name] = tried.played
         attacks += attack_rows(policy.name, tried.reports)
         told = attack_figures(policy.name, tried.reports)

@@ -15,7 +15,7 @@ from typing import Final
 import httpx
 import msgspec
 
-from kvkeep.server.tenants import TenantFile
+from kvkeep.server.tenants import SharingTerms, TenantFile
 
 ADMIN_TOKEN: Final = "admin-token-for-tests"
 START_TIMEOUT_S: Final = 110.0
@@ -88,15 +88,20 @@ def serving(
     tenants: Mapping[str, float],
     *arguments: str,
     concurrency: int = 64,
+    group: str | None = None,
     command: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Serve the demo model, or what `arguments` say, to tenants of these shares.
 
-    `command` goes before the interpreter. Raises `RuntimeError` with the log where the server ends
-    before it is ready.
+    All are of one `group`; `command` goes before the interpreter. Raises `RuntimeError` with the
+    log where the server ends before it is ready.
     """
     file, token, log = TenantFile(folder / "keys.json"), folder / "token", folder / "serve.log"
-    keys = {n: file.add(n, share=s, concurrency=concurrency).text for n, s in tenants.items()}
+    terms = SharingTerms(group=group)
+    keys = {
+        name: file.add(name, share=share, concurrency=concurrency, sharing=terms).text
+        for name, share in tenants.items()
+    }
     token.write_text(ADMIN_TOKEN)
     token.chmod(0o600)
     ports = ["--port", "0", "--admin-port", "0", "--admin-token-file", str(token)]

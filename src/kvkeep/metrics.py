@@ -95,6 +95,7 @@ SCANS_DOUBTFUL = Metric(
     "sharing_scans_doubtful", Kind.COUNTER, "Prompts with something doubtful.", ("tenant",)
 )
 SCAN_RESTARTS = Metric("sharing_scan_restarts", Kind.COUNTER, "Times the detector was restarted.")
+SCAN_SECONDS = Metric("sharing_scan_seconds", Kind.COUNTER, "Processor time of the detector.")
 ALERTS = Metric("sharing_alerts", Kind.COUNTER, "Alerts of the monitor.", ("rule", "action"))
 ALERTS_FAILED = Metric("sharing_alerts_failed", Kind.COUNTER, "Alerts that could not be handed on.")
 ENGINE_UP = Metric("engine_up", Kind.GAUGE, "1 while the engine is ready.")

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from bench import sharing, sharing_attack, sharing_trace
 from bench.harness import Figure
-from bench.sharing import Policy, Replay, Sample
+from bench.sharing import Replay, Sample
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, audit
-from kvkeep.config import DEMO_MODEL
+from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
 from kvkeep.models.text import TextModel
 from tests.audit.fakes import CAST, URL, FakeServer
 
@@ -48,17 +49,16 @@ def test_prompts_have_the_length_of_the_trace_and_share_their_template_alone() -
     assert one[:64] != texts.prompt(2, Ask(1, 0, 4, 70))[:64]
 
 
-def test_a_policy_that_the_server_does_not_have_is_left_out() -> None:
-    assert sharing.arguments_of(Policy("nope", ("no_such_policy",))) is None
-    everything = sharing.arguments_of(sharing.POLICIES[-1])
-    assert everything is not None
-    assert everything[0] == "--share"
-    assert everything[-1] == "--unsafe-share-all"
+def test_every_policy_of_the_server_is_measured_as_it_asks_to_be_told() -> None:
+    known = {*get_args(Settings.model_fields["share"].annotation)}
+    assert {policy.name for policy in sharing.POLICIES} == known - {"pinned"}
+    unsafe = {policy.name for policy in sharing.POLICIES if policy.flags == sharing.UNSAFE}
+    assert unsafe == {*UNSAFE_POLICIES}
 
 
 def played(ttft_s: float, tokens: int = 100, hit_ratio: float = 0.5) -> Replay:
     samples = tuple(Sample(ttft_s, tokens, 10.0 + i) for i in range(1, 25))
-    return Replay(samples, 10.0, hit_ratio, None)
+    return Replay(samples, 10.0, hit_ratio, 0.0)
 
 
 def by_name(figures: list[Figure]) -> dict[str, float]:

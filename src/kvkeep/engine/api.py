@@ -173,6 +173,8 @@ class SharingStats(msgspec.Struct, frozen=True, kw_only=True):
     scans_dropped: tuple[tuple[str, int], ...] = ()
     scans_doubtful: tuple[tuple[str, int], ...] = ()
     scan_restarts: int = 0
+    scan_s: float = 0.0
+    """Processor time of the detector."""
     saved_tokens: int = 0
     """Prompt tokens that a snapshot's pages have saved computing."""
     alerts: tuple[tuple[str, str, int], ...] = ()

@@ -145,6 +145,7 @@ class Sharing:
             scans_dropped=tuple(sorted(counts.dropped.items())),
             scans_doubtful=tuple(sorted(counts.doubtful.items())),
             scan_restarts=counts.restarts,
+            scan_s=counts.seconds,
             saved_tokens=saved_tokens,
             alerts=alerts,
             alerts_failed=failed,

@@ -49,6 +49,8 @@ class ScanCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     doubtful: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
+    seconds: float = 0.0
+    """Processor time of reading."""
 
 
 class ScanQueue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from kvkeep.sharing.scans import ScanJob, ScanQueue
@@ -22,11 +23,13 @@ def read_one(queue: ScanQueue, read: Read, wait_s: float = 0.0) -> bool:
     if job is None:
         return False
     cleared: int | None = None
+    begun = time.thread_time()
     try:
         cleared = read(job)
     except Exception as error:  # noqa: BLE001 - whatever it is, the text was not cleared
         log.warning("a prompt could not be scanned: %s", type(error).__name__)
     finally:
+        queue.counts.seconds += time.thread_time() - begun
         if cleared is None:
             queue.give_up(job)
         else:
