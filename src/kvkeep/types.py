@@ -38,6 +38,10 @@ class Layout(IntEnum):
     ROWS_F32 = 2
     ROWS_F16 = 3
     ROWS_BF16 = 4
+    K2V2 = 5
+    K4V2 = 6
+    K4V4 = 7
+    K8V8 = 8
 
 
 class PageState(IntEnum):
