@@ -96,6 +96,11 @@ class CacheManager:
         return 0 if owner is None else owner.used_pages
 
     @property
+    def now_s(self) -> float:
+        """Return the time of the last epoch's end."""
+        return self._store.now
+
+    @property
     def public_pages(self) -> int:
         """Return the pages that are public now."""
         return len(self.index.public_pages)

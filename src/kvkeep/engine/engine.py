@@ -66,7 +66,7 @@ class EngineCore:
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
-        self._scheduler = Scheduler(manager, limits, self._exhaust, runner.forget)
+        self._scheduler = Scheduler(manager, limits, self._exhaust, runner.forget, sharing.gate)
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
@@ -163,7 +163,13 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Return a snapshot for the admin port."""
         return snapshot(
-            Sources(self._manager, self._scheduler, self._runner, self.sharing),
+            Sources(
+                self._manager,
+                self._scheduler,
+                self._runner,
+                self.sharing,
+                self.info.max_model_len,
+            ),
             self.counters,
             self._shares,
             self.info.num_pages,

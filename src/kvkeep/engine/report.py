@@ -20,6 +20,8 @@ class Sources(NamedTuple):
     scheduler: Scheduler
     runner: ModelRunner
     sharing: Sharing
+    max_tokens: int
+    """Of a prompt."""
 
 
 def snapshot(
@@ -50,7 +52,7 @@ def snapshot(
         e2e_s=c.e2e.snapshot(),
         step_s=c.step.snapshot(),
         tenants=tuple(tenants),
-        sharing=of.sharing.stats(of.manager.public_pages, c.saved_tokens),
+        sharing=of.sharing.stats(of.manager.public_pages, c.saved_tokens, of.max_tokens),
     )
 
 
