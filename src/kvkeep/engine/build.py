@@ -126,11 +126,7 @@ def build_core(
     )
     _warm_up(core, tokens=8, answer=4)
     if sharing.gate is not None:
-        sharing.gate.set_cost(
-            _prefill_cost(
-                core, min(FIT_TOKENS, max_model_len - 1, pool.num_pages * PAGE_TOKENS - 1)
-            )
-        )
+        sharing.gate.set_cost(_prefill_cost(core))
     if options.share.pinned is not None:
         pin(core, manager, pinned_prompts(Path(options.share.pinned), text))
         core.reset_counters()
@@ -226,8 +222,10 @@ def _info(
     )
 
 
-def _prefill_cost(core: EngineCore, tokens: int) -> PrefillCost:
+def _prefill_cost(core: EngineCore) -> PrefillCost:
     """Measure what a prompt costs on the idle engine: the best of a few turns."""
+    info = core.info
+    tokens = min(FIT_TOKENS, info.max_model_len - 1, info.num_pages * PAGE_TOKENS - 1)
     one, many = (
         min(_warm_up(core, tokens=count, answer=1) for _ in range(FIT_TURNS))
         for count in (1, tokens)
