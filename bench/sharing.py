@@ -343,12 +343,22 @@ def policy_row(policy: str, played: Replay, worst: Estimate | None) -> Row:
     }
 
 
+def asked(options: Options) -> tuple[list[str], list[Policy]]:
+    """Return the parts and policies to measure: all, or those that `--only` names."""
+    names = [policy.name for policy in POLICIES]
+    unknown = sorted({*options.only} - {*PARTS, *names})
+    if unknown:
+        known = ", ".join((*PARTS, *names))
+        raise ConfigError(f"only: there is no part {unknown[0]!r}; there are: {known}")
+    wanted = QUICK_POLICIES if options.quick else names
+    parts = [part for part in PARTS if part in options.only] or [*PARTS]
+    chosen = [name for name in wanted if name in options.only] or wanted
+    return parts, [policy for policy in POLICIES if policy.name in chosen]
+
+
 def measure(options: Options) -> Report:
     """Play the trace and run the audits under every policy, or the parts that are asked for."""
-    unknown = sorted({*options.only} - {*PARTS})
-    if unknown:
-        raise ConfigError(f"only: there is no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
-    parts = options.only or PARTS
+    parts, policies = asked(options)
     shape = sharing_trace.QUICK if options.quick else sharing_trace.FULL
     trace = sharing_trace.make(shape) if options.quick else sharing_trace.read()
     threads = ("--threads", str(options.threads))
@@ -358,9 +368,7 @@ def measure(options: Options) -> Report:
     rows: list[Row] = []
     seen: dict[str, Estimate] = {}
     attacks: list[Row] = []
-    for policy in POLICIES:
-        if options.quick and policy.name not in QUICK_POLICIES:
-            continue
+    for policy in policies:
         tried = bench.attempt(policy, threads)
         if tried.played is not None:
             played[policy.name] = tried.played
