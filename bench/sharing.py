@@ -351,9 +351,9 @@ def asked(options: Options) -> tuple[list[str], list[Policy]]:
         known = ", ".join((*PARTS, *names))
         raise ConfigError(f"only: there is no part {unknown[0]!r}; there are: {known}")
     wanted = QUICK_POLICIES if options.quick else names
-    parts = [part for part in PARTS if part in options.only] or [*PARTS]
+    parts: list[str] = [part for part in PARTS if part in options.only]
     chosen = [name for name in wanted if name in options.only] or wanted
-    return parts, [policy for policy in POLICIES if policy.name in chosen]
+    return parts or [*PARTS], [policy for policy in POLICIES if policy.name in chosen]
 
 
 def measure(options: Options) -> Report:
