@@ -1,4 +1,8 @@
-"""Find spans by rules: one pass over all patterns, then each one's context, check and entropy."""
+"""Find spans by rules: passes over many patterns at once, then each one's own conditions.
+
+Rules whose patterns need the same kinds of characters stand in passes of their own, which a text
+without such characters is spared.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,21 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import log2
-from typing import Final
+from math import ceil, log2
+from typing import Final, NamedTuple
 
 from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.checks import CHECKS
 from kvkeep.sharing.detector.loosen import loosened, shape
+from kvkeep.sharing.detector.needs import needs, offers
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
 _WITHIN_NUMBERS: Final = frozenset(" -.")
 DENY_REACH: Final = 16
 """Characters before a value in which a denying word counts."""
+TOGETHER: Final = 70
+"""Most rules of one pass: more passes take longer, larger automata meet new states for longer."""
 
 
 def entropy_bits(text: str) -> float:
@@ -28,7 +35,7 @@ def entropy_bits(text: str) -> float:
     return -sum(n / length * log2(n / length) for n in Counter(text).values())
 
 
-def words_pattern(words: Sequence[str]) -> Pattern:
+def words_pattern(words: Sequence[str]) -> str:
     """Return a pattern for any of some whole words in any case; `*` at an end lets a word go on.
 
     Scripts without spaces between words have no whole words: there any occurrence counts.
@@ -40,7 +47,7 @@ def words_pattern(words: Sequence[str]) -> Pattern:
         after = "" if word.endswith("*") else _edge(body[-1], "$")
         groups.setdefault((before, after), []).append(re.escape(body))
     parts = (f"{b}(?:{'|'.join(bodies)}){a}" for (b, a), bodies in groups.items())
-    return Pattern(f"(?i){'|'.join(parts)}")
+    return f"(?i){'|'.join(parts)}"
 
 
 def _edge(letter: str, anchor: str) -> str:
@@ -52,6 +59,8 @@ class _Compiled:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.context_needed = -1
+        """Index of the context without which the rule finds nothing; -1: it needs none."""
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -59,11 +68,19 @@ class _Compiled:
 
     @cached_property
     def context(self) -> Pattern | None:
-        return words_pattern(self.rule.context) if self.rule.context else None
+        return Pattern(words_pattern(self.rule.context)) if self.rule.context else None
 
     @cached_property
     def deny(self) -> Pattern | None:
-        return words_pattern(self.rule.deny) if self.rule.deny else None
+        return Pattern(words_pattern(self.rule.deny)) if self.rule.deny else None
+
+
+class _Pass(NamedTuple):
+    """Rules tried together on texts that offer what they need."""
+
+    needed: frozenset[str]
+    indices: Sequence[int]
+    patterns: PatternSet
 
 
 class RuleRecogniser:
@@ -75,7 +92,13 @@ class RuleRecogniser:
         digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
-        self._set = PatternSet([loosened(rule.pattern) for rule in rules])
+        self._passes = tuple(_passes(self.rules))
+        contexts: dict[tuple[str, ...], int] = {}
+        for compiled in self._compiled:
+            if compiled.rule.context and not compiled.rule.alone:
+                known = contexts.setdefault(compiled.rule.context, len(contexts))
+                compiled.context_needed = known
+        self._contexts = PatternSet([words_pattern(words) for words in contexts])
 
     def spans(self, text: str) -> list[Span]:
         """Return what the rules find; rules may overlap."""
@@ -85,16 +108,42 @@ class RuleRecogniser:
         """Return each span with the rule that found it."""
         data = text.encode()
         return [
-            (self._compiled[index].rule, span)
-            for index in self._set.matching(shape(data))
-            for span in _find(self._compiled[index], text, data)
+            (compiled.rule, span)
+            for compiled in self._candidates(data)
+            for span in _find(compiled, text, data)
         ]
+
+    def _candidates(self, data: bytes) -> list[_Compiled]:
+        """Return the rules that may find something, in their order."""
+        shaped = shape(data)
+        offered = offers(shaped)
+        indices: list[int] = []
+        for needed, members, patterns in self._passes:
+            if needed <= offered:
+                indices += [members[index] for index in patterns.matching(shaped)]
+        indices.sort()
+        found = [self._compiled[index] for index in indices]
+        if all(compiled.context_needed < 0 for compiled in found):
+            return found
+        there = {-1, *self._contexts.matching(data)}
+        return [compiled for compiled in found if compiled.context_needed in there]
+
+
+def _passes(rules: Sequence[Rule]) -> Iterator[_Pass]:
+    """Yield rules that need the same kinds of characters, at most `TOGETHER` at once."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for index, rule in enumerate(rules):
+        groups.setdefault(needs(rule.pattern), []).append(index)
+    for needed, members in groups.items():
+        parts = ceil(len(members) / TOGETHER)
+        for part in range(parts):
+            chosen = members[len(members) * part // parts : len(members) * (part + 1) // parts]
+            loose = [loosened(rules[index].pattern) for index in chosen]
+            yield _Pass(needed, chosen, PatternSet(loose))
 
 
 def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
     rule, pattern = compiled.rule, compiled.pattern
-    if compiled.context is not None and not rule.alone and compiled.context.search(data) is None:
-        return
     ascii_only = len(text) == len(data)
     hit = pattern.search(data)
     while hit is not None:
