@@ -56,7 +56,7 @@ def start(tiny: dict[str, Path]) -> Start:
 
 
 def ask(name: str, tail: list[int], **params: object) -> GenerateRequest:
-    settings = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True, **params}
+    settings = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True, **params}
     sampling = SamplingParams(**settings)  # type: ignore[arg-type]
     return request([*PREFIX, *tail], sampling, id=name, scope="s")
 

@@ -271,7 +271,9 @@ def check_forest(pool: Filled, asked: list[Asked], ops: OnDevice) -> None:
 
 
 @FLOAT32
-@pytest.mark.parametrize("requests", [2, 16, 17, pytest.param(65, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "requests", [2, 17, *(pytest.param(count, marks=pytest.mark.slow) for count in (16, 65))]
+)
 def test_a_prefix_of_many_requests(
     layout: Layout, pools: dict[Layout, Filled], requests: int
 ) -> None:
@@ -285,6 +287,7 @@ def test_a_prefix_of_many_requests(
     assert ops.bytes_read == (together + apart) * kv.num_kv_heads * kv.tile_bytes
 
 
+@FLOAT32
 def test_deep_trees_empty_leaves_several_roots_and_new_tokens(
     layout: Layout, pools: dict[Layout, Filled]
 ) -> None:
