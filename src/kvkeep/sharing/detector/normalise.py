@@ -46,20 +46,15 @@ _DIGIT_LIKE: Final = (
 _DIGITS: Final[Mapping[int, str]] = {ord(c): d for c, d in zip("OoQlI|", "000111")}
 _SPACED: Final = r"(?:^|\s)((?:\S[ \t\r\n]{1,3}){6,}\S)(?:\s|$)"
 _DOTTED: Final = r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b"
-_UNUSUAL = Pattern(
-    "|".join(
-        [
-            f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]",
-            _DIGIT_LIKE,
-            _SPACED,
-            _DOTTED,
-        ]
-    )
-)
-_MIXED = Pattern(
+_MIXED: Final = (
     rf"[^\s\pZ]*(?:[0-9A-Za-z@][^\s\pZ]*{_FOREIGN}|{_FOREIGN}[^\s\pZ]*[0-9A-Za-z@])[^\s\pZ]*"
 )
 """A token that holds a look-alike and a Latin letter, a digit or `@`."""
+_BESIDE: Final = f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]"
+_UNUSUAL = Pattern(f"{_BESIDE}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
+_CHANGED = Pattern(f"{_MIXED}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
+"""What folding or joining changes."""
+_MIXED_TOKENS: Final = Pattern(_MIXED)
 _FOLDS: Final = {ord(letter): plain for letter, plain in LOOKALIKES.items()}
 _NUMBERS: Final = Pattern(_DIGIT_LIKE)
 _SPACED_LETTERS: Final = Pattern(_SPACED)
@@ -197,7 +192,7 @@ def _folded(pattern: Pattern, table: Mapping[int, str], text: str) -> str:
 
 def _fold(view: View) -> View | None:
     """Return the view with look-alikes folded in tokens of mixed script; None: there are none."""
-    text = view.text if view.text.isascii() else _folded(_MIXED, _FOLDS, view.text)
+    text = view.text if view.text.isascii() else _folded(_MIXED_TOKENS, _FOLDS, view.text)
     text = _folded(_NUMBERS, _DIGITS, text)
     return None if text == view.text else View(text, view.starts)
 
@@ -227,7 +222,8 @@ def _join(view: View) -> View | None:
 def views(text: str) -> list[View]:
     """Return the ways to read a text: normalised, then folded and joined where that differs."""
     found = [normalise(text)]
-    if _UNUSUAL.search(found[0].text.encode()) is None:
+    data = found[0].text.encode()
+    if _UNUSUAL.search(data) is None or _CHANGED.search(data) is None:
         return found
     for change in (_fold, _join):
         view = change(found[-1])

@@ -1,7 +1,7 @@
 """Find spans by rules: passes over many patterns at once, then each one's own conditions.
 
-Rules whose patterns need the same kinds of characters stand in passes of their own, which a text
-without such characters is spared.
+A text is spared the passes over patterns that need characters it lacks. Rules that find nothing
+without a word near are sought by those words: most texts hold few of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvkeep.sharing.detector.spans import Span
 _WITHIN_NUMBERS: Final = frozenset(" -.")
 DENY_REACH: Final = 16
 """Characters before a value in which a denying word counts."""
-TOGETHER: Final = 70
+TOGETHER: Final = 80
 """Most rules of one pass: more passes take longer, larger automata meet new states for longer."""
 
 
@@ -59,8 +59,9 @@ class _Compiled:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.context_needed = -1
-        """Index of the context without which the rule finds nothing; -1: it needs none."""
+        self.needed = needs(rule.pattern)
+        self.only_near = rule.context if not rule.alone else ()
+        """Words without which the rule finds nothing."""
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -92,13 +93,20 @@ class RuleRecogniser:
         digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
-        self._passes = tuple(_passes(self.rules))
-        contexts: dict[tuple[str, ...], int] = {}
-        for compiled in self._compiled:
-            if compiled.rule.context and not compiled.rule.alone:
-                known = contexts.setdefault(compiled.rule.context, len(contexts))
-                compiled.context_needed = known
-        self._contexts = PatternSet([words_pattern(words) for words in contexts])
+        groups: dict[frozenset[str], list[int]] = {}
+        near: dict[tuple[str, ...], list[int]] = {}
+        for index, compiled in enumerate(self._compiled):
+            if compiled.only_near:
+                near.setdefault(compiled.only_near, []).append(index)
+            else:
+                groups.setdefault(compiled.needed, []).append(index)
+        self._passes = [self._pass(*part) for group in groups.items() for part in _parts(*group)]
+        self._near = list(near.values())
+        self._contexts = PatternSet([words_pattern(words) for words in near])
+
+    def _pass(self, needed: frozenset[str], indices: Sequence[int]) -> _Pass:
+        loose = [loosened(self.rules[index].pattern) for index in indices]
+        return _Pass(needed, indices, PatternSet(loose))
 
     def spans(self, text: str) -> list[Span]:
         """Return what the rules find; rules may overlap."""
@@ -121,25 +129,21 @@ class RuleRecogniser:
         for needed, members, patterns in self._passes:
             if needed <= offered:
                 indices += [members[index] for index in patterns.matching(shaped)]
+        for context in self._contexts.matching(data):
+            for index in self._near[context]:
+                if self._compiled[index].needed <= offered:
+                    indices.append(index)
         indices.sort()
-        found = [self._compiled[index] for index in indices]
-        if all(compiled.context_needed < 0 for compiled in found):
-            return found
-        there = {-1, *self._contexts.matching(data)}
-        return [compiled for compiled in found if compiled.context_needed in there]
+        return [self._compiled[index] for index in indices]
 
 
-def _passes(rules: Sequence[Rule]) -> Iterator[_Pass]:
-    """Yield rules that need the same kinds of characters, at most `TOGETHER` at once."""
-    groups: dict[frozenset[str], list[int]] = {}
-    for index, rule in enumerate(rules):
-        groups.setdefault(needs(rule.pattern), []).append(index)
-    for needed, members in groups.items():
-        parts = ceil(len(members) / TOGETHER)
-        for part in range(parts):
-            chosen = members[len(members) * part // parts : len(members) * (part + 1) // parts]
-            loose = [loosened(rules[index].pattern) for index in chosen]
-            yield _Pass(needed, chosen, PatternSet(loose))
+def _parts(
+    needed: frozenset[str], indices: Sequence[int]
+) -> Iterator[tuple[frozenset[str], Sequence[int]]]:
+    """Yield rules that need the same, at most `TOGETHER` at once."""
+    count = ceil(len(indices) / TOGETHER)
+    for part in range(count):
+        yield needed, indices[len(indices) * part // count : len(indices) * (part + 1) // count]
 
 
 def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
@@ -164,6 +168,13 @@ def _score(compiled: _Compiled, text: str, start: int, end: int) -> float:
     rule, value = compiled.rule, text[start:end]
     if _touched(rule.edge, text, start, end):
         return 0.0
+    score = rule.score
+    if compiled.context is not None:
+        near = f"{text[max(0, start - rule.reach) : start]}\n{text[end : end + rule.reach]}"
+        if compiled.context.search(near.encode()) is None:
+            score = rule.alone
+    if score == 0:
+        return 0.0
     if rule.check and not any(CHECKS[name](value) for name in rule.check):
         return 0.0
     if rule.entropy and entropy_bits(value) < rule.entropy:
@@ -172,11 +183,7 @@ def _score(compiled: _Compiled, text: str, start: int, end: int) -> float:
         before = text[max(0, start - DENY_REACH) : start]
         if compiled.deny.search(before.encode()) is not None:
             return 0.0
-    if compiled.context is not None:
-        near = f"{text[max(0, start - rule.reach) : start]}\n{text[end : end + rule.reach]}"
-        if compiled.context.search(near.encode()) is None:
-            return rule.alone
-    return rule.score
+    return score
 
 
 def _touched(edge: str, text: str, start: int, end: int) -> bool:
