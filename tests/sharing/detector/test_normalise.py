@@ -142,3 +142,16 @@ def test_a_vowel_sign_that_joins_its_letter_keeps_the_offsets() -> None:
     view = normalise("\u09c7\u09be 12")
     assert view.text == "\u09cb 12"
     assert view.original(2, 4) == (3, 5)
+
+
+def test_a_change_that_is_not_tried_would_change_nothing() -> None:
+    several = 0
+    for text in texts(600, seed=6, hard=True):
+        tried = [normalise(text)]
+        if module._UNUSUAL.search(tried[0].text.encode()) is not None:
+            for change in (module._fold, module._join):
+                view = change(tried[-1])
+                tried += [] if view is None else [view]
+        assert views(text) == tried
+        several += len(tried) > 1
+    assert several > 50

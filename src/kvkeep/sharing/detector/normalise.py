@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvkeep.sharing.detector.patterns import Pattern
+from kvkeep.sharing.detector.patterns import Pattern, PatternSet
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
@@ -44,7 +44,8 @@ _DIGIT_LIKE: Final = (
     r"[0-9OoQlI| -]*"
 )
 _DIGITS: Final[Mapping[int, str]] = {ord(c): d for c, d in zip("OoQlI|", "000111")}
-_SPACED: Final = r"(?:^|\s)((?:\S[ \t\r\n]{1,3}){6,}\S)(?:\s|$)"
+_LETTERS_APART: Final = r"(?:\S[ \t\r\n]{1,3}){6,}\S"
+_SPACED: Final = rf"(?:^|\s){_LETTERS_APART}(?:\s|$)"
 _DOTTED: Final = r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b"
 _MIXED: Final = (
     rf"[^\s\pZ]*(?:[0-9A-Za-z@][^\s\pZ]*{_FOREIGN}|{_FOREIGN}[^\s\pZ]*[0-9A-Za-z@])[^\s\pZ]*"
@@ -52,12 +53,13 @@ _MIXED: Final = (
 """A token that holds a look-alike and a Latin letter, a digit or `@`."""
 _BESIDE: Final = f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]"
 _UNUSUAL = Pattern(f"{_BESIDE}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
-_CHANGED = Pattern(f"{_MIXED}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
-"""What folding or joining changes."""
+_CHANGES = PatternSet((_MIXED, _DIGIT_LIKE, _SPACED, _DOTTED))
+"""What folding changes: the first two; what joining does: the others."""
+_FOLDING: Final = 2
 _MIXED_TOKENS: Final = Pattern(_MIXED)
 _FOLDS: Final = {ord(letter): plain for letter, plain in LOOKALIKES.items()}
 _NUMBERS: Final = Pattern(_DIGIT_LIKE)
-_SPACED_LETTERS: Final = Pattern(_SPACED)
+_SPACED_LETTERS: Final = Pattern(rf"(?:^|\s)({_LETTERS_APART})(?:\s|$)")
 _DOTTED_LETTERS: Final = Pattern(_DOTTED)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SEPARATORS: Final = frozenset("._/*-")
@@ -223,10 +225,13 @@ def views(text: str) -> list[View]:
     """Return the ways to read a text: normalised, then folded and joined where that differs."""
     found = [normalise(text)]
     data = found[0].text.encode()
-    if _UNUSUAL.search(data) is None or _CHANGED.search(data) is None:
+    changes = () if _UNUSUAL.search(data) is None else _CHANGES.matching(data)
+    if not changes:
         return found
-    for change in (_fold, _join):
-        view = change(found[-1])
-        if view is not None:
-            found.append(view)
+    folded = _fold(found[0]) if changes[0] < _FOLDING else None
+    if folded is not None:
+        found.append(folded)
+    joined = _join(found[-1]) if folded is not None or changes[-1] >= _FOLDING else None
+    if joined is not None:
+        found.append(joined)
     return found
