@@ -56,9 +56,15 @@ class CacheManager:
         self._tier = tier
         self._store = PageStore(pool, index, tier)
         public_tag = tag_of(PUBLIC_SCOPE)
-        copies_rows = pool.spec.recent_tokens is None
-        self._matcher = Matcher(index, policy, tag_of, tier, copies_rows=copies_rows)
-        self._closer = Closer(self._store, policy, public_tag, copies_rows=copies_rows)
+        self._matcher = Matcher(
+            index,
+            policy,
+            tag_of,
+            tier,
+            copies_rows=pool.spec.window_tokens is None,
+            block_pages=pool.spec.block_pages,
+        )
+        self._closer = Closer(self._store, policy, public_tag)
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
         self._fetches: set[Fetch] = set()
@@ -94,6 +100,11 @@ class CacheManager:
         """Return the pages charged to an account, in use or cached."""
         owner = self._store.accounts.get(account)
         return 0 if owner is None else owner.used_pages
+
+    def findable_pages(self, n_tokens: int) -> int:
+        """Return how many whole pages of so many tokens can be found again."""
+        pages = n_tokens // PAGE_TOKENS
+        return pages - pages % self.pool.spec.block_pages
 
     @property
     def public_pages(self) -> int:
@@ -162,14 +173,16 @@ class CacheManager:
     def open_view(self, match: Match, prompt_len: int, *, answer_tokens: int | None = None) -> View:
         """Return a view of what a match found, its pages locked.
 
-        A page evicted since then ends it sooner. The snapshot's pages become pages of the view's
-        own, charged to its account, where there is room for the whole prompt.
+        A page evicted since then ends it sooner, at the block before it. The snapshot's pages
+        become pages of the view's own, charged to its account, where there is room for the whole
+        prompt.
 
         `View.length` says how much of the prompt it holds: all of it where all was cached. Rows of
         a partial match are copied to a page of the view's own; where the account has no room for it
         they are left out.
         """
         pages = match.attached()
+        pages = pages[: len(pages) - len(pages) % self.pool.spec.block_pages]
         public = sum(page.account == PUBLIC_ACCOUNT for page in pages)
         for page in pages:
             self._store.lock(page)

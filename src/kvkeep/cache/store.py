@@ -177,7 +177,7 @@ class PageStore:
             )
         self.index.attach(parent, page, key)
         if len(key) == KEY_BYTES and page.state is PageState.OPEN:
-            page.state = PageState.CLOSED
+            page.state = self.pool.spec.last_state
         for length in range(4, len(key), 4) if parent.partials else ():
             shorter = parent.partials.get(key[:length])
             if shorter is not None and shorter.ref_count == 0:

@@ -115,7 +115,7 @@ def build_core(
         manager,
         runner,
         OutputFactory(text, info.vocab_size, info.eos_token_ids),
-        _limits(options, whole_hits=spec.recent_tokens is None),
+        _limits(options, whole_hits=spec.window_tokens is None),
         sharing,
         prefix_caching=options.prefix_caching,
     )

@@ -65,7 +65,7 @@ class ModelRunner:
         self._parts = parts
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
-        self._staging = Staging(parts.pool, self._spec.recent_tokens)
+        self._staging = Staging(parts.pool, self._spec.window_tokens)
         self.read = Read()
 
     @property
@@ -137,7 +137,7 @@ class ModelRunner:
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
-            self._spec.recent_tokens,
+            self._spec.window_tokens,
         )  # fmt: skip
         plan = self._parts.planner.plan(geometry)
         self.read.tree_steps += plan.parents is not None

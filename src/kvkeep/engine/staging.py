@@ -11,17 +11,17 @@ from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, View
 class Staging:
     """Keeps, per view, staged page slots from the first page a query may still see unencoded.
 
-    Where nothing is encoded (`recent_tokens` None) a view's own slots are the staged ones.
+    Where nothing is encoded (`window_tokens` None) a view's own slots are the staged ones.
     """
 
-    def __init__(self, pool: TilePool, recent_tokens: int | None) -> None:
+    def __init__(self, pool: TilePool, window_tokens: int | None) -> None:
         self._pool = pool
-        self._recent = recent_tokens
+        self._window = window_tokens
         self._staged: dict[int, dict[int, int]] = {}
 
     def pages_of(self, view: View, end: int) -> tuple[Int32Array, int]:
         """Return (slots, first page) that hold tokens before `end` in the model's dtype."""
-        if self._recent is None:
+        if self._window is None:
             return view.slots, 0
         staged = self._staged.setdefault(view.id, {})
         first = min(staged, default=view.length // PAGE_TOKENS)
