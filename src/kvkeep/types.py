@@ -92,6 +92,13 @@ class PageSpec:
     """Tokens before a query that it still sees in the model's dtype; None where pages are stored in
     it.
     """
+    first_extra_bytes: int = 0
+    """Bytes by which the tiles of a sequence's first page are larger."""
+
+    @property
+    def first_tile_bytes(self) -> int:
+        """Return the bytes of a tile of a sequence's first page."""
+        return self.tile_bytes + self.first_extra_bytes
 
     @property
     def tiles_per_page(self) -> int:
