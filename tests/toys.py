@@ -129,8 +129,8 @@ class EightBit(Float):
             window_tokens=self._window_tokens,
         )
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
-        return super().encode(_round(k), _round(v))
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+        return super().encode(_round(k), _round(v), first=first)
 
 
 def _round(x: torch.Tensor) -> torch.Tensor:

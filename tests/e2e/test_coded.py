@@ -40,7 +40,9 @@ def bits(chunks: list[Chunk]) -> list[object]:
 
 def warm_runs(core: EngineCore) -> tuple[list[object], list[int]]:
     """Return what the prompt says after each number of its pages was sent, and what was found."""
-    prompt, said, found = prompt_of(LENGTH), [], []
+    prompt = prompt_of(LENGTH)
+    said: list[object] = []
+    found: list[int] = []
     for pages in range(LENGTH // PAGE_TOKENS + 1):
         scope = f"s{pages}"
         if pages:

@@ -104,7 +104,7 @@ class BatchKV:
     def _encode(self, page: Closing, layer: int) -> None:
         """Write the codec's tiles of one staged page and layer."""
         k, v = unpack_float_tiles(self._pool.read_tiles(page.staged, layer), self._shape)
-        self._pool.write_tiles(page.slot, layer, self._codec.encode(k, v))
+        self._pool.write_tiles(page.slot, layer, self._codec.encode(k, v, first=False))
 
     def _thresholds(self) -> Observe | None:
         """Return the observed rows' thresholds; only each segment's last row observes."""

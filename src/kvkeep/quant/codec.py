@@ -35,11 +35,16 @@ class Codec(Protocol):
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
         """Return weight changes this codec wants at load."""
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
-        """Return [N, tile_bytes] for k, v [N, S, D]."""
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+        """Return [N, tile bytes] for k, v [N, S, D]; `first`: of a sequence's first page.
 
-    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k, v [N, S, D] of stored tiles."""
+        Raises `NonFiniteKV` where a codec can't store a value.
+        """
+
+    def decode(
+        self, tiles: Tiles, shape: KVShape, *, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k, v [N, S, D] that stored tiles stand for."""
 
 
 class Float:
@@ -61,11 +66,13 @@ class Float:
         """No weight changes."""
         return ()
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return tiles in a CPU's layout of k's dtype."""
         return pack_float_tiles(k, v, LANE_LAYOUTS[k.dtype])
 
-    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, tiles: Tiles, shape: KVShape, *, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stored values."""
         return unpack_float_tiles(tiles, shape)
 
