@@ -57,6 +57,17 @@ class PageState(IntEnum):
     ENCODED = 2
 
 
+class PageKind(IntEnum):
+    """What a page's memory is for; pages of different kinds differ in size."""
+
+    PLAIN = 0
+    """As its codec stores it, or in the model's dtype where none does."""
+    FIRST = 1
+    """The same at a sequence's start, where a codec keeps more."""
+    STAGED = 2
+    """In the model's dtype, beside a coded page until its block ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class PageTag:
     """What decides a page's bytes and readers beside its tokens; in every chain hash."""

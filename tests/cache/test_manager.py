@@ -9,7 +9,7 @@ from kvkeep.cache.accounts import AccountUse
 from kvkeep.cache.manager import CacheManager
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
 from kvkeep.sharing.policy import ShareAll, SharingPolicy
-from kvkeep.types import PAGE_TOKENS, PageState
+from kvkeep.types import PAGE_TOKENS, PageKind, PageState
 from tests.cache.player import SPEC, Player, check, check_rows, make_manager, prompt
 from tests.toys import DelayedTier, PromoteOffered
 
@@ -324,3 +324,43 @@ def test_stats_count_pages_views_and_accounts(player: Player) -> None:
         1,
     )
     assert stats.accounts["a"] == AccountUse(8, 3, 2, 1)
+
+
+@pytest.fixture
+def beginners() -> CacheManager:
+    """Eight pages of two accounts, of which each may begin two sequences."""
+    spec = replace(SPEC, window_tokens=128, first_extra_bytes=64)
+    manager = make_manager(16, spec=spec, num_first=4)
+    manager.set_quotas({"a": 8, "b": 8}, 0)
+    return manager
+
+
+def test_a_sequences_first_page_alone_is_of_the_first_kind(beginners: CacheManager) -> None:
+    player = Player(beginners)
+    player.open("a", "a/1", prompt(1, 2, 3))
+    kinds = [page.kind for page in beginners._held[0].pages]
+    assert kinds == [PageKind.FIRST, PageKind.PLAIN, PageKind.PLAIN]
+    player.fork(player.running["a"][0])
+    player.open("a", "a/1", [*prompt(1, 2), 7])
+    assert beginners._store.accounts["a"].used_first == 1, "found again, not begun again"
+    check(beginners)
+
+
+def test_a_share_has_room_for_so_many_first_pages(beginners: CacheManager) -> None:
+    player = Player(beginners)
+    for block in (1, 2):
+        player.open("a", "a/1", prompt(block, block))
+    view = beginners.open_view(beginners.match([9], account="a", scope="a/1"), 1)
+    with pytest.raises(QuotaExceeded, match="begins one more sequence; its share has room for 2"):
+        beginners.extend(view, 1)
+    player.open("b", "b/1", prompt(5, 5))
+    player.release(player.running["a"][0], 128)
+    beginners.extend(view, 1)
+    assert beginners.match(prompt(1, 1), account="a", scope="a/1").cached_tokens == 0
+    assert beginners.match(prompt(2, 2), account="a", scope="a/1").cached_tokens == 128
+    check(beginners)
+
+
+def test_more_shares_than_sequences_are_refused(beginners: CacheManager) -> None:
+    with pytest.raises(ConfigError, match=r"6 shares .* for 4 sequences; raise max_num_seqs"):
+        beginners.set_quotas(dict.fromkeys("abcde", 2), 0)

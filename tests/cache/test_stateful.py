@@ -28,13 +28,14 @@ class Machine(RuleBasedStateMachine):
     """Two accounts, three scopes, prompts that overlap."""
 
     spec = SPEC
+    num_first = 0
 
     def policy(self) -> SharingPolicy:
         return ShareNothing()
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = make_manager(16, self.policy(), spec=self.spec)
+        self.manager = make_manager(16, self.policy(), spec=self.spec, num_first=self.num_first)
         self.manager.set_quotas(QUOTAS, 4)
         self.player = Player(self.manager)
 
@@ -58,7 +59,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def reserve(self, data: st.DataObject) -> None:
         run = self.choose(data)
-        if self.manager.room(run.account) >= 2:
+        begins = self.num_first and not run.view.num_pages
+        if self.manager.room(run.account) >= 2 and not begins:
             self.manager.extend(run.view, 64)
 
     @precondition(lambda self: self.any_running())
@@ -125,7 +127,8 @@ class SharedMachine(Machine):
 class CodedMachine(Machine):
     """The same with pages that are found in blocks of two."""
 
-    spec = replace(SPEC, window_tokens=128)
+    spec = replace(SPEC, window_tokens=128, first_extra_bytes=1024)
+    num_first = 6
 
 
 class CodedPromotingMachine(CodedMachine):
@@ -196,7 +199,9 @@ OPS = st.builds(
 
 
 def transcript(ops: list[Op], quota_b: int, window_tokens: int | None = None) -> list[object]:
-    manager = make_manager(12, spec=replace(SPEC, window_tokens=window_tokens))
+    num_first = 4 if window_tokens else 0
+    spec = replace(SPEC, window_tokens=window_tokens, first_extra_bytes=64 * num_first)
+    manager = make_manager(12, spec=spec, num_first=num_first)
     manager.set_quotas({"a": 6, "b": quota_b}, 1)
     player = Player(manager)
     for op in ops:

@@ -214,7 +214,7 @@ class CacheManager:
         if needed <= 0:
             return
         held = self._require(view)
-        for page in self._store.new_pages(held.account, view.tag, needed):
+        for page in self._store.new_pages(held.account, view.tag, needed, at=view.num_pages):
             held.pages.append(page)
             view.push(page.slot)
 
@@ -245,7 +245,7 @@ class CacheManager:
         full, rows = divmod(view.length, PAGE_TOKENS)
         pages = held.pages[:full]
         if rows:
-            copy = self._store.new_pages(held.account, view.tag, 1)[0]
+            copy = self._store.new_pages(held.account, view.tag, 1, at=full)[0]
             self.pool.copy_page(held.pages[full].slot, copy.slot)
             pages.append(copy)
         for page in pages[:full]:
@@ -318,12 +318,13 @@ class CacheManager:
     def _reserve(self, match: Match, prefix: list[Page], tokens: TokenIds) -> Fetch | None:
         """Return a fetch with a page for each pending one that there is room for."""
         count = min(len(match.pending), self.room(match.account))
-        if count == 0:
+        owner = self._store.accounts.get(match.account)
+        if owner is None or count <= 0 or not owner.has_room(count, first=not prefix):
             return None
         first = len(prefix) * PAGE_TOKENS
         raw = token_bytes(tokens[first : first + count * PAGE_TOKENS])
         keys = [raw[begin : begin + KEY_BYTES] for begin in range(0, len(raw), KEY_BYTES)]
-        pages = self._store.new_pages(match.account, match.tag, count)
+        pages = self._store.new_pages(match.account, match.tag, count, at=len(prefix))
         before = prefix[-1] if prefix else None
 
         def parent() -> Page | None:
@@ -340,7 +341,8 @@ class CacheManager:
             return 0
         self._store.lock(source)
         try:
-            page = self._store.new_pages(held.account, held.view.tag, 1)[0]
+            at = len(held.pages)
+            page = self._store.new_pages(held.account, held.view.tag, 1, at=at)[0]
         except CapacityError:
             return 0
         else:
@@ -356,7 +358,8 @@ class CacheManager:
         False without room for the whole prompt: then it is not to be served now.
         """
         needed = -(-prompt_len // PAGE_TOKENS) - len(held.pages)
-        if needed > self.room(held.account):
+        owner = self._store.accounts.get(held.account)
+        if owner is None or not owner.has_room(needed, first=not held.pages):
             return False
         if match.partial is not None and match.partial[0].attached:
             self._store.lock(match.partial[0])
