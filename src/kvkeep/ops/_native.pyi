@@ -114,7 +114,7 @@ class Cache:
     def __init__(
         self,
         base: int,
-        bytes: int,
+        size: int,
         unit_bytes: int,
         table: int,
         page_slots: int,

@@ -15,7 +15,6 @@ from kvkeep.ops.checks import (
     check_dim,
     check_parts,
     check_pool,
-    coded_layouts,
     dense_rows,
     validate,
 )

@@ -18,7 +18,7 @@ from kvkeep.ops.codes import (
     unpack_codes,
     unpack_sinks,
 )
-from kvkeep.types import PAGE_TOKENS, Layout
+from kvkeep.types import Layout
 
 QUERY_TOP: Final = 127
 WEIGHT_TOP: Final = 255
