@@ -102,7 +102,7 @@ def test_layer_kv_is_made_once() -> None:
     pool = TilePool(SPEC, 1)
     kv = pool.layer_kv(1)
     assert kv is pool.layer_kv(1)
-    assert (kv.layer, kv.num_kv_heads, kv.head_dim, kv.tile_bytes) == (1, 2, 8, 4096)
+    assert (kv.layer, kv.num_kv_heads, kv.head_dim, kv.unit_bytes) == (1, 2, 8, 4096)
     assert kv.tile_table is pool.tile_table
 
 

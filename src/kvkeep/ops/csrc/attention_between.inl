@@ -11,6 +11,7 @@ class Between {
         beside_(beside),
         steps_((item.end - item.begin + kStep - 1) / kStep),
         blocks_(4 * ((item.row_end - item.row_begin + Isa::kRows - 1) / Isa::kRows)),
+        tile_bytes_(int64_t{2} * kPage * job.cache.dim * sizeof(typename K::B)),
         panel_(scratch, job.cache.dim, kPanel) {
     for (int i = 0; i < beside.count; i++) chunks_ += chunks_of(beside.pieces[i]);
     position_ = beside.pieces[0].begin;
@@ -22,7 +23,7 @@ class Between {
     for (int i = 0; i < share_ && tile_ < tiles_; i++) {
       __builtin_prefetch(ahead_[tile_] + offset_, 0, 2);
       offset_ += 64;
-      if (offset_ < job_.cache.tile_bytes) continue;
+      if (offset_ < tile_bytes_) continue;
       offset_ = 0;
       tile_++;
     }
@@ -67,7 +68,7 @@ class Between {
       }
       if (to == piece.end && ++index < beside_.count) position = beside_.pieces[index].begin;
     }
-    share_ = static_cast<int>((tiles_ * job_.cache.tile_bytes / 64 + blocks_ - 1) / blocks_);
+    share_ = static_cast<int>((tiles_ * tile_bytes_ / 64 + blocks_ - 1) / blocks_);
   }
 
   void attend_chunk() {
@@ -91,6 +92,7 @@ class Between {
   const Beside beside_;
   const int64_t steps_;
   const int blocks_;  // of a step
+  const int64_t tile_bytes_;
   Panel<K> panel_;
   int64_t chunks_ = 0, done_ = 0, taken_ = 0;
   int index_ = 0, position_ = 0;

@@ -17,6 +17,9 @@ enum class Layout : int32_t { kF32 = 0, kBf16 = 1 };
 inline constexpr int kLayouts = 2;
 
 inline constexpr int element_bytes(Layout layout) { return layout == Layout::kF32 ? 4 : 2; }
+inline constexpr int64_t float_tile_bytes(Layout layout, int dim) {
+  return int64_t{2} * kPage * dim * element_bytes(layout);
+}
 
 // kvkeep.ops.layout.Run
 struct Run {
@@ -36,13 +39,18 @@ struct Plan {
 // kvkeep.ops.layout.LayerKV
 struct Cache {
   char* base;
-  int64_t num_tiles, tile_bytes;
+  int64_t bytes, unit_bytes;
   const int32_t* table;  // [page slots, L, Hkv]
   int64_t page_slots;
   int layers, layer, kv_heads, dim;
 
   int64_t tile_of(int64_t page, int head) const {
     return (page * layers + layer) * kv_heads + head;
+  }
+  // Null where a tile of `size` bytes would lie outside the pool.
+  char* tile(int32_t id, int64_t size) const {
+    const int64_t at = id * unit_bytes;
+    return at >= 0 && at + size <= bytes ? base + at : nullptr;
   }
 };
 

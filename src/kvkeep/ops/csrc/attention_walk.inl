@@ -103,9 +103,8 @@ inline const typename K::B* find_tile(const Job& job, const Item& item, int32_t 
   const int32_t page = job.plan.pages[entry];
   const int32_t id = page >= 0 ? cache.table[cache.tile_of(page, item.head)]
                                : job.plan.private_tiles[cache.tile_of(-1 - page, item.head)];
-  if (id >= 0 && id < cache.num_tiles) {
-    return reinterpret_cast<const typename K::B*>(cache.base + id * cache.tile_bytes);
-  }
+  const char* tile = cache.tile(id, int64_t{2} * kPage * cache.dim * sizeof(typename K::B));
+  if (tile) return reinterpret_cast<const typename K::B*>(tile);
   __atomic_store_n(job.bad_tile, 1, __ATOMIC_RELAXED);
   *live = 0;
   return nullptr;
