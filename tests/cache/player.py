@@ -86,7 +86,7 @@ def _rows(
         len(at), manager.pool.spec.tiles_per_page
     )
     words = manager.pool.buffer.numpy().view(np.uint64)
-    unit_words = manager.pool.layer_kv(0).tile_bytes // words.itemsize
+    unit_words = manager.pool.layer_kv(0).unit_bytes // words.itemsize
     where = tiles.astype(np.int64) * unit_words + (at % PAGE_TOKENS)[:, None]
     if marks is not None:
         words[where] = marks[:, None]

@@ -131,7 +131,7 @@ def test_pages_of_each_kind_have_tiles_of_their_own_size() -> None:
     pool = coded_pool()
     assert pool.buffer.numel() == 4 * (5 * 192 + 3 * 320 + 2 * 1024)
     assert [pool.bytes_of(kind) for kind in PageKind] == [4 * 5 * 192, 4 * 3 * 320, 4 * 2048]
-    unit = pool.layer_kv(0).tile_bytes
+    unit = pool.layer_kv(0).unit_bytes
     assert unit == 64
     sizes = {PageKind.PLAIN: 192, PageKind.FIRST: 320, PageKind.STAGED: 1024}
     taken: list[tuple[int, int]] = []

@@ -159,8 +159,8 @@ void bind_attention(nb::module_& m) {
           [](Cache* to, uintptr_t base, int64_t size, int64_t unit_bytes, uintptr_t table,
              int64_t page_slots, int layers, int layer, int kv_heads, int dim) {
             new (to)
-                Cache{at<char>(base), size, unit_bytes, at<int32_t>(table), page_slots, layers,
-                      layer,          kv_heads,  dim};
+                Cache{at<char>(base), size,     unit_bytes, at<int32_t>(table), page_slots, layers,
+                      layer,          kv_heads, dim};
           },
           "base"_a, "size"_a, "unit_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
           "kv_heads"_a, "dim"_a);
