@@ -90,7 +90,8 @@ def _rows(
     where = tiles.astype(np.int64) * unit_words + (at % PAGE_TOKENS)[:, None]
     if marks is not None:
         words[where] = marks[:, None]
-    return words[where]
+    found: Marks = words[where]
+    return found
 
 
 def indexed_pages(manager: CacheManager) -> list[Page]:

@@ -169,5 +169,16 @@ def test_what_is_not_there_is_refused() -> None:
     world.kv.tile_table[context.slots[0]] = end - size + 1  # its sinks would lie outside
     with pytest.raises(KernelInputError, match="without a tile"):
         ops.attend(q, world.kv, plan)
-    with pytest.raises(KernelInputError, match="not finite"):
-        ops.attend(q * np.inf, world.kv, plan)
+
+
+def test_a_row_that_is_not_finite_is_nobody_elses_concern() -> None:
+    heads = Heads(2, 1, 64)
+    world = make_coded_world(heads, Layout.F32, pages=10)
+    context = world.add(Layout.K2V2, 2, 0)
+    q = world.tensor(2, heads.q, heads.dim)
+    plan = coded_plan(world, [(context, [126, 127])])
+    expected = ReferenceAttention().attend(q, world.kv, plan)
+    q[0] = np.inf
+    got = ReferenceAttention().attend(q, world.kv, plan)
+    assert torch.equal(got.out[1], expected.out[1])
+    assert torch.equal(got.lse2[1], expected.lse2[1])
