@@ -15,6 +15,8 @@ from kvkeep.ops.checks import (
     check_dim,
     check_parts,
     check_pool,
+    check_unit,
+    coded_layouts,
     dense_rows,
     validate,
 )
@@ -191,6 +193,8 @@ class CpuAttention:
             return last
         validate(q, kv, plan)
         check_dim(kv.head_dim)
+        for stored in coded_layouts(plan, layout):
+            check_unit(kv, stored)
         arrays = (
             np.ascontiguousarray(plan.row_positions, np.int32),
             _optional(plan.row_order, np.int32),

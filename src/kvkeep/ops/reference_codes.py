@@ -48,7 +48,9 @@ def quantise_weights(folded: torch.Tensor) -> Quantised:
 def _quantise(values: torch.Tensor, top: int) -> Quantised:
     largest = values.abs().amax(dim=-1)
     usable = largest >= LEAST
-    factor = torch.where(usable, top / largest, torch.zeros_like(largest))
+    factor = torch.where(
+        usable, torch.full_like(largest, top) / largest, 0.0
+    )  # one rounding, not two
     integers = torch.where(usable[..., None], (values * factor[..., None]).round(), 0.0)
     return Quantised(integers, torch.where(usable, largest / top, torch.ones_like(largest)))
 

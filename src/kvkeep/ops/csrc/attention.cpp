@@ -41,7 +41,7 @@ void check_slots(Layout layout, const Cache& cache, const NewRows& rows) {
       throw std::invalid_argument("slots name a page outside the tile table");
     for (int head = 0; head < cache.kv_heads; head++) {
       const int32_t id = cache.table[cache.tile_of(page, head)];
-      if (!cache.tile(id, float_tile_bytes(layout, cache.dim)))
+      if (!cache.tile(id, tile_bytes(layout, cache.dim)))
         throw std::invalid_argument("slots name a page without a tile in the pool");
     }
     last = page;
@@ -85,6 +85,7 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   int bad_tile = 0;
   job.bad_tile = &bad_tile;
   job.plan = prepared.plan;
+  job.coded = prepared.coded;
   const Kernels& kernel = kernels(prepared.layout);
   const int64_t wanted = kernel.scratch_bytes(prepared.dim, prepared.most_rows) +
                          kernel.scratch_bytes(prepared.dim, kPanel);

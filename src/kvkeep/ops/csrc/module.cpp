@@ -192,6 +192,7 @@ void bind_attention(nb::module_& m) {
                                at<void>(out),
                                at<float>(lse2),
                                plan.group,
+                               false,
                                scale,
                                {},
                                cache,
