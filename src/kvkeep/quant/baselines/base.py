@@ -16,7 +16,7 @@ import torch
 
 from kvkeep.ops.layout import LANE_LAYOUTS, WeightFold
 from kvkeep.quant.codec import Codec, Float, KVShape, Tiles, pack_float_tiles, unpack_float_tiles
-from kvkeep.types import PageSpec
+from kvkeep.types import WINDOW_STEP, PageSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """k, v [N, S, D] of the N KV heads of a layer."""
@@ -90,7 +90,7 @@ class Dequantised:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             tile_bytes=spec.tile_bytes,
-            recent_tokens=0,
+            window_tokens=WINDOW_STEP,
         )
 
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
