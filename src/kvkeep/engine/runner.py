@@ -17,8 +17,9 @@ from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.scheduler import Work
 from kvkeep.engine.staging import Staging
+from kvkeep.engine.turning import Turning
 from kvkeep.models.host import HostedModel
-from kvkeep.ops.layout import Ops
+from kvkeep.ops.layout import TORCH_DTYPE, Ops
 from kvkeep.quant.codec import KVShape
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, View
 
@@ -66,6 +67,9 @@ class ModelRunner:
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
         self._staging = Staging(parts.pool, self._spec.recent_tokens)
+        self._turning = Turning(
+            parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
+        )
         self.read = Read()
 
     @property
@@ -90,7 +94,7 @@ class ModelRunner:
         step = self._build(work)
         kv = BatchKV(
             step, parts.pool, self._layers, parts.ops.attention, parts.techniques, parts.shape,
-            parts.listeners,
+            self._turning, parts.listeners,
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
         rows, prompt_rows = _logit_rows(work)

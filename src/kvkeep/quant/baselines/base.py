@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from kvkeep.ops.layout import LANE_LAYOUTS, WeightFold
-from kvkeep.quant.codec import Codec, Float, KVShape, Tiles, pack_float_tiles, unpack_float_tiles
+from kvkeep.quant.codec import (
+    Codec,
+    Float,
+    KVShape,
+    Rotation,
+    Tiles,
+    pack_float_tiles,
+    unpack_float_tiles,
+)
 from kvkeep.types import PageSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -43,6 +51,10 @@ class Baseline(ABC):
     def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
         """Return float32 k, v [N, S, D] that a buffer stands for."""
 
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return how queries and keys are turned before; most are not."""
+        return None
+
     def rounded(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> KV:
         """Return what comes back of k, v, by a shorter way where the baseline has one."""
         return self.decode(self.encode(k, v, place), shape_of(k), place)
@@ -54,6 +66,10 @@ class Stored(Baseline):
     def __init__(self, codec: Codec) -> None:
         self.name = codec.name
         self._codec = codec
+
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return the codec's rotation."""
+        return self._codec.rotation(shape)
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> bytes:
         """Return the codec's tiles."""
@@ -96,6 +112,10 @@ class Dequantised:
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
         """No weight changes."""
         return ()
+
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return the baseline's rotation."""
+        return self._baseline.rotation(shape)
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return float tiles of what comes back of k, v."""
