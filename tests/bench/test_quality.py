@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from bench import quality, quality_stats, quality_suite
 from bench.harness import Options
-from bench.quality_run import Asked, Item, Machine, greedy, run
+from bench.quality_run import Asked, Item, Machine, recorded, run
 from bench.quality_suite import Context, Maker, Probe, digest, read, right
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
@@ -117,14 +118,11 @@ def test_an_engine_answers_every_item_and_a_codec_changes_some(maker: Maker) -> 
     assert codec.stored_bytes / codec.float_bytes == pytest.approx(3 / 16)
 
 
-def test_a_codec_learns_which_layer_it_stores(maker: Maker) -> None:
-    class Layers(Dequantised):
-        seen: set[int] = set()
-
-        def encode(self, k, v, *, first):  # type: ignore[no-untyped-def]
-            self.seen.add(self.layer)
-            return super().encode(k, v, first=first)
-
-    codec = Layers(Kivi())
-    Asked(Machine(DEMO_MODEL, 1, 1 << 26), codec).answer([("s", range(5, 75))], greedy(1))
-    assert codec.seen == {0, 1, 2, 3}
+def test_pages_are_recorded_by_layer() -> None:
+    machine = Machine(DEMO_MODEL, 1, 1 << 26)
+    contexts = [Context(kind="facts", ids=tuple(range(5, 5 + 70 * n))) for n in (1, 2)]
+    pages = recorded(machine, contexts, 4)
+    assert [len(layer) for layer in pages] == [3] * 4
+    first = [layer[0][0] for layer in pages]
+    assert first[0].shape == (2, 64, 64)
+    assert not any(torch.equal(first[0], other) for other in first[1:])

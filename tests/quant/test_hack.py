@@ -6,7 +6,7 @@ import torch
 from kvkeep.errors import NonFiniteKV
 from kvkeep.ops.codes import CODE_BITS, SINK_TOKENS, coded_tile_bytes, partition_channels
 from kvkeep.quant.codec import KVShape
-from kvkeep.quant.hack import Hack
+from kvkeep.quant.hack import Hack, affine, fitted, hadamard, quantise
 from kvkeep.types import PAGE_TOKENS, Layout
 
 CODED = list(CODE_BITS)
@@ -32,10 +32,14 @@ def stored(
 
 
 def half_steps(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Half a step of the codes, and what rounding both ends to bfloat16 may add."""
+    """Half a step of the codes, and what rounding both ends to bfloat16 may add.
+
+    A fitted range is narrower: its steps are smaller, and what lies outside is farther.
+    """
     low, high = torch.aminmax(x.float(), dim=axis, keepdim=True)
     ends = torch.maximum(low.abs(), high.abs())
-    return (high - low) / ((1 << bits) - 1) / 2 + (high - low + ends) * 2**-8
+    beyond = 1.0 if bits == 2 and axis == 1 else 0.5
+    return (high - low) / ((1 << bits) - 1) * beyond + (high - low + ends) * 2**-8
 
 
 @pytest.mark.parametrize("layout", CODED, ids=lambda layout: layout.name)
@@ -50,6 +54,31 @@ def test_a_value_comes_back_within_half_a_step(layout: Layout, first: bool, spre
     found = values.view(parts.shape)
     assert torch.all((found - parts).abs()[:, begin:] <= half_steps(parts, bits.v, 3)[:, begin:])
     assert not torch.equal(keys[:, begin:], k[:, begin:].float())
+
+
+def test_a_fitted_range_is_closer_on_the_whole_than_its_ends() -> None:
+    k = made()[0].float()
+    errors = [
+        (make(k, 2, 1).scale * quantise(k, make(k, 2, 1), 2) + make(k, 2, 1).least - k).norm()
+        for make in (fitted, affine)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_leaves_scores_as_they_are(dim: int, dtype: torch.dtype) -> None:
+    q, k = (m.to(dtype).double() for m in hadamard(dim))
+    assert torch.equal(q @ k.T, torch.eye(dim, dtype=torch.float64))
+    size = dim & -dim
+    assert torch.equal((k != 0).sum(0), torch.full((dim,), size))
+
+
+def test_whether_keys_are_rotated_is_part_of_the_name() -> None:
+    turned, plain = Hack(Layout.K4V2), Hack(Layout.K4V2, rotate=False)
+    assert (turned.name, plain.name) == ("k4v2", "k4v2-plain")
+    assert turned.rotation(shape_of()) is not None
+    assert plain.rotation(shape_of()) is None
 
 
 @pytest.mark.parametrize("layout", CODED, ids=lambda layout: layout.name)

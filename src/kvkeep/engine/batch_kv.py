@@ -10,7 +10,11 @@ import torch
 
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
+<<<<<<< HEAD
 from kvkeep.errors import NonFiniteKV
+=======
+from kvkeep.engine.turning import Turning
+>>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
 from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles
@@ -61,6 +65,7 @@ class BatchKV:
         ops: AttentionOps,
         techniques: Techniques,
         shape: KVShape,
+        turning: Turning,
         listeners: Sequence[PageListener] = (),
     ) -> None:
         self._step = step
@@ -71,6 +76,7 @@ class BatchKV:
         self._shield = techniques.shield
         self._evictor = techniques.evictor
         self._shape = shape
+        self._turning = turning
         self._listeners = listeners
         self._observe = self._thresholds()
         self.encoded = 0
@@ -81,7 +87,8 @@ class BatchKV:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
         shield, kv = self._shield, self._layers[layer]
-        self._ops.append(kv, shield.transform(k, "k"), shield.transform(v, "v"), self._step.slots)
+        keys = self._turning.keys(shield.transform(k, "k"))
+        self._ops.append(kv, keys, shield.transform(v, "v"), self._step.slots)
         for page in self._step.closing:
             if page.staged >= 0 and not self._encode(page, layer):
                 continue
@@ -90,9 +97,8 @@ class BatchKV:
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Return attention [T, Hq, D] of the step's rows over their views."""
-        attended = self._ops.attend(
-            self._shield.transform(q, "q"), self._layers[layer], self._step.plan, self._observe
-        )
+        queries = self._turning.queries(self._shield.transform(q, "q"))
+        attended = self._ops.attend(queries, self._layers[layer], self._step.plan, self._observe)
         if attended.hits is not None:
             self._hand_out(layer, attended.hits)
         return self._shield.restore(attended.out)

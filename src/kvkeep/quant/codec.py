@@ -24,6 +24,13 @@ class KVShape(NamedTuple):
     """Layout of the model's dtype."""
 
 
+class Rotation(NamedTuple):
+    """Matrices [D, D] that queries and keys are multiplied by; the product q k^T is the unit."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
 class Codec(Protocol):
     """Stores pages; attention reads the stored form, `decode` is for tests and tools."""
 
@@ -34,6 +41,9 @@ class Codec(Protocol):
 
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
         """Return weight changes this codec wants at load."""
+
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return how queries and keys are turned after RoPE; None: not at all."""
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return [N, tile bytes] for k, v [N, S, D]; `first`: of a sequence's first page.
@@ -65,6 +75,10 @@ class Float:
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
         """No weight changes."""
         return ()
+
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """No rotation."""
+        return None
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return tiles in a CPU's layout of k's dtype."""

@@ -15,8 +15,21 @@ import numpy as np
 import torch
 
 from kvkeep.ops.layout import LANE_LAYOUTS, WeightFold
+<<<<<<< HEAD
 from kvkeep.quant.codec import Codec, Float, KVShape, Tiles, pack_float_tiles, unpack_float_tiles
 from kvkeep.types import WINDOW_STEP, PageSpec
+=======
+from kvkeep.quant.codec import (
+    Codec,
+    Float,
+    KVShape,
+    Rotation,
+    Tiles,
+    pack_float_tiles,
+    unpack_float_tiles,
+)
+from kvkeep.types import PageSpec
+>>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """k, v [N, S, D] of the N KV heads of a layer."""
@@ -43,6 +56,10 @@ class Baseline(ABC):
     def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
         """Return float32 k, v [N, S, D] that a buffer stands for."""
 
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return how queries and keys are turned before; most are not."""
+        return None
+
     def rounded(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> KV:
         """Return what comes back of k, v, by a shorter way where the baseline has one."""
         return self.decode(self.encode(k, v, place), shape_of(k), place)
@@ -54,6 +71,10 @@ class Stored(Baseline):
     def __init__(self, codec: Codec) -> None:
         self.name = codec.name
         self._codec = codec
+
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return the codec's rotation."""
+        return self._codec.rotation(shape)
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> bytes:
         """Return the codec's tiles."""
@@ -97,6 +118,10 @@ class Dequantised:
         """No weight changes."""
         return ()
 
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return the baseline's rotation."""
+        return self._baseline.rotation(shape)
+
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return float tiles of what comes back of k, v."""
         place = Place(self.layer, first)
@@ -104,8 +129,10 @@ class Dequantised:
             blob = self._baseline.encode(k, v, place)
             self.stored_bytes += len(blob)
             self.float_bytes += 2 * k.numel() * k.element_size()
+            back = self._baseline.decode(blob, shape_of(k), place)
+        else:
+            back = self._baseline.rounded(k, v, place)
         self._pages += 1
-        back = self._baseline.rounded(k, v, place)
         keys, values = (x.to(k.dtype) for x in back)
         return pack_float_tiles(keys, values, LANE_LAYOUTS[k.dtype])
 
