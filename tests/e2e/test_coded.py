@@ -79,7 +79,7 @@ class Watched:
     def __init__(self, inner: Codec) -> None:
         self._inner = inner
         self.name = inner.name
-        self.page_spec, self.folds = inner.page_spec, inner.folds
+        self.page_spec, self.folds, self.rotation = inner.page_spec, inner.folds, inner.rotation
         self.pages = 0
         self.first = 0
         self.seen: Counter[bytes] = Counter()

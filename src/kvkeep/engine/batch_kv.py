@@ -10,11 +10,8 @@ import torch
 
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
-<<<<<<< HEAD
-from kvkeep.errors import NonFiniteKV
-=======
 from kvkeep.engine.turning import Turning
->>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
+from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
 from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles

@@ -17,15 +17,10 @@ from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.scheduler import Work
 from kvkeep.engine.staging import Staging
-<<<<<<< HEAD
+from kvkeep.engine.turning import Turning
 from kvkeep.errors import NonFiniteKV
 from kvkeep.models.host import HostedModel
-from kvkeep.ops.layout import AttentionPlan, Ops, float_tile_bytes
-=======
-from kvkeep.engine.turning import Turning
-from kvkeep.models.host import HostedModel
-from kvkeep.ops.layout import TORCH_DTYPE, Ops
->>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
+from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
 from kvkeep.quant.codec import KVShape
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, View
 
@@ -75,17 +70,13 @@ class ModelRunner:
         self._parts = parts
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
-<<<<<<< HEAD
         self._staging = Staging(parts.pool, self._spec.window_tokens)
         plain_bytes = float_tile_bytes(parts.shape.layout, parts.shape.head_dim)
         self._page_bytes = (self._spec.page_bytes, plain_bytes * self._spec.tiles_per_page)
         """Coded, and in the model's dtype."""
-=======
-        self._staging = Staging(parts.pool, self._spec.recent_tokens)
         self._turning = Turning(
             parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
         )
->>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
         self.read = Read()
 
     @property

@@ -15,10 +15,6 @@ import numpy as np
 import torch
 
 from kvkeep.ops.layout import LANE_LAYOUTS, WeightFold
-<<<<<<< HEAD
-from kvkeep.quant.codec import Codec, Float, KVShape, Tiles, pack_float_tiles, unpack_float_tiles
-from kvkeep.types import WINDOW_STEP, PageSpec
-=======
 from kvkeep.quant.codec import (
     Codec,
     Float,
@@ -28,8 +24,7 @@ from kvkeep.quant.codec import (
     pack_float_tiles,
     unpack_float_tiles,
 )
-from kvkeep.types import PageSpec
->>>>>>> 313f23a131c821ea8d756c1288568ef76a847ad6
+from kvkeep.types import WINDOW_STEP, PageSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """k, v [N, S, D] of the N KV heads of a layer."""
