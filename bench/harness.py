@@ -102,6 +102,8 @@ class Options:
     threads: int = 2
     only: tuple[str, ...] = ()
     """Parts to measure, where a benchmark has parts; empty: all."""
+    model: str | None = None
+    """Checkpoint to measure, where a benchmark takes one; None: its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +208,15 @@ def parse(name: str, arguments: Sequence[str]) -> Options:
     parser.add_argument("--peer", action="append", default=[], help="measure beside this peer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", action="append", default=[], help="measure this part alone")
+    parser.add_argument("--model", metavar="DIR", help="measure this checkpoint")
     given = parser.parse_args(list(arguments))
     return Options(
-        given.quick, given.json, tuple(given.peer), given.threads, only=tuple(given.only)
+        given.quick,
+        given.json,
+        tuple(given.peer),
+        given.threads,
+        only=tuple(given.only),
+        model=given.model,
     )
 
 

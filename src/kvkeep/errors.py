@@ -20,6 +20,7 @@ KvkeepError
 ├── AuditError                 a target can't be audited: it doesn't answer, or refuses
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
+    ├── NonFiniteKV            a key or value that a codec can't store: the request fails
     ├── RequestCancelled       cancelled by its client or by revocation
     └── DeadlineExceeded       the request's own deadline passed
 """
@@ -126,6 +127,25 @@ class EngineError(KvkeepError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down or has died."""
+
+
+class NonFiniteKV(EngineError):
+    """A key or value is infinite, not a number or out of a codec's range."""
+
+    def __init__(self, what: str, head: int, layer: int | None = None) -> None:
+        where = f"KV head {head}" if layer is None else f"layer {layer}, KV head {head},"
+        super().__init__(
+            f"{what} of {where} isn't finite in a page that was to be coded: run this"
+            " prompt with pages in the model's dtype, or check the model's weights"
+        )
+        self.what = what
+        """`K` or `V`."""
+        self.head = head
+        self.layer = layer
+
+    def in_layer(self, layer: int) -> NonFiniteKV:
+        """Return the same error with its layer named."""
+        return NonFiniteKV(self.what, self.head, layer)
 
 
 class RequestCancelled(EngineError):

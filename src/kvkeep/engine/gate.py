@@ -47,20 +47,27 @@ class TtftGate:
         self._young_s = YOUNG_EPOCHS * epoch_s
         self._clock = clock
         self._cost = PrefillCost(0.0, 0.0)
+        self._now_s = 0.0
 
     def set_cost(self, cost: PrefillCost) -> None:
         """Take what a prompt costs on this machine."""
         self._cost = cost
 
-    def opens_s(self, match: Match, prompt_tokens: int, *, account: str, now_s: float) -> float:
-        """Return the clock's time before which no first token comes; `now_s` is the epochs' time.
+    def end_epoch(self, now_s: float) -> None:
+        """Hear that an epoch ended, in the time that pages' ages are told in."""
+        self._now_s = now_s
+
+    def opens_s(self, match: Match, prompt_tokens: int, *, account: str) -> float:
+        """Return the clock's time before which no first token comes.
 
         An account that may not read shared pages does not wait.
         """
         if not self._consumes(account):
             return -math.inf
         born = [page.since_s for page in match.snapshot]
-        young = next((i for i, at in enumerate(born) if at > now_s - self._young_s), len(born))
+        young = next(
+            (i for i, at in enumerate(born) if at > self._now_s - self._young_s), len(born)
+        )
         pages = len(match.public) + len(match.own) + young
         known = max(match.cached_tokens, pages * PAGE_TOKENS)
         return self._clock() + self._wait_s(max(0, prompt_tokens - known))

@@ -29,6 +29,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from kvkeep.ops.layout import float_tile_bytes
 from kvkeep.types import PAGE_TOKENS, Layout
 
 SINK_TOKENS: Final = 4
@@ -82,6 +83,13 @@ def coded_tile_bytes(layout: Layout, head_dim: int) -> int:
     partitions = head_dim // partition_channels(head_dim)
     codes = PAGE_TOKENS * head_dim * (bits.k + bits.v) // 8
     return _aligned(codes + 4 * head_dim + 4 * partitions * PAGE_TOKENS)
+
+
+def tile_bytes(layout: Layout, head_dim: int, *, first: bool = False) -> int:
+    """Return the bytes of a tile in any layout; `first`: of the page at position 0."""
+    if layout not in CODE_BITS:
+        return float_tile_bytes(layout, head_dim)
+    return coded_tile_bytes(layout, head_dim) + (sink_bytes(head_dim) if first else 0)
 
 
 def sink_bytes(head_dim: int) -> int:
@@ -149,11 +157,13 @@ def _pack_lanes(codes: torch.Tensor, bits: int, *, lanes_first: bool = True) -> 
     """
     n, x, y = codes.shape
     fields = 8 // bits
-    parts = codes.reshape(n, x // LANES, LANES, y // (4 * fields), fields, 4)
-    shifts = torch.arange(fields, dtype=torch.uint8).mul(bits).view(fields, 1)
-    packed = (parts << shifts).sum(4, dtype=torch.uint8)  # [N, x, lane, y, beta]
-    order = (0, 1, 3, 2, 4) if lanes_first else (0, 3, 1, 2, 4)
-    return packed.permute(order).reshape(n, -1)
+    lines = (n, x // LANES, LANES, y // (4 * fields), fields)
+    fours = codes.contiguous().view(torch.int32).view(lines)  # bytes shifted as one: none overflows
+    packed = fours[..., 0].clone()  # [N, x, lane, y]
+    for field in range(1, fields):
+        packed |= fours[..., field] << bits * field
+    order = (0, 1, 3, 2) if lanes_first else (0, 3, 1, 2)
+    return packed.permute(order).contiguous().view(n, -1).view(torch.uint8)
 
 
 def _unpack_lanes(

@@ -1,4 +1,4 @@
-"""The codec seam: the form in which pages are stored once they leave the recent window."""
+"""The codec seam: the form in which pages are stored, seen once their block has ended."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ class KVShape(NamedTuple):
     """Layout of the model's dtype."""
 
 
+class Rotation(NamedTuple):
+    """Matrices [D, D] that queries and keys are multiplied by; the product q k^T is the unit."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
 class Codec(Protocol):
     """Stores pages; attention reads the stored form, `decode` is for tests and tools."""
 
@@ -35,11 +42,19 @@ class Codec(Protocol):
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:
         """Return weight changes this codec wants at load."""
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
-        """Return [N, tile_bytes] for k, v [N, S, D]."""
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """Return how queries and keys are turned after RoPE; None: not at all."""
 
-    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k, v [N, S, D] of stored tiles."""
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+        """Return [N, tile bytes] for k, v [N, S, D]; `first`: of a sequence's first page.
+
+        Raises `NonFiniteKV` where a codec can't store a value.
+        """
+
+    def decode(
+        self, tiles: Tiles, shape: KVShape, *, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k, v [N, S, D] that stored tiles stand for."""
 
 
 class Float:
@@ -61,11 +76,17 @@ class Float:
         """No weight changes."""
         return ()
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Tiles:
+    def rotation(self, shape: KVShape) -> Rotation | None:
+        """No rotation."""
+        return None
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
         """Return tiles in a CPU's layout of k's dtype."""
         return pack_float_tiles(k, v, LANE_LAYOUTS[k.dtype])
 
-    def decode(self, tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, tiles: Tiles, shape: KVShape, *, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stored values."""
         return unpack_float_tiles(tiles, shape)
 

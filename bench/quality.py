@@ -1,0 +1,146 @@
+"""What codecs cost in quality: a frozen suite answered under each, item by item beside bfloat16.
+
+The suite is `bench/traces/quality.json`; the model is the demo model, a toy, or the checkpoint of
+`--model DIR`. `--only CODEC` measures one codec. Every codec sees the same split: what lies before
+the current window of 128 tokens is coded. A codec that the engine has kernels for is attended as
+codes; others are stored as what comes back of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench import harness, quality_stats
+from bench.harness import Cell, Figure, Goal, Options, Report, Row
+from bench.quality_run import Asked, Item, Machine, recorded, run
+from bench.quality_suite import TASKS, Context, Maker, digest, read
+from kvkeep.config import DEMO_MODEL
+from kvkeep.errors import ConfigError
+from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Stored
+from kvkeep.quant.baselines.blocks import Q4, Q8
+from kvkeep.quant.baselines.cachegen import CacheGen
+from kvkeep.quant.baselines.fp8 import Fp8
+from kvkeep.quant.baselines.kivi import Kivi
+from kvkeep.quant.baselines.kvquant import KvQuant
+from kvkeep.quant.baselines.paper import HackPaper
+from kvkeep.quant.codec import Float
+from kvkeep.quant.hack import Hack
+from kvkeep.types import Layout
+
+GOALS: Final = {"k2v2": Goal("<=", 0.015), "k4v2": Goal("<=", 0.005)}
+LEARNT_FROM: Final = 24
+"""Contexts that levels and tables are learnt from; they come from the suite with another seed."""
+CODED_EVERY: Final = 64
+"""Of how many pages and layers CacheGen's range coder really writes one, for its bytes."""
+
+Sample = Sequence[Sequence[KV]]
+Make = Callable[[Sample], Dequantised]
+
+
+def _ours(layout: Layout) -> Make:
+    return lambda _: Dequantised(Stored(Hack(layout)))
+
+
+def _plain(kind: Callable[[], Baseline]) -> Make:
+    return lambda _: Dequantised(kind())
+
+
+CODECS: Final[dict[str, Make]] = {
+    "k2v2": _ours(Layout.K2V2),
+    "k4v2": _ours(Layout.K4V2),
+    "kivi2": _plain(Kivi),
+    "kvquant": lambda sample: Dequantised(KvQuant(sample)),
+    "cachegen": lambda sample: Dequantised(CacheGen(sample), every=CODED_EVERY),
+    "k4v4": _ours(Layout.K4V4),
+    "k8v8": _ours(Layout.K8V8),
+    "fp8": _plain(Fp8),
+    "q8_0": _plain(Q8),
+    "q4_0": _plain(Q4),
+    "hack-paper": _plain(HackPaper),
+}
+QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A codec's run."""
+
+    items: list[Item]
+    seconds: float
+    bytes_ratio: float
+    """Stored bytes of closed pages over bfloat16's."""
+
+
+def answered(machine: Machine, contexts: Sequence[Context], codec: Float | Dequantised) -> Found:
+    """Return one codec's run."""
+    asked = Asked(machine, codec)
+    begun = time.perf_counter()
+    items = run(asked, contexts)
+    seconds = time.perf_counter() - begun
+    if isinstance(codec, Dequantised):
+        return Found(items, seconds, codec.stored_bytes / codec.float_bytes)
+    return Found(items, seconds, 1.0)
+
+
+def chosen(options: Options) -> tuple[str, ...]:
+    """Return the codecs to measure; raises `ConfigError` for one that there is not."""
+    for name in options.only:
+        if name not in CODECS:
+            raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(CODECS)}")
+    return options.only or (QUICK if options.quick else tuple(CODECS))
+
+
+def measure(options: Options) -> Report:
+    """Answer the suite under every codec."""
+    names = chosen(options)
+    suite = read()
+    machine = Machine(Path(options.model or DEMO_MODEL), options.threads)
+    plain = Asked(machine, Float())
+    maker = Maker(suite, plain.text, plain.info.vocab_size)
+    contexts = maker.contexts(quick=options.quick)
+    if options.model is None and digest(maker.contexts()) != suite.digest:
+        raise ConfigError("bench/traces/quality.json: the suite isn't the one that was committed")
+    sample: Sample = ()
+    if {"kvquant", "cachegen"} & set(names):
+        other = Maker(suite, plain.text, plain.info.vocab_size, reseed=1)
+        learnt = [c for c in other.contexts(quick=True) if c.ids][:LEARNT_FROM]
+        sample = recorded(machine, learnt, plain.info.num_layers)
+    del plain
+    base = answered(machine, contexts, Float())
+    rows: list[Row] = []
+    figures: list[Figure] = []
+    for name in names:
+        found = answered(machine, contexts, CODECS[name](sample))
+        tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
+        rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
+        loss = quality_stats.overall(base.items, found.items, suite.weights)
+        figures.append(Figure(f"quality_loss_{name.replace('-', '_')}", loss, GOALS.get(name)))
+        rows.append(
+            {
+                "codec": name,
+                "loss": loss.median,
+                "bytes_over_bf16": found.bytes_ratio,
+                "seconds": found.seconds,
+            }
+        )
+    params: dict[str, Cell] = {
+        "model": options.model or "demo, a toy",
+        "items": len(base.items),
+        "threads": options.threads,
+        "quick": options.quick,
+    }
+    return Report("quality", params, figures, rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run from the command line."""
+    return harness.run("quality", arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

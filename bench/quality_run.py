@@ -1,0 +1,230 @@
+"""A suite answered by an engine under one codec: every item's score, in the order of the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from bench.quality_suite import BLOCK, COPIED, Context, right
+from kvkeep.attention.planner import FlatPlanner
+from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
+from kvkeep.engine.backend import choose
+from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.build import Parts, build_core
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import EngineError
+from kvkeep.eviction.policy import KeepAll
+from kvkeep.models.text import TextModel
+from kvkeep.ops.layout import Attended, AttentionOps, AttentionPlan, LayerKV, Observe
+from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Place
+from kvkeep.quant.codec import Codec, KVShape
+from kvkeep.sharing.policy import ShareNothing
+from kvkeep.shield.policy import NoShield
+from kvkeep.types import Int32Array
+
+TENANT: Final = "bench"
+ANSWER_TOKENS: Final = 10
+WAVE: Final = 16
+"""Contexts that are asked together."""
+
+
+class Item(NamedTuple):
+    """One question, one copied segment or one block of text."""
+
+    task: str
+    context: int
+    """Number of its context; items of one are not independent."""
+    score: float
+    """Between 0 and 1; of text, the mean nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What all codecs run on."""
+
+    model: Path
+    threads: int
+    kv_cache_bytes: int = 1 << 29
+
+
+class LayerWatch:
+    """Attention as ever that tells a codec which layer's pages are about to close."""
+
+    def __init__(self, inner: AttentionOps, tell: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._tell = tell
+
+    @property
+    def bytes_read(self) -> int:
+        """Return what was read so far."""
+        return self._inner.bytes_read
+
+    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
+        """Write the rows."""
+        self._tell(kv.layer)
+        self._inner.append(kv, k, v, slots)
+
+    def attend(
+        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
+    ) -> Attended:
+        """Attend as ever."""
+        return self._inner.attend(q, kv, plan, observe)
+
+    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge as ever."""
+        return self._inner.merge(outs, lse2s)
+
+
+class Recorder(Baseline):
+    """Keeps what it is given, per layer: what levels and tables are learnt from."""
+
+    name = "recorder"
+
+    def __init__(self, layers: int) -> None:
+        self.pages: list[list[KV]] = [[] for _ in range(layers)]
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> bytes:
+        """Keep k and v, and return nothing."""
+        self.pages[place.layer].append((k.clone(), v.clone()))
+        return b""
+
+    def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
+        """Return the last page."""
+        k, v = self.pages[place.layer][-1]
+        return k, v
+
+
+class Asked:
+    """An engine under one codec, asked in batches."""
+
+    def __init__(self, machine: Machine, codec: Codec) -> None:
+        options = EngineOptions(
+            model=str(machine.model),
+            dtype="bfloat16",
+            threads=machine.threads,
+            kv_cache_bytes=machine.kv_cache_bytes,
+            max_num_batched_tokens=1024,
+            chunk_tokens=512,
+        )
+        backend = choose(options, machine.threads)
+        if isinstance(codec, Dequantised):
+            watched = LayerWatch(backend.ops.attention, lambda at: setattr(codec, "layer", at))
+            backend = replace(backend, ops=replace(backend.ops, attention=watched))
+        self._core = build_core(
+            options,
+            parts=Parts(
+                techniques=Techniques(codec, NoShield(), KeepAll()),
+                planner=FlatPlanner(),
+                policy=ShareNothing(),
+                backend=backend,
+            ),
+        )
+        self._core.set_tenants({TENANT: 1.0})
+        self._asked = 0
+        self.text = TextModel.load(machine.model)
+        self.info = self._core.info
+
+    def answer(
+        self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
+    ) -> list[list[Chunk]]:
+        """Return the chunks of prompts given with their scopes."""
+        begin = self._asked
+        for scope, ids in prompts:
+            self._core.submit(
+                GenerateRequest(
+                    id=str(self._asked),
+                    tenant=TENANT,
+                    scope=scope,
+                    prompt_ids=tuple(ids),
+                    params=params,
+                )
+            )
+            self._asked += 1
+        found: list[list[Chunk]] = [[] for _ in prompts]
+        while not self._core.idle():
+            for name, chunk in self._core.step():
+                if chunk.error is not None:
+                    raise EngineError(chunk.error)
+                found[int(name) - begin].append(chunk)
+        return found
+
+
+def greedy(tokens: int) -> SamplingParams:
+    """Return greedy sampling of at most `tokens` tokens."""
+    return SamplingParams(max_tokens=tokens, temperature=0.0)
+
+
+def said(chunks: Sequence[Chunk]) -> tuple[str, tuple[int, ...]]:
+    """Return an answer's text and tokens."""
+    return "".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids)
+
+
+def run(asked: Asked, contexts: Sequence[Context]) -> list[Item]:
+    """Return every item's score."""
+    found: list[Item] = []
+    numbered = list(enumerate(contexts))
+    for begin in range(0, len(numbered), WAVE):
+        wave = numbered[begin : begin + WAVE]
+        found += _probed(asked, [(i, c) for i, c in wave if c.probes])
+        found += _talked(asked, [(i, c) for i, c in wave if c.turns])
+        found += _scored(asked, [(i, c) for i, c in wave if c.kind == "text"])
+    return found
+
+
+def _probed(asked: Asked, contexts: Sequence[tuple[int, Context]]) -> list[Item]:
+    """Store each context once, then ask everything of all of them."""
+    asked.answer([(str(i), context.ids) for i, context in contexts], greedy(1))
+    pairs = [(i, context, probe) for i, context in contexts for probe in context.probes]
+    prompts = [(str(i), (*context.ids, *probe.ids)) for i, context, probe in pairs]
+    limit = COPIED if any(probe.copied for _, _, probe in pairs) else ANSWER_TOKENS
+    replies = asked.answer(prompts, greedy(limit))
+    return [
+        Item(probe.task, i, right(probe, *said(chunks)))
+        for (i, _, probe), chunks in zip(pairs, replies, strict=True)
+    ]
+
+
+def _talked(asked: Asked, contexts: Sequence[tuple[int, Context]]) -> list[Item]:
+    """Hold conversations turn by turn; what the model said stays in them."""
+    found: list[Item] = []
+    histories = [[{"role": "system", "content": c.turns[0][1]}] for _, c in contexts]
+    for turn in range(1, max((len(c.turns) for _, c in contexts), default=0)):
+        for history, (_, context) in zip(histories, contexts, strict=True):
+            history.append({"role": "user", "content": context.turns[turn][0]})
+        prompts = [
+            (str(i), asked.text.apply_chat(history))
+            for history, (i, _) in zip(histories, contexts, strict=True)
+        ]
+        replies = asked.answer(prompts, greedy(ANSWER_TOKENS))
+        for history, (i, context), chunks in zip(histories, contexts, replies, strict=True):
+            content, _ = said(chunks)
+            history.append({"role": "assistant", "content": content})
+            found.append(Item("chat", i, float(content.strip() == context.turns[turn][1])))
+    return found
+
+
+def _scored(asked: Asked, contexts: Sequence[tuple[int, Context]]) -> list[Item]:
+    """Return the nats per token of blocks of text."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    replies = asked.answer([(str(i), context.ids) for i, context in contexts], params)
+    found: list[Item] = []
+    for (i, _), chunks in zip(contexts, replies, strict=True):
+        scores = [s.logprob for c in chunks for s in c.prompt_logprobs or () if s is not None]
+        blocks = np.array(scores[: len(scores) // BLOCK * BLOCK]).reshape(-1, BLOCK)
+        found += [Item("text", i, -float(block.mean())) for block in blocks]
+    return found
+
+
+def recorded(machine: Machine, contexts: Sequence[Context], layers: int) -> list[list[KV]]:
+    """Return pages of K and V per layer, as the model computes them on some contexts."""
+    recorder = Recorder(layers)
+    asked = Asked(machine, Dequantised(recorder))
+    for pages in recorder.pages:
+        pages.clear()  # of the engine's warm-up
+    asked.answer([(str(i), c.ids) for i, c in enumerate(contexts)], greedy(1))
+    return recorder.pages

@@ -1,0 +1,99 @@
+"""What a codec loses: shares of the model's own score, task by task, paired item by item.
+
+An answer's task scores the mean over its items, text scores exp(-nats per token). A task's loss is
+what is missing of the score with pages in the model's dtype; a codec's loss is the weighted mean
+over tasks. Intervals are bootstrapped over contexts, the same for both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.harness import Cell, Estimate
+from bench.quality_run import Item
+
+RESAMPLES: Final = 2000
+TEXT: Final = "text"
+
+Array = NDArray[np.float64]
+
+
+class Sums(NamedTuple):
+    """A task's contexts: how many items each has, and their scores added up on both sides."""
+
+    items: Array
+    plain: Array
+    coded: Array
+
+
+class Changed(NamedTuple):
+    """Items of a task that one side alone got right."""
+
+    lost: int
+    won: int
+
+
+def by_task(plain: Sequence[Item], coded: Sequence[Item]) -> dict[str, Sums]:
+    """Return each task's contexts; both sides hold the same items in the same order."""
+    if [(a.task, a.context) for a in plain] != [(b.task, b.context) for b in coded]:
+        raise ValueError("the two sides answered different items")
+    found: dict[str, dict[int, list[float]]] = {}
+    for a, b in zip(plain, coded, strict=True):
+        sums = found.setdefault(a.task, {}).setdefault(a.context, [0.0, 0.0, 0.0])
+        for i, value in enumerate((1.0, a.score, b.score)):
+            sums[i] += value
+    return {
+        task: Sums(*np.array(list(contexts.values()), np.float64).T)
+        for task, contexts in found.items()
+    }
+
+
+def loss(task: str, sums: Sums, picks: NDArray[np.int64]) -> Array:
+    """Return a task's loss for each row of `picks`, contexts that count."""
+    items, plain, coded = (side[picks].sum(-1) for side in sums)
+    if task == TEXT:
+        return np.asarray(1 - np.exp((plain - coded) / items))
+    return np.asarray(1 - coded / np.maximum(plain, 1e-9))
+
+
+def overall(
+    plain: Sequence[Item], coded: Sequence[Item], weights: Mapping[str, float], *, seed: int = 0
+) -> Estimate:
+    """Return the weighted mean loss and its 95 % interval."""
+    rng, tasks = np.random.default_rng(seed), by_task(plain, coded)
+    point, drawn, total = 0.0, np.zeros(RESAMPLES), 0.0
+    for task, sums in tasks.items():
+        count, weight = len(sums.items), weights[task]
+        point += weight * float(loss(task, sums, np.arange(count)[None])[0])
+        drawn += weight * loss(task, sums, rng.integers(0, count, (RESAMPLES, count)))
+        total += weight
+    low, high = np.percentile(drawn / total, [2.5, 97.5])
+    return Estimate(point / total, float(low), float(high), len(plain))
+
+
+def changed(plain: Sequence[Item], coded: Sequence[Item], task: str) -> Changed:
+    """Return how many of a task's items became worse, and how many better."""
+    pairs = [(a.score, b.score) for a, b in zip(plain, coded, strict=True) if a.task == task]
+    return Changed(sum(b < a for a, b in pairs), sum(b > a for a, b in pairs))
+
+
+def row(codec: str, task: str, plain: Sequence[Item], coded: Sequence[Item]) -> dict[str, Cell]:
+    """Return a task's line in the report."""
+    sums = by_task(plain, coded)[task]
+    count = len(sums.items)
+    found: dict[str, Cell] = {
+        "codec": codec,
+        "task": task,
+        "items": int(sums.items.sum()),
+        "bf16": float(sums.plain.sum() / sums.items.sum()),
+        "coded": float(sums.coded.sum() / sums.items.sum()),
+        "loss": float(loss(task, sums, np.arange(count)[None])[0]),
+    }
+    worse = changed(plain, coded, task)
+    if task == TEXT:
+        worse = Changed(worse.won, worse.lost)  # its score is a cost
+    return found | {"worse": worse.lost, "better": worse.won}
