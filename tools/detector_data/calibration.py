@@ -19,7 +19,7 @@ KIND_PRIOR: Final = 0.03
 """Share that holds one given kind, for the slope of its scores."""
 NEVER: Final = -30.0
 """The offset of a kind that never scores."""
-BUDGET: Final = 0.03
+BUDGET: Final = 0.02
 PROSE_BUDGET: Final = 0.003
 """Share of lookalikes, and of real prose, that may be flagged wrongly."""
 QUANTILES: Final = (

@@ -1,12 +1,14 @@
 """Real text without anything sensitive, for training: translated messages and program sources.
 
-Messages come from the gettext catalogues of a machine (`/usr/share/locale`), English text and code
-from installed Python packages that are not the standard library. What names authors is left out.
+Messages come from the gettext catalogues of a machine (`/usr/share/locale`), manual pages from
+`/usr/share/man` unless the benchmark has a page of that name under `build/manpages`, English text and
+code from installed Python packages that are not the standard library. What names authors is left out.
 """
 
 from __future__ import annotations
 
 import gettext
+import gzip
 import hashlib
 import random
 import re
@@ -14,9 +16,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tools.detector_data.passages import LIMIT, LOCALES
+from bench.detect_text import page_text, passages
+from tools.detector_data.passages import LIMIT
 
-FOLDERS: Final = {"en": "de", **LOCALES}
+JUDGED: Final = Path(__file__).resolve().parents[2] / "build" / "manpages" / "usr" / "share" / "man"
+
+FOLDERS: Final = {
+    "en": "de",
+    "de": "de",
+    "fr": "fr",
+    "es": "es",
+    "it": "it",
+    "ja": "ja",
+    "zh": "zh_CN",
+    "uk": "uk",
+}
 """English is what the German catalogues translate."""
 PACKAGES: Final = ("numpy", "torch/nn", "transformers/models/llama", "httpx", "starlette", "rich")
 PERSONAL: Final = re.compile(
@@ -79,8 +93,30 @@ def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str,
     return tuple(known[:count])
 
 
-def read(locales: Path, packages: Path, *, count: int, seed: int) -> Prose:
+def _manuals(root: Path, folder: str) -> Iterator[str]:
+    """Yield passages of a language's manual pages, none of a page that the benchmark reads."""
+    judged = {path.name for path in (JUDGED / folder).glob("man*/*.gz")}
+    for path in sorted((root / folder).glob("man*/*.gz")):
+        if path.name in judged:
+            continue
+        try:
+            text = page_text(gzip.decompress(path.read_bytes()).decode("utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        yield from (piece for piece in passages(text) if not PERSONAL.search(piece))
+
+
+class Sources(NamedTuple):
+    """Folders that prose is read from."""
+
+    locales: Path
+    manuals: Path
+    packages: Path
+
+
+def read(sources: Sources, *, count: int, seed: int) -> Prose:
     """Read prose of every language; languages without a catalogue have none."""
+    locales, manuals, packages = sources
     rng = random.Random(seed)
     code = _sample(_sources(packages), count, rng)
     found = {}
@@ -89,7 +125,9 @@ def read(locales: Path, packages: Path, *, count: int, seed: int) -> Prose:
         kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
         english = lang == "en"
         texts = (text for path in kept for text in _messages(path, source=english))
-        found[lang] = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
+        messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
+        pages = () if english else _sample(_manuals(manuals, folder), count // 2, rng)
+        found[lang] = _sample((*messages, *pages), 2 * count, rng)
     found["en"] = (*found["en"], *code)
     digest = hashlib.sha256("\0".join(t for texts in found.values() for t in texts).encode())
     return Prose(found, digest.hexdigest())
