@@ -43,8 +43,8 @@ GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
 DROPPED: Final = 0.3
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.06
-HIDDEN_VALUES: Final = 0.12
+UNKNOWN: Final = 0.07
+HIDDEN_VALUES: Final = 0.18
 """Shares of insensitive and of sensitive tokens hidden altogether: unseen wording and unseen
 values look like that, and what is left is the context."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
@@ -91,7 +91,7 @@ class Tagger(nn.Module):
 
     def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
-        embedded = F.dropout(self.table(rows), 0.1, self.training)
+        embedded = F.dropout(self.table(rows), 0.15, self.training)
         near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
         near = F.dropout(near, 0.1, self.training)
         wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
