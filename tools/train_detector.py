@@ -44,9 +44,9 @@ GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 DROPPED: Final = 0.3
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
 UNKNOWN: Final = 0.07
-HIDDEN_VALUES: Final = 0.18
-"""Shares of insensitive and of sensitive tokens hidden altogether: unseen wording and unseen
-values look like that, and what is left is the context."""
+"""Share of tokens hidden altogether: unseen wording looks like that."""
+UNKNOWN_VALUES: Final = 0.12
+"""Share of values hidden as a whole: an unseen value looks like that, and the context is left."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
 
 
@@ -122,6 +122,13 @@ def _stacked(group: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, torch.from_numpy(np.concatenate([example.classes for example in group]))
 
 
+def hidden_tokens(target: torch.Tensor) -> torch.Tensor:
+    """Return which tokens to hide, values as a whole; of classes `[T]`."""
+    value = torch.cumsum(torch.diff(target, prepend=target[:1]) != 0, 0)
+    whole = torch.rand(len(target))[value] < UNKNOWN_VALUES
+    return (whole & (target > 0)) | (torch.rand(len(target)) < UNKNOWN)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How long to train."""
@@ -148,8 +155,7 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
             hidden = torch.rand(len(rows), 1) < DROPPED
             kept = rows.clone()
             kept[:, columns] = rows[:, columns].masked_fill(hidden, 0)
-            share = torch.where(target > 0, HIDDEN_VALUES, UNKNOWN)
-            kept[torch.rand(len(rows)) < share] = 0
+            kept[hidden_tokens(target)] = 0
             logits = model(kept, (target >= 0).float()[:, None])
             loss = F.cross_entropy(logits, target, ignore_index=-1)
             optimizer.zero_grad()
@@ -223,14 +229,11 @@ def main() -> int:
     given = parser.parse_args()
     begun = time.perf_counter()
     sources = Sources(given.locales, given.manuals, Path(np.__file__).parents[1])
-    prose = read(sources, count=int(1400 * given.scale), seed=SEED)
-    cut = {lang: len(texts) * 9 // 10 for lang, texts in prose.passages.items()}
-    seen = {lang: texts[: cut[lang]] for lang, texts in prose.passages.items()}
-    unseen = {lang: texts[cut[lang] :] for lang, texts in prose.passages.items()}
+    prose = read(sources, count=int(1200 * given.scale))
     kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
     classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
     sizes = Sizes(int(450 * given.scale), int(3000 * given.scale), 1_000_000)
-    known = list(passages(training.world(), seen, sizes, SEED))
+    known = list(passages(training.world(), prose.seen, sizes, SEED))
     print(f"{len(known)} passages, {time.perf_counter() - begun:.0f} s", flush=True)
     examples = [encode(passage, classes) for passage in known]
     tokens = sum(len(example.classes) for example in examples)
@@ -240,7 +243,7 @@ def main() -> int:
     arrays = arrays_of(model)
     raw = save(given.out, arrays, meta | flat(len(kinds)))
     held = Sizes(100, 600, 1_000_000)
-    found = judged(raw, list(passages(validation.world(), unseen, held, SEED + 1)))
+    found = judged(raw, list(passages(validation.world(), prose.unseen, held, SEED + 1)))
     fit = calibrate(found, [kind for kind, _ in kinds], SILENT)
     save(given.out, arrays, meta | {"slopes": fit.slopes, "offsets": fit.offsets})
     plot(found, fit, given.figure)

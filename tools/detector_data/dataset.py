@@ -142,11 +142,15 @@ def varied(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passag
 
 
 def positives(world: World, count: int) -> Iterator[Passage]:
-    """Yield passages of every kind in every language that has it, more of those without a form."""
+    """Yield passages of every kind in every language that has it, most of those without a form.
+
+    Where every character is a token there are half as many again: more of them have to be learned.
+    """
     for lang in LANGUAGES:
         for slot, kind in KINDS.items():
             spoken = kind.free_text or slot == "password"
-            yield from world.positives(lang, slot, count if spoken else count // FORMED + 1)
+            wanted = count * 3 // 2 if lang in SPACELESS else count
+            yield from world.positives(lang, slot, wanted if spoken else wanted // FORMED + 1)
 
 
 def _beside(passage: Passage, others: Sequence[Passage], rng: random.Random) -> Passage:

@@ -19,6 +19,8 @@ from typing import Final, NamedTuple
 from bench.detect_text import page_text, passages
 from tools.detector_data.passages import LIMIT
 
+HELD: Final = 8
+"""One file of so many is validation's."""
 JUDGED: Final = Path(__file__).resolve().parents[2] / "build" / "manpages" / "usr" / "share" / "man"
 
 FOLDERS: Final = {
@@ -43,10 +45,21 @@ NAMES_OF_THINGS: Final = ("iso_", "xkeyboard", "wireless", "dates", "tzdata")
 
 
 class Prose(NamedTuple):
-    """Passages by language and the digest of what they were cut from."""
+    """Passages by language, and the digest of them all."""
 
-    passages: dict[str, tuple[str, ...]]
+    seen: dict[str, tuple[str, ...]]
+    """Trained on."""
+    unseen: dict[str, tuple[str, ...]]
+    """Of other files: for validation."""
     digest: str
+
+
+class Sources(NamedTuple):
+    """Folders that prose is read from."""
+
+    locales: Path
+    manuals: Path
+    packages: Path
 
 
 def _messages(path: Path, *, source: bool = False) -> Iterator[str]:
@@ -77,13 +90,33 @@ def _joined(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
         yield made[:LIMIT]
 
 
-def _sources(root: Path) -> Iterator[str]:
-    """Yield pieces of installed packages' sources."""
+def _english(root: Path) -> Iterator[Path]:
+    """Yield the source files of installed packages."""
     for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            pieces = (text[at : at + LIMIT] for at in range(0, len(text), LIMIT))
-            yield from (piece for piece in pieces if not PERSONAL.search(piece))
+        yield from sorted((root / package).rglob("*.py"))
+
+
+def _code(path: Path) -> Iterator[str]:
+    """Yield pieces of a source file."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    pieces = (text[at : at + LIMIT] for at in range(0, len(text), LIMIT))
+    yield from (piece for piece in pieces if not PERSONAL.search(piece))
+
+
+def _manual(path: Path) -> Iterator[str]:
+    """Yield passages of a manual page."""
+    try:
+        text = page_text(gzip.decompress(path.read_bytes()).decode("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return
+    yield from (piece for piece in passages(text) if not PERSONAL.search(piece))
+
+
+def _manuals(root: Path, folder: str) -> Iterator[Path]:
+    """Yield a language's manual pages, none of a name that the benchmark reads."""
+    judged = {path.name for path in (JUDGED / folder).glob("man*/*.gz")}
+    pages = sorted((root / folder).glob("man*/*.gz"))
+    yield from (path for path in pages if path.name not in judged)
 
 
 def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str, ...]:
@@ -93,41 +126,30 @@ def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str,
     return tuple(known[:count])
 
 
-def _manuals(root: Path, folder: str) -> Iterator[str]:
-    """Yield passages of a language's manual pages, none of a page that the benchmark reads."""
-    judged = {path.name for path in (JUDGED / folder).glob("man*/*.gz")}
-    for path in sorted((root / folder).glob("man*/*.gz")):
-        if path.name in judged:
-            continue
-        try:
-            text = page_text(gzip.decompress(path.read_bytes()).decode("utf-8"))
-        except (OSError, UnicodeDecodeError):
-            continue
-        yield from (piece for piece in passages(text) if not PERSONAL.search(piece))
+def _held(path: Path) -> bool:
+    """Tell whether a file is validation's."""
+    return hashlib.sha256(path.name.encode()).digest()[0] % HELD == 0
 
 
-class Sources(NamedTuple):
-    """Folders that prose is read from."""
+def _language(sources: Sources, lang: str, *, held: bool, count: int) -> tuple[str, ...]:
+    """Return passages of one side of a language's files."""
+    rng = random.Random(f"{lang}/{held}")
+    english, folder = lang == "en", FOLDERS[lang]
+    catalogues = sorted((sources.locales / folder / "LC_MESSAGES").glob("*.mo"))
+    kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
+    texts = (text for p in kept if _held(p) is held for text in _messages(p, source=english))
+    messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
+    if english:
+        others = (piece for p in _english(sources.packages) if _held(p) is held for piece in _code(p))
+    else:
+        pages = _manuals(sources.manuals, folder)
+        others = (piece for p in pages if _held(p) is held for piece in _manual(p))
+    return _sample((*messages, *_sample(others, count, rng)), 2 * count, rng)
 
-    locales: Path
-    manuals: Path
-    packages: Path
 
-
-def read(sources: Sources, *, count: int, seed: int) -> Prose:
-    """Read prose of every language; languages without a catalogue have none."""
-    locales, manuals, packages = sources
-    rng = random.Random(seed)
-    code = _sample(_sources(packages), count, rng)
-    found = {}
-    for lang, folder in FOLDERS.items():
-        catalogues = sorted((locales / folder / "LC_MESSAGES").glob("*.mo"))
-        kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
-        english = lang == "en"
-        texts = (text for path in kept for text in _messages(path, source=english))
-        messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
-        pages = () if english else _sample(_manuals(manuals, folder), count // 2, rng)
-        found[lang] = _sample((*messages, *pages), 2 * count, rng)
-    found["en"] = (*found["en"], *code)
-    digest = hashlib.sha256("\0".join(t for texts in found.values() for t in texts).encode())
-    return Prose(found, digest.hexdigest())
+def read(sources: Sources, *, count: int) -> Prose:
+    """Read prose of every language, `count` pieces of each sort; where there is none, none."""
+    seen = {lang: _language(sources, lang, held=False, count=count) for lang in FOLDERS}
+    unseen = {lang: _language(sources, lang, held=True, count=count // 5) for lang in FOLDERS}
+    whole = (text for side in (seen, unseen) for texts in side.values() for text in texts)
+    return Prose(seen, unseen, hashlib.sha256("\0".join(whole).encode()).hexdigest())
