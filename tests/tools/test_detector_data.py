@@ -62,7 +62,8 @@ def test_every_slot_has_values(train: World, check: World) -> None:
 
 
 def test_invented_words_look_like_others_and_are_new() -> None:
-    known = [f"{head}{tail}" for head in ("mar", "lor", "ben") for tail in ("ina", "etta", "olo")] * 6
+    tails = ("ina", "etta", "olo")
+    known = [f"{head}{tail}" for head in ("mar", "lor", "ben") for tail in tails] * 6
     made = invented(known, 20, random.Random(1))
     assert made == invented(known, 20, random.Random(1))
     assert all(3 <= len(one) < 13 and one[:3] in {"mar", "lor", "ben"} for one in made)

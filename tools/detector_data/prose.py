@@ -1,8 +1,9 @@
 """Real text without anything sensitive, for training: translated messages and program sources.
 
 Messages come from the gettext catalogues of a machine (`/usr/share/locale`), manual pages from
-`/usr/share/man` unless the benchmark has a page of that name under `build/manpages`, English text and
-code from installed Python packages that are not the standard library. What names authors is left out.
+`/usr/share/man` unless the benchmark has one of that name under `build/manpages`, English text and
+code from installed Python packages that are not the standard library. What names authors is left
+out.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def _language(sources: Sources, lang: str, *, held: bool, count: int) -> tuple[s
     texts = (text for p in kept if _held(p) is held for text in _messages(p, source=english))
     messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
     if english:
-        others = (piece for p in _english(sources.packages) if _held(p) is held for piece in _code(p))
+        sources_read = (p for p in _english(sources.packages) if _held(p) is held)
+        others = (piece for path in sources_read for piece in _code(path))
     else:
         pages = _manuals(sources.manuals, folder)
         others = (piece for p in pages if _held(p) is held for piece in _manual(p))
