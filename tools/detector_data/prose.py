@@ -18,22 +18,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.detect_text import page_text, passages
-from tools.detector_data.passages import LIMIT
+from tools.detector_data.passages import LIMIT, LOCALES
 
 HELD: Final = 8
 """One file of so many is validation's."""
 JUDGED: Final = Path(__file__).resolve().parents[2] / "build" / "manpages" / "usr" / "share" / "man"
 
-FOLDERS: Final = {
-    "en": "de",
-    "de": "de",
-    "fr": "fr",
-    "es": "es",
-    "it": "it",
-    "ja": "ja",
-    "zh": "zh_CN",
-    "uk": "uk",
-}
+FOLDERS: Final = {"en": "de", **LOCALES}
 """English is what the German catalogues translate."""
 PACKAGES: Final = ("numpy", "torch/nn", "transformers/models/llama", "httpx", "starlette", "rich")
 PERSONAL: Final = re.compile(
