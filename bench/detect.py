@@ -8,10 +8,8 @@ of wording and values that neither world has.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from tokenizers import Tokenizer
 
 from bench import detect_text, harness
 from bench.harness import RESAMPLES, Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
+from bench.public_prompts import DEMO_TOKENIZER, PROMPT_TOKENS, SEED, public_prompts
 from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.context import ContextRules
 from kvkeep.sharing.detector.rules import RuleRecogniser
@@ -32,10 +31,6 @@ from tools.detector_data import heldout
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, LOCALES
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PROMPTS: Final = ROOT / "bench" / "data" / "public_prompts.toml"
-DEMO_TOKENIZER: Final = ROOT / "src" / "kvkeep" / "demo" / "tokenizer.json"
-PROMPT_TOKENS: Final = 4096
-SEED: Final = 11
 FREE_TEXT: Final = frozenset(kind.kind for kind in KINDS.values() if kind.free_text)
 WAYS: Final = ("rules", "scorer", "all")
 
@@ -235,25 +230,6 @@ def real_rows(judge: Judge, sizes: Sizes) -> tuple[list[Figure], list[Row]]:
         pages = share(manuals, "all", flagged)
         figures.append(Figure("detect_fpr_manual_pages", pages, Goal("<=", 0.03)))
     return figures, rows
-
-
-def public_prompts(count: int) -> list[str]:
-    """Return public prompts of `PROMPT_TOKENS` tokens of the demo model's tokenizer."""
-    parts = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
-    found = []
-    for index in range(count):
-        rng = random.Random(f"{SEED}/{index}")
-        pieces = [*parts["tools"], *parts["notes"]]
-        rng.shuffle(pieces)
-        text = "\n\n".join([parts["heads"][index % len(parts["heads"])], *pieces])
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        while len(ids) < PROMPT_TOKENS:
-            rng.shuffle(pieces)
-            text = "\n\n".join([text, *pieces])
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-        found.append(tokenizer.decode(ids[:PROMPT_TOKENS], skip_special_tokens=False))
-    return found
 
 
 def clear_share(

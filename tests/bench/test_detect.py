@@ -7,8 +7,6 @@ from tokenizers import Tokenizer
 
 from bench import detect_text
 from bench.detect import (
-    DEMO_TOKENIZER,
-    PROMPT_TOKENS,
     Score,
     by_kind,
     equal_false_positives,
@@ -18,6 +16,7 @@ from bench.detect import (
     share,
     tainted,
 )
+from bench.public_prompts import DEMO_TOKENIZER, PROMPT_TOKENS, public_prompts
 from tools.detector_data.passages import LIMIT
 
 PAGE = r""".TH X 1
