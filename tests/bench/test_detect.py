@@ -12,7 +12,6 @@ from bench.detect import (
     equal_false_positives,
     flagged,
     macro,
-    public_prompts,
     share,
     tainted,
 )
