@@ -149,7 +149,7 @@ def extended(lang: str, folder: Path, keep: Callable[[str, str], bool]) -> Langu
         added |= {f"{slot}_case": inflected(added[slot]) for slot in ("given", "family")}
     found = {}
     for slot in {**own.values, **added}:
-        values = dict.fromkeys((*own.values.get(slot, ()), *added.get(slot, ())))
-        if kept := tuple(value for value in values if keep(slot, value)):
+        once = dict.fromkeys((*own.values.get(slot, ()), *added.get(slot, ())))
+        if kept := tuple(value for value in once if keep(slot, value)):
             found[slot] = kept
     return replace(own, values=found)
