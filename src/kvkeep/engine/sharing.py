@@ -119,6 +119,11 @@ class Sharing:
         term = self._terms.get(account)
         return term is not None and term.store == "never"
 
+    def may_code(self, account: str) -> bool:
+        """Tell whether an account's pages may be coded, where an engine can choose."""
+        term = self._terms.get(account)
+        return term is None or term.coded
+
     def stats(self, public_pages: int, saved_tokens: int) -> SharingStats:
         """Return the figures for the admin port."""
         alerts = tuple((*key, count) for key, count in sorted(self._monitor.alerts.items()))
