@@ -96,7 +96,7 @@ class CellOf:
     @property
     def page_bytes(self) -> int:
         """Return the bytes of one page of one layer."""
-        return self.heads.kv * self.layers[0].tile_bytes
+        return self.heads.kv * self.layers[0].unit_bytes
 
 
 def cell_of(machine: Machine, tree: Tree, heads: Heads) -> CellOf | None:

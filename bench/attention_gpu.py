@@ -56,7 +56,7 @@ class DeviceCell:
     @property
     def page_bytes(self) -> int:
         """Return the bytes of one page of one layer."""
-        return self.heads.kv * self.layers[0].tile_bytes
+        return self.heads.kv * self.layers[0].unit_bytes
 
 
 def cell_of(

@@ -43,7 +43,7 @@ def layers_of(world: World) -> list[LayerKV]:
     kv = world.kv
     count = kv.tile_table.shape[1]
     return [
-        LayerKV(kv.buffer, kv.tile_table, kv.tile_bytes, i, kv.num_kv_heads, kv.head_dim)
+        LayerKV(kv.buffer, kv.tile_table, kv.unit_bytes, i, kv.num_kv_heads, kv.head_dim)
         for i in range(count)
     ]
 

@@ -115,6 +115,9 @@ class EightBit(Float):
 
     name = "eight-bit"
 
+    def __init__(self, window_tokens: int = 128) -> None:
+        self._window_tokens = window_tokens
+
     def page_spec(self, shape: KVShape) -> PageSpec:
         spec = super().page_spec(shape)
         return PageSpec(
@@ -123,7 +126,7 @@ class EightBit(Float):
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             tile_bytes=spec.tile_bytes,
-            recent_tokens=0,
+            window_tokens=self._window_tokens,
         )
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
@@ -198,3 +201,7 @@ class DelayedTier:
         self._pages[chain_hash] = [read(layer) for layer in range(self.num_layers)]
 
     num_layers = 2
+
+    def lose_first(self) -> None:
+        """Lose the page that was stored first: a chain's last, since leaves are evicted first."""
+        del self._pages[next(iter(self._pages))]

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     max_model_len: Count | None = Field(None, description="tokens of prompt and answer together")
     max_num_seqs: Count = Field(64, description="sequences in one step")
     max_num_batched_tokens: Count = Field(512, description="tokens in one step")
+    kv: Literal["bf16", "k8v8", "k4v4", "k4v2", "k2v2"] = Field(
+        "bf16", description="how pages are stored: as computed, or in so many bits for K and V"
+    )
     kv_cache_memory_bytes: ByteSize | None = Field(
         None, description="memory for pages, such as 4GiB (default: 4GiB or half of what is free)"
     )

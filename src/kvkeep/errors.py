@@ -132,14 +132,20 @@ class EngineStopped(EngineError):
 class NonFiniteKV(EngineError):
     """A key or value is infinite, not a number or out of a codec's range."""
 
-    def __init__(self, what: str, head: int) -> None:
+    def __init__(self, what: str, head: int, layer: int | None = None) -> None:
+        where = f"KV head {head}" if layer is None else f"layer {layer}, KV head {head},"
         super().__init__(
-            f"{what} of KV head {head} isn't finite in a page that was to be coded: run this"
+            f"{what} of {where} isn't finite in a page that was to be coded: run this"
             " prompt with pages in the model's dtype, or check the model's weights"
         )
         self.what = what
         """`K` or `V`."""
         self.head = head
+        self.layer = layer
+
+    def in_layer(self, layer: int) -> NonFiniteKV:
+        """Return the same error with its layer named."""
+        return NonFiniteKV(self.what, self.head, layer)
 
 
 class RequestCancelled(EngineError):

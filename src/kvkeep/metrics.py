@@ -57,6 +57,10 @@ FLAT_BYTES = Metric(
     "attention_flat_bytes", Kind.COUNTER, "Bytes if every request had read its own pages."
 )
 READ_BYTES = Metric("attention_read_bytes", Kind.COUNTER, "Bytes of K and V the kernels read.")
+CACHE_INFO = Metric(
+    "kv_cache_info", Kind.GAUGE, "How pages are stored; always 1.", ("kv", "window_tokens")
+)
+ENCODED_PAGES = Metric("kv_encoded_pages", Kind.COUNTER, "Pages that the codec has stored.")
 FINISHED = Metric(
     "request_success", Kind.COUNTER, "Sequences ended, by reason.", ("finished_reason",)
 )

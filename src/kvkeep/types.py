@@ -16,11 +16,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvkeep.errors import ConfigError
+
 PAGE_TOKENS = 64
 """S: tokens per page and per tile, everywhere."""
 
 PUBLIC_SCOPE = "public"
 """The scope of pages every tenant may read."""
+
+WINDOW_STEP = 128
+"""Windows are multiples of it: kernels change layout nowhere else."""
 
 ALL_LIVE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 """A tile's live mask when nothing was evicted."""
@@ -50,6 +55,17 @@ class PageState(IntEnum):
     OPEN = 0
     CLOSED = 1
     ENCODED = 2
+
+
+class PageKind(IntEnum):
+    """What a page's memory is for; pages of different kinds differ in size."""
+
+    PLAIN = 0
+    """As its codec stores it, or in the model's dtype where none does."""
+    FIRST = 1
+    """The same at a sequence's start, where a codec keeps more."""
+    STAGED = 2
+    """In the model's dtype, beside a coded page until its block ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +104,34 @@ class PageSpec:
     num_kv_heads: int
     head_dim: int
     tile_bytes: int
-    recent_tokens: int | None = None
-    """Tokens before a query that it still sees in the model's dtype; None where pages are stored in
-    it.
+    window_tokens: int | None = None
+    """B, a multiple of 128: a query sees the block of B tokens it lies in as it was computed, and
+    all before it as it is stored; None: pages are stored as they were computed.
     """
     first_extra_bytes: int = 0
     """Bytes by which the tiles of a sequence's first page are larger."""
+
+    def __post_init__(self) -> None:
+        window = self.window_tokens
+        if window is not None and (window <= 0 or window % WINDOW_STEP):
+            raise ConfigError(
+                f"window_tokens is {window}; it must be a positive multiple of {WINDOW_STEP}"
+            )
 
     @property
     def first_tile_bytes(self) -> int:
         """Return the bytes of a tile of a sequence's first page."""
         return self.tile_bytes + self.first_extra_bytes
+
+    @property
+    def block_pages(self) -> int:
+        """Return the pages that are found again together or not at all."""
+        return 1 if self.window_tokens is None else self.window_tokens // PAGE_TOKENS
+
+    @property
+    def last_state(self) -> PageState:
+        """Return the state of a page whose rows are all there."""
+        return PageState.CLOSED if self.window_tokens is None else PageState.ENCODED
 
     @property
     def tiles_per_page(self) -> int:
@@ -190,17 +223,14 @@ class BatchGeometry:
     """Layout of pages in the model's dtype."""
     coded_layout: Layout
     """Layout of encoded pages."""
-    recent_tokens: int | None = None
-    """A query at p sees pages that end at or before p - recent_tokens as they are encoded; None:
-    nothing is.
-    """
+    window_tokens: int | None = None
+    """As in `PageSpec`; None: nothing is ever encoded."""
 
     def coded_pages(self, position: int) -> int:
         """Return how many leading pages a query at `position` sees encoded."""
-        if self.recent_tokens is None:
+        if self.window_tokens is None:
             return 0
-        pages = max(0, position - self.recent_tokens) // PAGE_TOKENS
-        return pages if self.coded_layout == self.layout else pages - pages % 2
+        return position // self.window_tokens * (self.window_tokens // PAGE_TOKENS)
 
 
 class Chain(Sequence[bytes]):

@@ -16,14 +16,14 @@ STAGED = range(500, 540)
 
 
 def coded_step(
-    first: int, rows: int, *, recent: int, coded: Layout = Layout.F32, staged_from: int = 0
+    first: int, rows: int, *, window: int, coded: Layout = Layout.F32, staged_from: int = 0
 ) -> BatchGeometry:
     """Return a step of one request whose pages a codec keeps in `coded`, the model's in BF16."""
     slots = np.array(SLOTS, np.int32)
     view = View(7, PageTag("s"), slots, len(slots), first)
     staged = np.array(STAGED[staged_from:], np.int32)
     segment = Segment(view, 0, rows, first, staged, staged_from)
-    return BatchGeometry((segment,), rows, Layout.BF16, coded, recent)
+    return BatchGeometry((segment,), rows, Layout.BF16, coded, window)
 
 
 def one(step: BatchGeometry) -> Chain:
@@ -82,37 +82,37 @@ def test_an_evictor_that_has_not_looked_yet_shares() -> None:
     assert one(step).shareable == 14
 
 
-@pytest.mark.parametrize(("recent", "coded"), [(0, 14), (64, 14), (128, 12), (300, 10), (5000, 0)])
-def test_only_encoded_pages_are_shareable_where_their_layout_differs(
-    recent: int, coded: int
-) -> None:
-    chain = one(coded_step(1000, 1, recent=recent))
+@pytest.mark.parametrize(("window", "coded"), [(128, 14), (256, 12), (512, 8), (1024, 0)])
+@pytest.mark.parametrize("layout", [Layout.F32, Layout.BF16])
+def test_only_encoded_pages_are_shareable(window: int, coded: int, layout: Layout) -> None:
+    chain = one(coded_step(1000, 1, window=window, coded=layout))
     assert chain.coded == chain.shareable == coded
     assert chain.pages.tolist() == [*SLOTS[:coded], *STAGED[coded:16]]
 
 
-def test_one_layout_shares_pages_not_encoded_yet() -> None:
-    chain = one(coded_step(1000, 1, recent=300, coded=Layout.BF16))
-    assert chain.coded == (1000 - 300) // 64
-    assert chain.shareable == 14
-    assert chain.pages.tolist() == [*SLOTS[: chain.coded], *STAGED[chain.coded : 16]]
+@pytest.mark.parametrize(("position", "coded"), [(0, 0), (255, 0), (256, 4), (511, 4), (512, 8)])
+def test_a_block_is_seen_encoded_from_the_first_position_after_it(
+    position: int, coded: int
+) -> None:
+    assert one(coded_step(position, 1, window=256)).coded == coded
 
 
 def test_pages_before_the_staged_ones_are_the_views_own() -> None:
-    chain = one(coded_step(1000, 1, recent=300, staged_from=12))
-    assert chain.pages.tolist() == [*SLOTS[:12], *STAGED[12:16]]
-    assert chain.shareable == 10
+    chain = one(coded_step(1000, 1, window=512, staged_from=8))
+    assert chain.pages.tolist() == [*SLOTS[:8], *STAGED[8:16]]
+    assert chain.shareable == 8
 
 
 def test_rows_are_grouped_where_encoded_pages_change() -> None:
-    step = coded_step(500, 300, recent=100)
+    step = coded_step(500, 300, window=128)
     chains = chains_of(step)
     assert [(c.first_row, c.num_rows, c.coded) for c in chains] == [
-        (0, 112, 6),
-        (112, 128, 8),
-        (240, 60, 10),
+        (0, 12, 6),
+        (12, 128, 8),
+        (140, 128, 10),
+        (268, 32, 12),
     ]
-    assert [c.first_position for c in chains] == [500, 612, 740]
+    assert [c.first_position for c in chains] == [500, 512, 640, 768]
     for chain in chains:
         seen = range(chain.first_position, chain.first_position + chain.num_rows)
         assert {step.coded_pages(position) for position in seen} == {chain.coded}
@@ -121,6 +121,6 @@ def test_rows_are_grouped_where_encoded_pages_change() -> None:
 
 
 def test_rows_that_see_nothing_encoded_are_one_chain() -> None:
-    step = replace(coded_step(500, 300, recent=100), recent_tokens=None)
+    step = replace(coded_step(500, 300, window=128), window_tokens=None)
     chain = one(step)
-    assert (chain.num_rows, chain.coded, chain.shareable) == (300, 0, 0)
+    assert (chain.num_rows, chain.coded, chain.shareable) == (300, 0, 6)

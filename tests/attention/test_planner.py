@@ -116,7 +116,7 @@ def test_a_node_of_two_layouts_is_cut_where_they_meet(
         Segment(View(i, PageTag("s"), slots[i], 15, 930), i, 1, 930 + i, staged[i], 10)
         for i in range(3)
     )
-    step = BatchGeometry(segments, 3, Layout.BF16, Layout.F32, 200)
+    step = BatchGeometry(segments, 3, Layout.BF16, Layout.F32, 640)
     plan = planner.plan(step)
     assert shared_pages(plan) == shared
     for rows, runs in chains(plan):

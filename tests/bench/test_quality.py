@@ -13,9 +13,11 @@ from bench.quality_suite import Context, Maker, Probe, digest, read, right
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
-from kvkeep.quant.baselines.base import Dequantised
+from kvkeep.quant.baselines.base import Dequantised, Stored
 from kvkeep.quant.baselines.kivi import Kivi
 from kvkeep.quant.codec import Float
+from kvkeep.quant.hack import Hack
+from kvkeep.types import Layout
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,19 @@ def test_an_engine_answers_every_item_and_a_codec_changes_some(maker: Maker) -> 
     assert [(a.task, a.context) for a in plain] == [(b.task, b.context) for b in coded]
     assert plain != coded
     assert codec.stored_bytes / codec.float_bytes == pytest.approx(3 / 16)
+
+
+def test_attending_codes_scores_like_attending_what_they_stand_for(maker: Maker) -> None:
+    """They differ by the rounding of queries and weights to eight bits alone."""
+    contexts = [c for c in maker.contexts(quick=True) if c.kind == "text"]
+    machine, codec = Machine(DEMO_MODEL, 1, 1 << 26), Hack(Layout.K2V2)
+    plain, native, widened = (
+        np.array([item.score for item in run(Asked(machine, one), contexts)])
+        for one in (Float(), codec, Dequantised(Stored(codec)))
+    )
+    apart = np.abs(native - widened).mean()
+    assert 0 < apart < 0.3 * np.abs(widened - plain).mean()
+    assert abs(native.mean() - widened.mean()) < 0.01
 
 
 def test_pages_are_recorded_by_layer() -> None:

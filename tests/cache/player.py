@@ -9,13 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvkeep.cache.manager import CacheManager
-from kvkeep.cache.pool import TilePool
+from kvkeep.cache.pool import Beside, TilePool
 from kvkeep.cache.radix import Page, RadixIndex, TokenIds
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import CapacityError
 from kvkeep.sharing.policy import ShareNothing, SharingPolicy
-from kvkeep.types import PAGE_TOKENS, Layout, PageSpec, PageTag, UInt64Array, View, chain_hash
+from kvkeep.types import (
+    PAGE_TOKENS,
+    Layout,
+    PageKind,
+    PageSpec,
+    PageTag,
+    UInt64Array,
+    View,
+    chain_hash,
+)
 
 SPEC = PageSpec(Layout.F32, num_layers=2, num_kv_heads=2, head_dim=8, tile_bytes=4096)
 DIGEST = b"m" * 32
@@ -37,9 +46,12 @@ def make_manager(
     policy: SharingPolicy | None = None,
     tier: Tier | None = None,
     spec: PageSpec = SPEC,
+    num_first: int = 0,
 ) -> CacheManager:
     chosen = ShareNothing() if policy is None else policy
-    return CacheManager(TilePool(spec, num_pages), RadixIndex(DIGEST), chosen, tag_of, tier)
+    beside = Beside(num_first, 0, 0) if num_first else None
+    pool = TilePool(spec, num_pages, beside=beside)
+    return CacheManager(pool, RadixIndex(DIGEST), chosen, tag_of, tier)
 
 
 def prompt(*blocks: int, tail: int = 0) -> list[int]:
@@ -73,10 +85,13 @@ def _rows(
     tiles = manager.pool.tile_table[view.pages()[at // PAGE_TOKENS]].reshape(
         len(at), manager.pool.spec.tiles_per_page
     )
-    words = tiles_of(manager.pool).view(np.uint64)
+    words = manager.pool.buffer.numpy().view(np.uint64)
+    unit_words = manager.pool.layer_kv(0).unit_bytes // words.itemsize
+    where = tiles.astype(np.int64) * unit_words + (at % PAGE_TOKENS)[:, None]
     if marks is not None:
-        words[tiles, (at % PAGE_TOKENS)[:, None]] = marks[:, None]
-    return words[tiles, (at % PAGE_TOKENS)[:, None]]
+        words[where] = marks[:, None]
+    found: Marks = words[where]
+    return found
 
 
 def indexed_pages(manager: CacheManager) -> list[Page]:
@@ -110,9 +125,12 @@ def check(manager: CacheManager) -> None:
     for name, account in accounts.items():
         mine = {page for page in pages if page.account == name}
         assert account.used_pages == len(mine)
+        first = {page for page in mine if page.kind is PageKind.FIRST}
+        assert account.used_first == len(first)
+        assert account.unreferenced_first == sum(page.ref_count == 0 for page in first)
         order = list(account.unreferenced)
         assert set(order) == {page for page in mine if page.ref_count == 0}
-        assert account.used_pages <= account.quota_pages or not order
+        assert not account.over_quota or not order
         place = {page: i for i, page in enumerate(order)}
         for page in order:
             for child in (*page.children.values(), *page.partials.values()):
@@ -125,10 +143,16 @@ def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
     slots = sorted({page.slot for page in pages})
     holders = Counter(page.slot for page in pages)
     assert all(pool._holders[slot] == n for slot, n in holders.items())
-    owned = pool.tile_table[slots].ravel().tolist()
-    free = pool._tiles._stack[: len(pool._tiles)].tolist()
-    assert sorted(owned + free) == list(range(len(tiles_of(pool))))
+    for own in pool._classes:
+        mine = [slot for slot in slots if 0 <= slot - own.first_slot < own.num_pages]
+        owned = own.range.numbers(pool.tile_table[mine].ravel()).tolist()
+        free = own.tiles._stack[: len(own.tiles)].tolist()
+        assert sorted(owned + free) == list(range(own.range.num_tiles))
     assert len(slots) + pool.free_pages == pool.num_pages
+    for page in pages:
+        first = page.kind is PageKind.FIRST
+        assert pool._require(page.slot) is pool._class(page.kind)
+        assert first == (pool.num_first > 0 and page.index == 0) or not page.attached
 
 
 @dataclass

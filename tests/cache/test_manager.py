@@ -8,9 +8,10 @@ import pytest
 from kvkeep.cache.accounts import AccountUse
 from kvkeep.cache.manager import CacheManager
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
-from kvkeep.sharing.policy import ShareAll
-from kvkeep.types import PAGE_TOKENS, Layout, PageState
+from kvkeep.sharing.policy import ShareAll, SharingPolicy
+from kvkeep.types import PAGE_TOKENS, PageKind, PageState
 from tests.cache.player import SPEC, Player, check, check_rows, make_manager, prompt
+from tests.toys import DelayedTier, PromoteOffered
 
 TOKENS = prompt(1, 2, 3, tail=9)
 
@@ -54,14 +55,67 @@ def test_rows_of_a_page_that_diverges_are_copied_and_the_page_stays(player: Play
     check(player.manager)
 
 
-def test_coded_pages_are_matched_whole_only() -> None:
-    manager = make_manager(8, spec=replace(SPEC, layout=Layout(1)))
-    assert manager._matcher._copies_rows
-    manager._matcher._copies_rows = manager._closer._copies_rows = False
-    manager.set_quotas({"a": 8}, 0)
+def coded_manager(policy: SharingPolicy | None = None) -> CacheManager:
+    manager = make_manager(24, policy, spec=replace(SPEC, window_tokens=128))
+    manager.set_quotas({"a": 8, "b": 8}, 8)
+    return manager
+
+
+def test_coded_pages_are_indexed_and_matched_in_whole_blocks() -> None:
+    manager = coded_manager()
     serve(Player(manager), "a/1", TOKENS)
-    assert manager.used("a") == 3
-    assert manager.match(TOKENS, account="a", scope="a/1").cached_tokens == 3 * PAGE_TOKENS
+    assert manager.used("a") == 2, "neither the third page nor the rows after it can be found"
+    match = manager.match(TOKENS, account="a", scope="a/1")
+    assert match.cached_tokens == 128
+    assert [page.state for page in match.own] == [PageState.ENCODED] * 2
+    assert manager.match(prompt(1, 9, 9), account="a", scope="a/1").cached_tokens == 0
+    assert manager.match(prompt(1, 2, 3)[:-65], account="a", scope="a/1").cached_tokens == 0
+    assert [manager.findable_pages(n) for n in (127, 128, 255, 256)] == [0, 2, 2, 4]
+
+
+def test_a_block_evicted_in_part_is_found_no_more() -> None:
+    manager = coded_manager()
+    serve(Player(manager), "a/1", prompt(1, 2, 3, 4))
+    match = manager.match(prompt(1, 2, 3, 4), account="a", scope="a/1")
+    assert match.cached_tokens == 256
+    manager.evict_pages("a", 1)
+    assert manager.open_view(match, 256).length == 128
+    assert manager.match(prompt(1, 2, 3, 4), account="a", scope="a/1").cached_tokens == 128
+    check(manager)
+
+
+def test_blocks_of_public_and_own_pages_count_from_the_start_of_the_prompt() -> None:
+    manager = coded_manager(PromoteOffered())
+    player = Player(manager)
+    serve(player, "a/1", prompt(1, 2, 3, 4))
+    manager.end_epoch(0.0)
+    match = manager.match(prompt(1, 2, 3, 4), account="b", scope="b/1")
+    assert (match.cached_tokens, len(match.snapshot)) == (0, 4)
+    match = manager.match(prompt(1, 2, 3, 9), account="b", scope="b/1")
+    assert len(match.snapshot) == 2, "the third page alone is no block"
+    player.open("b", "b/1", prompt(1, 2, 3, 9))
+    assert manager.match(prompt(1, 2, 3, 9), account="b", scope="b/1").cached_tokens == 256
+    check(manager)
+
+
+def test_a_tiers_pages_are_fetched_in_whole_blocks() -> None:
+    tier = DelayedTier(1)
+    manager = make_manager(8, tier=tier, spec=replace(SPEC, window_tokens=128))
+    manager.set_quotas({"a": 8}, 0)
+    serve(Player(manager), "a/1", prompt(1, 2, 3, 4))
+    manager.evict_pages("a", 4)
+    tokens = np.array(prompt(1, 2, 3, 4), np.int32)
+    assert len(manager.match(tokens, account="a", scope="a/1").pending) == 4
+    tier.lose_first()
+    match = manager.match(tokens, account="a", scope="a/1")
+    assert len(match.pending) == 2
+    fetch = manager.begin_fetch(match, tokens)
+    assert fetch is not None
+    manager.poll()
+    manager.end_fetch(fetch)
+    found = manager.match(tokens, account="a", scope="a/1")
+    assert [page.state for page in found.own] == [PageState.ENCODED] * 2
+    check(manager)
 
 
 @pytest.mark.parametrize("scope", ["a/2", "b/1"])
@@ -270,3 +324,43 @@ def test_stats_count_pages_views_and_accounts(player: Player) -> None:
         1,
     )
     assert stats.accounts["a"] == AccountUse(8, 3, 2, 1)
+
+
+@pytest.fixture
+def beginners() -> CacheManager:
+    """Eight pages of two accounts, of which each may begin two sequences."""
+    spec = replace(SPEC, window_tokens=128, first_extra_bytes=64)
+    manager = make_manager(16, spec=spec, num_first=4)
+    manager.set_quotas({"a": 8, "b": 8}, 0)
+    return manager
+
+
+def test_a_sequences_first_page_alone_is_of_the_first_kind(beginners: CacheManager) -> None:
+    player = Player(beginners)
+    player.open("a", "a/1", prompt(1, 2, 3))
+    kinds = [page.kind for page in beginners._held[0].pages]
+    assert kinds == [PageKind.FIRST, PageKind.PLAIN, PageKind.PLAIN]
+    player.fork(player.running["a"][0])
+    player.open("a", "a/1", [*prompt(1, 2), 7])
+    assert beginners._store.accounts["a"].used_first == 1, "found again, not begun again"
+    check(beginners)
+
+
+def test_a_share_has_room_for_so_many_first_pages(beginners: CacheManager) -> None:
+    player = Player(beginners)
+    for block in (1, 2):
+        player.open("a", "a/1", prompt(block, block))
+    view = beginners.open_view(beginners.match([9], account="a", scope="a/1"), 1)
+    with pytest.raises(QuotaExceeded, match="begins one more sequence; its share has room for 2"):
+        beginners.extend(view, 1)
+    player.open("b", "b/1", prompt(5, 5))
+    player.release(player.running["a"][0], 128)
+    beginners.extend(view, 1)
+    assert beginners.match(prompt(1, 1), account="a", scope="a/1").cached_tokens == 0
+    assert beginners.match(prompt(2, 2), account="a", scope="a/1").cached_tokens == 128
+    check(beginners)
+
+
+def test_more_shares_than_sequences_are_refused(beginners: CacheManager) -> None:
+    with pytest.raises(ConfigError, match=r"6 shares .* for 4 sequences; raise max_num_seqs"):
+        beginners.set_quotas(dict.fromkeys("abcde", 2), 0)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from kvkeep.cache.pool import FreeList, TilePool
+from kvkeep.cache.pool import Beside, FreeList, TilePool
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
-from kvkeep.types import Layout, PageSpec
+from kvkeep.types import Layout, PageKind, PageSpec
 from tests.cache.player import SPEC, tiles_of
 
 
@@ -100,7 +102,7 @@ def test_layer_kv_is_made_once() -> None:
     pool = TilePool(SPEC, 1)
     kv = pool.layer_kv(1)
     assert kv is pool.layer_kv(1)
-    assert (kv.layer, kv.num_kv_heads, kv.head_dim, kv.tile_bytes) == (1, 2, 8, 4096)
+    assert (kv.layer, kv.num_kv_heads, kv.head_dim, kv.unit_bytes) == (1, 2, 8, 4096)
     assert kv.tile_table is pool.tile_table
 
 
@@ -115,3 +117,66 @@ def test_layer_kv_is_made_once() -> None:
 def test_what_cannot_be_a_pool_is_refused(spec: PageSpec, pages: int, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         TilePool(spec, pages)
+
+
+CODED = PageSpec(Layout.K2V2, 2, 2, 8, tile_bytes=192, window_tokens=128, first_extra_bytes=128)
+BESIDE = Beside(num_first=3, num_staged=2, staged_tile_bytes=1024)
+
+
+def coded_pool() -> TilePool:
+    return TilePool(CODED, 5, beside=BESIDE)
+
+
+def test_pages_of_each_kind_have_tiles_of_their_own_size() -> None:
+    pool = coded_pool()
+    assert pool.buffer.numel() == 4 * (5 * 192 + 3 * 320 + 2 * 1024)
+    assert [pool.bytes_of(kind) for kind in PageKind] == [4 * 5 * 192, 4 * 3 * 320, 4 * 2048]
+    unit = pool.layer_kv(0).unit_bytes
+    assert unit == 64
+    sizes = {PageKind.PLAIN: 192, PageKind.FIRST: 320, PageKind.STAGED: 1024}
+    taken: list[tuple[int, int]] = []
+    for kind, size in sizes.items():
+        while pool.free_of(kind):
+            slot = pool.alloc_page(kind)
+            assert pool.read_tiles(slot, 1).shape == (2, size)
+            begins = pool.tile_table[slot].ravel().astype(int) * unit
+            taken += [(int(begin), int(begin) + size) for begin in begins]
+    taken.sort()
+    assert taken[0][0] == 0
+    assert taken[-1][1] == pool.buffer.numel()
+    assert all(end == begin for (_, end), (begin, _) in pairwise(taken)), "tiles overlap"
+
+
+def test_a_kind_that_is_used_up_takes_nothing_from_another() -> None:
+    pool = coded_pool()
+    first = [pool.alloc_page(PageKind.FIRST) for _ in range(3)]
+    with pytest.raises(PoolExhausted):
+        pool.alloc_page(PageKind.FIRST)
+    assert [pool.free_of(kind) for kind in PageKind] == [5, 0, 2]
+    assert pool.free_pages == 2, "a first page is one of the pool's pages"
+    pool.free_page(first[1])
+    assert pool.free_of(PageKind.FIRST) == 1
+    staged = pool.alloc_page(PageKind.STAGED)
+    assert pool.free_pages == 3, "a staged page is not"
+    with pytest.raises(EngineError, match="own kind"):
+        pool.copy_page(first[0], staged)
+
+
+def test_a_first_page_is_read_and_installed_with_all_its_bytes() -> None:
+    pool = coded_pool()
+    one, other = pool.alloc_page(PageKind.FIRST), pool.alloc_page(PageKind.FIRST)
+    tiles = np.random.default_rng(1).integers(0, 256, (2, 320)).astype(np.uint8)
+    pool.write_tiles(one, 1, tiles)
+    pool.install(other, 1, pool.read(one, 1))
+    assert np.array_equal(pool.read_tiles(other, 1), tiles)
+    with pytest.raises(EngineError, match="does not fit"):
+        pool.install(pool.alloc_page(), 1, pool.read(one, 1))
+    pool.free_page(one)
+    assert not pool.read_tiles(pool.alloc_page(PageKind.FIRST), 1).any()
+
+
+def test_without_more_bytes_at_the_start_first_pages_are_like_any_other() -> None:
+    pool = TilePool(SPEC, 2)
+    assert pool.bytes_of(PageKind.FIRST) == 0
+    pool.alloc_page(PageKind.FIRST)
+    assert [pool.free_of(kind) for kind in PageKind] == [1, 1, 1]

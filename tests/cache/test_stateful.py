@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvkeep.cache.store import PageStore
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
-from tests.cache.player import Player, Running, check, make_manager, prompt
+from tests.cache.player import SPEC, Player, Running, check, make_manager, prompt
 from tests.toys import PromoteOffered
 
 QUOTAS = {"a": 7, "b": 5}
@@ -27,12 +27,15 @@ COUNTS = st.integers(0, 6)
 class Machine(RuleBasedStateMachine):
     """Two accounts, three scopes, prompts that overlap."""
 
+    spec = SPEC
+    num_first = 0
+
     def policy(self) -> SharingPolicy:
         return ShareNothing()
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = make_manager(16, self.policy())
+        self.manager = make_manager(16, self.policy(), spec=self.spec, num_first=self.num_first)
         self.manager.set_quotas(QUOTAS, 4)
         self.player = Player(self.manager)
 
@@ -56,7 +59,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def reserve(self, data: st.DataObject) -> None:
         run = self.choose(data)
-        if self.manager.room(run.account) >= 2:
+        begins = self.num_first and not run.view.num_pages
+        if self.manager.room(run.account) >= 2 and not begins:
             self.manager.extend(run.view, 64)
 
     @precondition(lambda self: self.any_running())
@@ -120,6 +124,20 @@ class SharedMachine(Machine):
         return ShareAll()
 
 
+class CodedMachine(Machine):
+    """The same with pages that are found in blocks of two."""
+
+    spec = replace(SPEC, window_tokens=128, first_extra_bytes=1024)
+    num_first = 6
+
+
+class CodedPromotingMachine(CodedMachine):
+    """Blocks of two, made public at each epoch's end."""
+
+    def policy(self) -> SharingPolicy:
+        return PromoteOffered()
+
+
 class PromotingMachine(Machine):
     """The same with pages made public at each epoch's end."""
 
@@ -138,6 +156,10 @@ TestNothing = Machine.TestCase
 TestNothing.settings = RUNS
 TestAll = SharedMachine.TestCase
 TestAll.settings = RUNS
+TestCoded = CodedMachine.TestCase
+TestCoded.settings = settings(RUNS, max_examples=30)
+TestCodedPromoting = CodedPromotingMachine.TestCase
+TestCodedPromoting.settings = settings(RUNS, max_examples=30)
 TestPromoting = PromotingMachine.TestCase
 TestPromoting.settings = RUNS
 
@@ -176,8 +198,10 @@ OPS = st.builds(
 )
 
 
-def transcript(ops: list[Op], quota_b: int) -> list[object]:
-    manager = make_manager(12)
+def transcript(ops: list[Op], quota_b: int, window_tokens: int | None = None) -> list[object]:
+    num_first = 4 if window_tokens else 0
+    spec = replace(SPEC, window_tokens=window_tokens, first_extra_bytes=64 * num_first)
+    manager = make_manager(12, spec=spec, num_first=num_first)
     manager.set_quotas({"a": 6, "b": quota_b}, 1)
     player = Player(manager)
     for op in ops:
@@ -189,7 +213,8 @@ def transcript(ops: list[Op], quota_b: int) -> list[object]:
 @given(st.lists(OPS, max_size=30), st.integers(0, 5))
 def test_an_account_sees_its_own_operations_only(ops: list[Op], quota_b: int) -> None:
     alone = [op for op in ops if op.account == "a"]
-    assert transcript(ops, quota_b) == transcript(alone, quota_b)
+    for window_tokens in (None, 128):
+        assert transcript(ops, quota_b, window_tokens) == transcript(alone, quota_b, window_tokens)
 
 
 def test_sharing_everything_does_interfere() -> None:

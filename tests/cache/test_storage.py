@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.storage import DeviceTiles, HostTiles, StorageMaker
+from kvkeep.cache.storage import DeviceTiles, HostTiles, StorageMaker, TileRange
 from kvkeep.errors import ConfigError
-from kvkeep.types import PageSpec
 from tests.cache.player import SPEC
 
 HERE = torch.device("cpu")
@@ -70,4 +69,4 @@ def test_a_device_without_room_is_a_setting_to_lower(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes: the device lacks"):
-        DeviceTiles(PageSpec(SPEC.layout, 1, 1, 8, 4096), 1000, HERE)
+        DeviceTiles([TileRange(4096, 1000, 0, 4096)], (1000, 1, 1), HERE)

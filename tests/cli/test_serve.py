@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvkeep.cli import run
@@ -84,11 +85,14 @@ def test_what_is_served_is_described() -> None:
         num_pages=100,
         bytes_per_token=2048,
         kernel="avx2",
+        kv_bytes=100 * 64 * 2048,
         eos_token_ids=(0,),
     )
     shown = describe(info)
-    for word in ("toy", "bfloat16", "100 of 64 tokens, 12.5 MiB", "2048", "avx2"):
+    for word in ("toy", "bfloat16", "100 of 64 tokens, 12.5 MiB", "2048", "avx2", "as computed"):
         assert word in shown
+    coded = msgspec.structs.replace(info, kv="k2v2", window_tokens=256, staged_bytes=3 << 20)
+    assert "k2v2, the last 256 tokens or fewer as computed (3.0 MiB)" in describe(coded)
 
 
 def test_the_admin_token_comes_from_a_private_file(tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ def ptx_of(kernel: Any, half: str, warps: int = 4, **fixed: int) -> str:
 
 
 def main() -> str | None:
-    tile = {"S": 64, "D": 128, "BLOCK_D": 128}
+    tile = {"S": 64, "D": 128, "BLOCK_D": 128, "UNIT": 32}
     plain = {"G": 4, "HAS_PRIVATE": False, "HAS_MASKS": False, **tile}
     ptx_of(kernels.append_kernel, "bf16", BLOCK_T=16, **tile)
     ptx_of(kernels.merge_kernel, "bf16", D=128, BLOCK_D=128)
-    odd = {"G": 7, "HAS_PRIVATE": True, "HAS_MASKS": True, "S": 64, "D": 80, "BLOCK_D": 128}
+    odd = {"G": 7, "HAS_PRIVATE": True, "HAS_MASKS": True, "S": 64, "D": 80, "BLOCK_D": 128,
+           "UNIT": 32}  # fmt: skip
     ptx_of(kernels.observe_kernel, "bf16", ROWS=16, **odd)
     ptx_of(kernels.node_kernel, "fp32", ROWS=16, **odd)
     ones = {"num_layers": 1, "num_kv_heads": 1}  # as Triton specialises them

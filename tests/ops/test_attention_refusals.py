@@ -37,7 +37,8 @@ def with_run(plan: AttentionPlan, **columns: int) -> AttentionPlan:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"layout": 7}, "layout"),
+        ({"layout": 9}, "layout"),
+        ({"layout": int(Layout.K4V4)}, r"layout|hold"),
         ({"layout": int(Layout.BF16)}, "layout"),
         ({"page_count": 9}, "outside the plan's pages"),
         ({"first_position": 5}, "inside a page"),

@@ -119,7 +119,7 @@ def test_few_rows_between_the_steps_of_many(
     before = ops.bytes_read
     got = ops.attend(q, pool.world.kv, tree)
     kv, pages = pool.world.kv, int(tree.runs[:, 1].sum())
-    assert ops.bytes_read - before == pages * kv.num_kv_heads * kv.tile_bytes
+    assert ops.bytes_read - before == pages * kv.num_kv_heads * kv.unit_bytes
     assert ops.pieces_beside > 0
     assert_same_bits(got, ops.attend(q, pool.world.kv, FlatPlanner().plan(step)))
 
@@ -241,4 +241,4 @@ def test_a_shared_token_is_read_once_for_all_rows(
     before = ops.bytes_read
     ops.attend(pool.queries(100), pool.world.kv, plan)
     kv = pool.world.kv
-    assert ops.bytes_read - before == (32 + 100) * kv.num_kv_heads * kv.tile_bytes
+    assert ops.bytes_read - before == (32 + 100) * kv.num_kv_heads * kv.unit_bytes

@@ -134,7 +134,7 @@ def test_live_masks_and_their_bytes(layout: Layout) -> None:
     plan = flat_plan(layout, [(request.slots, positions)], masks=masks)
     got = ops.attend(q, world.kv, plan)
     check(world, got, attention_oracle(q, request.k, request.v, visible))
-    assert ops.bytes_read == (5 * TINY.kv - 1) * world.kv.tile_bytes
+    assert ops.bytes_read == (5 * TINY.kv - 1) * world.kv.unit_bytes
 
 
 def test_a_fully_masked_row_is_empty_and_needs_no_tile(layout: Layout) -> None:
@@ -269,7 +269,7 @@ def test_a_prefix_of_many_requests(
     apart = sum(-(-one.length // PAGE_TOKENS) for one in asked)
     chunks = -(-requests // 64)
     together = 6 * chunks + requests
-    assert ops.bytes_read == (together + apart) * kv.num_kv_heads * kv.tile_bytes
+    assert ops.bytes_read == (together + apart) * kv.num_kv_heads * kv.unit_bytes
 
 
 def test_deep_trees_empty_leaves_several_roots_and_new_tokens(
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_refused_before_a_kernel_runs(layout: Layout) -> No
     shuffled = dataclasses.replace(plan, row_order=np.array([4], np.int32))
     wide = torch.zeros(1, 130, 32, dtype=q.dtype)
     wide_kv = world_of(Heads(130, 1, 32), layout, 1).kv
-    small = dataclasses.replace(world.kv, tile_bytes=float_tile_bytes(layout, 16))
+    small = dataclasses.replace(world.kv, unit_bytes=float_tile_bytes(layout, 48))
     cases = [
         (q, world.kv, other, "layout"),
         (q, world.kv, shuffled, "every row once"),

@@ -36,7 +36,7 @@ def test_a_tile_is_what_the_kernels_append(layout: Layout) -> None:
     world = make_world(Heads(2, 1, DIM), layout, pages=1, device=DEVICE if rows else "cpu")
     request = world.add(ops, PAGE_TOKENS)
     tile = int(world.kv.tile_table[request.slots[0], 1, 0])
-    size = world.kv.tile_bytes
+    size = world.kv.unit_bytes
     written = world.kv.buffer[tile * size : (tile + 1) * size].cpu().numpy()
     k, v = (x.permute(1, 0, 2) for x in (request.k, request.v))
     assert np.array_equal(pack_float_tiles(k, v, layout)[0], written)

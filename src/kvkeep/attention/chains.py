@@ -50,7 +50,7 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
     shareable = 0
     if evict is None or (evict.masks.size == 0 and evict.last_hit.size == 0):
         shareable = first // STEP_TOKENS * STEP_PAGES
-        if geometry.coded_layout != geometry.layout:
+        if geometry.window_tokens is not None:
             shareable = min(shareable, coded)
     return Chain(
         view.id,
@@ -67,14 +67,12 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
 
 def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int, int, int]]:
     """Yield (first row, end row, encoded pages), cut where the encoded pages change."""
-    begin, coded = 0, geometry.coded_pages(segment.first_position)
-    if geometry.recent_tokens is not None:
-        for row in range(1, segment.num_rows):
-            now = geometry.coded_pages(segment.first_position + row)
-            if now != coded:
-                yield begin, row, coded
-                begin, coded = row, now
-    yield begin, segment.num_rows, coded
+    first, begin, block = segment.first_position, 0, geometry.window_tokens
+    if block is not None:
+        for edge in range((first // block + 1) * block, first + segment.num_rows, block):
+            yield begin, edge - first, geometry.coded_pages(first + begin)
+            begin = edge - first
+    yield begin, segment.num_rows, geometry.coded_pages(first + begin)
 
 
 def _pages(segment: Segment, coded: int, count: int) -> Int32Array:

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 
 from kvkeep.attention.cost import SEED, CostModel, Sample, fit
-from kvkeep.ops.layout import TORCH_DTYPE, AttentionOps, AttentionPlan, LayerKV
+from kvkeep.ops.layout import (
+    TORCH_DTYPE,
+    AttentionOps,
+    AttentionPlan,
+    LayerKV,
+    float_tile_bytes,
+)
 from kvkeep.types import PAGE_TOKENS, Layout
 
 BUDGET_S = 0.05
@@ -36,15 +42,21 @@ class Bench:
     @property
     def pages(self) -> int:
         """Return how many pages of one layer the tiles make."""
-        return self.kv.buffer.numel() // self.kv.tile_bytes // self.kv.num_kv_heads
+        return self.kv.buffer.numel() // (self._tile_bytes * self.kv.num_kv_heads)
+
+    @property
+    def _tile_bytes(self) -> int:
+        return float_tile_bytes(self.layout, self.kv.head_dim)
 
     def sample(self, queries: int, pages: int, *, fresh: bool) -> Sample:
         """Return the time of one item: `queries` queries of one KV head over `pages` pages."""
         heads = self.kv.num_kv_heads
-        wanted = _COLD_BYTES // (self.kv.tile_bytes * heads) if fresh else pages
+        wanted = _COLD_BYTES // (self._tile_bytes * heads) if fresh else pages
         distinct = min(max(wanted, pages), self.pages) // pages
         groups = max(distinct, -(-4 * self.threads // heads))
-        kv = replace(self.kv, tile_table=_table(distinct * pages, heads), layer=0)
+        units = self._tile_bytes // self.kv.unit_bytes
+        table = _table(distinct * pages, heads) * np.int32(units)
+        kv = replace(self.kv, tile_table=table, layer=0)
         plan = _plan(groups, queries, pages, distinct, self.layout)
         q = torch.zeros(
             (groups * queries, self.num_heads, self.kv.head_dim), dtype=TORCH_DTYPE[self.layout]

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from kvkeep.cache.radix import Page
+from kvkeep.types import PageKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class Account:
     name: str
     quota_pages: int = 0
     used_pages: int = 0
+    quota_first: int | None = None
+    """Of its pages, those that may be first ones; None: all."""
+    used_first: int = 0
     evicted_pages: int = 0
     clock: int = 0
     """The account's own logical time: views it has opened."""
@@ -36,6 +40,7 @@ class Account:
 
     Children always before their parents.
     """
+    unreferenced_first: int = 0
     retention: Retention = field(default_factory=Retention)
 
     @property
@@ -47,6 +52,34 @@ class Account:
     def room_pages(self) -> int:
         """Return how many new pages could be held if everything unreferenced were evicted."""
         return self.quota_pages - self.referenced_pages
+
+    @property
+    def over_quota(self) -> bool:
+        """Tell whether more is held than the share allows."""
+        over_first = self.quota_first is not None and self.used_first > self.quota_first
+        return self.used_pages > self.quota_pages or over_first
+
+    def has_room(self, count: int, *, first: bool) -> bool:
+        """Tell whether `count` new pages could be held, one of them a first one."""
+        if count > self.room_pages:
+            return False
+        referenced = self.used_first - self.unreferenced_first
+        return not first or self.quota_first is None or referenced < self.quota_first
+
+    def charge(self, page: Page, sign: int = 1) -> None:
+        """Count a page, or with -1 no longer."""
+        self.used_pages += sign
+        self.used_first += sign * (page.kind is PageKind.FIRST)
+
+    def rest(self, page: Page, now: float) -> None:
+        """Note that nothing holds a cached page."""
+        self.unreferenced[page] = now
+        self.unreferenced_first += page.kind is PageKind.FIRST
+
+    def wake(self, page: Page) -> None:
+        """Note that a page which nothing held is in use or gone."""
+        del self.unreferenced[page]
+        self.unreferenced_first -= page.kind is PageKind.FIRST
 
     @property
     def idle(self) -> bool:

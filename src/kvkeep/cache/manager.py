@@ -56,9 +56,15 @@ class CacheManager:
         self._tier = tier
         self._store = PageStore(pool, index, tier)
         public_tag = tag_of(PUBLIC_SCOPE)
-        copies_rows = pool.spec.recent_tokens is None
-        self._matcher = Matcher(index, policy, tag_of, tier, copies_rows=copies_rows)
-        self._closer = Closer(self._store, policy, public_tag, copies_rows=copies_rows)
+        self._matcher = Matcher(
+            index,
+            policy,
+            tag_of,
+            tier,
+            copies_rows=pool.spec.window_tokens is None,
+            block_pages=pool.spec.block_pages,
+        )
+        self._closer = Closer(self._store, policy, public_tag)
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
         self._fetches: set[Fetch] = set()
@@ -94,6 +100,11 @@ class CacheManager:
         """Return the pages charged to an account, in use or cached."""
         owner = self._store.accounts.get(account)
         return 0 if owner is None else owner.used_pages
+
+    def findable_pages(self, n_tokens: int) -> int:
+        """Return how many whole pages of so many tokens can be found again."""
+        pages = n_tokens // PAGE_TOKENS
+        return pages - pages % self.pool.spec.block_pages
 
     @property
     def public_pages(self) -> int:
@@ -162,14 +173,16 @@ class CacheManager:
     def open_view(self, match: Match, prompt_len: int, *, answer_tokens: int | None = None) -> View:
         """Return a view of what a match found, its pages locked.
 
-        A page evicted since then ends it sooner. The snapshot's pages become pages of the view's
-        own, charged to its account, where there is room for the whole prompt.
+        A page evicted since then ends it sooner, at the block before it. The snapshot's pages
+        become pages of the view's own, charged to its account, where there is room for the whole
+        prompt.
 
         `View.length` says how much of the prompt it holds: all of it where all was cached. Rows of
         a partial match are copied to a page of the view's own; where the account has no room for it
         they are left out.
         """
         pages = match.attached()
+        pages = pages[: len(pages) - len(pages) % self.pool.spec.block_pages]
         public = sum(page.account == PUBLIC_ACCOUNT for page in pages)
         for page in pages:
             self._store.lock(page)
@@ -201,7 +214,7 @@ class CacheManager:
         if needed <= 0:
             return
         held = self._require(view)
-        for page in self._store.new_pages(held.account, view.tag, needed):
+        for page in self._store.new_pages(held.account, view.tag, needed, at=view.num_pages):
             held.pages.append(page)
             view.push(page.slot)
 
@@ -232,7 +245,7 @@ class CacheManager:
         full, rows = divmod(view.length, PAGE_TOKENS)
         pages = held.pages[:full]
         if rows:
-            copy = self._store.new_pages(held.account, view.tag, 1)[0]
+            copy = self._store.new_pages(held.account, view.tag, 1, at=full)[0]
             self.pool.copy_page(held.pages[full].slot, copy.slot)
             pages.append(copy)
         for page in pages[:full]:
@@ -305,12 +318,13 @@ class CacheManager:
     def _reserve(self, match: Match, prefix: list[Page], tokens: TokenIds) -> Fetch | None:
         """Return a fetch with a page for each pending one that there is room for."""
         count = min(len(match.pending), self.room(match.account))
-        if count == 0:
+        owner = self._store.accounts.get(match.account)
+        if owner is None or count <= 0 or not owner.has_room(count, first=not prefix):
             return None
         first = len(prefix) * PAGE_TOKENS
         raw = token_bytes(tokens[first : first + count * PAGE_TOKENS])
         keys = [raw[begin : begin + KEY_BYTES] for begin in range(0, len(raw), KEY_BYTES)]
-        pages = self._store.new_pages(match.account, match.tag, count)
+        pages = self._store.new_pages(match.account, match.tag, count, at=len(prefix))
         before = prefix[-1] if prefix else None
 
         def parent() -> Page | None:
@@ -327,7 +341,8 @@ class CacheManager:
             return 0
         self._store.lock(source)
         try:
-            page = self._store.new_pages(held.account, held.view.tag, 1)[0]
+            at = len(held.pages)
+            page = self._store.new_pages(held.account, held.view.tag, 1, at=at)[0]
         except CapacityError:
             return 0
         else:
@@ -343,7 +358,8 @@ class CacheManager:
         False without room for the whole prompt: then it is not to be served now.
         """
         needed = -(-prompt_len // PAGE_TOKENS) - len(held.pages)
-        if needed > self.room(held.account):
+        owner = self._store.accounts.get(held.account)
+        if owner is None or not owner.has_room(needed, first=not held.pages):
             return False
         if match.partial is not None and match.partial[0].attached:
             self._store.lock(match.partial[0])

@@ -58,12 +58,15 @@ class Matcher:
         tier: Tier | None,
         *,
         copies_rows: bool,
+        block_pages: int,
     ) -> None:
+        """`block_pages`: what is found is cut to whole blocks of the prompt's pages."""
         self._index = index
         self._policy = policy
         self._tag_of = tag_of
         self._tier = tier
         self._copies_rows = copies_rows
+        self._block_pages = block_pages
         self._public_tag = tag_of(PUBLIC_SCOPE)
 
     def match(self, tokens: TokenIds, *, account: str, scope: str) -> Match:
@@ -75,7 +78,7 @@ class Matcher:
         tag = self._private_tag(scope)
         raw = token_bytes(tokens)
         readable = self._match_public(raw, account, scope)
-        public = tuple(takewhile(lambda page: page.pinned, readable))
+        public = self._whole(tuple(takewhile(lambda page: page.pinned, readable)))
         best = Match(account, tag, public, (), None, (), len(public) * PAGE_TOKENS)
         for shared in range(len(public), -1, -1):
             start = public[shared - 1].hash if shared else self._index.model_digest
@@ -83,7 +86,8 @@ class Matcher:
             if root is None:
                 continue
             own = self._index.walk(root, raw, shared)
-            pages = shared + len(own)
+            pages = self._in_blocks(shared + len(own))
+            own = own[: max(pages - shared, 0)]
             rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
             partial = None
             if rest and self._copies_rows:
@@ -111,7 +115,14 @@ class Matcher:
         if not pages:
             return ()
         allowed = self._policy.public_len(tuple(page.hash for page in pages), account)
-        return tuple(pages[: max(allowed, 0)])
+        return self._whole(tuple(pages[: max(allowed, 0)]))
+
+    def _whole(self, pages: tuple[Page, ...]) -> tuple[Page, ...]:
+        """Return a prompt's first pages without those of a block that is not all there."""
+        return pages[: self._in_blocks(len(pages))]
+
+    def _in_blocks(self, pages: int) -> int:
+        return pages - pages % self._block_pages
 
     def _with_snapshot(self, match: Match, readable: tuple[Page, ...], raw: bytes) -> Match:
         """Add the readable pages that go on where the match ends."""
@@ -132,4 +143,5 @@ class Matcher:
             if not tier.holds(last):
                 break
             pending.append(last)
-        return replace(match, pending=tuple(pending))
+        whole = self._in_blocks(len(pages) + len(pending)) - len(pages)
+        return replace(match, pending=tuple(pending[: max(whole, 0)]))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from kvkeep.cache.storage import HostTiles, StorageMaker, Tiles
+from kvkeep.cache.storage import HostTiles, StorageMaker, TileRange, Tiles
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.ops.layout import LayerKV
-from kvkeep.types import Int32Array, PageSpec
+from kvkeep.types import Int32Array, PageKind, PageSpec
 
 
 class FreeList:
@@ -48,58 +53,106 @@ class FreeList:
         return 0 <= one < len(self._used) and bool(self._used[one])
 
 
-class TilePool:
-    """All tiles of one size, and the table [slots, L, Hkv] that says which of them make up a page.
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a pool of coded pages keeps beside them."""
 
-    Bytes of a page or tile are zero when it is handed out: nothing of its last holder can be read,
-    and rows not yet written are finite.
+    num_first: int
+    """Of the pages, those that may be a sequence's first; 0: all."""
+    num_staged: int
+    """Pages in the model's dtype, of `staged_tile_bytes` a tile."""
+    staged_tile_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """Pages whose tiles have one size: their slots and tiles, free or not."""
+
+    place: int
+    num_pages: int
+    first_slot: int
+    range: TileRange
+    slots: FreeList
+    tiles: FreeList
+
+    @property
+    def free_pages(self) -> int:
+        return min(len(self.slots), len(self.tiles) * self.num_pages // self.range.num_tiles)
+
+
+class TilePool:
+    """All tiles, and the table [slots, L, Hkv] that says which of them make up a page.
+
+    Pages of each kind have tiles, slots and free lists of their own, their number fixed: none can
+    run out because another kind is in demand. Bytes of a page or tile are zero when it is handed
+    out: nothing of its last holder can be read, and rows not yet written are finite.
     """
 
-    def __init__(self, spec: PageSpec, num_pages: int, storage: StorageMaker = HostTiles) -> None:
+    def __init__(
+        self,
+        spec: PageSpec,
+        num_pages: int,
+        storage: StorageMaker = HostTiles,
+        beside: Beside | None = None,
+    ) -> None:
         if num_pages < 1:
             raise ConfigError(
                 f"num_pages is {num_pages}; at least 1 is needed: give the cache more memory"
             )
-        if spec.tile_bytes <= 0 or spec.tile_bytes % 64:
-            raise ConfigError(
-                f"tile_bytes is {spec.tile_bytes}; it must be a positive multiple of 64"
-            )
         self.spec = spec
         self.num_pages = num_pages
-        num_tiles = num_pages * spec.tiles_per_page
-        self._storage = storage(spec, num_pages)
+        self.num_first = 0 if beside is None else beside.num_first
+        wanted = _wanted(spec, num_pages, beside)
+        ranges = _ranges(spec, wanted)
+        slots = sum(one.pages for one in wanted)
+        shape = (slots, spec.num_layers, spec.num_kv_heads)
+        self._storage = storage(ranges, shape)
+        self._classes = _classes(wanted, ranges)
+        places = {one.kind: place for place, one in enumerate(wanted)}
+        self._of = {kind: places.get(kind, 0) for kind in PageKind}
         self.buffer: torch.Tensor = self._storage.buffer
-        self.tile_table: Int32Array = np.full(
-            (num_pages, spec.num_layers, spec.num_kv_heads), -1, np.int32
-        )
-        self._slots = FreeList(num_pages, "page")
-        self._holders = np.zeros(num_pages, np.int32)
-        self._tiles = FreeList(num_tiles, "tile")
+        self.tile_table: Int32Array = np.full(shape, -1, np.int32)
+        self._holders = np.zeros(slots, np.int32)
         self._layers = tuple(self._layer_kv(layer) for layer in range(spec.num_layers))
 
     @property
     def free_pages(self) -> int:
-        """Return the pages that can still be handed out."""
-        return min(len(self._slots), len(self._tiles) // self.spec.tiles_per_page)
+        """Return the pages that can still be handed out, staged ones aside."""
+        kinds = {self._of[PageKind.PLAIN], self._of[PageKind.FIRST]}
+        used = sum(self._classes[at].num_pages - self._classes[at].free_pages for at in kinds)
+        return self.num_pages - used
 
     @property
     def free_tiles_count(self) -> int:
-        """Return the tiles in no page and in no view."""
-        return len(self._tiles)
+        """Return the tiles of plain pages in no page and in no view."""
+        return len(self._class(PageKind.PLAIN).tiles)
 
-    def alloc_page(self) -> int:
+    def bytes_of(self, kind: PageKind) -> int:
+        """Return the memory of all pages of a kind; 0 where they are of another's."""
+        at = self._of[kind]
+        if kind is not PageKind.PLAIN and at == self._of[PageKind.PLAIN]:
+            return 0
+        return self._classes[at].range.num_tiles * self._classes[at].range.tile_bytes
+
+    def free_of(self, kind: PageKind) -> int:
+        """Return the pages of one kind that can still be handed out."""
+        return self._class(kind).free_pages
+
+    def alloc_page(self, kind: PageKind = PageKind.PLAIN) -> int:
         """Return the slot of a zeroed page.
 
-        Raises `PoolExhausted` and takes nothing where none is free.
+        Raises `PoolExhausted` and takes nothing where none of the kind is free.
         """
-        tiles = self._tiles.take(self.spec.tiles_per_page)
+        own = self._class(kind)
+        tiles = own.tiles.take(self.spec.tiles_per_page)
         try:
-            slot = int(self._slots.take(1)[0])
+            slot = own.first_slot + int(own.slots.take(1)[0])
         except PoolExhausted:
-            self._tiles.give_back(tiles)
+            own.tiles.give_back(tiles)
             raise
-        self.tile_table[slot] = tiles.reshape(self.spec.num_layers, self.spec.num_kv_heads)
-        self._storage.place(slot, self.tile_table[slot])
+        shape = (self.spec.num_layers, self.spec.num_kv_heads)
+        self.tile_table[slot] = own.range.ids(tiles).reshape(shape)
+        self._storage.place(slot, own.place, self.tile_table[slot])
         self._holders[slot] = 1
         return slot
 
@@ -113,50 +166,52 @@ class TilePool:
 
         Raises `EngineError` where the slot is not in use.
         """
-        self._require(slot)
+        own = self._require(slot)
         self._holders[slot] -= 1
         if self._holders[slot]:
             return
-        self._slots.give_back(np.array([slot], np.int32))
-        self._tiles.give_back(self.tile_table[slot].ravel())
+        own.slots.give_back(np.array([slot - own.first_slot], np.int32))
+        own.tiles.give_back(own.range.numbers(self.tile_table[slot].ravel()))
         self.tile_table[slot] = -1
 
     def alloc_tiles(self, count: int) -> Int32Array:
         """Return ids of zeroed tiles for a view of its own; raises `PoolExhausted`."""
-        tiles = self._tiles.take(count)
-        self._storage.zero(tiles)
-        return tiles
+        own = self._class(PageKind.PLAIN)
+        ids = own.range.ids(own.tiles.take(count))
+        self._storage.zero(own.place, ids)
+        return ids
 
     def free_tiles(self, ids: Int32Array) -> None:
         """Free tiles taken with `alloc_tiles`; raises `EngineError` where one is not in use."""
-        self._tiles.give_back(ids)
+        own = self._class(PageKind.PLAIN)
+        own.tiles.give_back(own.range.numbers(ids))
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy all bytes of one page to another."""
-        self._require(source)
-        self._require(target)
-        self._storage.copy(self.tile_table[source].ravel(), self.tile_table[target].ravel())
+        """Copy all bytes of one page to another of its kind."""
+        own = self._require(source)
+        if self._require(target) is not own:
+            raise EngineError("a page can be copied only to one of its own kind")
+        table = self.tile_table
+        self._storage.copy(own.place, table[source].ravel(), table[target].ravel())
 
     def read(self, slot: int, layer: int) -> bytes:
         """Return one layer of a page, its Hkv tiles in order."""
-        self._require(slot)
         return self.read_tiles(slot, layer).tobytes()
 
     def read_tiles(self, slot: int, layer: int) -> Tiles:
-        """Return one layer of a page, [Hkv, tile_bytes]; perhaps a view."""
-        return self._storage.read(self.tile_table[slot, layer])
+        """Return one layer of a page, [Hkv, tile bytes]; perhaps a view."""
+        return self._storage.read(self._require(slot).place, self.tile_table[slot, layer])
 
     def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:
-        """Write one layer of a page, [Hkv, tile_bytes]."""
-        self._storage.write(self.tile_table[slot, layer], tiles)
+        """Write one layer of a page, [Hkv, tile bytes]."""
+        self._storage.write(self._require(slot).place, self.tile_table[slot, layer], tiles)
 
     def install(self, slot: int, layer: int, data: bytes) -> None:
         """Write one layer of a page as `read` returned it.
 
         Raises `EngineError` where the size is wrong.
         """
-        self._require(slot)
-        heads, size = self.spec.num_kv_heads, self.spec.tile_bytes
+        heads, size = self.spec.num_kv_heads, self._require(slot).range.tile_bytes
         if len(data) != heads * size or not 0 <= layer < self.spec.num_layers:
             raise EngineError(
                 f"layer {layer} with {len(data)} bytes does not fit a page of this pool"
@@ -173,13 +228,64 @@ class TilePool:
         return LayerKV(
             self.buffer,
             self.tile_table,
-            spec.tile_bytes,
+            self._classes[0].range.unit_bytes,
             layer,
             spec.num_kv_heads,
             spec.head_dim,
             self._storage.device_table,
         )
 
-    def _require(self, slot: int) -> None:
-        if not self._slots.is_used(slot):
-            raise EngineError(f"page slot {slot} is not in use")
+    def _class(self, kind: PageKind) -> _Class:
+        return self._classes[self._of[kind]]
+
+    def _require(self, slot: int) -> _Class:
+        """Return the class of a page in use."""
+        for own in self._classes:
+            if own.slots.is_used(slot - own.first_slot):
+                return own
+        raise EngineError(f"page slot {slot} is not in use")
+
+
+class _Wanted(NamedTuple):
+    """Pages of one size."""
+
+    kind: PageKind
+    tile_bytes: int
+    pages: int
+
+
+def _wanted(spec: PageSpec, num_pages: int, beside: Beside | None) -> list[_Wanted]:
+    wanted = [_Wanted(PageKind.PLAIN, spec.tile_bytes, num_pages)]
+    if beside is not None:
+        wanted += [
+            _Wanted(PageKind.FIRST, spec.first_tile_bytes, beside.num_first),
+            _Wanted(PageKind.STAGED, beside.staged_tile_bytes, beside.num_staged),
+        ]
+    wanted = [one for one in wanted if one.pages]
+    for one in wanted:
+        if one.tile_bytes <= 0 or one.tile_bytes % 64:
+            raise ConfigError(
+                f"tile_bytes is {one.tile_bytes}; it must be a positive multiple of 64"
+            )
+    return wanted
+
+
+def _ranges(spec: PageSpec, wanted: Sequence[_Wanted]) -> list[TileRange]:
+    """Return where the tiles of each size are; a unit is the largest that all sizes are made of."""
+    unit = math.gcd(*(one.tile_bytes for one in wanted))
+    ranges: list[TileRange] = []
+    for one in wanted:
+        first_byte = ranges[-1].end_byte if ranges else 0
+        num_tiles = one.pages * spec.tiles_per_page
+        ranges.append(TileRange(one.tile_bytes, num_tiles, first_byte, unit))
+    return ranges
+
+
+def _classes(wanted: Sequence[_Wanted], ranges: Sequence[TileRange]) -> tuple[_Class, ...]:
+    made: list[_Class] = []
+    slot = 0
+    for place, (one, tiles) in enumerate(zip(wanted, ranges, strict=True)):
+        slots, free = FreeList(one.pages, "page"), FreeList(tiles.num_tiles, "tile")
+        made.append(_Class(place, one.pages, slot, tiles, slots, free))
+        slot += one.pages
+    return tuple(made)

@@ -16,6 +16,7 @@ from kvkeep.types import (
     PUBLIC_SCOPE,
     Chain,
     Int32Array,
+    PageKind,
     PageState,
     PageTag,
     chain_hash,
@@ -49,6 +50,7 @@ class Page:
         "hash",
         "index",
         "key",
+        "kind",
         "n_tokens",
         "parent",
         "partials",
@@ -60,8 +62,11 @@ class Page:
         "tag_digest",
     )
 
-    def __init__(self, slot: int, account: str, tag: PageTag) -> None:
+    def __init__(
+        self, slot: int, account: str, tag: PageTag, kind: PageKind = PageKind.PLAIN
+    ) -> None:
         self.slot = slot
+        self.kind = kind
         self.account = account
         self.tag = tag
         self.tag_digest = b""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
-from kvkeep.types import Int32Array, PageSpec
+from kvkeep.types import Int32Array
 
 Tiles = NDArray[np.uint8]
-"""[N, tile_bytes]"""
+"""[N, tile bytes]"""
+
+TableShape = tuple[int, int, int]
+"""Page slots, L, Hkv."""
 
 _TOUCH_BYTES = 4096
 """The smallest page a machine maps."""
@@ -23,124 +27,170 @@ _ALIGN_BYTES = 2 << 20
 """A huge page; kernels need 64."""
 
 
+@dataclass(frozen=True, slots=True)
+class TileRange:
+    """Tiles of one size, one after the other; a tile's id is its offset in units."""
+
+    tile_bytes: int
+    num_tiles: int
+    first_byte: int
+    unit_bytes: int
+
+    @property
+    def end_byte(self) -> int:
+        """Return where the tiles end."""
+        return self.first_byte + self.num_tiles * self.tile_bytes
+
+    def ids(self, numbers: Int32Array) -> Int32Array:
+        """Return the ids of tiles by their number in the range."""
+        found: Int32Array = (numbers * self._step + self._first).astype(np.int32)
+        return found
+
+    def numbers(self, ids: Int32Array) -> Int32Array:
+        """Return the numbers in the range of tiles by their ids."""
+        found: Int32Array = (ids - self._first) // self._step
+        return found
+
+    @property
+    def _step(self) -> int:
+        return self.tile_bytes // self.unit_bytes
+
+    @property
+    def _first(self) -> int:
+        return self.first_byte // self.unit_bytes
+
+
 class TileStorage(Protocol):
-    """The bytes of all tiles; ids are checked by the pool."""
+    """The bytes of all tiles; ids are checked by the pool, and those of one call are of one range.
+
+    A range is named by its place in those the storage was made for.
+    """
 
     buffer: torch.Tensor
     """[bytes] uint8"""
     device_table: torch.Tensor | None
     """The tile table where the kernels are, if that is not this machine's memory."""
 
-    def place(self, slot: int, tiles: Int32Array) -> None:
+    def place(self, slot: int, at: int, ids: Int32Array) -> None:
         """Zero the tiles [L, Hkv] of a page that is handed out, and note where they are."""
 
-    def zero(self, ids: Int32Array) -> None:
+    def zero(self, at: int, ids: Int32Array) -> None:
         """Zero tiles."""
 
-    def copy(self, source: Int32Array, target: Int32Array) -> None:
+    def copy(self, at: int, source: Int32Array, target: Int32Array) -> None:
         """Copy tiles to others."""
 
-    def read(self, ids: Int32Array) -> Tiles:
+    def read(self, at: int, ids: Int32Array) -> Tiles:
         """Return tiles."""
 
-    def write(self, ids: Int32Array, tiles: Tiles) -> None:
+    def write(self, at: int, ids: Int32Array, tiles: Tiles) -> None:
         """Write tiles as `read` returned them."""
 
 
-StorageMaker = Callable[[PageSpec, int], TileStorage]
-"""Makes the storage of a spec's tiles for so many pages."""
+StorageMaker = Callable[[Sequence[TileRange], TableShape], TileStorage]
+"""Makes the storage of ranges of tiles that follow each other, for a tile table of a shape."""
 
 
 class HostTiles:
     """Tiles in one mapping of this machine's memory, touched so that no request waits for it."""
 
-    def __init__(self, spec: PageSpec, num_pages: int) -> None:
-        count = num_pages * spec.tiles_per_page
-        memory = _anonymous_bytes(count * spec.tile_bytes)
+    def __init__(self, ranges: Sequence[TileRange], table: TableShape) -> None:
+        memory = _anonymous_bytes(ranges[-1].end_byte)
         memory[::_TOUCH_BYTES] = 0
         self.buffer: torch.Tensor = torch.from_numpy(memory)
         self.device_table: torch.Tensor | None = None
-        self._tiles: Tiles = memory.reshape(count, spec.tile_bytes)
+        self._ranges = tuple(ranges)
+        self._tiles: list[Tiles] = [
+            memory[r.first_byte : r.end_byte].reshape(r.num_tiles, r.tile_bytes) for r in ranges
+        ]
 
-    def place(self, slot: int, tiles: Int32Array) -> None:
+    def place(self, slot: int, at: int, ids: Int32Array) -> None:
         """Zero the tiles [L, Hkv] of a page; kernels read the pool's own table."""
-        self.zero(tiles.ravel())
+        self.zero(at, ids.ravel())
 
-    def zero(self, ids: Int32Array) -> None:
+    def zero(self, at: int, ids: Int32Array) -> None:
         """Zero tiles."""
-        self._tiles[_span(ids)] = 0
+        self._tiles[at][self._span(at, ids)] = 0
 
-    def copy(self, source: Int32Array, target: Int32Array) -> None:
+    def copy(self, at: int, source: Int32Array, target: Int32Array) -> None:
         """Copy tiles to others."""
-        self._tiles[_span(target)] = self._tiles[_span(source)]
+        tiles = self._tiles[at]
+        tiles[self._span(at, target)] = tiles[self._span(at, source)]
 
-    def read(self, ids: Int32Array) -> Tiles:
+    def read(self, at: int, ids: Int32Array) -> Tiles:
         """Return tiles."""
-        return self._tiles[_span(ids)]
+        return self._tiles[at][self._span(at, ids)]
 
-    def write(self, ids: Int32Array, tiles: Tiles) -> None:
+    def write(self, at: int, ids: Int32Array, tiles: Tiles) -> None:
         """Write tiles as `read` returned them."""
-        self._tiles[ids] = tiles
+        self._tiles[at][self._span(at, ids)] = tiles
+
+    def _span(self, at: int, ids: Int32Array) -> slice | Int32Array:
+        return _span(self._ranges[at].numbers(ids))
 
 
 class DeviceTiles:
     """Tiles in a device's memory, with a copy of the tile table beside them."""
 
-    def __init__(self, spec: PageSpec, num_pages: int, device: torch.device) -> None:
-        count = num_pages * spec.tiles_per_page
+    def __init__(
+        self, ranges: Sequence[TileRange], table: TableShape, device: torch.device
+    ) -> None:
+        size = ranges[-1].end_byte
         self._device = device
         try:
-            self.buffer = torch.zeros(count * spec.tile_bytes, dtype=torch.uint8, device=device)
+            self.buffer = torch.zeros(size, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"kv_cache_memory_bytes: the device lacks {count * spec.tile_bytes >> 20} MiB; "
-                "lower it"
+                f"kv_cache_memory_bytes: the device lacks {size >> 20} MiB; lower it"
             ) from error
-        shape = (num_pages, spec.num_layers, spec.num_kv_heads)
         self.device_table: torch.Tensor | None = torch.full(
-            shape, -1, dtype=torch.int32, device=device
+            table, -1, dtype=torch.int32, device=device
         )
-        self._tiles = self.buffer.view(count, spec.tile_bytes)
+        self._ranges = tuple(ranges)
+        self._tiles = [
+            self.buffer[r.first_byte : r.end_byte].view(r.num_tiles, r.tile_bytes) for r in ranges
+        ]
         self._table = self.device_table
 
-    def place(self, slot: int, tiles: Int32Array) -> None:
+    def place(self, slot: int, at: int, ids: Int32Array) -> None:
         """Zero the tiles [L, Hkv] of a page and copy them to the device's table."""
-        self.zero(tiles.ravel())
-        self._table[slot] = torch.from_numpy(tiles).to(self._device)
+        self.zero(at, ids.ravel())
+        self._table[slot] = torch.from_numpy(ids).to(self._device)
 
-    def zero(self, ids: Int32Array) -> None:
+    def zero(self, at: int, ids: Int32Array) -> None:
         """Zero tiles."""
-        self._tiles[self._index(ids)] = 0
+        self._tiles[at][self._index(at, ids)] = 0
 
-    def copy(self, source: Int32Array, target: Int32Array) -> None:
+    def copy(self, at: int, source: Int32Array, target: Int32Array) -> None:
         """Copy tiles to others."""
-        self._tiles[self._index(target)] = self._tiles[self._index(source)]
+        tiles = self._tiles[at]
+        tiles[self._index(at, target)] = tiles[self._index(at, source)]
 
-    def read(self, ids: Int32Array) -> Tiles:
+    def read(self, at: int, ids: Int32Array) -> Tiles:
         """Return tiles, on this machine."""
-        tiles: Tiles = self._tiles[self._index(ids)].cpu().numpy()
+        tiles: Tiles = self._tiles[at][self._index(at, ids)].cpu().numpy()
         return tiles
 
-    def write(self, ids: Int32Array, tiles: Tiles) -> None:
+    def write(self, at: int, ids: Int32Array, tiles: Tiles) -> None:
         """Write tiles as `read` returned them."""
         rows = torch.from_numpy(np.array(tiles, np.uint8))
-        self._tiles[self._index(ids)] = rows.to(self._device)
+        self._tiles[at][self._index(at, ids)] = rows.to(self._device)
 
-    def _index(self, ids: Int32Array) -> torch.Tensor | slice:
-        span = _span(ids)
+    def _index(self, at: int, ids: Int32Array) -> torch.Tensor | slice:
+        span = _span(self._ranges[at].numbers(ids))
         if isinstance(span, slice):
             return span
-        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
+        return torch.from_numpy(span.astype(np.int64)).to(self._device)
 
 
-def _span(ids: Int32Array) -> slice | Int32Array:
-    """Return consecutive ids as a slice, which is copied in one go."""
-    if not len(ids):
+def _span(numbers: Int32Array) -> slice | Int32Array:
+    """Return consecutive numbers as a slice, which is copied in one go."""
+    if not len(numbers):
         return slice(0, 0)
-    first, last = int(ids[0]), int(ids[-1])
-    if last - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first == len(numbers) - 1 and bool((numbers[1:] - numbers[:-1] == 1).all()):
         return slice(first, last + 1)
-    return ids
+    return numbers
 
 
 def _anonymous_bytes(size: int) -> NDArray[np.uint8]:

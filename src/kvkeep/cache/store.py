@@ -10,7 +10,7 @@ from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageState, PageTag
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageKind, PageState, PageTag
 
 PUBLIC_ACCOUNT = PUBLIC_SCOPE
 """The account that public pages are charged to."""
@@ -39,10 +39,17 @@ class PageStore:
             raise ConfigError(
                 f"quotas: {total} pages of a pool of {self.pool.num_pages}; lower the shares"
             )
+        first = {name: self._first_share(pages) for name, pages in wanted.items()}
+        if self.pool.num_first and sum(first.values()) > self.pool.num_first:
+            raise ConfigError(
+                f"quotas: {len(first)} shares of a pool with room for {self.pool.num_first}"
+                " sequences; raise max_num_seqs"
+            )
         for name in wanted:
             self.accounts.setdefault(name, Account(name))
         for name, account in list(self.accounts.items()):
             account.quota_pages = wanted.get(name, 0)
+            account.quota_first = first.get(name, 0) if self.pool.num_first else None
             self.trim(name)
 
     def account(self, name: str) -> Account:
@@ -52,20 +59,24 @@ class PageStore:
             raise QuotaExceeded(f"account {name!r} has no reserved share: add it to the quotas")
         return found
 
-    def new_pages(self, account: str, tag: PageTag, count: int) -> list[Page]:
+    def new_pages(self, account: str, tag: PageTag, count: int, *, at: int) -> list[Page]:
         """Return `count` empty pages, locked once, evicting unreferenced ones of this account.
+
+        They follow the first `at` pages of a sequence.
 
         Raises `QuotaExceeded` before anything changes, `PoolExhausted` where the pool is short
         all the same.
         """
         owner = self.account(account)
-        self._make_room(owner, count)
+        first = at == 0 and count > 0 and self.pool.num_first > 0
+        self._make_room(owner, count, first=first)
         pages: list[Page] = []
         try:
-            for _ in range(count):
-                page = Page(self._alloc(owner), account, tag)
+            for i in range(count):
+                kind = PageKind.FIRST if first and i == 0 else PageKind.PLAIN
+                page = Page(self._alloc(owner, kind), account, tag, kind)
                 page.ref_count = 1
-                owner.used_pages += 1
+                owner.charge(page)
                 pages.append(page)
         except PoolExhausted:
             for page in pages:
@@ -79,20 +90,21 @@ class PageStore:
         Their bytes stay while either is held. Raises `QuotaExceeded` before anything changes.
         """
         owner = self.account(account)
-        self._make_room(owner, len(sources))
+        first = any(source.kind is PageKind.FIRST for source in sources)
+        self._make_room(owner, len(sources), first=first)
         pages: list[Page] = []
         for source in sources:
             self.pool.hold_page(source.slot)
-            page = Page(source.slot, account, tag)
+            page = Page(source.slot, account, tag, source.kind)
             page.state, page.ref_count = source.state, 1
-            owner.used_pages += 1
+            owner.charge(page)
             pages.append(page)
         return pages
 
     def lock(self, page: Page) -> None:
         """Hold a page: it is neither evicted nor freed until `unlock`."""
         if page.ref_count == 0:
-            del self.accounts[page.account].unreferenced[page]
+            self.accounts[page.account].wake(page)
         page.ref_count += 1
 
     def unlock(self, page: Page) -> None:
@@ -106,8 +118,8 @@ class PageStore:
         if page.ref_count == 0:
             if page.attached:
                 owner = self.accounts[page.account]
-                owner.unreferenced[page] = self.now
-                self.evict_pages(owner.name, owner.used_pages - owner.quota_pages)
+                owner.rest(page, self.now)
+                self._shrink(owner)
             else:
                 self._free(page)
 
@@ -151,7 +163,7 @@ class PageStore:
         owner = self.accounts.get(account)
         if owner is None:
             return
-        self.evict_pages(account, owner.used_pages - owner.quota_pages)
+        self._shrink(owner)
         if owner.idle and account != PUBLIC_ACCOUNT:
             del self.accounts[account]
 
@@ -159,7 +171,7 @@ class PageStore:
         """Take a leaf out of the index; it is freed now, or when its last view lets go."""
         self.index.detach(page)
         if page.ref_count == 0:
-            del self.accounts[page.account].unreferenced[page]
+            self.accounts[page.account].wake(page)
             self._free(page)
 
     def drop_below(self, top: Page) -> int:
@@ -177,7 +189,7 @@ class PageStore:
             )
         self.index.attach(parent, page, key)
         if len(key) == KEY_BYTES and page.state is PageState.OPEN:
-            page.state = PageState.CLOSED
+            page.state = self.pool.spec.last_state
         for length in range(4, len(key), 4) if parent.partials else ():
             shorter = parent.partials.get(key[:length])
             if shorter is not None and shorter.ref_count == 0:
@@ -189,31 +201,47 @@ class PageStore:
         False where that is full.
         """
         public = self.accounts.get(PUBLIC_ACCOUNT)
-        if public is None or public.room_pages < 1:
+        first = page.kind is PageKind.FIRST
+        if public is None or not public.has_room(1, first=first):
             return False
-        self.evict_pages(PUBLIC_ACCOUNT, public.used_pages + 1 - public.quota_pages)
-        owner = page.account
-        self.accounts[owner].used_pages -= 1
-        public.used_pages += 1
+        self._make_room(public, 1, first=first)
+        self.accounts[page.account].charge(page, -1)
+        public.charge(page)
         page.account, page.pinned = PUBLIC_ACCOUNT, True
         return True
 
-    def _make_room(self, owner: Account, count: int) -> None:
-        """Evict what an account must give up for `count` more pages."""
+    def _make_room(self, owner: Account, count: int, *, first: bool) -> None:
+        """Evict what an account must give up for `count` more pages, one of them a first one."""
         if count > owner.room_pages:
             raise QuotaExceeded(
                 f"account {owner.name!r} needs {count} more pages; its share of "
                 f"{owner.quota_pages} has room for {max(owner.room_pages, 0)}"
             )
+        if not owner.has_room(count, first=first):
+            raise QuotaExceeded(
+                f"account {owner.name!r} begins one more sequence; its share has room for "
+                f"{owner.quota_first}"
+            )
         self.evict_pages(owner.name, owner.used_pages + count - owner.quota_pages)
-
-    def _alloc(self, owner: Account) -> int:
-        """Take a slot; after a quota moved away, the account's own pages make way first."""
-        while not self.pool.free_pages and owner.unreferenced:
+        while first and owner.quota_first is not None and owner.used_first >= owner.quota_first:
             self.evict_pages(owner.name, 1)
-        return self.pool.alloc_page()
+
+    def _shrink(self, owner: Account) -> None:
+        """Evict what an account holds beyond its share, as far as nothing uses it."""
+        while owner.over_quota and owner.unreferenced:
+            self.evict_pages(owner.name, 1)
+
+    def _first_share(self, pages: int) -> int:
+        """Return how many of a share's pages may be first ones: at least one, where it has any."""
+        return max(min(pages, 1), pages * self.pool.num_first // self.pool.num_pages)
+
+    def _alloc(self, owner: Account, kind: PageKind) -> int:
+        """Take a slot; after a quota moved away, the account's own pages make way first."""
+        while not self.pool.free_of(kind) and owner.unreferenced:
+            self.evict_pages(owner.name, 1)
+        return self.pool.alloc_page(kind)
 
     def _free(self, page: Page) -> None:
         self.pool.free_page(page.slot)
-        self.accounts[page.account].used_pages -= 1
+        self.accounts[page.account].charge(page, -1)
         page.slot = -1

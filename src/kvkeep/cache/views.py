@@ -9,7 +9,7 @@ import numpy as np
 from kvkeep.cache.matching import public_start
 from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.types import PAGE_TOKENS, PageState, PageTag, SharingPolicy, View
+from kvkeep.types import PAGE_TOKENS, PageTag, SharingPolicy, View
 
 
 @dataclass(slots=True)
@@ -45,15 +45,13 @@ class HeldView:
 class Closer:
     """Indexes the pages of views: full ones as they close, the open one's rows at the end."""
 
-    def __init__(
-        self, store: PageStore, policy: SharingPolicy, public_tag: PageTag, *, copies_rows: bool
-    ) -> None:
+    def __init__(self, store: PageStore, policy: SharingPolicy, public_tag: PageTag) -> None:
         self._store = store
         self._index = store.index
         self._policy = policy
         self._public_tag = public_tag
         self._public_tag_digest = public_tag.digest()
-        self._copies_rows = copies_rows
+        self._spec = store.pool.spec
 
     def own_parent(self, before: Page | None, account: str, tag: PageTag) -> Page | None:
         """Return what a private page after `before` hangs below.
@@ -69,13 +67,17 @@ class Closer:
         return before
 
     def close_pages(self, held: HeldView, tokens: TokenIds) -> None:
-        """Close all full pages and index them as far as nothing is tainted."""
+        """Close all full pages and index them as far as nothing is tainted.
+
+        Pages that are only found in blocks are closed in blocks.
+        """
         first, last = held.closed, len(tokens) // PAGE_TOKENS
+        last = max(first, last - last % self._spec.block_pages)
         clean = held.clean_tokens(last * PAGE_TOKENS) // PAGE_TOKENS
         raw = token_bytes(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS])
         for i in range(first, last):
             page = held.pages[i]
-            page.state = max(page.state, PageState.CLOSED)
+            page.state = self._spec.last_state
             if i < clean and not page.attached:
                 begin = (i - first) * KEY_BYTES
                 self._index_page(held, i, raw[begin : begin + KEY_BYTES])
@@ -144,7 +146,7 @@ class Closer:
         """
         clean = held.clean_tokens(len(tokens))
         full, rows = divmod(clean, PAGE_TOKENS)
-        if not rows or not self._copies_rows or full >= len(held.pages):
+        if not rows or self._spec.window_tokens is not None or full >= len(held.pages):
             return
         page = held.pages[full]
         if page.attached or page.ref_count > 1:

@@ -27,6 +27,7 @@ MODEL_SETTINGS = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "kv",
     "kv_cache_memory_bytes",
     "prefix_caching",
     "attention_planner",
@@ -71,6 +72,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv=settings.kv,
         kv_cache_bytes=settings.kv_cache_memory_bytes,
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,
@@ -94,16 +96,23 @@ def checkpoint_path(settings: Settings) -> Path:
 
 def describe(info: ModelInfo) -> str:
     """Return what is served, in a few lines."""
-    pool = info.num_pages * info.bytes_per_token * 64
     rows = (
         ("model", f"{info.name} ({info.path})"),
         ("dtype", f"{info.dtype}, {info.num_layers} layers, {info.num_kv_heads} KV heads"),
         ("context", f"{info.max_model_len} tokens"),
-        ("pages", f"{info.num_pages} of 64 tokens, {human_bytes(pool)}"),
+        ("pages", f"{info.num_pages} of 64 tokens, {human_bytes(info.kv_bytes)}"),
+        ("kv", _stored(info)),
         ("bytes per token", str(info.bytes_per_token)),
         ("kernel", info.kernel),
     )
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+def _stored(info: ModelInfo) -> str:
+    if info.window_tokens is None:
+        return "as computed"
+    staged = human_bytes(info.staged_bytes)
+    return f"{info.kv}, the last {info.window_tokens} tokens or fewer as computed ({staged})"
 
 
 @asynccontextmanager

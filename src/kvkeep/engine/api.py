@@ -123,7 +123,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     num_pages: int
     bytes_per_token: int
+    """Of a stored page."""
     kernel: str
+    kv: str = "bf16"
+    """How pages are stored; `bf16` stands for the model's dtype."""
+    window_tokens: int | None = None
+    """Up to so many recent tokens are seen as they were computed; None: all."""
+    kv_bytes: int = 0
+    """Memory of all pages, staged ones among them."""
+    staged_bytes: int = 0
+    """Memory of pages in the model's dtype beside the coded ones."""
     eos_token_ids: tuple[int, ...]
 
 
@@ -212,6 +221,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that would have been read if every request read its own."""
     attention_read_bytes_total: int
     """Bytes that the kernels read; 0 where the backend does not count."""
+    encoded_pages_total: int = 0
+    """Pages that a codec has stored."""
     finished: tuple[tuple[str, int], ...]
     """(finish reason, count)."""
     ttft_s: Histogram

@@ -11,19 +11,24 @@ import torch
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
 from kvkeep.engine.turning import Turning
+from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
 from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles
 from kvkeep.shield.policy import Shield
-from kvkeep.types import BatchGeometry, Int32Array, UInt64Array
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """A page completed in this step; `staged` is -1 where it stays as it was written."""
+    """A page completed in this step."""
 
     slot: int
     staged: int
+    """The slot it was written in; -1 where it stays as it was written."""
+    index: int
+    """Its place in the view."""
+    view: View
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,10 @@ class BatchKV:
         self._turning = turning
         self._listeners = listeners
         self._observe = self._thresholds()
+        self.encoded = 0
+        """Pages encoded so far, counted per layer."""
+        self.failed: dict[int, NonFiniteKV] = {}
+        """By view: why its pages could not be encoded."""
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
@@ -78,8 +87,8 @@ class BatchKV:
         keys = self._turning.keys(shield.transform(k, "k"))
         self._ops.append(kv, keys, shield.transform(v, "v"), self._step.slots)
         for page in self._step.closing:
-            if page.staged >= 0:
-                self._encode(page, layer)
+            if page.staged >= 0 and not self._encode(page, layer):
+                continue
             for listener in self._listeners:
                 listener.layer_closed(page.slot, layer)
 
@@ -104,10 +113,23 @@ class BatchKV:
                 view.taint(last + 1)
             view.evict.masks = masks
 
-    def _encode(self, page: Closing, layer: int) -> None:
-        """Write the codec's tiles of one staged page and layer."""
+    def _encode(self, page: Closing, layer: int) -> bool:
+        """Write the codec's tiles of one staged page and layer.
+
+        False where a value can't be stored: that request fails, and the step goes on.
+        """
+        if page.view.id in self.failed:
+            return False
         k, v = unpack_float_tiles(self._pool.read_tiles(page.staged, layer), self._shape)
-        self._pool.write_tiles(page.slot, layer, self._codec.encode(k, v, first=False))
+        try:
+            tiles = self._codec.encode(k, v, first=page.index == 0)
+        except NonFiniteKV as error:
+            self.failed[page.view.id] = error.in_layer(layer)
+            page.view.taint(page.index * PAGE_TOKENS)
+            return False
+        self._pool.write_tiles(page.slot, layer, tiles)
+        self.encoded += 1
+        return True
 
     def _thresholds(self) -> Observe | None:
         """Return the observed rows' thresholds; only each segment's last row observes."""

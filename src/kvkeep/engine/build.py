@@ -21,24 +21,26 @@ from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import EngineOptions, KvName
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of
+from kvkeep.engine.sizing import divide
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
-from kvkeep.ops.layout import Ops
-from kvkeep.quant.codec import Float, KVShape
+from kvkeep.ops.layout import Ops, float_tile_bytes
+from kvkeep.quant.codec import Codec, Float, KVShape
+from kvkeep.quant.hack import Hack
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, PageTag
+from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
 
 DEFAULT_KV_BYTES = 4 << 30
 WARM_UP = "warm-up"
@@ -64,8 +66,14 @@ class Parts(msgspec.Struct, kw_only=True):
 def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     return Parts(
-        techniques=Techniques(Float(), NoShield(), KeepAll()), inspector=inspector_of(options.share)
+        techniques=Techniques(codec_of(options.kv), NoShield(), KeepAll()),
+        inspector=inspector_of(options.share),
     )
+
+
+def codec_of(kv: KvName) -> Codec:
+    """Return the codec of a setting."""
+    return Float() if kv == "bf16" else Hack(Layout[kv.upper()])
 
 
 def build_core(
@@ -92,8 +100,7 @@ def build_core(
     shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)
-    num_pages = _num_pages(options, kernels.device, spec.page_bytes, max_model_len)
-    pool = TilePool(spec, num_pages, backend.storage)
+    pool = _pool(options, backend, spec, shape, max_model_len)
     techniques = parts.techniques
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector)
     manager = CacheManager(
@@ -115,7 +122,7 @@ def build_core(
         manager,
         runner,
         OutputFactory(text, info.vocab_size, info.eos_token_ids),
-        _limits(options, whole_hits=spec.recent_tokens is None),
+        _limits(options, coded=spec.window_tokens is not None),
         sharing,
         prefix_caching=options.prefix_caching,
     )
@@ -126,12 +133,12 @@ def build_core(
     return core
 
 
-def _limits(options: EngineOptions, *, whole_hits: bool) -> SchedulerLimits:
+def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
     return SchedulerLimits(
         options.max_num_seqs,
         options.max_num_batched_tokens,
         options.chunk_tokens,
-        whole_hits=whole_hits,
+        coded=coded,
     )
 
 
@@ -177,22 +184,21 @@ def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
     return options.max_model_len
 
 
-def _num_pages(
-    options: EngineOptions, device: torch.device, page_bytes: int, max_model_len: int
-) -> int:
-    available = free_on(device) or 2 * DEFAULT_KV_BYTES
+def _pool(
+    options: EngineOptions, backend: Backend, spec: PageSpec, shape: KVShape, max_model_len: int
+) -> TilePool:
+    """Return the pool of the memory asked for, or of what is free."""
+    available = free_on(backend.ops.device) or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
     if wanted > available:
         raise ConfigError(
             f"kv_cache_memory_bytes: {wanted / 2**30:.1f} GiB were asked for and"
             f" {available / 2**30:.1f} GiB are free; lower it or free memory"
         )
-    pages = wanted // page_bytes
-    if pages < 2:
-        raise ConfigError(
-            f"kv_cache_memory_bytes: {wanted} bytes hold no two pages of {page_bytes}; raise it"
-        )
-    return min(pages, max(2, options.max_num_seqs * (max_model_len // PAGE_TOKENS + 2)))
+    staged_tile_bytes = float_tile_bytes(shape.layout, shape.head_dim)
+    most = max(2, options.max_num_seqs * (max_model_len // PAGE_TOKENS + 2))
+    division = divide(spec, staged_tile_bytes, wanted, options, most)
+    return TilePool(spec, division.num_pages, backend.storage, division.beside)
 
 
 def _info(
@@ -211,6 +217,10 @@ def _info(
         num_pages=pool.num_pages,
         bytes_per_token=pool.spec.bytes_per_token,
         kernel=kernel,
+        kv=options.kv,
+        window_tokens=pool.spec.window_tokens,
+        kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),
+        staged_bytes=pool.bytes_of(PageKind.STAGED),
         eos_token_ids=spec.eos_token_ids,
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kvkeep.cache.manager import CacheManager
+from kvkeep.engine.admission import check_request
 from kvkeep.engine.api import (
     Chunk,
     EngineStats,
@@ -22,7 +23,6 @@ from kvkeep.engine.api import (
     TenantTerms,
 )
 from kvkeep.engine.branches import Beams
-from kvkeep.engine.fanout import check_fanout
 from kvkeep.engine.held import BestOf, Held
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.prompt_logprobs import PromptLogprobs
@@ -66,7 +66,7 @@ class EngineCore:
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
-        self._scheduler = Scheduler(manager, limits, self._exhaust, runner.forget)
+        self._scheduler = Scheduler(manager, limits, self._exhaust, runner)
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
@@ -81,6 +81,7 @@ class EngineCore:
         self, shares: Mapping[str, float], terms: Mapping[str, TenantTerms] | None = None
     ) -> None:
         """Reserve each tenant's share of the pool; tenants left out lose their requests."""
+        self._scheduler.caps(shares)
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)
@@ -98,7 +99,7 @@ class EngineCore:
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
         try:
-            self._check(spec)
+            check_request(spec, self.info, self._shares, self._manager)
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -169,28 +170,6 @@ class EngineCore:
             self.info.num_pages,
         )
 
-    def _check(self, spec: GenerateRequest) -> None:
-        length = len(spec.prompt_ids)
-        check_fanout(spec.params)
-        if spec.tenant not in self._shares:
-            raise InvalidRequest("tenant: not known to the engine", param="tenant")
-        if not length:
-            raise InvalidRequest("prompt: must hold at least one token", param="prompt")
-        if length + min(1, spec.params.max_tokens) > self.info.max_model_len:
-            raise InvalidRequest(
-                f"prompt: {length} tokens leave no room for an answer within the model's"
-                f" {self.info.max_model_len}; shorten it",
-                param="prompt",
-            )
-        if not 0 <= min(spec.prompt_ids) <= max(spec.prompt_ids) < self.info.vocab_size:
-            raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
-        if not self._manager.fits(spec.tenant, length // PAGE_TOKENS + 1):
-            raise InvalidRequest(
-                f"prompt: {length} tokens do not fit this tenant's reserved share of the cache;"
-                " shorten it or raise the share",
-                param="prompt",
-            )
-
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
         spec = request.spec
         ids = np.array(spec.prompt_ids, np.int32)
@@ -221,6 +200,8 @@ class EngineCore:
             if closes or item.sequence.uncommitted:
                 self._manager.commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
+        now = time.monotonic()
+        self._fail_unstored(work, stepped, now)
         row = 0
         for item in work:
             prompt = item.sequence.output.prompt
@@ -230,8 +211,9 @@ class EngineCore:
         rows: list[int] = []
         sequences: list[Sequence] = []
         searches: dict[Request, Beams] = {}
-        now = time.monotonic()
         for row, sequence in enumerate(sampling, stepped.prompt_rows):
+            if sequence.status is Status.FINISHED:
+                continue
             held = sequence.request.held
             if isinstance(held, Beams):
                 self._take_beam(held, sequence, stepped.logits[row], now)
@@ -245,6 +227,14 @@ class EngineCore:
                 self._advance(request, beams, now)
         if sequences:
             self._sample(stepped.logits, rows, sequences, now)
+
+    def _fail_unstored(self, work: list[Work], stepped: Stepped, now: float) -> None:
+        """End the sequences whose keys or values could not be stored; the others go on."""
+        for item in work if stepped.failed else ():
+            view = item.sequence.view
+            error = None if view is None else stepped.failed.get(view.id)
+            if error is not None:
+                self._fail(item.sequence, str(error), now)
 
     def _sample(
         self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence], now: float
@@ -282,7 +272,8 @@ class EngineCore:
         self, item: Work, prompt: PromptLogprobs, stepped: Stepped, row: int
     ) -> int:
         count = max(0, min(item.start + item.count, item.sequence.prompt_len) - item.start)
-        prompt.add(self._sampler, stepped.logits[row : row + count], item.start)
+        if item.sequence.status is not Status.FINISHED:
+            prompt.add(self._sampler, stepped.logits[row : row + count], item.start)
         return count
 
     def _family(self, sequence: Sequence) -> list[Sequence]:

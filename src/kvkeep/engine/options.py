@@ -6,6 +6,9 @@ from typing import Literal
 
 import msgspec
 
+KvName = Literal["bf16", "k8v8", "k4v4", "k4v2", "k2v2"]
+"""How pages are stored; `bf16` stands for the model's dtype."""
+
 PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
 
 
@@ -41,6 +44,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     chunk_tokens: int = 256
+    kv: KvName = "bf16"
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"

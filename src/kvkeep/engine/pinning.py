@@ -12,7 +12,6 @@ from kvkeep.engine.api import GenerateRequest, SamplingParams
 from kvkeep.engine.engine import EngineCore
 from kvkeep.errors import ConfigError, InvalidRequest
 from kvkeep.models.text import TextModel
-from kvkeep.types import PAGE_TOKENS
 
 PINNING = "pinning"
 """Tenant of the requests that compute pinned prefixes; gone before the first real one."""
@@ -73,7 +72,7 @@ def pin(core: EngineCore, manager: CacheManager, prompts: Sequence[Sequence[int]
         match = manager.match(ids, account=PINNING, scope=PINNING)
         twins = [manager.promote(page, pinned=True) for page in (*match.public, *match.own)]
         full = [page for page in twins if page is not None]
-        if len(full) < len(ids) // PAGE_TOKENS:
+        if len(full) < manager.findable_pages(len(ids)):
             raise ConfigError("share_pinned: the prefixes do not fit half the cache; give it more")
         core.sharing.pins.add(page.hash for page in full)
         pinned += len(full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.scheduler import Work
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
+from kvkeep.errors import NonFiniteKV
 from kvkeep.models.host import HostedModel
-from kvkeep.ops.layout import TORCH_DTYPE, Ops
+from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
 from kvkeep.quant.codec import KVShape
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, View
 
@@ -33,6 +34,8 @@ class Stepped(NamedTuple):
     """Leading rows of `logits` that belong to prompts asked for log-probabilities."""
     model_s: float
     """Seconds inside the model's forward."""
+    failed: Mapping[int, NonFiniteKV]
+    """By view: what it computed can't be stored, and is worth nothing from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,13 @@ class RunnerParts:
 
 @dataclass(slots=True)
 class Read:
-    """What the steps' plans read, in pages of all layers."""
+    """What the steps' plans read, over all layers, and what was encoded."""
 
     tree_steps: int = 0
-    planned_pages: int = 0
-    flat_pages: int = 0
+    planned_bytes: int = 0
+    flat_bytes: int = 0
     """If every request had read its own."""
+    encoded_pages: int = 0
 
 
 class ModelRunner:
@@ -66,7 +70,10 @@ class ModelRunner:
         self._parts = parts
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
-        self._staging = Staging(parts.pool, self._spec.recent_tokens)
+        self._staging = Staging(parts.pool, self._spec.window_tokens)
+        plain_bytes = float_tile_bytes(parts.shape.layout, parts.shape.head_dim)
+        self._page_bytes = (self._spec.page_bytes, plain_bytes * self._spec.tiles_per_page)
+        """Coded, and in the model's dtype."""
         self._turning = Turning(
             parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
         )
@@ -76,11 +83,6 @@ class ModelRunner:
     def kernels(self) -> Ops:
         """Return the backend in use."""
         return self._parts.ops
-
-    @property
-    def page_bytes(self) -> int:
-        """Return the bytes of K and V of a page, all layers."""
-        return self._parts.pool.spec.page_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -111,7 +113,12 @@ class ModelRunner:
             assert view is not None
             view.length = max(view.length, item.start + item.count)
         self._staging.drop_encoded(step.geometry)
-        return Stepped(logits, prompt_rows, model_s)
+        self.read.encoded_pages += kv.encoded // parts.shape.num_layers
+        return Stepped(logits, prompt_rows, model_s, kv.failed)
+
+    def fork(self, view: View, twin: View) -> None:
+        """Let a fork see the recent tokens of its source."""
+        self._staging.fork(view, twin)
 
     def forget(self, view: View) -> None:
         """Drop what planner and staging remember of a view that ended."""
@@ -137,17 +144,28 @@ class ModelRunner:
             slots.append(target.astype(np.int32))
             for page in range(view.length // PAGE_TOKENS, (item.start + item.count) // PAGE_TOKENS):
                 coded, written = int(view.slots[page]), int(staged[page - staged_from])
-                closing.append(Closing(coded, written if written != coded else -1))
+                closing.append(Closing(coded, written if written != coded else -1, page, view))
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
-            self._spec.recent_tokens,
+            self._spec.window_tokens,
         )  # fmt: skip
         plan = self._parts.planner.plan(geometry)
-        self.read.tree_steps += plan.parents is not None
-        self.read.planned_pages += int(plan.runs[:, 1].sum())
-        self.read.flat_pages += sum(-(-(w.start + w.count) // PAGE_TOKENS) for w in work)
+        self._count(geometry, plan)
         return StepKV(geometry, plan, np.concatenate(slots), tuple(closing))
+
+    def _count(self, geometry: BatchGeometry, plan: AttentionPlan) -> None:
+        """Count what a step's plan reads."""
+        coded_bytes, plain_bytes = self._page_bytes
+        self.read.tree_steps += plan.parents is not None
+        coded = plan.runs[:, 3] != int(geometry.layout)
+        sizes = np.where(coded, coded_bytes, plain_bytes)
+        self.read.planned_bytes += int((plan.runs[:, 1] * sizes).sum())
+        for segment in geometry.segments:
+            end = segment.first_position + segment.num_rows
+            first = geometry.coded_pages(end - 1)
+            rest = -(-end // PAGE_TOKENS) - first
+            self.read.flat_bytes += first * coded_bytes + rest * plain_bytes
 
 
 def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:

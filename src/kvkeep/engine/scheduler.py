@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.sequence import Sequence, Status
-from kvkeep.errors import CapacityError
+from kvkeep.errors import CapacityError, ConfigError
 from kvkeep.types import PAGE_TOKENS, View
 
 
@@ -25,9 +26,9 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     chunk_tokens: int = 256
     """Prefill is cut at absolute multiples of this."""
-    whole_hits: bool = True
-    """Whether a prompt's last token may be cached too; not where a query sees its own page
-    unencoded.
+    coded: bool = False
+    """Whether pages are coded. Then a prompt's last token is never cached, since a query sees its
+    own block as it was computed, and no more sequences run than there are staged pages for.
     """
 
 
@@ -54,6 +55,16 @@ class _Tenant:
     running: list[Sequence] = field(default_factory=list)
 
 
+class ViewKeeper(Protocol):
+    """Remembers something per view."""
+
+    def forget(self, view: View) -> None:
+        """Drop what is remembered of a view that ended."""
+
+    def fork(self, view: View, twin: View) -> None:
+        """Remember of a fork what is remembered of its source."""
+
+
 class Scheduler:
     """First in, first out within a tenant; deficit round robin between tenants."""
 
@@ -62,28 +73,44 @@ class Scheduler:
         manager: CacheManager,
         limits: SchedulerLimits,
         exhausted: Callable[[Sequence], None],
-        forget: Callable[[View], None],
+        keeper: ViewKeeper,
     ) -> None:
-        """`exhausted` hears of sequences too large for their quota, `forget` of ended views."""
+        """`exhausted` hears of sequences too large for their quota."""
         self._manager = manager
         self._limits = limits
         self._exhausted = exhausted
-        self._forget = forget
+        self._keeper = keeper
         self._tenants: dict[str, _Tenant] = {}
         self._robin = DeficitRoundRobin(limits.chunk_tokens)
         self.preemptions = 0
 
     def set_tenants(self, shares: Mapping[str, float]) -> None:
         """Set each tenant's part of the running sequences; tenants left out must have none."""
-        for name, share in shares.items():
-            cap = max(1, int(self._limits.max_num_seqs * share))
+        for name, cap in self.caps(shares).items():
             if name in self._tenants:
                 self._tenants[name].max_running = cap
             else:
                 self._tenants[name] = _Tenant(cap)
         for name in [n for n in self._tenants if n not in shares]:
             del self._tenants[name]
+        for tenant in self._tenants.values():
+            while self._limits.coded and len(tenant.running) > tenant.max_running:
+                self._preempt(tenant, tenant.running[-1])
         self._robin.set_tenants(list(self._tenants))
+
+    def caps(self, shares: Mapping[str, float]) -> dict[str, int]:
+        """Return how many sequences of each tenant may run at a time.
+
+        Raises `ConfigError` where pages are coded and fewer could.
+        """
+        most = self._limits.max_num_seqs
+        caps = {name: max(1, int(most * share)) for name, share in shares.items()}
+        if self._limits.coded and sum(caps.values()) > most:
+            raise ConfigError(
+                f"max_num_seqs: {len(caps)} tenants run up to {sum(caps.values())} sequences, and"
+                f" recent tokens are kept for {most}; raise it"
+            )
+        return caps
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind its tenant's others."""
@@ -107,10 +134,15 @@ class Scheduler:
 
         Full pages are shared, the open one is copied; it waits where there is no room for that.
         """
-        try:
-            sequence.view = None if source.view is None else self._manager.fork(source.view)
-        except CapacityError:
-            sequence.view = None
+        tenant = self._tenants[sequence.account]
+        full = self._limits.coded and len(tenant.running) >= tenant.max_running
+        if source.view is not None and (sequence in tenant.running or not full):
+            try:
+                sequence.view = self._manager.fork(source.view)
+            except CapacityError:
+                sequence.view = None
+            else:
+                self._keeper.fork(source.view, sequence.view)
         self.adopt(sequence)
 
     def vacate(self, sequence: Sequence) -> None:
@@ -120,7 +152,7 @@ class Scheduler:
         """
         if sequence.view is not None:
             view, sequence.view = sequence.view, None
-            self._forget(view)
+            self._keeper.forget(view)
             full = view.length - view.length % PAGE_TOKENS
             self._manager.release(view, sequence.tokens.ids(full))
 
@@ -222,7 +254,7 @@ class Scheduler:
         spec = sequence.request.spec
         if spec.params.prompt_logprobs is not None and not sequence.generated:
             return 0
-        return len(sequence.tokens) - (0 if self._limits.whole_hits else 1)
+        return len(sequence.tokens) - (1 if self._limits.coded else 0)
 
     def _decodes(self, tenant: _Tenant) -> list[Work]:
         work = []
@@ -263,7 +295,7 @@ class Scheduler:
             self._manager.end_fetch(sequence.fetch)
             sequence.fetch = None
         if sequence.view is not None:
-            self._forget(sequence.view)
+            self._keeper.forget(sequence.view)
             self._manager.release(sequence.view, sequence.tokens.ids(sequence.view.length))
             sequence.view = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvkeep.errors import ConfigError
+from kvkeep.ops.checks import validate
 from kvkeep.ops.cpu import available, cpu_ops
 from kvkeep.ops.cpu_leaf import CpuLeaf
 from kvkeep.ops.device import Device, device_ops, free_bytes
@@ -19,7 +20,6 @@ from kvkeep.ops.layout import (
     PackedWeight,
     Run,
     SampleOps,
-    validate,
 )
 from kvkeep.ops.reference import ReferenceAttention
 from kvkeep.ops.reference_leaf import ReferenceLeaf

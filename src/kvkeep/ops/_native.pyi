@@ -114,8 +114,8 @@ class Cache:
     def __init__(
         self,
         base: int,
-        num_tiles: int,
-        tile_bytes: int,
+        size: int,
+        unit_bytes: int,
         table: int,
         page_slots: int,
         layers: int,

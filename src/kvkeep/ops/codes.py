@@ -29,6 +29,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from kvkeep.ops.layout import float_tile_bytes
 from kvkeep.types import PAGE_TOKENS, Layout
 
 SINK_TOKENS: Final = 4
@@ -82,6 +83,13 @@ def coded_tile_bytes(layout: Layout, head_dim: int) -> int:
     partitions = head_dim // partition_channels(head_dim)
     codes = PAGE_TOKENS * head_dim * (bits.k + bits.v) // 8
     return _aligned(codes + 4 * head_dim + 4 * partitions * PAGE_TOKENS)
+
+
+def tile_bytes(layout: Layout, head_dim: int, *, first: bool = False) -> int:
+    """Return the bytes of a tile in any layout; `first`: of the page at position 0."""
+    if layout not in CODE_BITS:
+        return float_tile_bytes(layout, head_dim)
+    return coded_tile_bytes(layout, head_dim) + (sink_bytes(head_dim) if first else 0)
 
 
 def sink_bytes(head_dim: int) -> int:

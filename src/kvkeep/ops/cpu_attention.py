@@ -10,19 +10,26 @@ import torch
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops import _native
+from kvkeep.ops.checks import (
+    check_appended,
+    check_dim,
+    check_parts,
+    check_pool,
+    check_unit,
+    coded_layouts,
+    dense_rows,
+    validate,
+)
 from kvkeep.ops.layout import (
     LANE_LAYOUTS,
     Attended,
     AttentionPlan,
     LayerKV,
     Observe,
-    float_tile_bytes,
-    validate,
 )
 from kvkeep.types import Int32Array, Layout
 
 _NATIVE = {Layout.F32: _native.Layout.F32, Layout.BF16: _native.Layout.BF16}
-_DIM_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +79,8 @@ class CpuAttention:
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
         layout = _layout_of(k.dtype, "k")
-        shape = (len(slots), kv.num_kv_heads, kv.head_dim)
-        if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
-            raise KernelInputError(
-                f"k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} "
-                f"must both be {shape}"
-            )
-        k, v = _dense_rows(k), _dense_rows(v)
+        check_appended(kv, k, v, len(slots))
+        k, v = dense_rows(k), dense_rows(v)
         slots_address = self._slots_address(slots)
         k_token, k_head, _ = k.stride()
         v_token, v_head, _ = v.stride()
@@ -105,7 +107,7 @@ class CpuAttention:
         """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
         layout = _layout_of(q.dtype, "q")
         prepared = self._prepare(q, kv, plan, layout)
-        q = _dense_rows(q)
+        q = dense_rows(q)
         rows, heads, dim = q.shape
         q_token, q_head, _ = q.stride()
         out = torch.empty((rows, heads, dim), dtype=q.dtype)
@@ -141,13 +143,9 @@ class CpuAttention:
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
         layout = _layout_of(outs.dtype, "outs")
-        if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
-            raise KernelInputError(
-                f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
-                "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
-            )
+        check_parts(outs, lse2s)
         parts, rows, heads, dim = outs.shape
-        _check_dim(dim)
+        check_dim(dim)
         outs, lse2s = outs.contiguous(), lse2s.contiguous()
         out = torch.empty((rows, heads, dim), dtype=outs.dtype)
         lse2 = torch.empty((rows, heads), dtype=torch.float32)
@@ -194,7 +192,9 @@ class CpuAttention:
         ):
             return last
         validate(q, kv, plan)
-        _check_dim(kv.head_dim)
+        check_dim(kv.head_dim)
+        for stored in coded_layouts(plan, layout):
+            check_unit(kv, stored)
         arrays = (
             np.ascontiguousarray(plan.row_positions, np.int32),
             _optional(plan.row_order, np.int32),
@@ -237,7 +237,7 @@ def _same_pool(one: LayerKV, other: LayerKV) -> bool:
     return one is other or (
         one.buffer is other.buffer
         and one.tile_table is other.tile_table
-        and one.tile_bytes == other.tile_bytes
+        and one.unit_bytes == other.unit_bytes
         and one.num_kv_heads == other.num_kv_heads
         and one.head_dim == other.head_dim
     )
@@ -250,35 +250,16 @@ def _layout_of(dtype: torch.dtype, name: str) -> Layout:
     return layout
 
 
-def _check_dim(dim: int) -> None:
-    if dim <= 0 or dim % _DIM_STEP:
-        raise KernelInputError(f"head_dim {dim} is not a multiple of {_DIM_STEP}")
-
-
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x with its last dimension contiguous: kernels take any stride of the others."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _native_cache(kv: LayerKV, layout: Layout) -> _native.Cache:
     """Describe one layer of the pool to the native side, after checking that it fits the layout."""
-    _check_dim(kv.head_dim)
-    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
-        raise KernelInputError(
-            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
-        )
+    check_pool(kv, layout)
+    if not kv.tile_table.flags.c_contiguous:
+        raise KernelInputError("the tile table must be contiguous")
     slots, layers, heads = kv.tile_table.shape
-    if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
-        raise KernelInputError(
-            f"the tile table has {layers} layers of {heads} heads; "
-            f"asked for layer {kv.layer} of {kv.num_kv_heads}"
-        )
-    if kv.tile_table.dtype != np.int32 or not kv.tile_table.flags.c_contiguous:
-        raise KernelInputError("the tile table must be contiguous int32")
     return _native.Cache(
         kv.buffer.data_ptr(),
-        kv.buffer.numel() // kv.tile_bytes,
-        kv.tile_bytes,
+        kv.buffer.numel(),
+        kv.unit_bytes,
         kv.tile_table.ctypes.data,
         slots,
         layers,

@@ -12,6 +12,7 @@ Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned
   ROWS_BF16, ROWS_F16, ROWS_F32
         K [S][D]              plain rows, for devices that transpose as they load; ROWS_F16 is
         V [S][D]              for tests: no model is served in it
+  K2V2, K4V2, K4V4, K8V8      codes and their scales (`ops/codes.py`)
 
 Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens
 at absolute positions; the running state (m, l, O) is carried over the steps of one span of 1,024
@@ -26,10 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
-from kvkeep.errors import KernelInputError
 from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, Layout, UInt64Array
 
 STEP_TOKENS = 128
@@ -120,10 +119,11 @@ class LayerKV:
     """One layer of the pool, as kernels see it."""
 
     buffer: torch.Tensor
-    """[bytes] uint8, 64-byte aligned; tile i starts at `i * tile_bytes`."""
+    """[bytes] uint8, 64-byte aligned; tile i starts at byte `i * unit_bytes`."""
     tile_table: Int32Array
     """[page slots, L, Hkv] tile ids."""
-    tile_bytes: int
+    unit_bytes: int
+    """What tile ids count; a tile's own size follows from its run's layout."""
     layer: int
     num_kv_heads: int
     head_dim: int
@@ -291,34 +291,3 @@ class Ops:
     device: torch.device = HOST
     layouts: Mapping[torch.dtype, Layout] = field(default_factory=lambda: LANE_LAYOUTS)
     """Layout of the tiles that `attention` reads, per dtype of the model."""
-
-
-def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
-    """Raise `KernelInputError` where a plan does not fit its arrays, before any kernel runs."""
-    rows, heads, dim = q.shape
-    if dim != kv.head_dim or heads % kv.num_kv_heads:
-        raise KernelInputError(
-            f"q has {heads} heads of {dim}; the pool has {kv.num_kv_heads} of {kv.head_dim}"
-        )
-    if len(plan.row_positions) != rows:
-        raise KernelInputError(f"plan has {len(plan.row_positions)} rows, q has {rows}")
-    if len(plan.pages):
-        private = 0 if plan.private_tiles is None else len(plan.private_tiles)
-        low, high = int(plan.pages.min()), int(plan.pages.max())
-        if high >= len(kv.tile_table) or low < -private:
-            raise KernelInputError("plan names a page outside the pool's tile table")
-    if len(plan.runs):
-        ends = plan.runs[:, 0] + plan.runs[:, 1]
-        if int(ends.max()) > len(plan.pages) or int(plan.runs.min()) < 0:
-            raise KernelInputError("a run reaches outside the plan's pages")
-        if np.any(plan.runs[:, 2] % PAGE_TOKENS):
-            raise KernelInputError("a run starts inside a page")
-    if plan.parents is not None and plan.parents.shape != plan.groups.shape[:1]:
-        raise KernelInputError("parents and groups differ in length")
-    if plan.row_order is not None and plan.row_order.shape != (rows,):
-        raise KernelInputError("the order of rows and the rows differ in length")
-    groups = plan.groups
-    if len(groups) and (int(groups[:, 1].max()) > rows or int(groups[:, 3].max()) > len(plan.runs)):
-        raise KernelInputError("a group reaches outside the plan's rows or runs")
-    if plan.masks is not None and plan.masks.shape[0] != len(plan.pages):
-        raise KernelInputError("live masks and pages differ in length")

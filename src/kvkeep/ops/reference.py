@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from kvkeep.errors import KernelInputError
+from kvkeep.ops.checks import check_pool, coded_layouts, validate
+from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.layout import (
     LANE_LAYOUTS,
     TORCH_DTYPE,
@@ -17,9 +19,8 @@ from kvkeep.ops.layout import (
     Observe,
     Run,
     chains,
-    float_tile_bytes,
-    validate,
 )
+from kvkeep.ops.reference_codes import CodedTile
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
 
 _GROUP_TOKENS = 16
@@ -57,14 +58,14 @@ class ReferenceAttention:
         self.calls += 1
         validate(q, kv, plan)
         layout = _layout_of(q.dtype)
+        for stored in (layout, *coded_layouts(plan, layout)):
+            check_pool(kv, stored)
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
         hits = None if observe is None else np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
         for rows, runs in chains(plan):
-            if any(run.layout != layout for run in runs):
-                raise KernelInputError("a run's layout is not that of the queries' dtype")
             tokens = _GroupTokens(kv, plan, runs, layout, self._compute)
-            self.bytes_read += len(tokens.entries) * kv.num_kv_heads * kv.tile_bytes
+            self.bytes_read += tokens.bytes
             for row in rows:
                 weights2 = self._row(
                     q[row], tokens, int(plan.row_positions[row]), out[row], lse2[row]
@@ -102,21 +103,24 @@ class ReferenceAttention:
         num_kv_heads = tokens.k.shape[0]
         grouped = q.to(self._compute).view(num_kv_heads, heads // num_kv_heads, dim)
         count = int((tokens.positions <= position).sum())
-        keys, values, live = tokens.k[:, :count], tokens.v[:, :count], tokens.live[:, :count]
-        scores = torch.einsum("hgd,htd->hgt", grouped, keys) * (math.log2(math.e) / dim**0.5)
+        live = tokens.live[:, :count]
+        scores = tokens.scores(grouped)[..., :count] * (math.log2(math.e) / dim**0.5)
         scores = torch.where(live[:, None, :], scores, -math.inf)
         if count == 0:
             return scores
         total = torch.logsumexp(scores * math.log(2), dim=-1) / math.log(2)
         held = torch.where(torch.isinf(total), torch.zeros_like(total), total)
         weights2: torch.Tensor = scores - held[..., None]
-        out.copy_(torch.einsum("hgt,htd->hgd", torch.exp2(weights2), values).view(heads, dim))
+        out.copy_(tokens.weigh(torch.exp2(weights2)).view(heads, dim))
         lse2.copy_(total.view(heads))
         return weights2
 
 
 class _GroupTokens:
-    """The tokens of a group's runs: k, v [Hkv, n, D], live [Hkv, n], positions [n]."""
+    """The tokens of a group's runs: float k, v [Hkv, n, D], live [Hkv, n], positions [n].
+
+    Tokens of coded pages are zeros in k and v, and `coded` holds them by (KV head, entry's place).
+    """
 
     def __init__(
         self,
@@ -126,14 +130,9 @@ class _GroupTokens:
         layout: Layout,
         compute: torch.dtype,
     ) -> None:
-        self.entries = [
-            entry
-            for run in runs
-            for entry in range(run.page_begin, run.page_begin + run.page_count)
-        ]
-        starts = [
-            run.first_position + i * PAGE_TOKENS for run in runs for i in range(run.page_count)
-        ]
+        places = [(run, i) for run in runs for i in range(run.page_count)]
+        self.entries = [run.page_begin + i for run, i in places]
+        starts = [run.first_position + i * PAGE_TOKENS for run, i in places]
         heads, count = kv.num_kv_heads, len(self.entries) * PAGE_TOKENS
         self.positions = torch.tensor(
             [start + row for start in starts for row in range(PAGE_TOKENS)], dtype=torch.int64
@@ -141,23 +140,54 @@ class _GroupTokens:
         self.k = torch.zeros((heads, count, kv.head_dim), dtype=compute)
         self.v = torch.zeros_like(self.k)
         self.live = torch.zeros((heads, count), dtype=torch.bool)
-        for i, entry in enumerate(self.entries):
-            rows = slice(i * PAGE_TOKENS, (i + 1) * PAGE_TOKENS)
+        self.coded: dict[tuple[int, int], CodedTile] = {}
+        self.bytes = 0
+        for i, (entry, (run, _)) in enumerate(zip(self.entries, places, strict=True)):
+            stored, first = Layout(run.layout), starts[i] == 0
+            self.bytes += heads * tile_bytes(stored, kv.head_dim, first=first)
+            rows = _rows(i)
             for head in range(heads):
                 self.live[head, rows] = _live(kv, plan, entry, head)
                 if not self.live[head, rows].any():
                     continue
-                keys, values = _tile(kv, layout, _tile_id(kv, plan, entry, head))
+                tile = _tile_id(kv, plan, entry, head)
+                if stored != layout:
+                    raw = _raw_tile(kv, stored, tile, first=first)
+                    self.coded[head, i] = CodedTile(raw, stored, kv.head_dim, compute, first=first)
+                    continue
+                keys, values = _tile(kv, layout, tile)
                 self.k[head, rows] = keys.permute(0, 2, 1, 3).reshape(PAGE_TOKENS, -1).to(compute)
                 values = values.permute(0, 2, 1).reshape(PAGE_TOKENS, -1).to(compute)
                 self.v[head, rows] = values
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        """Return q [Hkv, G, D] times the keys [Hkv, G, n]."""
+        scores = torch.einsum("hgd,htd->hgt", q, self.k)
+        for (head, i), tile in self.coded.items():
+            scores[head, :, _rows(i)] = tile.scores(q[head])
+        return scores
+
+    def weigh(self, p: torch.Tensor) -> torch.Tensor:
+        """Return p [Hkv, G, n or fewer] times the values [Hkv, G, D]."""
+        count = p.shape[2]
+        out = torch.einsum("hgt,htd->hgd", p, self.v[:, :count])
+        for (head, i), tile in self.coded.items():
+            weights = p[head, :, _rows(i)]
+            weights = torch.nn.functional.pad(weights, (0, PAGE_TOKENS - weights.shape[1]))
+            out[head] += tile.weigh(weights)
+        return out
 
     def mark(self, hits: UInt64Array, seen: torch.Tensor) -> None:
         """Set the bits of hits [E, Hkv] where seen [Hkv, n]."""
         for i, entry in enumerate(self.entries):
             for head in range(len(seen)):
-                bits = seen[head, i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS].tolist()  # [] beyond n
+                bits = seen[head, _rows(i)].tolist()  # [] beyond n
                 hits[entry, head] |= np.uint64(sum(1 << t for t, bit in enumerate(bits) if bit))
+
+
+def _rows(place: int) -> slice:
+    """Return the tokens of a group's page at `place`."""
+    return slice(place * PAGE_TOKENS, (place + 1) * PAGE_TOKENS)
 
 
 def _live(kv: LayerKV, plan: AttentionPlan, entry: int, head: int) -> torch.Tensor:
@@ -177,16 +207,18 @@ def _tile_id(kv: LayerKV, plan: AttentionPlan, entry: int, head: int) -> int:
     return int(plan.private_tiles[-1 - page, kv.layer, head])
 
 
+def _raw_tile(kv: LayerKV, layout: Layout, tile: int, *, first: bool = False) -> torch.Tensor:
+    """Return the bytes of a tile, of the page at position 0 if `first`."""
+    begin, size = tile * kv.unit_bytes, tile_bytes(layout, kv.head_dim, first=first)
+    if not 0 <= begin <= kv.buffer.numel() - size:
+        raise KernelInputError("the plan names a page without a tile in the pool")
+    return kv.buffer[begin : begin + size]
+
+
 def _tile(kv: LayerKV, layout: Layout, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return views of one tile: K [S/16, D/p, 16, p] and V [S/p, D, p], p tokens or dims paired."""
-    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
-        raise KernelInputError(
-            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
-        )
-    if not 0 <= tile < kv.buffer.numel() // kv.tile_bytes:
-        raise KernelInputError("the plan names a page without a tile in the pool")
     pair, dim = _PAIR[layout], kv.head_dim
-    raw = kv.buffer[tile * kv.tile_bytes : (tile + 1) * kv.tile_bytes]
+    raw = _raw_tile(kv, layout, tile)
     keys, values = raw.view(TORCH_DTYPE[layout]).view(2, PAGE_TOKENS * dim)
     return (
         keys.view(PAGE_TOKENS // _GROUP_TOKENS, dim // pair, _GROUP_TOKENS, pair),

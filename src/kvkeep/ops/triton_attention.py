@@ -15,20 +15,19 @@ import torch
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops import triton_kernels as kernels
+from kvkeep.ops.checks import check_appended, check_parts, check_pool, dense_rows, validate
+from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.layout import (
     ROW_LAYOUTS,
     Attended,
     AttentionPlan,
     LayerKV,
     Observe,
-    float_tile_bytes,
-    validate,
 )
 from kvkeep.ops.tasks import ROW_CLASSES, TASK_FIELDS, Tasks, cut_tasks
 from kvkeep.ops.upload import Uploader
-from kvkeep.types import PAGE_TOKENS, Int32Array
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
-_DIM_STEP: Final = 16
 _PROGRAMS_PER_CORE: Final = 2
 _INTERPRETED_PROGRAMS: Final = 16
 
@@ -103,20 +102,16 @@ class TritonAttention:
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
         _check_pool(kv, k, "k")
-        shape = (len(slots), kv.num_kv_heads, kv.head_dim)
-        if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
-            raise KernelInputError(
-                f"k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} "
-                f"must both be {shape}"
-            )
+        check_appended(kv, k, v, len(slots))
         if not len(slots):
             return
-        table, there = self._slots_of(kv, slots)
-        k, v = _dense_rows(k), _dense_rows(v)
+        table, there = self._slots_of(kv, slots, ROW_LAYOUTS[k.dtype])
+        k, v = dense_rows(k), dense_rows(v)
         kernels.append_kernel[-(-len(slots) // _APPENDED), kv.num_kv_heads](
             kv.buffer.view(k.dtype), table, there, k, v, len(slots), k.stride(0), k.stride(1),
             v.stride(0), v.stride(1), kv.layer, kv.tile_table.shape[1], kv.num_kv_heads,
-            PAGE_TOKENS, kv.head_dim, _block(kv.head_dim), _APPENDED,
+            PAGE_TOKENS, kv.head_dim, _block(kv.head_dim), kv.unit_bytes // k.element_size(),
+            _APPENDED,
         )  # fmt: skip
 
     def attend(
@@ -125,7 +120,7 @@ class TritonAttention:
         """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
         prepared = self._prepare(q, kv, plan)
         rows, heads, dim = q.shape
-        q = _dense_rows(q)
+        q = dense_rows(q)
         out = torch.empty((rows, heads, dim), dtype=q.dtype, device=self._device)
         lse2 = torch.empty((rows, heads), dtype=torch.float32, device=self._device)
         parts = (max(1, prepared.tasks.num_parts), heads)
@@ -145,7 +140,7 @@ class TritonAttention:
             out, lse2,
         )  # fmt: skip
         self.calls += 1
-        self.bytes_read += prepared.visits_read(kv) * kv.tile_bytes
+        self.bytes_read += prepared.visits_read(kv) * tile_bytes(ROW_LAYOUTS[q.dtype], dim)
         hits = None
         if observe is not None:
             hits = self._observe(q, kv, prepared, lse2, observe, common)
@@ -154,11 +149,7 @@ class TritonAttention:
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
         _check_dtype(outs.dtype, "outs")
-        if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
-            raise KernelInputError(
-                f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
-                "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
-            )
+        check_parts(outs, lse2s)
         parts, rows, heads, dim = outs.shape
         index = torch.arange(rows + 1, dtype=torch.int32, device=outs.device)
         slots = torch.arange(parts * rows, dtype=torch.int32, device=outs.device)
@@ -239,7 +230,9 @@ class TritonAttention:
             self._observed = observe, self._threshold_upload([values])[0]
         return self._observed[1]
 
-    def _slots_of(self, kv: LayerKV, slots: Int32Array) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slots_of(
+        self, kv: LayerKV, slots: Int32Array, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tile table and the slots on the device, kept from the layer before."""
         last = self._slots
         if last is not None and last[0] is slots and last[1] is kv.tile_table:
@@ -248,7 +241,7 @@ class TritonAttention:
         if top // PAGE_TOKENS >= len(kv.tile_table) or int(slots.min()) < -1:
             raise KernelInputError("a slot lies outside the tile table")
         written = np.unique(slots[slots >= 0] // PAGE_TOKENS)
-        _check_tiles(kv, kv.tile_table[written])
+        _check_tiles(kv, layout, kv.tile_table[written])
         own = [] if kv.device_table is not None else [kv.tile_table]
         there, *copied = self._slots_upload([slots.astype(np.int32, copy=False), *own])
         table = copied[0] if kv.device_table is None else kv.device_table
@@ -269,7 +262,7 @@ class TritonAttention:
         validate(q, kv, plan)
         layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
         tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
-        _check_entries(kv, plan)
+        _check_entries(kv, layout, plan)
         nothing = np.zeros(1, np.int32)
         private, masks = plan.private_tiles, plan.masks
         arrays = [
@@ -301,6 +294,7 @@ class TritonAttention:
             "S": PAGE_TOKENS,
             "D": dim,
             "BLOCK_D": _block(dim),
+            "UNIT": kv.unit_bytes // q.element_size(),
             "HAS_PRIVATE": plan.private_tiles is not None,
             "HAS_MASKS": plan.masks is not None,
         }
@@ -323,10 +317,6 @@ def _block(dim: int) -> int:
     return 1 << (dim - 1).bit_length()
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check_dtype(dtype: torch.dtype, name: str) -> None:
     if dtype not in ROW_LAYOUTS:
         raise KernelInputError(f"{name} is {dtype}; the kernels take float32, float16 and bfloat16")
@@ -335,39 +325,29 @@ def _check_dtype(dtype: torch.dtype, name: str) -> None:
 def _check_pool(kv: LayerKV, x: torch.Tensor, name: str) -> None:
     """Raise where a layer's tiles are not plain rows of x's dtype on x's device."""
     _check_dtype(x.dtype, name)
-    layout = ROW_LAYOUTS[x.dtype]
     if x.device.type != kv.buffer.device.type:
         raise KernelInputError(f"{name} is on {x.device.type}, the pool on {kv.buffer.device.type}")
-    if kv.head_dim <= 0 or kv.head_dim % _DIM_STEP:
-        raise KernelInputError(f"head_dim {kv.head_dim} is not a multiple of {_DIM_STEP}")
-    if kv.tile_bytes != float_tile_bytes(layout, kv.head_dim):
-        raise KernelInputError(
-            f"tiles of {kv.tile_bytes} bytes do not hold {layout.name} rows of {kv.head_dim}"
-        )
-    _, layers, heads = kv.tile_table.shape
-    if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
-        raise KernelInputError(
-            f"the tile table has {layers} layers of {heads} heads; "
-            f"asked for layer {kv.layer} of {kv.num_kv_heads}"
-        )
+    check_pool(kv, ROW_LAYOUTS[x.dtype])
 
 
-def _check_entries(kv: LayerKV, plan: AttentionPlan) -> None:
+def _check_entries(kv: LayerKV, layout: Layout, plan: AttentionPlan) -> None:
     """Raise where a page with a live token has no tile."""
     pages, private, masks = plan.pages, plan.private_tiles, plan.masks
     shared = pages >= 0
-    _check_tiles(kv, kv.tile_table[pages[shared]], None if masks is None else masks[shared])
+    _check_tiles(kv, layout, kv.tile_table[pages[shared]], None if masks is None else masks[shared])
     if private is not None:
         own = private[-1 - pages[~shared]]
-        _check_tiles(kv, own, None if masks is None else masks[~shared])
+        _check_tiles(kv, layout, own, None if masks is None else masks[~shared])
 
 
 def _check_tiles(
     kv: LayerKV,
+    layout: Layout,
     tiles: Int32Array,
     masks: np.ndarray[Any, np.dtype[np.uint64]] | None = None,
 ) -> None:
-    bad = (tiles < 0) | (tiles >= kv.buffer.numel() // kv.tile_bytes)
+    last = (kv.buffer.numel() - tile_bytes(layout, kv.head_dim)) // kv.unit_bytes
+    bad = (tiles < 0) | (tiles > last)
     if masks is not None:
         bad &= masks != 0
     if bad.any():

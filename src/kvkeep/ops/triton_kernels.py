@@ -3,8 +3,8 @@
 Imported by `ops/triton_attention.py` alone, and only where Triton is there. A program of the node
 stage handles one (task, KV head): its rows are (query, head in group), padded to `ROWS`. A task
 without rows ends at once, so that a launch's grid need not follow the plan. Pointers are torch
-tensors; strides and offsets count elements. Under `TRITON_INTERPRET=1` the same source runs on a
-CPU.
+tensors; strides, offsets and `UNIT`, what tile ids count, are elements. Under
+`TRITON_INTERPRET=1` the same source runs on a CPU.
 
 State of a row: m = max s, l = sum 2^(s-m), acc = sum 2^(s-m) v over scores s in base 2; nothing
 subtracts -inf from -inf.
@@ -24,7 +24,8 @@ VISIT_FIELDS = tl.constexpr(2)
 def append_kernel(
     tiles, table, slots, k, v, count,
     k_token, k_head, v_token, v_head, layer, num_layers, num_kv_heads,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Write K and V rows of one KV head where their slots say; -1 writes nothing."""
     head = tl.program_id(1)
@@ -36,7 +37,7 @@ def append_kernel(
     tile = tl.load(table + page * (num_layers * num_kv_heads) + column, mask=written, other=0)
     d = tl.arange(0, BLOCK_D)
     inside = written[:, None] & (d < D)[None, :]
-    base = tile.to(tl.int64) * (2 * S * D) + (slot % S) * D
+    base = tile.to(tl.int64) * UNIT + (slot % S) * D
     to = tiles + base[:, None] + d[None, :]
     keys = tl.load(k + (token * k_token + head * k_head)[:, None] + d[None, :], mask=inside)
     tl.store(to, keys, mask=inside)
@@ -87,12 +88,12 @@ def find_tile(
 @triton.jit
 def score_tile(
     queries, tiles, tile, seen, first, at, scale,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Return scores [ROWS, S] in base 2, -inf where a row does not see a token."""
     t = tl.arange(0, S)
     d = tl.arange(0, BLOCK_D)
-    where = tiles + tile * (2 * S * D) + t[:, None] * D + d[None, :]
+    where = tiles + tile * UNIT + t[:, None] * D + d[None, :]
     keys = tl.load(where, mask=seen[:, None] & (d < D)[None, :], other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     visible = seen[None, :] & ((first + t)[None, :] <= at[:, None])
@@ -104,8 +105,8 @@ def node_kernel(
     tiles, table, tasks, visits, targets, order, positions, pages, private, masks,
     q, out, lse2, part_out, part_lse2,
     q_token, q_head, layer, num_layers, num_kv_heads, scale,
-    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
     """Attend a task's rows over its tiles; store results, or float32 partials where rows merge."""
     task = tasks + tl.program_id(0) * TASK_FIELDS
@@ -127,12 +128,12 @@ def node_kernel(
             visit + i * VISIT_FIELDS, top, head, pages, table, private, masks,
             layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
         )  # fmt: skip
-        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D)
+        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D, UNIT)
         new_m = tl.maximum(m, tl.max(scores, 1))
         held = tl.where(new_m == float("-inf"), 0.0, new_m)
         weights = tl.exp2(scores - held[:, None])
         carried = tl.exp2(m - held)
-        where = tiles + tile * (2 * S * D) + S * D + t[:, None] * D + d[None, :]
+        where = tiles + tile * UNIT + S * D + t[:, None] * D + d[None, :]
         values = tl.load(where, mask=seen[:, None] & (d < D)[None, :], other=0.0)
         l = l * carried + tl.sum(weights, 1)
         product = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
@@ -160,8 +161,8 @@ def observe_kernel(
     tiles, table, tasks, visits, order, positions, pages, private, masks,
     q, lse2, thresholds, words,
     q_token, q_head, layer, num_layers, num_kv_heads, scale,
-    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
     """Write one word per (visit, KV head): the tokens some row gave 2^threshold of its weight."""
     task = tasks + tl.program_id(0) * TASK_FIELDS
@@ -182,7 +183,7 @@ def observe_kernel(
             visits + (begin + i) * VISIT_FIELDS, top, head, pages, table, private, masks,
             layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
         )  # fmt: skip
-        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D)
+        scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D, UNIT)
         hit = (scores - total[:, None] >= bound[:, None]).to(tl.int32)
         word = tl.sum(tl.where(tl.max(hit, 0) > 0, bit, 0), 0)
         tl.store(words + (begin + i) * num_kv_heads + head, word)

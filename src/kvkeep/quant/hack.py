@@ -29,7 +29,7 @@ from kvkeep.ops.codes import (
 )
 from kvkeep.ops.layout import WeightFold
 from kvkeep.quant.codec import KVShape, Rotation, Tiles
-from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
+from kvkeep.types import PAGE_TOKENS, WINDOW_STEP, Layout, PageSpec
 
 _LEAST_SCALE: Final = torch.finfo(torch.float32).tiny
 """Smaller scales are not told apart from 0 by processors that flush denormals."""
@@ -49,10 +49,13 @@ class Affine(NamedTuple):
 class Hack:
     """Pages as codes of 2, 4 or 8 bits, named after their layout."""
 
-    def __init__(self, layout: Layout, *, rotate: bool = True) -> None:
+    def __init__(
+        self, layout: Layout, window_tokens: int = WINDOW_STEP, *, rotate: bool = True
+    ) -> None:
         """`rotate`: keys are coded after a Hadamard rotation, which spreads what they differ in."""
         self.name = layout.name.lower() + ("" if rotate else "-plain")
         self.layout = layout
+        self.window_tokens = window_tokens
         self.bits = CODE_BITS[layout]
         self._rotate = rotate
 
@@ -64,7 +67,7 @@ class Hack:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             tile_bytes=coded_tile_bytes(self.layout, shape.head_dim),
-            recent_tokens=0,
+            window_tokens=self.window_tokens,
             first_extra_bytes=sink_bytes(shape.head_dim),
         )
 

@@ -33,6 +33,9 @@ def render(front: Frontend, stats: EngineStats | None) -> bytes:
     if stats is not None:
         name = front.model.name if front.model else ""
         families += [*_engine(stats, name), *_sharing(stats.sharing, name)]
+        if front.model is not None:
+            stored = (front.model.kv, str(front.model.window_tokens or 0))
+            families.append(_simple(m.CACHE_INFO, [(stored, 1.0)], name))
     registry = CollectorRegistry()
     registry.register(_Families(families))
     return generate_latest(registry)
@@ -81,6 +84,7 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
         (m.PLANNED_BYTES, stats.attention_planned_bytes_total),
         (m.FLAT_BYTES, stats.attention_flat_bytes_total),
         (m.READ_BYTES, stats.attention_read_bytes_total),
+        (m.ENCODED_PAGES, stats.encoded_pages_total),
     )
     for metric, value in plain:
         yield _simple(metric, [((), float(value))], model)

@@ -17,7 +17,7 @@ void write_rows(const Cache& cache, const NewRows& rows, int head, int64_t begin
     const int32_t slot = rows.slots[i];
     if (slot < 0) continue;
     const int32_t id = cache.table[cache.tile_of(slot / kPage, head)];
-    T* k = reinterpret_cast<T*>(cache.base + id * cache.tile_bytes);
+    T* k = reinterpret_cast<T*>(cache.base + id * cache.unit_bytes);
     T* v = k + int64_t{kPage} * cache.dim;
     const int row = slot % kPage;
     const T* from_k = static_cast<const T*>(rows.k) + i * rows.k_token + head * rows.k_head;
@@ -32,7 +32,7 @@ void write_rows(const Cache& cache, const NewRows& rows, int head, int64_t begin
 }
 
 // The slots' tiles exist in the pool, so that the writers need not look.
-void check_slots(const Cache& cache, const NewRows& rows) {
+void check_slots(Layout layout, const Cache& cache, const NewRows& rows) {
   int64_t last = -1;
   for (int64_t i = 0; i < rows.count; i++) {
     const int64_t page = rows.slots[i] < 0 ? -1 : rows.slots[i] / kPage;
@@ -41,7 +41,7 @@ void check_slots(const Cache& cache, const NewRows& rows) {
       throw std::invalid_argument("slots name a page outside the tile table");
     for (int head = 0; head < cache.kv_heads; head++) {
       const int32_t id = cache.table[cache.tile_of(page, head)];
-      if (id < 0 || id >= cache.num_tiles)
+      if (!cache.tile(id, tile_bytes(layout, cache.dim)))
         throw std::invalid_argument("slots name a page without a tile in the pool");
     }
     last = page;
@@ -61,7 +61,7 @@ const Kernels& Attention::kernels(Layout layout) const {
 
 void Attention::append(Layout layout, const Cache& cache, const NewRows& rows) {
   auto held = backend_.enter();
-  check_slots(cache, rows);
+  check_slots(layout, cache, rows);
   const int64_t blocks = (rows.count + kPage - 1) / kPage;
   const auto write = [&](int64_t job) {
     const int head = static_cast<int>(job / blocks);
@@ -85,6 +85,7 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   int bad_tile = 0;
   job.bad_tile = &bad_tile;
   job.plan = prepared.plan;
+  job.coded = prepared.coded;
   const Kernels& kernel = kernels(prepared.layout);
   const int64_t wanted = kernel.scratch_bytes(prepared.dim, prepared.most_rows) +
                          kernel.scratch_bytes(prepared.dim, kPanel);

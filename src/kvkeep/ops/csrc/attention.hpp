@@ -38,6 +38,7 @@ struct PreparedPlan {
   Layout layout;
   int group, kv_heads, dim;
   int64_t num_rows, num_pages;
+  bool coded;  // some run's tiles are codes
   std::vector<Wave> waves;
   int64_t state_floats = 0;   // for pieces
   int64_t record_floats = 0;  // between parents and children

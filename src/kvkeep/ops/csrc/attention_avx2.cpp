@@ -8,7 +8,9 @@ namespace {
 
 struct Isa {
   using V = __m256;
-  static constexpr int kWidth = 8, kRows = 6, kCols = 2;
+  using I = __m256i;
+  static constexpr int kWidth = 8, kRows = 6, kCols = 2, kCodeRows = 4;
+  static constexpr int code_cols(int) { return 2; }
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(float x) { return _mm256_set1_ps(x); }
@@ -54,6 +56,81 @@ struct Isa {
     __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     return mul(y, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
   }
+
+  static V abs(V x) { return _mm256_andnot_ps(set1(-0.0f), x); }
+  static V half(const uint16_t* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+  }
+
+  // What four vectors reduce to, each in two lanes side by side; the order of sums is the same for
+  // all four.
+  template <class Op>
+  static V reduce4(V a, V b, V c, V d, Op op) {
+    const V ac = op(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
+    const V bd = op(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
+    const V x = op(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+    return op(x, _mm256_permute_ps(x, 0xb1));
+  }
+  static V max4(V a, V b, V c, V d) { return reduce4(a, b, c, d, &max); }
+  static V add4(V a, V b, V c, V d) { return reduce4(a, b, c, d, &add); }
+  static void store4(float* p, V x) {
+    const __m256i pair = _mm256_setr_epi32(0, 2, 4, 6, 0, 0, 0, 0);
+    _mm_storeu_ps(p, _mm256_castps256_ps128(_mm256_permutevar8x32_ps(x, pair)));
+  }
+  template <int kQuarter>
+  static V lane(V x) {
+    return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(2 * kQuarter));
+  }
+  // top / x; 0 where x is below 2^-100.
+  static V over(float top, V x) {
+    const V usable = _mm256_cmp_ps(x, set1(0x1p-100f), _CMP_GE_OQ);
+    return _mm256_and_ps(usable, _mm256_div_ps(set1(top), x));
+  }
+
+  // kVecs vectors, an even number, rounded to bytes, to even.
+  template <int kVecs, bool kSigned>
+  static void store_bytes(uint8_t* p, const V (&x)[kVecs]) {
+    for (int k = 0; k < kVecs; k += 2) {
+      __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x[k]), _mm256_cvtps_epi32(x[k + 1]));
+      words = _mm256_permute4x64_epi64(words, 0xd8);
+      const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + k * kWidth),
+                       kSigned ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high));
+    }
+  }
+
+  static I none() { return _mm256_setzero_si256(); }
+  static I all(int x) { return _mm256_set1_epi32(x); }
+  static I bytes(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static I quad(const uint8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return _mm256_set1_epi32(four);
+  }
+  template <int kBits>
+  static I shift(I x) {
+    return kBits ? _mm256_srli_epi16(x, kBits) : x;
+  }
+  static I mask(I x, int byte) {
+    return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(byte)));
+  }
+  static I flip(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+  // Products of four unsigned with four signed bytes; kAny: their pairs' sums may need 17 bits, so
+  // the unsigned ones are taken apart.
+  template <bool kAny>
+  static I dot(I acc, I a, I b) {
+    const I ones = _mm256_set1_epi16(1);
+    if constexpr (kAny) {
+      const I top = _mm256_madd_epi16(_mm256_maddubs_epi16(mask(shift<7>(a), 1), b), ones);
+      acc = _mm256_add_epi32(acc, _mm256_slli_epi32(top, 7));
+      a = mask(a, 127);
+    }
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
+  }
+  static V to_float(I x) { return _mm256_cvtepi32_ps(x); }
 };
 
 #include "attention_kernels.inl"

@@ -8,7 +8,9 @@ namespace {
 
 struct Isa {
   using V = __m512;
-  static constexpr int kWidth = 16, kRows = 6, kCols = 4;
+  using I = __m512i;
+  static constexpr int kWidth = 16, kRows = 6, kCols = 4, kCodeRows = 8;
+  static constexpr int code_cols(int rows) { return rows <= 6 ? 4 : 2; }
 
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(float x) { return _mm512_set1_ps(x); }
@@ -42,6 +44,76 @@ struct Isa {
     y = fma(y, rest, set1(1.0f));
     return _mm512_scalef_ps(y, whole);
   }
+
+  static V abs(V x) { return _mm512_abs_ps(x); }
+  static V half(const uint16_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
+
+  // What four vectors reduce to, each in the lanes of a quarter; the order of sums is the same for
+  // all four.
+  template <class Op>
+  static V reduce4(V a, V b, V c, V d, Op op) {
+    const V ab = op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const V cd = op(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    V x = op(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    x = op(x, _mm512_permute_ps(x, 0x4e));
+    return op(x, _mm512_permute_ps(x, 0xb1));
+  }
+  static V max4(V a, V b, V c, V d) { return reduce4(a, b, c, d, &max); }
+  static V add4(V a, V b, V c, V d) { return reduce4(a, b, c, d, &add); }
+  static void store4(float* p, V x) {
+    const __m512i quarter = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(quarter, x)));
+  }
+  template <int kQuarter>
+  static V lane(V x) {
+    return _mm512_shuffle_f32x4(x, x, 0x55 * kQuarter);
+  }
+  // top / x; 0 where x is below 2^-100.
+  static V over(float top, V x) {
+    const __mmask16 usable = _mm512_cmp_ps_mask(x, set1(0x1p-100f), _CMP_GE_OQ);
+    return _mm512_maskz_div_ps(usable, set1(top), x);
+  }
+
+  // kVecs vectors rounded to bytes, to even.
+  template <int kVecs, bool kSigned>
+  static void store_bytes(uint8_t* p, const V (&x)[kVecs]) {
+    if constexpr (kVecs == 4) {
+      const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
+      const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
+      const __m512i bytes =
+          kSigned ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+      const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+      _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+    } else {
+      for (int k = 0; k < kVecs; k++)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * k),
+                         _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x[k])));
+    }
+  }
+
+  static I none() { return _mm512_setzero_si512(); }
+  static I all(int x) { return _mm512_set1_epi32(x); }
+  static I bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I quad(const uint8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return _mm512_set1_epi32(four);
+  }
+  template <int kBits>
+  static I shift(I x) {
+    return kBits ? _mm512_srli_epi16(x, kBits) : x;
+  }
+  static I mask(I x, int byte) { return _mm512_and_si512(x, _mm512_set1_epi8(byte)); }
+  static I flip(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  // Products of four unsigned with four signed bytes; kAny: the signed ones are not small.
+  template <bool kAny>
+  static I dot(I acc, I a, I b) {
+    return _mm512_dpbusd_epi32(acc, a, b);
+  }
+  static V to_float(I x) { return _mm512_cvtepi32_ps(x); }
 };
 
 #include "attention_kernels.inl"

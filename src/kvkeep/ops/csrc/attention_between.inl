@@ -20,9 +20,9 @@ class Between {
   // Fetch a share of what the next step's end is for.
   void block() {
     for (int i = 0; i < share_ && tile_ < tiles_; i++) {
-      __builtin_prefetch(ahead_[tile_] + offset_, 0, 2);
+      __builtin_prefetch(ahead_[tile_].tile + offset_, 0, 2);
       offset_ += 64;
-      if (offset_ < job_.cache.tile_bytes) continue;
+      if (offset_ < ahead_[tile_].bytes) continue;
       offset_ = 0;
       tile_++;
     }
@@ -53,21 +53,25 @@ class Between {
   void look_ahead() {
     tiles_ = tile_ = 0;
     offset_ = 0;
+    const int dim = job_.cache.dim;
     int index = index_, position = position_;
     for (int64_t chunk = done_; chunk < due(taken_ + 1) && tiles_ + 2 <= kAhead; chunk++) {
       const Item& piece = beside_.pieces[index];
       int run = piece.run_begin;
       const int to = position + kChunk < piece.end ? position + kChunk : piece.end;
       for (; position < to && tiles_ + 2 <= kAhead; position += kStep) {
-        Step<K> step;
-        if (!find_step<K>(job_, piece, piece.end - 1, position, run, step)) continue;
+        Step step;
+        const int last = piece.end - 1;
+        if (!find_step(job_, piece, last, -1, position, run, step)) continue;
         for (int j = 0; j < 2; j++) {
-          if (step.tile[j]) ahead_[tiles_++] = reinterpret_cast<const char*>(step.tile[j]);
+          if (step.tile[j]) ahead_[tiles_++] = {step.tile[j], tile_bytes(step.layout, dim)};
         }
       }
       if (to == piece.end && ++index < beside_.count) position = beside_.pieces[index].begin;
     }
-    share_ = static_cast<int>((tiles_ * job_.cache.tile_bytes / 64 + blocks_ - 1) / blocks_);
+    int64_t lines = 0;
+    for (int i = 0; i < tiles_; i++) lines += ahead_[i].bytes / 64;
+    share_ = static_cast<int>((lines + blocks_ - 1) / blocks_);
   }
 
   void attend_chunk() {
@@ -94,7 +98,11 @@ class Between {
   Panel<K> panel_;
   int64_t chunks_ = 0, done_ = 0, taken_ = 0;
   int index_ = 0, position_ = 0;
-  const char* ahead_[kAhead];
+  struct Tile {
+    const char* tile;
+    int64_t bytes;
+  };
+  Tile ahead_[kAhead];
   int tiles_ = 0, tile_ = 0, share_ = 0;  // share_: lines a block
   int64_t offset_ = 0;
   uint64_t bytes_ = 0;

@@ -215,6 +215,15 @@ inline void scale_row(float* o, int dim, float factor) {
   for (int d = 0; d < dim; d += W) Isa::store(o + d, Isa::mul(Isa::load(o + d), Isa::set1(factor)));
 }
 
+// Weights as they are, for tiles of codes.
+struct FloatWeights {
+  using A = float;
+  static void store_weights(float* p, V low, V high) {
+    Isa::store(p, low);
+    Isa::store(p + W, high);
+  }
+};
+
 // One row's online-softmax step over scores s [kStep]: weights to p, state (m, l, o) carried on.
 // Tokens whose bit in `seen` is clear get a weight of exactly 0. The guard on -inf keeps a row that
 // sees nothing as it was.

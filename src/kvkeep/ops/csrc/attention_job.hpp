@@ -12,11 +12,46 @@ inline constexpr int kPage = 64;    // tokens per page and per tile
 inline constexpr int kStep = 128;   // tokens per online-softmax step
 inline constexpr int kSpan = 1024;  // tokens per carried state
 inline constexpr int kPanel = 126;  // rows scored together: 21 blocks of 6
+inline constexpr int kSinks = 4;    // tokens that the first coded page keeps in 16 bits
 
-enum class Layout : int32_t { kF32 = 0, kBf16 = 1 };
+// kvkeep.types.Layout; the first kLayouts are those of the model's dtype.
+enum class Layout : int32_t { kF32 = 0, kBf16 = 1, kK2V2 = 5, kK4V2 = 6, kK4V4 = 7, kK8V8 = 8 };
 inline constexpr int kLayouts = 2;
 
 inline constexpr int element_bytes(Layout layout) { return layout == Layout::kF32 ? 4 : 2; }
+inline constexpr bool is_coded(Layout layout) { return layout >= Layout::kK2V2; }
+
+// A coded tile's parts, as offsets in bytes; see kvkeep/ops/codes.py.
+struct CodeShape {
+  int k_bits, v_bits;
+  int partition, partitions;  // channels of one, and how many
+  int64_t k_scale, v_codes, v_scale, sinks, end;
+
+  CodeShape(Layout layout, int dim) {
+    k_bits = layout == Layout::kK2V2 ? 2 : layout == Layout::kK8V8 ? 8 : 4;
+    v_bits = layout == Layout::kK8V8 ? 8 : layout == Layout::kK4V4 ? 4 : 2;
+    partition = dim < 64 ? dim : 64;
+    while (dim % partition) partition -= 16;
+    partitions = dim / partition;
+    k_scale = int64_t{kPage} * dim * k_bits / 8;
+    v_codes = k_scale + 4 * dim;
+    v_scale = v_codes + int64_t{kPage} * dim * v_bits / 8;
+    sinks = (v_scale + 4 * partitions * kPage + 63) / 64 * 64;
+    end = sinks + (int64_t{4} * kSinks * dim + 63) / 64 * 64;
+  }
+};
+
+inline int64_t tile_bytes(Layout layout, int dim, bool first = false) {
+  if (!is_coded(layout)) return int64_t{2} * kPage * dim * element_bytes(layout);
+  const CodeShape shape(layout, dim);
+  return first ? shape.end : shape.sinks;
+}
+
+// Of a tile, the part that scores are made of.
+inline int64_t key_bytes(Layout layout, int dim, bool first) {
+  if (!is_coded(layout)) return tile_bytes(layout, dim) / 2;
+  return CodeShape(layout, dim).v_codes + (first ? 2 * kSinks * dim : 0);
+}
 
 // kvkeep.ops.layout.Run
 struct Run {
@@ -36,13 +71,18 @@ struct Plan {
 // kvkeep.ops.layout.LayerKV
 struct Cache {
   char* base;
-  int64_t num_tiles, tile_bytes;
+  int64_t bytes, unit_bytes;
   const int32_t* table;  // [page slots, L, Hkv]
   int64_t page_slots;
   int layers, layer, kv_heads, dim;
 
   int64_t tile_of(int64_t page, int head) const {
     return (page * layers + layer) * kv_heads + head;
+  }
+  // Null where a tile of `size` bytes would lie outside the pool.
+  char* tile(int32_t id, int64_t size) const {
+    const int64_t at = id * unit_bytes;
+    return at >= 0 && at + size <= bytes ? base + at : nullptr;
   }
 };
 
@@ -53,6 +93,7 @@ struct Job {
   void* out;                // [T, Hq, D]
   float* lse2;              // [T, Hq]
   int group;                // G, query heads per KV head
+  bool coded;               // some run's tiles are codes
   float scale;              // log2(e) / sqrt(D)
   Plan plan;
   Cache cache;

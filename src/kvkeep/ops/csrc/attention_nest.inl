@@ -136,7 +136,7 @@ void fold(const Job& job, const Item& item, char* scratch) {
 
 // Set the bits of the step's tokens that row `row`, of scores `s`, gives its threshold or more.
 template <class K>
-inline void mark_hits(const Job& job, const Panel<K>& panel, const Step<K>& step, int row,
+inline void mark_hits(const Job& job, const Panel<K>& panel, const Step& step, int row,
                       const float* s, uint64_t (&hit)[2]) {
   uint64_t seen[2];
   seen_by(step, panel.position[row], seen);
@@ -159,13 +159,13 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
       panel.push(job, item, row);
   }
   if (panel.rows == 0) return 0;
-  uint64_t tiles = 0;
+  uint64_t bytes = 0;
   int run = item.run_begin;
   const int last = panel.last < item.end - 1 ? panel.last : item.end - 1;
   for (int position = item.begin; position <= last; position += kStep) {
-    Step<K> step;
-    if (!find_step<K>(job, item, last, position, run, step)) continue;
-    tiles += (step.tile[0] != nullptr) + (step.tile[1] != nullptr);
+    Step step;
+    if (!find_step(job, item, last, last, position, run, step)) continue;
+    bytes += step.bytes(job.cache.dim, true);
     uint64_t hit[2] = {0, 0};
     Alone alone;
     in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
@@ -179,7 +179,7 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
                         __ATOMIC_RELAXED);
     }
   }
-  return tiles * kPage * job.cache.dim * sizeof(typename K::B);
+  return bytes;
 }
 
 template <class K>

@@ -44,8 +44,9 @@ void check_groups(const PlanArrays& arrays) {
 void check_plan(const PlanArrays& arrays, Layout layout) {
   for (int64_t i = 0; i < arrays.num_runs; i++) {
     const Run& run = arrays.plan.runs[i];
-    check(run.layout == static_cast<int32_t>(layout),
-          "a run's layout is not that of the queries' dtype");
+    const auto stored = static_cast<Layout>(run.layout);
+    check(stored == layout || (is_coded(stored) && stored <= Layout::kK8V8),
+          "a run's layout is neither coded nor that of the queries' dtype");
     check(run.page_begin >= 0 && run.page_count >= 0 &&
               run.page_begin + int64_t{run.page_count} <= arrays.num_pages,
           "a run reaches outside the plan's pages");
@@ -53,6 +54,11 @@ void check_plan(const PlanArrays& arrays, Layout layout) {
           "a run starts inside a step of 128 tokens");
   }
   check_groups(arrays);
+}
+
+bool has_codes(const PlanArrays& arrays) {
+  return std::any_of(arrays.plan.runs, arrays.plan.runs + arrays.num_runs,
+                     [](const Run& run) { return is_coded(static_cast<Layout>(run.layout)); });
 }
 
 // A group's tokens, its distance from its root, and how many of its rows its children hold.
@@ -301,7 +307,7 @@ PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_
                      int threads) {
   check_plan(arrays, layout);
   PreparedPlan prepared{arrays.plan,     layout,           group, kv_heads, dim,
-                        arrays.num_rows, arrays.num_pages, {}};
+                        arrays.num_rows, arrays.num_pages, has_codes(arrays), {}};
   const auto nodes = nodes_of(arrays);
   for (int64_t g = 0; g < arrays.num_groups; g++) {
     const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];

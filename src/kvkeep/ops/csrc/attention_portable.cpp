@@ -8,7 +8,9 @@ namespace {
 struct Isa {
   typedef float V __attribute__((vector_size(16)));
   typedef int32_t Bits __attribute__((vector_size(16)));
-  static constexpr int kWidth = 4, kRows = 2, kCols = 4;
+  using I = Bits;
+  static constexpr int kWidth = 4, kRows = 2, kCols = 4, kCodeRows = 4;
+  static constexpr int code_cols(int) { return 4; }
 
   static V zero() { return V{}; }
   static V set1(float x) { return V{x, x, x, x}; }
@@ -52,6 +54,64 @@ struct Isa {
     y = fma(y, rest, set1(1.0f));
     return y * (V)((__builtin_convertvector(whole, Bits) + 127) << 23);
   }
+
+  static V abs(V x) { return (V)((Bits)x & 0x7fffffff); }
+  static V half(const uint16_t* p) {
+    return (V)Bits{p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16};
+  }
+
+  // What four vectors reduce to, a lane each.
+  static V max4(V a, V b, V c, V d) {
+    return V{reduce_max(a), reduce_max(b), reduce_max(c), reduce_max(d)};
+  }
+  static V add4(V a, V b, V c, V d) {
+    return V{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+  }
+  static void store4(float* p, V x) { store(p, x); }
+  template <int kQuarter>
+  static V lane(V x) {
+    return set1(x[kQuarter]);
+  }
+  // top / x; 0 where x is below 2^-100.
+  static V over(float top, V x) { return x >= set1(0x1p-100f) ? set1(top) / x : zero(); }
+
+  // kVecs vectors rounded to bytes, to even.
+  template <int kVecs, bool kSigned>
+  static void store_bytes(uint8_t* p, const V (&x)[kVecs]) {
+    const V shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    for (int k = 0; k < kVecs; k++) {
+      const Bits whole = __builtin_convertvector((x[k] + shift) - shift, Bits);
+      for (int i = 0; i < kWidth; i++) p[k * kWidth + i] = static_cast<uint8_t>(whole[i]);
+    }
+  }
+
+  static I none() { return I{}; }
+  static I all(int x) { return I{x, x, x, x}; }
+  static I bytes(const uint8_t* p) {
+    I x;
+    __builtin_memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static I quad(const uint8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return all(four);
+  }
+  // Within 32 bits: masked afterwards.
+  template <int kBits>
+  static I shift(I x) {
+    return x >> kBits;
+  }
+  static I mask(I x, int byte) { return x & static_cast<int>(0x01010101u * byte); }
+  static I flip(I x) { return x ^ static_cast<int>(0x80808080u); }
+  // Products of four unsigned with four signed bytes.
+  template <bool kAny>
+  static I dot(I acc, I a, I b) {
+    for (int beta = 0; beta < 4; beta++)
+      acc += (a >> 8 * beta & 255) * (b << (24 - 8 * beta) >> 24);
+    return acc;
+  }
+  static V to_float(I x) { return __builtin_convertvector(x, V); }
 };
 
 #include "attention_kernels.inl"

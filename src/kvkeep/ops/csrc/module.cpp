@@ -156,13 +156,13 @@ void bind_attention(nb::module_& m) {
   nb::class_<Cache>(m, "Cache")
       .def(
           "__init__",
-          [](Cache* to, uintptr_t base, int64_t num_tiles, int64_t tile_bytes, uintptr_t table,
+          [](Cache* to, uintptr_t base, int64_t size, int64_t unit_bytes, uintptr_t table,
              int64_t page_slots, int layers, int layer, int kv_heads, int dim) {
             new (to)
-                Cache{at<char>(base), num_tiles, tile_bytes, at<int32_t>(table), page_slots, layers,
-                      layer,          kv_heads,  dim};
+                Cache{at<char>(base), size,     unit_bytes, at<int32_t>(table), page_slots, layers,
+                      layer,          kv_heads, dim};
           },
-          "base"_a, "num_tiles"_a, "tile_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
+          "base"_a, "size"_a, "unit_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
           "kv_heads"_a, "dim"_a);
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<Backend&>(), "backend"_a, nb::keep_alive<1, 2>())
@@ -192,6 +192,7 @@ void bind_attention(nb::module_& m) {
                                at<void>(out),
                                at<float>(lse2),
                                plan.group,
+                               false,
                                scale,
                                {},
                                cache,

@@ -24,7 +24,7 @@ from kvkeep.quant.codec import (
     pack_float_tiles,
     unpack_float_tiles,
 )
-from kvkeep.types import PageSpec
+from kvkeep.types import WINDOW_STEP, PageSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """k, v [N, S, D] of the N KV heads of a layer."""
@@ -106,7 +106,7 @@ class Dequantised:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             tile_bytes=spec.tile_bytes,
-            recent_tokens=0,
+            window_tokens=WINDOW_STEP,
         )
 
     def folds(self, shape: KVShape) -> tuple[WeightFold, ...]:

@@ -1,0 +1,117 @@
+"""What every attention path checks before a kernel runs: shapes, tables, sizes, numbers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+
+from kvkeep.errors import KernelInputError
+from kvkeep.ops.codes import CODE_BITS, tile_bytes
+from kvkeep.ops.layout import AttentionPlan, LayerKV
+from kvkeep.types import PAGE_TOKENS, Layout
+
+_DIM_STEP: Final = 16
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x with its last dimension contiguous: kernels take any stride of the others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_dim(dim: int) -> None:
+    """Raise where no kernel takes heads of `dim` channels."""
+    if dim <= 0 or dim % _DIM_STEP:
+        raise KernelInputError(f"head_dim {dim} is not a multiple of {_DIM_STEP}")
+
+
+def check_pool(kv: LayerKV, layout: Layout) -> None:
+    """Raise where a layer's view of the pool contradicts itself or holds no tiles of `layout`."""
+    check_dim(kv.head_dim)
+    check_unit(kv, layout)
+    if kv.tile_table.ndim != 3 or kv.tile_table.dtype != np.int32:
+        raise KernelInputError("the tile table must be int32 [page slots, L, Hkv]")
+    _, layers, heads = kv.tile_table.shape
+    if heads != kv.num_kv_heads or not 0 <= kv.layer < layers:
+        raise KernelInputError(
+            f"the tile table has {layers} layers of {heads} heads; "
+            f"asked for layer {kv.layer} of {kv.num_kv_heads}"
+        )
+
+
+def check_unit(kv: LayerKV, layout: Layout) -> None:
+    """Raise where tiles of a layout are no whole number of the pool's units."""
+    size = tile_bytes(layout, kv.head_dim)
+    if kv.unit_bytes <= 0 or size % kv.unit_bytes:
+        raise KernelInputError(
+            f"a pool in units of {kv.unit_bytes} bytes does not hold {layout.name} tiles of {size}"
+        )
+
+
+def check_appended(kv: LayerKV, k: torch.Tensor, v: torch.Tensor, count: int) -> None:
+    """Raise where k and v are not `count` rows of the pool's heads."""
+    shape = (count, kv.num_kv_heads, kv.head_dim)
+    if k.shape != shape or v.shape != shape or v.dtype != k.dtype:
+        raise KernelInputError(
+            f"k {tuple(k.shape)} {k.dtype} and v {tuple(v.shape)} {v.dtype} must both be {shape}"
+        )
+
+
+def check_parts(outs: torch.Tensor, lse2s: torch.Tensor) -> None:
+    """Raise where parts to merge are not [N, T, Hq, D] with float32 [N, T, Hq]."""
+    if outs.dim() != 4 or outs.shape[:3] != lse2s.shape or lse2s.dtype != torch.float32:
+        raise KernelInputError(
+            f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
+            "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
+        )
+
+
+def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
+    """Raise `KernelInputError` where a plan does not fit its arrays, before any kernel runs.
+
+    Queries may hold anything: what is not finite concerns the rows it is in, not their step.
+    """
+    rows, heads, dim = q.shape
+    if dim != kv.head_dim or heads % kv.num_kv_heads:
+        raise KernelInputError(
+            f"q has {heads} heads of {dim}; the pool has {kv.num_kv_heads} of {kv.head_dim}"
+        )
+    if len(plan.row_positions) != rows:
+        raise KernelInputError(f"plan has {len(plan.row_positions)} rows, q has {rows}")
+    _check_pages(kv, plan)
+    if plan.parents is not None and plan.parents.shape != plan.groups.shape[:1]:
+        raise KernelInputError("parents and groups differ in length")
+    if plan.row_order is not None and plan.row_order.shape != (rows,):
+        raise KernelInputError("the order of rows and the rows differ in length")
+    groups = plan.groups
+    if len(groups) and (int(groups[:, 1].max()) > rows or int(groups[:, 3].max()) > len(plan.runs)):
+        raise KernelInputError("a group reaches outside the plan's rows or runs")
+
+
+def _check_pages(kv: LayerKV, plan: AttentionPlan) -> None:
+    """Raise where runs, pages and masks do not fit each other or the tile table."""
+    if len(plan.pages):
+        private = 0 if plan.private_tiles is None else len(plan.private_tiles)
+        low, high = int(plan.pages.min()), int(plan.pages.max())
+        if high >= len(kv.tile_table) or low < -private:
+            raise KernelInputError("plan names a page outside the pool's tile table")
+    if len(plan.runs):
+        ends = plan.runs[:, 0] + plan.runs[:, 1]
+        if int(ends.max()) > len(plan.pages) or int(plan.runs.min()) < 0:
+            raise KernelInputError("a run reaches outside the plan's pages")
+        if np.any(plan.runs[:, 2] % PAGE_TOKENS):
+            raise KernelInputError("a run starts inside a page")
+    if plan.masks is not None and plan.masks.shape[0] != len(plan.pages):
+        raise KernelInputError("live masks and pages differ in length")
+
+
+def coded_layouts(plan: AttentionPlan, model: Layout) -> set[Layout]:
+    """Return the plan's layouts other than that of the model's dtype.
+
+    Raises `KernelInputError` where one is neither that nor a coded one.
+    """
+    found = set(np.unique(plan.runs[:, 3]).tolist()) - {int(model)}
+    if found - set(map(int, CODE_BITS)):
+        raise KernelInputError("a run's layout is neither coded nor that of the queries' dtype")
+    return {Layout(layout) for layout in found}
