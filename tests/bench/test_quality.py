@@ -81,6 +81,11 @@ def test_a_loss_is_a_share_of_the_models_own_score() -> None:
     assert quality_stats.changed(plain, coded, "recall") == (10, 0)
 
 
+def test_a_model_that_cannot_do_a_task_loses_nothing_of_it() -> None:
+    plain, coded = items("copy", [0.0] * 8), items("copy", [0.0] * 7 + [1.0])
+    assert quality_stats.overall(plain, coded, {"copy": 1.0}) == (0, 0, 0, 8)
+
+
 def test_texts_loss_is_of_the_likelihood_of_a_token() -> None:
     plain, coded = items("text", [3.0] * 8), items("text", [3.1] * 8)
     found = quality_stats.overall(plain, coded, {"text": 1.0})
