@@ -67,6 +67,11 @@ def test_the_policy_and_what_it_guarantees_are_told(
     assert server.share_always is (policy in ("pinned", "salt", "safekv", "share_all"))
 
 
+@pytest.mark.parametrize("kv", ["bf16", "k8v8", "k4v4", "k4v2", "k2v2"])
+def test_the_form_of_pages_is_a_setting(kv: str) -> None:
+    assert engine_options(load({"kv": kv})).kv == kv
+
+
 def test_no_votes_are_kept_without_tenants() -> None:
     assert engine_options(load({"no_auth": True})).share.state is None
     assert server_options(load({"share_pinned": "pins.toml"})).share_always

@@ -23,7 +23,6 @@ from kvkeep.quant.codec import Codec, KVShape, Tiles
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS
-from tests.decoded import decoded_backend
 from tests.engines import core_for, drive, request
 from tests.forests import eager
 from tests.toys import EightBit
@@ -54,7 +53,6 @@ def coded_core(
         techniques=Techniques(codec, NoShield(), KeepAll()),
         planner=planner or FlatPlanner(),
         policy=policy or ShareNothing(),
-        backend=None if codec.name == "eight-bit" else decoded_backend(),
     )
     settings = {"chunk_tokens": 64, "max_num_seqs": 16, **options}
     return core_for(model, parts=parts, **settings)  # type: ignore[arg-type]
@@ -81,11 +79,7 @@ class Watched:
     def __init__(self, inner: Codec) -> None:
         self._inner = inner
         self.name = inner.name
-        self.page_spec, self.folds, self.rotation = (
-            inner.page_spec,
-            inner.folds,
-            inner.rotation,
-        )
+        self.page_spec, self.folds, self.rotation = inner.page_spec, inner.folds, inner.rotation
         self.pages = 0
         self.first = 0
         self.seen: Counter[bytes] = Counter()

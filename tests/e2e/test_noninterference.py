@@ -11,7 +11,7 @@ import pytest
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams, TenantTerms
 from kvkeep.engine.build import Parts, build_core, default_parts
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.options import EngineOptions, PolicyName, SharingOptions
+from kvkeep.engine.options import EngineOptions, KvName, PolicyName, SharingOptions
 from kvkeep.models.text import TextModel
 from kvkeep.sharing.promotion import Promotion
 from tests.engine.test_sharing import ClearsAll, wait_for_scans
@@ -28,10 +28,15 @@ Turn = tuple[str, int, int]
 class World:
     """One engine and what the attacker is told."""
 
-    def __init__(self, model: Path, policy: PolicyName) -> None:
+    def __init__(self, model: Path, policy: PolicyName, kv: KvName = "bf16") -> None:
         share = SharingOptions(policy=policy, k=K)
         options = EngineOptions(
-            model=str(model), threads=2, kv_cache_bytes=32 << 20, max_num_seqs=16, share=share
+            model=str(model),
+            threads=2,
+            kv_cache_bytes=32 << 20,
+            max_num_seqs=16,
+            share=share,
+            kv=kv,
         )
         parts = Parts(techniques=default_parts(options).techniques, inspector=ClearsAll())
         self.core: EngineCore = build_core(options, parts=parts)
@@ -96,10 +101,10 @@ def script(seed: int) -> list[Turn]:
     return [*turns, ("v0", 0, 600), ("epoch", 0, 0), ("epoch", 0, 0), ("x0", 0, 600)]
 
 
-def same(model: Path, policy: PolicyName, seed: int) -> bool:
+def same(model: Path, policy: PolicyName, seed: int, kv: KvName = "bf16") -> bool:
     turns = script(seed)
     without = [turn for turn in turns if not turn[0].startswith("v")]
-    return World(model, policy).play(turns) == World(model, policy).play(without)
+    return World(model, policy, kv).play(turns) == World(model, policy, kv).play(without)
 
 
 @pytest.mark.parametrize("policy", ["selective", "isolate", "dp"])
@@ -109,18 +114,24 @@ def test_an_attacker_is_told_the_same_with_and_without_victims(
     assert all(same(tiny["llama"], policy, seed) for seed in range(2))
 
 
+def test_an_attacker_is_told_the_same_of_coded_pages(tiny: dict[str, Path]) -> None:
+    assert same(tiny["llama"], "selective", 0, "k2v2")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_an_attacker_is_told_the_same_at_length(tiny: dict[str, Path]) -> None:
-    assert all(same(tiny["llama"], "selective", seed) for seed in range(50))
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+def test_an_attacker_is_told_the_same_at_length(tiny: dict[str, Path], kv: KvName) -> None:
+    assert all(same(tiny["llama"], "selective", seed, kv) for seed in range(50))
 
 
 def test_an_attacker_is_told_more_where_everything_is_shared(tiny: dict[str, Path]) -> None:
     assert not same(tiny["llama"], "share_all", 0)
 
 
-def test_the_snapshot_is_used_in_these_tests(tiny: dict[str, Path]) -> None:
-    world = World(tiny["llama"], "selective")
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+def test_the_snapshot_is_used_in_these_tests(tiny: dict[str, Path], kv: KvName) -> None:
+    world = World(tiny["llama"], "selective", kv)
     world.send("x0", world.texts[2])
     assert world.told[0][0] == 512
     world.core.close()

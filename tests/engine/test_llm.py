@@ -22,6 +22,17 @@ def test_generate_chat_and_close(tiny: dict[str, Path]) -> None:
         assert answer.prompt_tokens > 4
 
 
+@pytest.mark.parametrize("kv", ["k8v8", "k2v2"])
+def test_pages_in_fewer_bits(tiny: dict[str, Path], kv: str) -> None:
+    prompt = "one two three " * 60
+    with kvkeep.LLM(str(tiny["qwen2"]), kv_cache_bytes=32 << 20, threads=1, kv=kv) as llm:
+        first = llm.generate(prompt, max_tokens=4, temperature=0.0)[0]
+        again = llm.generate(prompt, max_tokens=4, temperature=0.0)[0]
+        assert first.cached_tokens == 0
+        assert 0 < again.cached_tokens == (again.prompt_tokens - 1) // 128 * 128
+        assert again.token_ids == first.token_ids
+
+
 def test_beams_and_the_best_of_several(tiny: dict[str, Path]) -> None:
     with kvkeep.LLM(str(tiny["qwen2"]), kv_cache_bytes=32 << 20, threads=1) as llm:
         found = llm.beam_search(["one two three", "four"], beam_width=3, max_tokens=5)

@@ -188,6 +188,8 @@ def _pool(
     options: EngineOptions, backend: Backend, spec: PageSpec, shape: KVShape, max_model_len: int
 ) -> TilePool:
     """Return the pool of the memory asked for, or of what is free."""
+    if spec.layout != shape.layout and backend.ops.device.type != "cpu":
+        raise ConfigError(f"kv: {options.kv} pages are attended on a CPU only; use bf16 there")
     available = free_on(backend.ops.device) or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
     if wanted > available:

@@ -1,4 +1,4 @@
-"""The codec seam: the form in which pages are stored once they leave the recent window."""
+"""The codec seam: the form in which pages are stored, seen once their block has ended."""
 
 from __future__ import annotations
 

@@ -306,8 +306,9 @@ double makespan_over_bound(const PreparedPlan& prepared, int threads) {
 PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
                      int threads) {
   check_plan(arrays, layout);
-  PreparedPlan prepared{arrays.plan,     layout,           group, kv_heads, dim,
-                        arrays.num_rows, arrays.num_pages, has_codes(arrays), {}};
+  PreparedPlan prepared{
+      arrays.plan,       layout, group, kv_heads, dim, arrays.num_rows, arrays.num_pages,
+      has_codes(arrays), {}};
   const auto nodes = nodes_of(arrays);
   for (int64_t g = 0; g < arrays.num_groups; g++) {
     const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
