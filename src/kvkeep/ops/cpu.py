@@ -58,7 +58,7 @@ class DotPeak:
 
     def __init__(self, kernel: CpuKernel, threads: int) -> None:
         self._backend = _native.Backend(_ISAS[kernel], threads)
-        self._attention = _native.Attention(self._backend)
+        self._attention = _native.Attention(self._backend, decode=False)
 
     def measure_gflop_s(self, layout: _native.Layout = _native.Layout.BF16) -> float:
         """Return GFLOP/s of a layout's products, from registers alone, on every thread."""
@@ -69,11 +69,20 @@ class DotPeak:
 
 def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:
     """Return the kernels of one path, run by `threads` threads."""
+    backend = _backend(kernel, threads)
+    return Ops(kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend))
+
+
+def decoding_attention(kernel: CpuKernel, threads: int) -> CpuAttention:
+    """Return attention that widens codes to floats in registers: what benchmarks compare with."""
+    return CpuAttention(_backend(kernel, threads), decode=True)
+
+
+def _backend(kernel: CpuKernel, threads: int) -> _native.Backend:
     isa = _ISAS[kernel]
     flag = _native.missing_feature(isa)
     if flag is not None:
         raise ConfigError(
             f"kernel: '{kernel}' needs the CPU flag {flag}, which this CPU lacks; use 'auto'"
         )
-    backend = _native.Backend(isa, threads)
-    return Ops(kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend))
+    return _native.Backend(isa, threads)

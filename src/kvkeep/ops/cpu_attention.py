@@ -49,9 +49,9 @@ class CpuAttention:
     A plan is prepared once for all layers of a step: its arrays must not change in between.
     """
 
-    def __init__(self, backend: _native.Backend) -> None:
+    def __init__(self, backend: _native.Backend, *, decode: bool = False) -> None:
         self._backend = backend
-        self._native = _native.Attention(backend)
+        self._native = _native.Attention(backend, decode)
         self._last: _Prepared | None = None
         self._last_slots: tuple[Int32Array | None, int] = (None, 0)
         self._caches: dict[tuple[int, Layout], tuple[LayerKV, _native.Cache]] = {}
@@ -70,6 +70,11 @@ class CpuAttention:
     def pieces_beside(self) -> int:
         """Return the last plan's pieces that are read while others' rows are multiplied."""
         return 0 if self._last is None else self._last.native.pieces_beside
+
+    @property
+    def decode_calls(self) -> int:
+        """Return how often a coded tile was widened to floats: never, unless `decode` asks for it."""
+        return self._native.decoded
 
     @property
     def bytes_read(self) -> int:

@@ -117,6 +117,11 @@ struct Isa {
   static I mask(I x, int byte) {
     return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(byte)));
   }
+  template <int kBits>
+  static I shift_lanes(I x) {
+    return kBits ? _mm256_srli_epi32(x, kBits) : x;
+  }
+  static I all_and(I x, int lanes) { return _mm256_and_si256(x, all(lanes)); }
   static I flip(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
   // Products of four unsigned with four signed bytes; kAny: their pairs' sums may need 17 bits, so
   // the unsigned ones are taken apart.

@@ -10,7 +10,7 @@ struct Isa {
   using V = __m512;
   using I = __m512i;
   static constexpr int kWidth = 16, kRows = 6, kCols = 4, kCodeRows = 8;
-  static constexpr int code_cols(int rows) { return rows <= 6 ? 4 : 2; }
+  static constexpr int code_cols(int rows) { return rows <= 4 ? 4 : 2; }
 
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(float x) { return _mm512_set1_ps(x); }
@@ -107,6 +107,11 @@ struct Isa {
     return kBits ? _mm512_srli_epi16(x, kBits) : x;
   }
   static I mask(I x, int byte) { return _mm512_and_si512(x, _mm512_set1_epi8(byte)); }
+  template <int kBits>
+  static I shift_lanes(I x) {
+    return kBits ? _mm512_srli_epi32(x, kBits) : x;
+  }
+  static I all_and(I x, int lanes) { return _mm512_and_si512(x, all(lanes)); }
   static I flip(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
   // Products of four unsigned with four signed bytes; kAny: the signed ones are not small.
   template <bool kAny>

@@ -59,6 +59,24 @@ inline const uint16_t* sinks_of(const Step& step, int j, const CodeShape& shape)
              : nullptr;
 }
 
+// Scores of a block's rows by integers, q [rows, D].
+inline void score_block_codes(const Job& job, const CodeShape& shape, const CodeMemory& memory,
+                              const uint8_t* codes, const float* q, int rows, float* s,
+                              Fetch fetch) {
+  const Operand operand = memory.operand[0];
+  quantise_any<true>(shape.partition, rows, shape.partitions, q, job.cache.dim, shape.partition,
+                     memory.fold[0], memory.low[0], job.scale, operand);
+  for (int r = 0; r < rows; r++) {
+    float bias = operand.bias[r * shape.partitions];
+    for (int h = 1; h < shape.partitions; h++) bias += operand.bias[r * shape.partitions + h];
+    memory.bias[r] = bias;
+  }
+  with_shape(shape.k_bits, rows, [&]<int kBits, int kRows>() {
+    score_codes<kBits, kRows>(codes, shape.partition, shape.partitions, operand, memory.bias, s,
+                              fetch);
+  });
+}
+
 // Scores of rows [from, to) on tile j of the step, to s, a row each kStep.
 template <class K, class Between>
 void score_coded(const Job& job, const Panel<K>& panel, const Step& step, int j, int from, int to,
@@ -67,45 +85,44 @@ void score_coded(const Job& job, const Panel<K>& panel, const Step& step, int j,
   const CodeShape shape(step.layout, dim);
   const CodeMemory memory(panel.codes, dim);
   const char* tile = step.tile[j];
-  const Operand q = memory.operand[0];
+  const auto* codes = reinterpret_cast<const uint8_t*>(tile);
   widen_halves(memory.fold[0], tile + shape.k_scale, dim);
   widen_halves(memory.low[0], tile + shape.k_scale + 2 * dim, dim);
-  int64_t ahead = prefetches ? step.ahead[j] : 0;
+  const int64_t ahead = prefetches ? step.ahead[j] : 0;
+  Fetch fetch(tile + ahead, ahead != 0);
   if (ahead) prefetch_bytes(tile + ahead + shape.k_scale, 4 * dim);
   in_code_blocks(from, to, [&](int row, int rows) {
     const float* queries = panel.wide + int64_t{row} * dim;
     float* scores = s + int64_t{row - from} * kStep;
-    quantise_any<true>(shape.partition, rows, shape.partitions, queries, dim, shape.partition,
-                       memory.fold[0], memory.low[0], job.scale, q);
-    for (int r = 0; r < rows; r++) {
-      float bias = q.bias[r * shape.partitions];
-      for (int h = 1; h < shape.partitions; h++) bias += q.bias[r * shape.partitions + h];
-      memory.bias[r] = bias;
+    if (job.decoded) {
+      with_shape(shape.k_bits, rows, [&]<int kBits, int kRows>() {
+        score_widened<kBits, kRows>(codes, dim, queries, memory.fold[0], memory.low[0], job.scale,
+                                    scores, fetch);
+      });
+    } else {
+      score_block_codes(job, shape, memory, codes, queries, rows, scores, fetch);
     }
-    with_shape(shape.k_bits, rows, [&]<int kBits, int kRows>() {
-      score_codes<kBits, kRows>(reinterpret_cast<const uint8_t*>(tile), shape.partition,
-                                shape.partitions, q, memory.bias, scores, ahead);
-    });
     if (const uint16_t* sinks = sinks_of(step, j, shape)) {
       for (int r = 0; r < rows; r++)
         score_sinks(queries + int64_t{r} * dim, sinks, dim, job.scale, scores + r * kStep);
     }
-    ahead = 0;
+    fetch.step = 0;
     between.block();
   });
 }
 
 // All columns of a block's rows.
 template <int kBits, int kRows>
-void weigh_block_codes(const CodedValues& values, const CodeShape& shape, float* o, int dim) {
+void weigh_block_codes(const CodedValues& values, const CodeShape& shape, float* o, int dim,
+                       Fetch (&fetches)[2]) {
   constexpr int kCols = Isa::code_cols(kRows);
   for (int h = 0; h < shape.partitions; h++) {
     int column = h * shape.partition;
     const int end = column + shape.partition;
     for (; column + kCols * W <= end; column += kCols * W)
-      weigh_codes<kBits, kRows, kCols>(values, h, shape.partitions, o, dim, column);
+      weigh_codes<kBits, kRows, kCols>(values, h, shape.partitions, o, dim, column, fetches);
     for (; column < end; column += W)
-      weigh_codes<kBits, kRows, 1>(values, h, shape.partitions, o, dim, column);
+      weigh_codes<kBits, kRows, 1>(values, h, shape.partitions, o, dim, column, fetches);
   }
 }
 
@@ -117,16 +134,18 @@ void weigh_coded(const Job& job, const Panel<K>& panel, const Step& step, int be
   const CodeShape shape(step.layout, dim);
   const CodeMemory memory(panel.codes, dim);
   CodedValues values{};
+  Fetch fetches[2] = {{nullptr, false}, {nullptr, false}};
   const int64_t halves = int64_t{shape.partitions} * kPage;
   for (int j = 0; j < 2; j++) {
     const char* tile = step.tile[j];
     if (!tile) continue;
     values.codes[j] = reinterpret_cast<const uint8_t*>(tile + shape.v_codes);
     values.p[j] = memory.operand[j];
-    values.ahead[j] = prefetches ? step.ahead[j] : 0;
+    const int64_t ahead = prefetches ? step.ahead[j] : 0;
+    fetches[j] = {tile + ahead + shape.v_codes, ahead != 0};
     widen_halves(memory.fold[j], tile + shape.v_scale, halves);
     widen_halves(memory.low[j], tile + shape.v_scale + 2 * halves, halves);
-    if (values.ahead[j]) prefetch_bytes(tile + values.ahead[j] + shape.v_scale, 4 * halves);
+    if (ahead) prefetch_bytes(tile + ahead + shape.v_scale, 4 * halves);
   }
   in_code_blocks(begin, end, [&](int row, int rows) {
     float* weights = panel.s + int64_t{row - begin} * kStep;
@@ -136,14 +155,24 @@ void weigh_coded(const Job& job, const Panel<K>& panel, const Step& step, int be
         weigh_sinks(weights + r * kStep, sinks + kSinks * dim, dim, sums + int64_t{r} * dim);
     }
     for (int j = 0; j < 2; j++) {
-      if (values.codes[j])
+      if (!values.codes[j]) continue;
+      if (job.decoded) {
+        with_shape(shape.v_bits, rows, [&]<int kBits, int kRows>() {
+          weigh_block_widened<kBits, kRows>(values.codes[j], shape, dim, weights + j * kPage,
+                                            memory.fold[j], memory.low[j], sums, fetches[j]);
+        });
+        __atomic_fetch_add(job.decoded, 1, __ATOMIC_RELAXED);
+      } else {
         quantise<kPage / W, false>(rows, shape.partitions, weights + j * kPage, kStep, 0,
                                    memory.fold[j], memory.low[j], 1.0f, values.p[j]);
+      }
     }
-    with_shape(shape.v_bits, rows, [&]<int kBits, int kRows>() {
-      weigh_block_codes<kBits, kRows>(values, shape, sums, dim);
-    });
-    values.ahead[0] = values.ahead[1] = 0;
+    if (!job.decoded) {
+      with_shape(shape.v_bits, rows, [&]<int kBits, int kRows>() {
+        weigh_block_codes<kBits, kRows>(values, shape, sums, dim, fetches);
+      });
+    }
+    fetches[0].step = fetches[1].step = 0;
     between.block();
   });
 }

@@ -49,6 +49,24 @@ struct CodeMemory {
   }
 };
 
+// Where the lines to be fetched next lie, in the order of memory; a block of products asks for as
+// many as it reads.
+struct Fetch {
+  const char* at;
+  int64_t step;  // 64, or 0 where nothing is left: the same line again costs next to nothing
+
+  Fetch(const char* from, bool any) : at(from), step(any ? 64 : 0) {}
+
+  template <int kLines>
+  void lines() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; i++) {
+      __builtin_prefetch(at, 0, 2);
+      at += step;
+    }
+  }
+};
+
 // Bytes of x[row][h] * fold[h] for rows x partitions values of kVecs vectors each, `n` = kVecs * W:
 // signed within +-127, or unsigned up to 255. scale = unit * their worth, bias = unit * x . low.
 // Four values are reduced together, each in the same order of sums wherever it stands.
@@ -119,7 +137,7 @@ inline __attribute__((always_inline)) void multiply_codes(I (&acc)[kRows][kCols]
                                                           const uint8_t* codes, int64_t step,
                                                           int64_t outer, int lines,
                                                           const uint8_t* x, int64_t x_row,
-                                                          int64_t ahead) {
+                                                          Fetch& fetch) {
   constexpr int kFields = 8 / kBits;
   for (int line = 0; line < lines; line++) {
     const auto fields = [&]<int kField>() {
@@ -143,9 +161,7 @@ inline __attribute__((always_inline)) void multiply_codes(I (&acc)[kRows][kCols]
     if constexpr (kFields > 1) fields.template operator()<1>();
     if constexpr (kFields > 2) fields.template operator()<2>();
     if constexpr (kFields > 2) fields.template operator()<3>();
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c += kLine)
-      __builtin_prefetch(codes + c / kLine * outer + ahead, 0, 2);
+    fetch.lines<(kCols + kLine - 1) / kLine>();
     codes += step;
     x += 4 * kFields;
   }
@@ -155,7 +171,7 @@ inline __attribute__((always_inline)) void multiply_codes(I (&acc)[kRows][kCols]
 template <int kBits, int kRows>
 __attribute__((noinline)) void score_codes(const uint8_t* codes, int partition, int partitions,
                                            Operand q, const float* bias, float* s,
-                                           int64_t ahead) {
+                                           Fetch fetch) {
   constexpr int kCols = Isa::code_cols(kRows);
   constexpr int kChannels = 32 / kBits;  // of a line
   const int64_t tile = int64_t{64} * (partition * partitions / kChannels);
@@ -171,7 +187,7 @@ __attribute__((noinline)) void score_codes(const uint8_t* codes, int partition, 
       }
       const int count = partition / kChannels;
       multiply_codes<kBits, true, kRows, kCols>(acc, lines + int64_t{64} * h * count, 64, tile,
-                                                count, q.bytes + h * partition, x_row, ahead);
+                                                count, q.bytes + h * partition, x_row, fetch);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; m++) {
         const V scale = Isa::set1(q.scale[m * partitions + h]);
@@ -190,14 +206,13 @@ __attribute__((noinline)) void score_codes(const uint8_t* codes, int partition, 
 struct CodedValues {
   const uint8_t* codes[2];
   Operand p[2];
-  int64_t ahead[2];
 };
 
 // o[m][0..kCols * W) += weights . values of partition h over the step's tiles; `column` is that of
 // o, in channels.
 template <int kBits, int kRows, int kCols>
 __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int partitions, float* o,
-                                           int dim, int column) {
+                                           int dim, int column, Fetch (&fetches)[2]) {
   constexpr int kTokens = 32 / kBits;  // of a line
   V sum[kRows][kCols];
 #pragma GCC unroll 8
@@ -208,6 +223,7 @@ __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int part
   for (int j = 0; j < 2; j++) {
     if (!v.codes[j]) continue;
     const uint8_t* x = v.p[j].bytes + h * kPage;
+    Fetch fetch = fetches[j];
     I acc[kRows][kCols];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; m++) {
@@ -218,7 +234,8 @@ __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int part
     }
     multiply_codes<kBits, false, kRows, kCols>(acc, v.codes[j] + int64_t{4} * column,
                                                int64_t{4} * dim, 64, kPage / kTokens, x,
-                                               int64_t{partitions} * kPage, v.ahead[j]);
+                                               int64_t{partitions} * kPage, fetch);
+    fetches[j] = fetch;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; m++) {
       const V scale = Isa::set1(v.p[j].scale[m * partitions + h]);

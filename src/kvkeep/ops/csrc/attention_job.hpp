@@ -94,6 +94,7 @@ struct Job {
   float* lse2;              // [T, Hq]
   int group;                // G, query heads per KV head
   bool coded;               // some run's tiles are codes
+  uint64_t* decoded;        // not null: codes are widened to floats, and counted here
   float scale;              // log2(e) / sqrt(D)
   Plan plan;
   Cache cache;

@@ -2,6 +2,7 @@
 
 #include "attention_block.inl"
 #include "attention_codes.inl"
+#include "attention_fused.inl"
 #include "attention_rows.inl"
 #include "attention_coded.inl"
 #include "attention_walk.inl"

@@ -103,6 +103,11 @@ struct Isa {
     return x >> kBits;
   }
   static I mask(I x, int byte) { return x & static_cast<int>(0x01010101u * byte); }
+  template <int kBits>
+  static I shift_lanes(I x) {
+    return x >> kBits;
+  }
+  static I all_and(I x, int lanes) { return x & lanes; }
   static I flip(I x) { return x ^ static_cast<int>(0x80808080u); }
   // Products of four unsigned with four signed bytes.
   template <bool kAny>

@@ -165,7 +165,8 @@ void bind_attention(nb::module_& m) {
           "base"_a, "size"_a, "unit_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
           "kv_heads"_a, "dim"_a);
   nb::class_<Attention>(m, "Attention")
-      .def(nb::init<Backend&>(), "backend"_a, nb::keep_alive<1, 2>())
+      .def(nb::init<Backend&, bool>(), "backend"_a, "decode"_a, nb::keep_alive<1, 2>())
+      .def_prop_ro("decoded", &Attention::decoded)
       .def_prop_ro("bytes_read", &Attention::bytes_read)
       .def_prop_ro("calls", &Attention::calls)
       .def("spin", &Attention::spin, "layout"_a, "rounds"_a,
@@ -193,6 +194,7 @@ void bind_attention(nb::module_& m) {
                                at<float>(lse2),
                                plan.group,
                                false,
+                               nullptr,
                                scale,
                                {},
                                cache,
