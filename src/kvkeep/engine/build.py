@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import torch
@@ -23,7 +24,7 @@ from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
@@ -84,7 +85,10 @@ def codec_of(options: EngineOptions) -> Codec:
     """Return the codec the options ask for; where requests differ, that of the long ones."""
     if options.kv == "bf16":
         return Float()
-    return Hack(Layout[(options.kv_auto_codec if options.kv == "auto" else options.kv).upper()])
+    name = options.kv_auto_codec if options.kv == "auto" else options.kv
+    if name not in get_args(CodedName):
+        raise ConfigError(f"kv: {name!r} is no form of pages; use bf16, auto or a codec's name")
+    return Hack(Layout[name.upper()])
 
 
 def build_core(
