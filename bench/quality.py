@@ -65,6 +65,8 @@ CODECS: Final[dict[str, Make]] = {
     "k2v2-plain": _ours(Layout.K2V2, rotate=False),
     "k4v2-plain": _ours(Layout.K4V2, rotate=False),
 }
+ABLATIONS: Final = ("k2v2-plain", "k4v2-plain")
+"""Measured where they are asked for."""
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 
 
@@ -95,7 +97,8 @@ def chosen(options: Options) -> tuple[str, ...]:
     for name in options.only:
         if name not in CODECS:
             raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(CODECS)}")
-    return options.only or (QUICK if options.quick else tuple(CODECS))
+    whole = tuple(name for name in CODECS if name not in ABLATIONS)
+    return options.only or (QUICK if options.quick else whole)
 
 
 def measure(options: Options) -> Report:
