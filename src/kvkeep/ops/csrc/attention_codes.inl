@@ -190,8 +190,7 @@ inline __attribute__((always_inline)) void multiply_codes(I (&acc)[kRows][kCols]
 // s[m][0..63] = sum over partitions of scale * integers, and the rows' bias, for one tile.
 template <int kBits, int kRows>
 __attribute__((noinline)) void score_codes(const uint8_t* codes, int partition, int partitions,
-                                           Operand q, const float* bias, float* s,
-                                           Fetch fetch) {
+                                           Operand q, const float* bias, float* s, Fetch fetch) {
   constexpr int kCols = Isa::code_cols(kRows);
   constexpr int kChannels = 32 / kBits;  // of a line
   const int64_t tile = int64_t{64} * (partition * partitions / kChannels);
@@ -234,16 +233,6 @@ template <int kBits, int kRows, int kCols>
 __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int partitions, float* o,
                                            int dim, int column, Fetch (&fetches)[2]) {
   constexpr int kTokens = 32 / kBits;  // of a line
-  V sum[kRows][kCols];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; m++) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c++) sum[m][c] = Isa::load(o + int64_t{m} * dim + column + c * W);
-    float bias = 0;
-    for (int j = 0; j < 2; j++) bias += v.codes[j] ? v.p[j].bias[m * partitions + h] : 0.0f;
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c++) sum[m][c] = Isa::add(sum[m][c], Isa::set1(bias));
-  }
   for (int j = 0; j < 2; j++) {
     if (!v.codes[j]) continue;
     const uint8_t* x = v.p[j].bytes + h * kPage;
@@ -263,14 +252,12 @@ __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int part
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; m++) {
       const V scale = Isa::set1(v.p[j].scale[m * partitions + h]);
+      const V bias = Isa::set1(v.p[j].bias[m * partitions + h]);
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; c++)
-        sum[m][c] = Isa::fma(Isa::to_float(acc[m][c]), scale, sum[m][c]);
+      for (int c = 0; c < kCols; c++) {
+        float* to = o + int64_t{m} * dim + column + c * W;
+        Isa::store(to, Isa::fma(Isa::to_float(acc[m][c]), scale, Isa::add(Isa::load(to), bias)));
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; m++) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c++) Isa::store(o + int64_t{m} * dim + column + c * W, sum[m][c]);
   }
 }

@@ -142,8 +142,7 @@ inline bool find_step(const Job& job, const Item& item, int last, int fetched, i
     step.ahead[j] = 0;
     if (start > last || index >= at[run].page_count) continue;
     step.entry[j] = at[run].page_begin + index;
-    const int64_t own =
-        step.first && j == 0 ? tile_bytes(step.layout, job.cache.dim, true) : bytes;
+    const int64_t own = step.first && j == 0 ? tile_bytes(step.layout, job.cache.dim, true) : bytes;
     step.tile[j] = find_tile(job, item, step.entry[j], own, &step.live[j]);
     if (step.tile[j] && index + 2 < at[run].page_count && start + kStep <= fetched) {
       uint64_t live;
