@@ -26,9 +26,10 @@ struct CodeMemory {
   float* bias;  // of rows
 
   static constexpr int64_t most(int dim) { return 4 * int64_t{dim}; }  // partitions * kPage or dim
-  static constexpr int64_t values(int dim) { return kCodeRows * int64_t{dim} / 16 + 4; }
+  static constexpr int64_t values(int dim) { return line_floats(kCodeRows * dim / 16 + 4); }
   static int64_t bytes(int dim) {
-    return (4 * most(dim) + 4 * values(dim) + kCodeRows) * 4 + 2 * kCodeRows * most(dim);
+    return (4 * most(dim) + 4 * values(dim) + line_floats(kCodeRows)) * 4 +
+           2 * kCodeRows * most(dim);
   }
 
   CodeMemory(float* memory, int dim) {
@@ -42,7 +43,7 @@ struct CodeMemory {
       operand[j].scale = take(values(dim));
       operand[j].bias = take(values(dim));
     }
-    bias = take(kCodeRows);
+    bias = take(line_floats(kCodeRows));
     for (int j = 0; j < 2; j++) {
       operand[j].bytes = reinterpret_cast<uint8_t*>(take(kCodeRows * most(dim) / 4));
     }

@@ -128,8 +128,12 @@ struct Beside {
   int count;
 };
 
-// Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory.
-inline constexpr int64_t state_floats(int rows, int dim) { return int64_t{rows} * (dim + 2); }
+// Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory, each part from a
+// whole line of 64 bytes on.
+inline constexpr int64_t line_floats(int64_t count) { return (count + 15) / 16 * 16; }
+inline constexpr int64_t state_floats(int rows, int dim) {
+  return int64_t{rows} * dim + 2 * line_floats(rows);
+}
 
 // The kernels of one layout on one instruction set. They return the bytes of K and V read.
 struct Kernels {
