@@ -8,6 +8,7 @@ over the read bandwidth measured beside the cell, and flops over what the regist
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,9 @@ from tests.oracles import Heads
 COLD_BYTES: Final = 256 << 20
 RECORD_BYTES: Final = 64 << 20
 CODEC_TOKENS: Final = 16384
+TORCH_TURNS: Final = 2
+"""Of a cell, since SDPA takes 20 to 80 times ours."""
+
 HEADS: Final = (Heads(32, 8, 128), Heads(32, 32, 128), Heads(16, 1, 128), Heads(14, 2, 64))
 
 
@@ -74,7 +78,7 @@ class Measured:
 
 
 def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: int) -> Measured:
-    """Measure all ways of attending a cell in turn, `pairs` times."""
+    """Measure all ways of attending a cell in turn, `pairs` times; torch's a few times only."""
     flat, ours = FlatPlanner().plan(cell.step), planner.plan(cell.step)
     levels, by_head, torchs = two_level(cell), head_outer(machine, cell, flat), sdpa(cell)
     pages, all_pages = int(ours.runs[:, 1].sum()), flat_pages(cell.layout.slots)
@@ -83,14 +87,14 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
     counted = machine.ops.bytes_read - before
     makespan = machine.ops.makespan_over_bound
     samples: list[tuple[float, ...]] = []
-    for _ in range(pairs):
+    for turn in range(pairs):
         gb_s, gflop_s = machine.reader.measure_gb_s(), machine.peak.measure_gflop_s()
         times = (
             attend_all(machine, cell, flat),
             attend_all(machine, cell, ours),
             by_head(),
             attend_all(machine, cell, levels),
-            torchs(),
+            torchs() if turn < TORCH_TURNS else math.nan,
         )
         flat_roof = ceiling_s(cell, all_pages, gb_s, gflop_s)
         tree_roof = ceiling_s(cell, pages, gb_s, gflop_s)
@@ -107,7 +111,7 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
         "gain_over_request_outer": gain.median,
         "over_head_outer": float(np.median(head_s / ours_s)),
         "over_two_level": float(np.median(level_s / ours_s)),
-        "over_torch_sdpa": float(np.median(sdpa_s / ours_s)),
+        "over_torch_sdpa": float(np.nanmedian(sdpa_s / ours_s)),
         "flat_roof_ratio": float(np.median(flat_roofs / flat_s)),
         "tree_roof_ratio": float(np.median(tree_roofs / ours_s)),
         "read_gb_s": float(np.median(gb)),
@@ -198,7 +202,7 @@ PARTS: Final = ("codec", "fasttree", "pat", "unshared")
 
 
 def grid(options: Options) -> list[tuple[Tree, Heads]]:
-    """Return the cells: CoDec's sweeps at its heads, the other trees at all of ours."""
+    """Return the cells: every tree at all heads."""
     sweeps = codec(CODEC_TOKENS)
     if options.quick:
         some = [sweeps[0], sweeps[13], FASTTREE[8], PAT[0]]
@@ -209,9 +213,9 @@ def grid(options: Options) -> list[tuple[Tree, Heads]]:
     parts = options.only or PARTS
     cells: list[tuple[Tree, Heads]] = []
     if "codec" in parts:
-        cells += [(tree, HEADS[0]) for tree in sweeps]
         cells += [(Tree("16 on 4096", (1, 16), (4096, 64)), HEADS[1])]
-    for name, trees in (("fasttree", FASTTREE), ("pat", PAT), ("unshared", UNSHARED)):
+    grids = (("codec", sweeps), ("fasttree", FASTTREE), ("pat", PAT), ("unshared", UNSHARED))
+    for name, trees in grids:
         if name in parts:
             cells += [(tree, heads) for heads in HEADS for tree in trees]
     return cells
@@ -225,7 +229,7 @@ def worst_of(name: str, found: Sequence[Estimate], goal: Goal) -> list[Figure]:
 def summary(cells: Sequence[tuple[Tree, Heads, Measured]]) -> list[Figure]:
     """Return the figures of the grid."""
     record = [m for _, _, m in cells if m.record]
-    sweep = [m.gain for t, h, m in cells if h == HEADS[0] and t in codec(CODEC_TOKENS)]
+    sweep = [m.gain for t, _, m in cells if t in codec(CODEC_TOKENS)]
     figures = worst_of("flat_roof_ratio_min", [m.flat_roof for m in record], Goal(">=", 0.8))
     figures += worst_of("tree_roof_ratio_min", [m.tree_roof for m in record], Goal(">=", 0.8))
     figures += worst_of(

@@ -29,7 +29,7 @@ from kvkeep.sharing.detector.scanner import Detector
 from kvkeep.sharing.detector.scorer import LearnedScorer
 from kvkeep.sharing.detector.spans import Span, Verdict
 from tools.detector_data import heldout
-from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT
+from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, LOCALES
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PROMPTS: Final = ROOT / "bench" / "data" / "public_prompts.toml"
@@ -212,7 +212,7 @@ def real_rows(judge: Judge, sizes: Sizes) -> tuple[list[Figure], list[Row]]:
     rows: list[Row] = []
     manuals: list[Score] = []
     scores: list[Score] = []
-    sources = [(f"manual pages, {lang}", lang) for lang in detect_text.MAN_LANGUAGES]
+    sources = [(f"manual pages, {lang}", lang) for lang in LOCALES]
     for name, lang in [*sources, ("Python's docstrings", "")]:
         texts = (
             detect_text.manual_passages(lang, sizes.real, SEED)

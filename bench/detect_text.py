@@ -11,23 +11,15 @@ import gzip
 import random
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-LIMIT: Final = 512
+from tools.detector_data.passages import LIMIT, LOCALES
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 MAN_FOLDERS: Final = (ROOT / "build" / "manpages" / "usr" / "share" / "man", Path("/usr/share/man"))
 """What tools/fetch_manpages.py unpacked comes first; else what the machine has installed."""
-MAN_LANGUAGES: Final[Mapping[str, str]] = {
-    "de": "de",
-    "fr": "fr",
-    "es": "es",
-    "it": "it",
-    "ja": "ja",
-    "zh": "zh_CN",
-    "uk": "uk",
-}
 PERSONAL: Final = re.compile(
     r"@|copyright|©|\(c\) ?\d|\bauthors?\b|written by|contributed|maintain|credit|thanks to"
     r"|translat|Autor|Verfasser|Übersetz|Auteur|traduct|Écrit par|Escrito por|Scritto da|Tradu"
@@ -91,7 +83,7 @@ def _decoded(data: bytes) -> str:
 def _pages(lang: str, count: int, rng: random.Random, folders: Sequence[Path]) -> Iterator[str]:
     """Yield the texts of random pages of a language, of the first folder that has some."""
     for folder in folders:
-        paths = sorted((folder / MAN_LANGUAGES[lang]).glob("man[1-8]/*.gz"))
+        paths = sorted((folder / LOCALES[lang]).glob("man[1-8]/*.gz"))
         if len(paths) >= 50:
             for path in rng.sample(paths, min(count, len(paths))):
                 yield page_text(_decoded(gzip.decompress(path.read_bytes())))

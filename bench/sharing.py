@@ -29,6 +29,7 @@ from bench.load import TIMEOUT_S
 from bench.sharing_attack import (
     AUDIT_PAGES,
     AUDITED,
+    PRIVATE,
     attack_figures,
     attack_rows,
     attacked,
@@ -37,7 +38,9 @@ from bench.sharing_attack import (
 from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
 from kvkeep import metrics
 from kvkeep.audit import Report as AuditReport
+from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
+from kvkeep.errors import ConfigError
 from kvkeep.metrics import Metric
 from kvkeep.models.text import TextModel
 from tests.servers import Server, serving
@@ -47,6 +50,10 @@ CLIENTS: Final = 4
 WINDOWS: Final = 12
 """Parts of the measured requests, for intervals of rates."""
 SEEDS: Final = (1, 2, 3)
+EPOCH_S: Final = 10.0
+AUDIT_EPOCH_S: Final = 2.0
+"""Short, since an audit waits for two epochs' ends again and again."""
+QUICK_EPOCH_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,10 @@ class Policy:
     """Whether the pool beyond what every tenant needs for one request is left to public pages."""
     settles: bool = False
     """Whether what is sent becomes public at a later epoch's end."""
+
+    def settle_s(self, epoch_s: float) -> float:
+        """Return how long after it was sent something is public, if it ever is."""
+        return 2 * epoch_s if self.settles else 0.0  # offers of e decide at the end of e + 1
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -224,10 +235,13 @@ def served(
         yield one
 
 
-class Tried(NamedTuple):
-    """What one policy cost and told."""
+PARTS: Final = ("replay", "audit")
 
-    played: Replay
+
+class Tried(NamedTuple):
+    """What one policy cost and told, as far as it was asked."""
+
+    played: Replay | None
     reports: list[AuditReport]
 
 
@@ -238,8 +252,8 @@ class Bench:
     trace: Sequence[Ask]
     shape: Shape
     texts: Texts
-    epoch_s: float
     quick: bool
+    parts: Sequence[str] = PARTS
 
     def attempt(self, policy: Policy, arguments: Sequence[str]) -> Tried:
         """Play the trace under one policy, then let it be attacked."""
@@ -248,28 +262,39 @@ class Bench:
         pages = max(int(POOL_SHARE * needed), least)
         shares = {tenant_name(n): 1 / self.shape.tenants for n in range(self.shape.tenants)}
         pool = ("--share-pool", f"{1 - least / pages:.4f}")
-        settle_s = 2 * self.epoch_s if policy.settles else 0.0  # e's offers: the end of e + 1
         if self.quick:
             # One server for both, a half each: nothing of a quick run is a figure of record.
             both = {name: part / 2 for name, part in (shares | AUDITED).items()}
-            audited = max(2 * pages, AUDIT_PAGES)
-            with served(policy, both, audited, *arguments, *pool) as server:
-                return Tried(
-                    self._replay(server, settle_s), [self._attack(server, SEEDS[0], settle_s)]
-                )
-        with served(policy, shares, pages, *arguments, *pool) as server:
-            played = self._replay(server, settle_s)
-        reports = []
-        for seed in SEEDS:
-            with served(policy, AUDITED, AUDIT_PAGES, *arguments) as server:
-                reports.append(self._attack(server, seed, settle_s))
+            arguments = (*arguments, *epochs_of(QUICK_EPOCH_S))
+            with served(policy, both, max(2 * pages, AUDIT_PAGES), *arguments, *pool) as server:
+                alone = self._replay(server, policy, QUICK_EPOCH_S)
+                return Tried(alone, [self._attack(server, policy, SEEDS[0], QUICK_EPOCH_S)])
+        played: Replay | None = None
+        reports: list[AuditReport] = []
+        if "replay" in self.parts:
+            told = (*arguments, *epochs_of(EPOCH_S), *pool)
+            with served(policy, shares, pages, *told) as server:
+                played = self._replay(server, policy, EPOCH_S)
+        for seed in SEEDS if "audit" in self.parts else ():
+            told = (*arguments, *epochs_of(AUDIT_EPOCH_S))
+            with served(policy, AUDITED, AUDIT_PAGES, *told) as server:
+                reports.append(self._attack(server, policy, seed, AUDIT_EPOCH_S))
         return Tried(played, reports)
 
-    def _replay(self, server: Server, settle_s: float) -> Replay:
-        return replay(server, self.trace, self.texts, self.shape, settle_s)
+    def _replay(self, server: Server, policy: Policy, epoch_s: float) -> Replay:
+        return replay(server, self.trace, self.texts, self.shape, policy.settle_s(epoch_s))
 
-    def _attack(self, server: Server, seed: int, settle_s: float) -> AuditReport:
-        return attacked(server, seed, settle_s=settle_s, quick=self.quick)
+    def _attack(self, server: Server, policy: Policy, seed: int, epoch_s: float) -> AuditReport:
+        patient = policy.name in PRIVATE
+        settle_s = policy.settle_s(epoch_s)
+        report = attacked(server, seed, settle_s=settle_s, quick=self.quick, patient=patient)
+        NOTES.print(f"{policy.name}, seed {seed}: {report.verdict} after {report.seconds:.0f} s")
+        return report
+
+
+def epochs_of(epoch_s: float) -> tuple[str, str]:
+    """Return the arguments for epochs of so many seconds."""
+    return ("--share-epoch-s", str(epoch_s))
 
 
 def cpu_seconds(server: Server) -> float:
@@ -318,23 +343,35 @@ def policy_row(policy: str, played: Replay, worst: Estimate | None) -> Row:
     }
 
 
+def asked(options: Options) -> tuple[list[str], list[Policy]]:
+    """Return the parts and policies to measure: all, or those that `--only` names."""
+    names = [policy.name for policy in POLICIES]
+    unknown = sorted({*options.only} - {*PARTS, *names})
+    if unknown:
+        known = ", ".join((*PARTS, *names))
+        raise ConfigError(f"only: there is no part {unknown[0]!r}; there are: {known}")
+    wanted = QUICK_POLICIES if options.quick else names
+    parts: list[str] = [part for part in PARTS if part in options.only]
+    chosen = [name for name in wanted if name in options.only] or wanted
+    return parts or [*PARTS], [policy for policy in POLICIES if policy.name in chosen]
+
+
 def measure(options: Options) -> Report:
-    """Play the trace and run the audits under every policy."""
+    """Play the trace and run the audits under every policy, or the parts that are asked for."""
+    parts, policies = asked(options)
     shape = sharing_trace.QUICK if options.quick else sharing_trace.FULL
     trace = sharing_trace.make(shape) if options.quick else sharing_trace.read()
-    epoch_s = 1.0 if options.quick else 10.0
-    always = ("--share-epoch-s", str(epoch_s), "--threads", str(options.threads))
-    bench = Bench(trace, shape, Texts(TextModel.load(DEMO_MODEL), shape), epoch_s, options.quick)
+    threads = ("--threads", str(options.threads))
+    bench = Bench(trace, shape, Texts(TextModel.load(DEMO_MODEL), shape), options.quick, parts)
     played: dict[str, Replay] = {}
     figures: list[Figure] = []
     rows: list[Row] = []
     seen: dict[str, Estimate] = {}
     attacks: list[Row] = []
-    for policy in POLICIES:
-        if options.quick and policy.name not in QUICK_POLICIES:
-            continue
-        tried = bench.attempt(policy, always)
-        played[policy.name] = tried.played
+    for policy in policies:
+        tried = bench.attempt(policy, threads)
+        if tried.played is not None:
+            played[policy.name] = tried.played
         attacks += attack_rows(policy.name, tried.reports)
         told = attack_figures(policy.name, tried.reports)
         if told:
@@ -345,6 +382,7 @@ def measure(options: Options) -> Report:
         "model": "demo",
         "threads": options.threads,
         "quick": options.quick,
+        "parts": ", ".join(parts),
         "tenants": shape.tenants,
         "templates": f"{shape.templates} of {shape.template_tokens} tokens, Zipf(1)",
         "suffix_tokens": f"{shape.suffix_tokens[0]} to {shape.suffix_tokens[1]}",

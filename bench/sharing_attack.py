@@ -27,14 +27,19 @@ PRIVATE: Final = frozenset({"isolate", "selective", "dp"})
 """Policies that promise to tell nothing."""
 
 
-def attacked(server: Server, seed: int, *, settle_s: float, quick: bool) -> Report:
-    """Return the audit of a server by its index channels."""
+def attacked(
+    server: Server, seed: int, *, settle_s: float, quick: bool, patient: bool = True
+) -> Report:
+    """Return the audit of a server by its index channels.
+
+    Not `patient`: of one that promises nothing, with little time for channels that show nothing.
+    """
     told = Options(
         server.url,
         cast_of([f"{name}={server.keys[name]}" for name in AUDITED]),
         channels=INDEX_CHANNELS[:QUICK_CHANNELS] if quick else INDEX_CHANNELS,
         margin=0.2 if quick else 0.03,
-        seconds=10.0 if quick else 3600.0,
+        seconds=10.0 if quick else 3600.0 if patient else 120.0,
         least_pairs=0 if quick else 128,
         settle_s=settle_s,
         batch=128 if settle_s and not quick else 4,

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import counts
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
@@ -19,6 +21,11 @@ for _name in [name for name in os.environ if name.startswith("KVKEEP_")]:
 
 pytest_plugins = ("tests.checkpoints",)
 BACKENDS = ("reference", "portable", "avx2", "avx512", "triton")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell `tests.counts` whether the slow tests run too: then nothing is cut short."""
+    os.environ[counts.AT_LENGTH] = str(int("not slow" not in str(config.option.markexpr)))
 
 
 @pytest.fixture(autouse=True)

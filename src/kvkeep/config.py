@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     share_pinned: Path | None = Field(
         None, description="TOML file of prefixes public from the start"
     )
+    share_gate: bool = Field(
+        False, description="hold first tokens back for what young shared pages saved"
+    )
     share_audit_log: Path | None = Field(
         None, description="file of the monitor's alerts, JSON lines"
     )
@@ -177,6 +180,11 @@ class Settings(BaseSettings):
             raise ConfigError(
                 f"share: {self.share!r} lets tenants time each other's prompts; "
                 "add --unsafe-share-all, or leave it at 'selective'"
+            )
+        if self.share_gate and self.share not in {"selective", "dp"}:
+            raise ConfigError(
+                f"share_gate: {self.share!r} has no young shared pages to hide; "
+                "leave it out, or share 'selective' or 'dp'"
             )
         if self.share == "pinned" and self.share_pinned is None:
             raise ConfigError("share: 'pinned' shares what --share-pinned FILE declares; add it")

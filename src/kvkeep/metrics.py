@@ -101,6 +101,9 @@ SCANS_DOUBTFUL = Metric(
 )
 SCAN_RESTARTS = Metric("sharing_scan_restarts", Kind.COUNTER, "Times the detector was restarted.")
 SCAN_SECONDS = Metric("sharing_scan_seconds", Kind.COUNTER, "Processor time of the detector.")
+GATE_BITS = Metric(
+    "sharing_gate_bits", Kind.GAUGE, "Bits a held first token's time can tell; 0: none is held."
+)
 ALERTS = Metric("sharing_alerts", Kind.COUNTER, "Alerts of the monitor.", ("rule", "action"))
 ALERTS_FAILED = Metric("sharing_alerts_failed", Kind.COUNTER, "Alerts that could not be handed on.")
 ENGINE_UP = Metric("engine_up", Kind.GAUGE, "1 while the engine is ready.")

@@ -17,6 +17,7 @@ from kvkeep.attention.tree import Forest, Node, build_forest, flat_forest
 from kvkeep.ops.cpu import available
 from kvkeep.types import PAGE_TOKENS, Layout
 from tests.attention.chained import branching, is_whole, nodes_of
+from tests.counts import examples
 from tests.forests import ALWAYS, Asked, Filled, covers, filled, geometry
 from tests.ops.paths import LAYOUTS, ops_for
 from tests.oracles import Heads
@@ -40,7 +41,7 @@ def choose(chosen: set[tuple[int, int, int]]) -> Keep:
 
 
 @given(chains=branching(), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(80, 200), deadline=None)
 def test_any_nodes_may_be_dropped(chains: list[Chain], data: st.DataObject) -> None:
     forest = build_forest(chains)
     inner = [n for n in forest.nodes if n.last - n.first > 1]

@@ -18,6 +18,7 @@ from tests.attention.chained import (
     is_whole,
     nodes_of,
 )
+from tests.counts import examples
 
 
 def test_no_chains_make_no_nodes() -> None:
@@ -117,7 +118,7 @@ def test_scopes_stay_apart_where_asked() -> None:
 
 
 @given(chains=branching(), across=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100, 300), deadline=None)
 def test_any_forest_is_whole_and_maximal(chains: list[Chain], across: bool) -> None:
     forest = build_forest(chains, across_scopes=across)
     assert is_whole(forest, chains)
@@ -131,7 +132,7 @@ def test_any_forest_is_whole_and_maximal(chains: list[Chain], across: bool) -> N
 
 
 @given(chains=branching(), seed=st.integers(0, 999))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40, 100), deadline=None)
 def test_the_order_of_requests_does_not_matter(chains: list[Chain], seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(chains)).tolist()
     shuffled = build_forest([chains[i] for i in order])

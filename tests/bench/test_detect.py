@@ -18,6 +18,7 @@ from bench.detect import (
     share,
     tainted,
 )
+from tools.detector_data.passages import LIMIT
 
 PAGE = r""".TH X 1
 .SH NAME
@@ -77,7 +78,7 @@ def test_passages_are_short_and_lose_nothing_but_the_last_crumb() -> None:
     rng = random.Random(2)
     text = "\n".join("x" * rng.randint(1, 700) for _ in range(60))
     pieces = list(detect_text.passages(text))
-    assert all(0 < len(piece) <= detect_text.LIMIT for piece in pieces)
+    assert all(0 < len(piece) <= LIMIT for piece in pieces)
 
 
 def test_docstrings_come_from_the_library_and_name_no_one() -> None:

@@ -6,12 +6,13 @@ from typing import get_args
 
 import pytest
 
-from bench import sharing, sharing_attack, sharing_trace
+from bench import harness, sharing, sharing_attack, sharing_trace
 from bench.harness import Figure
 from bench.sharing import Replay, Sample
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, audit
 from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
+from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
 from tests.audit.fakes import CAST, URL, FakeServer
 
@@ -114,3 +115,16 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
 
 def test_pages_have_the_demo_models_size() -> None:
     assert sharing.page_bytes() == 64 * 4 * 2 * 64 * 2 * 2
+
+
+def test_parts_and_policies_can_be_measured_alone() -> None:
+    def names(*only: str, quick: bool = False) -> tuple[list[str], list[str]]:
+        parts, policies = sharing.asked(harness.Options(quick=quick, only=only))
+        return parts, [policy.name for policy in policies]
+
+    everything = [policy.name for policy in sharing.POLICIES]
+    assert names() == (["replay", "audit"], everything)
+    assert names("audit", "selective") == (["audit"], ["selective"])
+    assert names(quick=True)[1] == [n for n in everything if n in sharing.QUICK_POLICIES]
+    with pytest.raises(ConfigError, match="no part 'nothing'"):
+        names("nothing")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from kvkeep.engine.api import Chunk, SamplingParams
 from kvkeep.engine.engine import EngineCore
+from tests.counts import examples
 from tests.engines import core_for, drive, request
 
 PARAMS = SamplingParams(max_tokens=10, temperature=0.8, seed=7, logprobs=4, ignore_eos=True)
@@ -79,7 +80,7 @@ def test_in_a_batch_with_strangers(
 STRANGER = st.tuples(st.integers(0, 12), st.integers(1, 260), st.integers(0, 3))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(4, 8), deadline=None)
 @given(strangers=st.lists(STRANGER, max_size=6))
 def test_what_a_tenant_sees_is_a_function_of_its_own_history(
     tiny: dict[str, Path], strangers: list[tuple[int, int, int]]

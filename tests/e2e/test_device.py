@@ -31,7 +31,7 @@ from tests.toys import WindowEvictor
 
 TENANTS = {"a": 1.0}
 PAGE_BYTES = 64 * 3 * 2 * 32 * 2 * 4
-PREFIX = np.random.default_rng(5).integers(1, 500, 260).tolist()
+PREFIX = np.random.default_rng(5).integers(1, 500, 258).tolist()
 DEVICE_OPTIONS = {"kernel": "triton", "device": DEVICE}
 
 Start = Callable[..., EngineCore]
@@ -56,7 +56,7 @@ def start(tiny: dict[str, Path]) -> Start:
 
 
 def ask(name: str, tail: list[int], **params: object) -> GenerateRequest:
-    settings = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, **params}
+    settings = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True, **params}
     sampling = SamplingParams(**settings)  # type: ignore[arg-type]
     return request([*PREFIX, *tail], sampling, id=name, scope="s")
 
@@ -98,8 +98,8 @@ def test_greedy_and_drawn_tokens_are_a_cpus(
 
 def test_preempted_requests_say_the_same(start: Start) -> None:
     def crowd(core: EngineCore) -> dict[str, list[int]]:
-        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-        asked = [request(PREFIX[i : i + 60], params, id=f"r{i}", scope="s") for i in range(3)]
+        params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        asked = [request(PREFIX[i : i + 62], params, id=f"r{i}", scope="s") for i in range(3)]
         return said(drive(core, asked))
 
     want = crowd(start(40, parts(FlatPlanner())))
@@ -113,9 +113,9 @@ def test_evicted_tokens_are_masked_as_on_a_cpu(start: Start) -> None:
         evictor = WindowEvictor(50)
         techniques = Techniques(Float(), NoShield(), evictor)
         chosen = Parts(techniques=techniques, policy=ShareNothing(), planner=FlatPlanner())
-        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
         core = start(8, chosen, **options)
-        return said(drive(core, [request(PREFIX[:140], params, scope="s")])), evictor.observed
+        return said(drive(core, [request(PREFIX[:130], params, scope="s")])), evictor.observed
 
     found, observed = alone(**DEVICE_OPTIONS)
     assert (found, observed) == alone()

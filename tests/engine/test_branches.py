@@ -68,7 +68,7 @@ def likely(core: EngineCore, prompt: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(seen), key=lambda t: (-seen.count(t), t))[:3])
 
 
-@pytest.mark.parametrize("width", [2, 3, 8])
+@pytest.mark.parametrize("width", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_texts_equal_those_of_transformers(
     core: EngineCore, tiny: dict[str, Path], width: int
 ) -> None:
@@ -131,7 +131,9 @@ def small(tiny: dict[str, Path], pages: int) -> EngineCore:
     return core_for(tiny["qwen2"], dtype="float32", pages=pages, page_bytes=size, tenants=shares)
 
 
-@pytest.mark.parametrize("pages", [3, 4, 5, 6])
+@pytest.mark.parametrize(
+    "pages", [3, 5, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (4, 6))]
+)
 def test_beams_that_do_not_fit_take_turns(
     core: EngineCore, tiny: dict[str, Path], pages: int
 ) -> None:

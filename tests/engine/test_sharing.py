@@ -274,7 +274,7 @@ def test_every_policy_has_its_name(policy: str, kind: type[SharingPolicy], tmp_p
     for _ in range(2):
         sharing = Sharing(options, no_text)
         assert isinstance(sharing.policy, kind)
-        stats = sharing.stats(3, 0)
+        stats = sharing.stats(3, 0, 0)
         assert (stats.policy, stats.public_pages, stats.alerts_failed) == (policy, 3, 0)
         assert (stats.eps_per_day is not None) == (policy == "dp")
         sharing.close()

@@ -34,6 +34,7 @@ def test_seed_decides_the_weights(tmp_path: Path) -> None:
     assert not torch.equal(first[name], other[name])
 
 
+@pytest.mark.slow
 def test_real_shapes_with_fewer_layers(tmp_path: Path) -> None:
     path = make("qwen2.5-0.5b", tmp_path / "m", layers=1)
     checkpoint = open_checkpoint(path)

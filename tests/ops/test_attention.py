@@ -17,6 +17,7 @@ from kvkeep.ops.layout import (
 )
 from kvkeep.ops.reference import ReferenceAttention
 from kvkeep.types import ALL_LIVE, PAGE_TOKENS, Layout
+from tests.counts import examples
 from tests.ops.paths import PATHS, Path, cpu_attention, ops_for
 from tests.oracles import (
     Heads,
@@ -248,7 +249,7 @@ def test_nothing_is_observed_unless_asked(path: Path) -> None:
     assert not hits.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(10, 25), deadline=None)
 @given(
     parts=st.integers(1, 5),
     seed=st.integers(0, 99),

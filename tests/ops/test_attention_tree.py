@@ -14,6 +14,7 @@ from kvkeep.ops.cpu import CpuKernel, available
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.layout import Attended, AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Layout
+from tests.counts import examples
 from tests.forests import Asked, Filled, covers, eager, filled, geometry
 from tests.ops.paths import LAYOUTS, PATHS, Path, ops_for
 from tests.oracles import Heads, attention_oracle, causal, tolerance
@@ -145,7 +146,7 @@ def forests(draw: st.DrawFn) -> list[Asked]:
 
 @given(asked=forests(), threads=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(
-    max_examples=40,
+    max_examples=examples(16, 40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )

@@ -11,6 +11,7 @@ from kvkeep import ops
 from kvkeep.errors import ConfigError, KernelInputError
 from kvkeep.ops.layout import LeafOps
 from kvkeep.ops.reference_leaf import ReferenceLeaf
+from tests.counts import examples
 
 DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6}
@@ -92,7 +93,7 @@ def test_matches_the_reference(
 
 
 @kernels
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(12, 30), deadline=None)
 @given(
     rows=st.integers(1, 40),
     k=st.integers(1, 200),

@@ -14,6 +14,7 @@ from kvkeep.errors import KernelInputError
 from kvkeep.ops.layout import AttentionPlan, chains
 from kvkeep.ops.tasks import MIN_PAGES, ROW_CLASSES, Tasks, cut_tasks
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Layout
+from tests.counts import examples
 from tests.forests import Asked, eager, geometry
 
 LAYOUT = Layout.ROWS_F16
@@ -102,7 +103,7 @@ def forests(draw: st.DrawFn) -> BatchGeometry:
     heads=st.sampled_from([1, 2, 8]),
     programs=st.sampled_from([1, 16, 264, 5000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(24, 60), deadline=None)
 def test_every_row_meets_each_of_its_tiles_once(
     step: BatchGeometry, group: int, heads: int, programs: int
 ) -> None:

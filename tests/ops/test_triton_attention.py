@@ -18,6 +18,10 @@ from tests.oracles import Heads, World, attention_oracle, causal, check, flat_pl
 
 TINY = Heads(4, 2, 32)
 
+OTHERS = [pytest.param(x, marks=pytest.mark.slow) for x in ROW_LAYOUTS if x != Layout.ROWS_F32]
+FLOAT32 = pytest.mark.parametrize("layout", [Layout.ROWS_F32, *OTHERS], ids=lambda x: x.name)
+"""For what takes the interpreter seconds: other types in `make nightly` and on a device."""
+
 
 @pytest.fixture(params=ROW_LAYOUTS, ids=lambda layout: layout.name)
 def layout(request: pytest.FixtureRequest) -> Layout:
@@ -63,30 +67,31 @@ def test_head_shapes(layout: Layout, heads: Heads) -> None:
     attend_and_check(world, ops, [149, 3, 127, 128])
 
 
+@FLOAT32
 def test_more_than_128_pages(layout: Layout) -> None:
     ops = OnDevice()
-    world = world_of(Heads(2, 1, 16), layout, 133)
+    world = world_of(Heads(1, 1, 16), layout, 133)
     world.add(ops, 131 * PAGE_TOKENS - 5)
     attend_and_check(world, ops, [131 * PAGE_TOKENS - 6])
 
 
-@pytest.mark.parametrize("loud", [0, 70, 599])
+@pytest.mark.parametrize("loud", [0, 70, 299])
 def test_one_huge_score(layout: Layout, loud: int) -> None:
     ops = OnDevice()
-    world = world_of(TINY, layout, 10)
-    k = world.tensor(600, TINY.kv, TINY.dim) * 0.1
+    world = world_of(TINY, layout, 5)
+    k = world.tensor(300, TINY.kv, TINY.dim) * 0.1
     k[loud] = 8.0
-    world.add(ops, 600, k=k)
+    world.add(ops, 300, k=k)
     q = torch.full((1, TINY.q, TINY.dim), 4.0, dtype=TORCH_DTYPE[layout])
-    attend_and_check(world, ops, [599], q=q)
+    attend_and_check(world, ops, [299], q=q)
 
 
 def test_equal_scores_average_the_values(layout: Layout) -> None:
     ops = OnDevice()
-    world = world_of(TINY, layout, 10)
-    k = torch.zeros((600, TINY.kv, TINY.dim), dtype=TORCH_DTYPE[layout])
-    world.add(ops, 600, k=k)
-    attend_and_check(world, ops, [599])
+    world = world_of(TINY, layout, 5)
+    k = torch.zeros((300, TINY.kv, TINY.dim), dtype=TORCH_DTYPE[layout])
+    world.add(ops, 300, k=k)
+    attend_and_check(world, ops, [299])
 
 
 def test_strided_queries_keys_and_values(layout: Layout) -> None:
@@ -231,7 +236,7 @@ def test_merging_one_part_and_empty_ones_changes_nothing(layout: Layout) -> None
 
 @pytest.fixture(scope="module")
 def pools() -> dict[Layout, Filled]:
-    return {one: filled(OnDevice(), TINY, one, 48, device=DEVICE) for one in ROW_LAYOUTS}
+    return {one: filled(OnDevice(), TINY, one, 24, device=DEVICE) for one in ROW_LAYOUTS}
 
 
 def check_forest(pool: Filled, asked: list[Asked], ops: OnDevice) -> None:
@@ -258,37 +263,41 @@ def check_forest(pool: Filled, asked: list[Asked], ops: OnDevice) -> None:
             row += one.rows
 
 
-@pytest.mark.parametrize("requests", [2, 16, 17, pytest.param(65, marks=pytest.mark.slow)])
+@FLOAT32
+@pytest.mark.parametrize(
+    "requests", [2, 17, *(pytest.param(count, marks=pytest.mark.slow) for count in (16, 65))]
+)
 def test_a_prefix_of_many_requests(
     layout: Layout, pools: dict[Layout, Filled], requests: int
 ) -> None:
-    asked = [Asked([*range(6), 8 + i % 40], 6 * PAGE_TOKENS + 1 + i % 64) for i in range(requests)]
+    asked = [Asked([*range(4), 4 + i % 20], 4 * PAGE_TOKENS + 1 + i % 64) for i in range(requests)]
     ops = OnDevice()
     check_forest(pools[layout], asked, ops)
     kv = pools[layout].world.kv
     apart = sum(-(-one.length // PAGE_TOKENS) for one in asked)
     chunks = -(-requests // 64)
-    together = 6 * chunks + requests
+    together = 4 * chunks + requests
     assert ops.bytes_read == (together + apart) * kv.num_kv_heads * kv.unit_bytes
 
 
+@FLOAT32
 def test_deep_trees_empty_leaves_several_roots_and_new_tokens(
     layout: Layout, pools: dict[Layout, Filled]
 ) -> None:
     asked = [
-        Asked([*range(10), 20], 10 * PAGE_TOKENS + 5),
-        Asked([*range(10), 21, 22], 10 * PAGE_TOKENS + 100, rows=40),
+        Asked([*range(8), 20], 8 * PAGE_TOKENS + 5),
+        Asked([*range(8), 21, 22], 8 * PAGE_TOKENS + 100, rows=17),
         Asked([*range(4), 23], 4 * PAGE_TOKENS + 1),
         Asked([*range(4)], 4 * PAGE_TOKENS),
-        Asked([30, 31, 32, 33, 34], 4 * PAGE_TOKENS + 1),
-        Asked([30, 31, 32, 33, 35], 4 * PAGE_TOKENS + 64, rows=3),
+        Asked([10, 11, 12, 13, 14], 4 * PAGE_TOKENS + 1),
+        Asked([10, 11, 12, 13, 15], 4 * PAGE_TOKENS + 64, rows=3),
     ]
     check_forest(pools[layout], asked, OnDevice(programs=64))
 
 
 def test_order_of_requests_and_of_programs_is_within_tolerance(pools: dict[Layout, Filled]) -> None:
     pool = pools[Layout.ROWS_F32]
-    asked = [Asked([*range(8), 20 + i], 8 * PAGE_TOKENS + 1 + i) for i in range(5)]
+    asked = [Asked([*range(4), 20 + i], 4 * PAGE_TOKENS + 1 + i) for i in range(3)]
     for programs in (1, 16, 1000):
         check_forest(pool, asked[::-1], OnDevice(programs))
 

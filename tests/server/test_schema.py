@@ -16,6 +16,7 @@ from kvkeep.server.app import create_app
 from kvkeep.server.options import ServerOptions
 from kvkeep.server.store import TenantStore
 from kvkeep.server.tenants import TenantFile
+from tests.counts import examples
 from tests.server.fakes import MODEL, ByteText, FakeEngine
 
 Operation = APIOperation[Any, Any, Any, Any]
@@ -62,7 +63,10 @@ def _operations(api: BaseSchema) -> list[Operation]:
 
 def _check(operation: Operation, mode: GenerationMode) -> None:
     @settings(
-        max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        max_examples=examples(8, 20),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(mode))
     def holds(case: Case) -> None:

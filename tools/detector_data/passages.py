@@ -18,6 +18,10 @@ from typing import Final, NamedTuple
 from tools.detector_data.values import MAKERS
 
 LANGUAGES: Final = ("en", "de", "fr", "es", "it", "ja", "zh", "uk")
+LOCALES: Final[Mapping[str, str]] = {
+    lang: "zh_CN" if lang == "zh" else lang for lang in LANGUAGES if lang != "en"
+}
+"""Folder of a language's translations on a machine, of messages and of manual pages alike."""
 LIMIT: Final = 512
 """Characters of a passage."""
 SLOT: Final = re.compile(r"<([a-z_0-9]+)>")

@@ -14,18 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tools.detector_data.passages import LIMIT
+from tools.detector_data.passages import LIMIT, LOCALES
 
-FOLDERS: Final = {
-    "en": "de",
-    "de": "de",
-    "fr": "fr",
-    "es": "es",
-    "it": "it",
-    "ja": "ja",
-    "zh": "zh_CN",
-    "uk": "uk",
-}
+FOLDERS: Final = {"en": "de", **LOCALES}
 """English is what the German catalogues translate."""
 PACKAGES: Final = ("numpy", "torch/nn", "transformers/models/llama", "httpx", "starlette", "rich")
 PERSONAL: Final = re.compile(

@@ -6,25 +6,16 @@ and servers measured in turn. Reads `bench/results/fanout*.json`, written by `kv
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "kvkeep"
+from tools.figures.drawing import FIGURES, Figure, Rows, plt, run
 
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-OUT: Final = ROOT / "docs" / "figures" / "fanout.svg"
-
-Rows = Sequence[dict[str, Any]]
+OUT: Final = FIGURES / "fanout.svg"
 
 
 class Line(NamedTuple):
@@ -87,26 +78,20 @@ def panel(axes: Axes, title: str, lines: Sequence[Line]) -> None:
     axes.legend(fontsize=7)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Draw from the given result files, or from all of `bench/results/fanout*.json`."""
-    found = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob("fanout*.json"))
-    if not found:
-        sys.stderr.write("no results: run `kvkeep bench fanout --json bench/results/fanout.json`\n")
-        return 1
-    rows = [row for path in found for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+def draw(rows: Rows) -> Figure | None:
+    """Return the figure of all panels that have curves."""
     panels = [
         ("One process, one prefix of 4,096 tokens", engine_lines(rows)),
         ("Servers in turn, one prefix of 4,096 tokens", server_lines(rows)),
     ]
     drawn = [one for one in panels if one[1]]
+    if not drawn:
+        return None
     figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 3.8), squeeze=False)
     for place, (title, lines) in zip(axes[0], drawn, strict=True):
         panel(place, title, lines)
-    figure.tight_layout()
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUT, metadata={"Date": None})
-    return 0
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], "fanout", OUT, draw))

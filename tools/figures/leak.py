@@ -6,21 +6,12 @@ policy, a median time to first token and an attack's AUC; `kvkeep bench sharing`
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import matplotlib as mpl
+from tools.figures.drawing import FIGURES, Figure, Rows, plt, run
 
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "kvkeep"
-
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
-
-ROOT: Final = Path(__file__).resolve().parents[2]
-OUT: Final = ROOT / "docs" / "figures" / "leak.svg"
+OUT: Final = FIGURES / "leak.svg"
 COLUMNS: Final = ("engine", "policy", "ttft_median_ms", "attack_auc", "attack_auc_halfwidth")
 MARKERS: Final = "os^vDP"
 
@@ -35,7 +26,7 @@ class Point(NamedTuple):
     halfwidth: float
 
 
-def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
+def points(rows: Rows) -> list[Point]:
     """Return the points among a result file's rows."""
     whole = [row for row in rows if all(row.get(column) is not None for column in COLUMNS)]
     return [
@@ -44,16 +35,11 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Draw from the given result files, or from all of `bench/results/sharing*.json`."""
-    files = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob("sharing*.json"))
-    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+def draw(rows: Rows) -> Figure | None:
+    """Return the figure of all points."""
     found = points(rows)
     if not found:
-        sys.stderr.write(
-            "no results: run `kvkeep bench sharing --json bench/results/sharing.json`\n"
-        )
-        return 1
+        return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
     axes.axhspan(0.47, 0.53, color="0.92", label="chance ± 0.03")
     for marker, engine in zip(MARKERS, sorted({p.engine for p in found}), strict=False):
@@ -75,11 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUT, metadata={"Date": None})
-    return 0
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], "sharing", OUT, draw))

@@ -82,6 +82,7 @@ class Promoter:
                 return None
             above = path_to(parent)
         twin = store.share_pages(PUBLIC_ACCOUNT, self._tag, [page])[0]
+        twin.since_s = store.now
         store.attach(above[-1] if above else self._root(), twin, page.key)
         for one in above:
             store.lock(one)

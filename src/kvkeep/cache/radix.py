@@ -56,6 +56,7 @@ class Page:
         "partials",
         "pinned",
         "ref_count",
+        "since_s",
         "slot",
         "state",
         "tag",
@@ -82,6 +83,8 @@ class Page:
         self.ref_count = 0
         self.state = PageState.OPEN
         self.attached = False
+        self.since_s = 0.0
+        """Time of the epoch's end that made it public, in seconds."""
         self.pinned = False
         """Public in the open: a hit counts as one, and no reader's share pays for it."""
 

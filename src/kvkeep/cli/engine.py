@@ -53,6 +53,7 @@ def sharing_options(settings: Settings) -> SharingOptions:
         units_per_day=settings.share_units_per_day,
         state=_text(settings.share_state or beside),
         pinned=_text(settings.share_pinned),
+        gate=settings.share_gate,
         audit_log=_text(settings.share_audit_log),
         webhook=settings.share_webhook,
     )

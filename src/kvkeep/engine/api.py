@@ -190,6 +190,8 @@ class SharingStats(msgspec.Struct, frozen=True, kw_only=True):
     """Processor time of the detector."""
     saved_tokens: int = 0
     """Prompt tokens that a snapshot's pages have saved computing."""
+    gate_bits: float = 0.0
+    """What one first token's time can tell at most where first tokens are held back; else 0."""
     alerts: tuple[tuple[str, str, int], ...] = ()
     """(rule, action, count)."""
     alerts_failed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.gate import PrefillCost
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
@@ -55,6 +57,9 @@ _KEPT_VIEWS = 1 << 48
 DEFAULT_KV_BYTES = 4 << 30
 WARM_UP = "warm-up"
 """Tenant of the request that runs before the engine reports ready."""
+FIT_TOKENS = 513
+"""Of the prompt that prefill's cost is fitted to."""
+FIT_TURNS = 3
 
 
 class Parts(msgspec.Struct, kw_only=True):
@@ -136,7 +141,9 @@ def build_core(
         _controller(options, techniques.codec),
         prefix_caching=options.prefix_caching,
     )
-    _warm_up(core)
+    _warm_up(core, tokens=8, answer=4)
+    if sharing.gate is not None:
+        sharing.gate.set_cost(_prefill_cost(core))
     if options.share.pinned is not None:
         pin(
             core, caches.of(techniques.codec.name), pinned_prompts(Path(options.share.pinned), text)
@@ -272,16 +279,30 @@ def _info(
     )
 
 
-def _warm_up(core: EngineCore) -> None:
-    """Run one short request so that the first client pays for nothing but its own."""
+def _prefill_cost(core: EngineCore) -> PrefillCost:
+    """Measure what a prompt costs on the idle engine: the best of a few turns."""
+    info = core.info
+    tokens = min(FIT_TOKENS, info.max_model_len - 1, info.num_pages * PAGE_TOKENS - 1)
+    one, many = (
+        min(_warm_up(core, tokens=count, answer=1) for _ in range(FIT_TURNS))
+        for count in (1, tokens)
+    )
+    return PrefillCost.of(one, many, tokens)
+
+
+def _warm_up(core: EngineCore, *, tokens: int, answer: int) -> float:
+    """Run one request, as before the first client's; return its seconds."""
     core.set_tenants({WARM_UP: 1.0})
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
     core.submit(
         GenerateRequest(
-            id=WARM_UP, tenant=WARM_UP, scope=WARM_UP, prompt_ids=(0,) * 8, params=params
+            id=WARM_UP, tenant=WARM_UP, scope=WARM_UP, prompt_ids=(0,) * tokens, params=params
         )
     )
+    begun = time.perf_counter()
     while not core.idle():
         core.step()
+    took = time.perf_counter() - begun
     core.set_tenants({})
     core.reset_counters()
+    return took

@@ -69,7 +69,7 @@ class EngineCore:
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
-        self._scheduler = Scheduler(caches, limits, self._exhaust, runner)
+        self._scheduler = Scheduler(caches, limits, self._exhaust, runner, sharing.gate)
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
@@ -139,6 +139,8 @@ class EngineCore:
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
+        if self.sharing.gate is not None:
+            self.sharing.gate.end_epoch(now)
         return self._caches.end_epoch(now)
 
     def reset_counters(self) -> None:
@@ -169,7 +171,13 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Return a snapshot for the admin port."""
         return snapshot(
-            Sources(self._caches, self._scheduler, self._runner, self.sharing),
+            Sources(
+                self._caches,
+                self._scheduler,
+                self._runner,
+                self.sharing,
+                self.info.max_model_len,
+            ),
             self.counters,
             self._shares,
         )

@@ -27,6 +27,8 @@ class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
     """File that carries votes over restarts."""
     pinned: str | None = None
     """TOML file of prefixes that are public from the start."""
+    gate: bool = False
+    """Hold first tokens back until computing what young shared pages saved would be over."""
     audit_log: str | None = None
     webhook: str | None = None
 

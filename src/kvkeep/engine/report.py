@@ -20,6 +20,8 @@ class Sources(NamedTuple):
     scheduler: Scheduler
     runner: ModelRunner
     sharing: Sharing
+    max_tokens: int
+    """Of a prompt."""
 
 
 def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> EngineStats:
@@ -50,7 +52,7 @@ def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> Eng
         e2e_s=c.e2e.snapshot(),
         step_s=c.step.snapshot(),
         tenants=tuple(tenants),
-        sharing=of.sharing.stats(caches.public_pages, c.saved_tokens),
+        sharing=of.sharing.stats(caches.public_pages, c.saved_tokens, of.max_tokens),
     )
 
 

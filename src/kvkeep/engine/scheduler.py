@@ -13,6 +13,7 @@ from typing import Protocol
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.fairness import DeficitRoundRobin
+from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.sequence import Sequence, Status
 from kvkeep.errors import CapacityError, ConfigError
 from kvkeep.types import PAGE_TOKENS, PageSpec, View
@@ -72,12 +73,14 @@ class Scheduler:
         limits: SchedulerLimits,
         exhausted: Callable[[Sequence], None],
         keeper: ViewKeeper,
+        gate: TtftGate | None = None,
     ) -> None:
         """`exhausted` hears of sequences too large for their quota."""
         self._caches = caches
         self._limits = limits
         self._exhausted = exhausted
         self._keeper = keeper
+        self._gate = gate
         self._tenants: dict[str, _Tenant] = {}
         self._robin = DeficitRoundRobin(limits.chunk_tokens)
         self.preemptions = 0
@@ -245,6 +248,8 @@ class Scheduler:
         sequence.view = view
         sequence.uncommitted = sequence.hidden_hit = view.length > match.cached_tokens
         sequence.status = Status.RUNNING
+        if self._gate is not None and sequence.opens_s is None:
+            sequence.opens_s = self._gate.opens_s(match, len(tokens), account=sequence.account)
         if sequence.request.cached_tokens is None:
             sequence.request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
             sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
@@ -309,8 +314,17 @@ class Scheduler:
             left = len(sequence.tokens) - begin
             if left and (sequence in planned or _prefills(sequence)):
                 chunk = self._limits.chunk_tokens
-                return sequence, min(left, chunk - begin % chunk)
+                rows = min(left, chunk - begin % chunk)
+                if self._held_back(sequence):
+                    rows = min(rows, left - 1)
+                return (sequence, rows) if rows else (None, None)
         return None, None
+
+    def _held_back(self, sequence: Sequence) -> bool:
+        """Tell whether a sequence must leave its last row: all that it can be timed by."""
+        if self._gate is None or sequence.opens_s is None or sequence.generated:
+            return False
+        return not self._gate.is_open(sequence.opens_s)
 
     def _take_chunk(self, tenant: _Tenant, planned: dict[Sequence, int]) -> None:
         sequence, rows = self._next_chunk(tenant, planned)
@@ -322,7 +336,8 @@ class Scheduler:
 def _prefills(sequence: Sequence) -> bool:
     """Tell whether a sequence waits its turn for the prefill.
 
-    One that the snapshot has brought to its last row does too: what others sent changes when a
-    tenant's requests are answered, but not in which order.
+    One that the snapshot has brought to its last row does too, and one whose last row is held back:
+    what others sent changes when a tenant's requests are answered, but not in which order.
     """
-    return sequence.remaining() > 1 or (sequence.hidden_hit and not sequence.generated)
+    waits = sequence.hidden_hit or sequence.opens_s is not None
+    return sequence.remaining() > 1 or (waits and not sequence.generated)

@@ -91,6 +91,8 @@ class Sequence:
     generated: int = 0
     uncommitted: bool = False
     """Whether its view holds pages of a snapshot that its scope does not list yet."""
+    opens_s: float | None = None
+    """Before that, its first token is held back; None: it is not."""
     hidden_hit: bool = False
     """Whether it is further than its own and pinned pages have brought it."""
 

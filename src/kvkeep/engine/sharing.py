@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.engine.api import SharingStats, TenantTerms
+from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.options import SharingOptions
 from kvkeep.sharing.audit import AlertSink, AuditLog, NoSink, Webhook
 from kvkeep.sharing.detector.default import load_detector
@@ -90,6 +91,7 @@ class Sharing:
         self._terms: dict[str, TenantTerms] = {}
         self._members: dict[str, Member] = {}
         self.policy = policy or self._named()
+        self.gate = TtftGate(self._consumes, options.epoch_s) if options.gate else None
 
     def leaving(self, terms: Mapping[str, TenantTerms]) -> list[str]:
         """Return the accounts whose votes must not count under new terms."""
@@ -124,8 +126,11 @@ class Sharing:
         term = self._terms.get(account)
         return term is None or term.coded
 
-    def stats(self, public_pages: int, saved_tokens: int) -> SharingStats:
-        """Return the figures for the admin port."""
+    def _consumes(self, account: str) -> bool:
+        return self.directory.consumer(account) is not None
+
+    def stats(self, public_pages: int, saved_tokens: int, max_tokens: int) -> SharingStats:
+        """Return the figures for the admin port; prompts have at most `max_tokens`."""
         alerts = tuple((*key, count) for key, count in sorted(self._monitor.alerts.items()))
         failed = sum(
             sink.counts.failed + sink.counts.dropped
@@ -152,6 +157,7 @@ class Sharing:
             scan_restarts=counts.restarts,
             scan_s=counts.seconds,
             saved_tokens=saved_tokens,
+            gate_bits=0.0 if self.gate is None else self.gate.bits(max_tokens),
             alerts=alerts,
             alerts_failed=failed,
         )

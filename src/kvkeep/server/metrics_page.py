@@ -114,6 +114,7 @@ def _sharing(stats: SharingStats, model: str) -> Iterator[Family]:
         (m.SAVED_TOKENS, stats.saved_tokens),
         (m.SCAN_RESTARTS, stats.scan_restarts),
         (m.SCAN_SECONDS, stats.scan_s),
+        (m.GATE_BITS, stats.gate_bits),
         (m.ALERTS_FAILED, stats.alerts_failed),
     )
     for metric, value in plain:

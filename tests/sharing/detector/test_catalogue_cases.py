@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def cases(column: str) -> list[tuple[str, str]]:
     return [(rule, text) for rule, case in TABLE.items() for text in case[column]]
 
 
+@cache
 def alone(rule: str) -> RuleRecogniser:
     return RuleRecogniser([RULES[rule]])
 

@@ -26,6 +26,11 @@ from kvkeep.sharing.detector.patterns import Pattern
         ("[^1]", "(?s:.)"),
         (r"\b(?i:x)\pL\.", r"\b(?i:x)\pL\."),
         ("[]a1]", "[0]a]"),
+        ("[[:alpha:]3]", "[0[:alpha:]]"),
+        ("[^[:alpha:]3]", "[^[:alpha:]]"),
+        (r"\Qa.[1]\E{2}1*", r"a\.\[0\]{2}0*"),
+        (r"\Qa.b", r"a\.b"),
+        (r"\\Qa.b", r"\\Qa.b"),
     ],
 )
 def test_digits_become_one_and_counts_go(pattern: str, loose: str) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import re
 import unicodedata
+from itertools import pairwise
 
 import pytest
+import re2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkeep.sharing.detector.normalise import View, normalise, views
+from kvkeep.sharing.detector import normalise as module
+from kvkeep.sharing.detector.normalise import LOOKALIKES, View, normalise, views
+from tests.sharing.detector.corpus import texts
 
 HARD = st.text(
     st.characters() | st.sampled_from("ﾀﾞｱ４１０a\u0301\u200b\u00adﬁАаⅣ㌔٤-—　 \ud800"), max_size=60
@@ -78,3 +83,75 @@ def test_offsets_point_back_into_the_original(text: str) -> None:
 def test_each_letter_alone_is_what_it_is_in_the_text(text: str) -> None:
     plain = normalise(text).text
     assert unicodedata.is_normalized("NFKC", plain) or any(map(unicodedata.combining, text))
+
+
+def letter_by_letter(text: str) -> tuple[str, list[int]]:
+    """Return a text normalised without any short cut, and where each letter came from."""
+    whole = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    for wide, plain in zip("，（）：；！？\u3000", ",():;!? "):
+        whole = whole.replace(wide, plain)
+    follows, table = module._LETTERS.follows, module._LETTERS.plain
+    begins = [i for i, c in enumerate(whole) if i == 0 or ord(c) not in follows]
+    letters, starts = "", []
+    for begin, end in pairwise([*begins, len(whole)]):
+        visible = whole[begin:end].translate(table)
+        plain = unicodedata.normalize("NFKC", visible).translate(table)
+        letters += plain
+        starts += [begin] * len(plain)
+    return letters, [*starts, len(whole)]
+
+
+def token_by_token(text: str) -> str:
+    """Return a text folded by looking at every token."""
+    letters = list(text)
+    for token in re2.finditer(r"[^\s\pZ]+", text):
+        word = token.group()
+        if any((c.isascii() and c.isalnum()) or c == "@" for c in word):
+            letters[token.start() : token.end()] = [LOOKALIKES.get(c, c) for c in word]
+    folded = "".join(letters)
+    for run in re2.finditer(module._DIGIT_LIKE, folded):
+        plain = [{"|": "1", "l": "1", "I": "1"}.get(c, "0") for c in run.group()]
+        kept = [c if c in "0123456789 -" else p for c, p in zip(run.group(), plain)]
+        letters[run.start() : run.end()] = kept
+    return "".join(letters)
+
+
+def test_short_cuts_change_nothing() -> None:
+    folded = mapped = 0
+    for text in texts(600, seed=5, hard=True):
+        view = normalise(text)
+        letters, starts = letter_by_letter(text)
+        assert view.text == letters
+        assert list(view.starts or range(len(text) + 1)) == starts
+        mapped += view.starts is not None
+        fold = module._fold(view)
+        assert (view if fold is None else fold).text == token_by_token(view.text)
+        folded += fold is not None
+    assert mapped > 100
+    assert folded > 50
+
+
+@given(HARD)
+def test_short_cuts_change_nothing_of_hard_text(text: str) -> None:
+    view = normalise(text)
+    letters, starts = letter_by_letter(text)
+    assert (view.text, list(view.starts or range(len(text) + 1))) == (letters, starts)
+
+
+def test_a_vowel_sign_that_joins_its_letter_keeps_the_offsets() -> None:
+    view = normalise("\u09c7\u09be 12")
+    assert view.text == "\u09cb 12"
+    assert view.original(2, 4) == (3, 5)
+
+
+def test_a_change_that_is_not_tried_would_change_nothing() -> None:
+    several = 0
+    for text in texts(600, seed=6, hard=True):
+        tried = [normalise(text)]
+        if module._UNUSUAL.search(tried[0].text.encode()) is not None:
+            for change in (module._fold, module._join):
+                view = change(tried[-1])
+                tried += [] if view is None else [view]
+        assert views(text) == tried
+        several += len(tried) > 1
+    assert several > 50

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ pattern = 'TCK-[0-9]{6}'
 """
 
 
+@cache
 def detector(text: str) -> Detector:
     return load_detector(parse_organisation("org.toml", text), rules_only=True)
 

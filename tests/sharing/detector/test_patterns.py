@@ -3,9 +3,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import re2
 
 from kvkeep.errors import ConfigError
+from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
+from tests.sharing.detector.corpus import texts
 
 
 @pytest.mark.parametrize("text", [r"(a)\1", "(?=a)", "(?<!a)b", "(", "a{2000}"])
@@ -39,3 +42,22 @@ def test_a_set_that_ran_out_of_memory_names_all(monkeypatch: pytest.MonkeyPatch)
 def test_reasons_are_words() -> None:
     with pytest.raises(ConfigError, match=r"missing \): \(a"):
         Pattern("(a")
+
+
+def test_a_search_is_that_of_the_library() -> None:
+    rules = [(Pattern(r.pattern), re2.compile(r.pattern)) for r in shipped_rules()]
+    met = 0
+    for text in texts(60, seed=1):
+        data = text.encode()
+        for ours, theirs in rules:
+            for start in (0, len(data) // 3, len(data)):
+                match = theirs.search(data, start)
+                hit = ours.search(data, start)
+                assert (hit is None) == (match is None)
+                if hit is not None:
+                    met += 1
+                    groups = (match.span(group) for group in range(1, theirs.groups + 1))
+                    value = next((span for span in groups if span[0] >= 0), match.span())
+                    assert hit == Hit(match.start(), match.end(), value)
+    assert met > 200
+    assert Pattern("").search(b"", 1) is None

@@ -4,8 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from kvkeep.sharing.detector.catalogue import Rule
+from kvkeep.sharing.detector.catalogue import Rule, shipped_rules
+from kvkeep.sharing.detector.normalise import views
+from kvkeep.sharing.detector.patterns import Pattern
 from kvkeep.sharing.detector.rules import RuleRecogniser, entropy_bits, words_pattern
+from kvkeep.sharing.detector.rules import _Compiled as Compiled
+from kvkeep.sharing.detector.rules import _find as find
+from tests.sharing.detector.corpus import texts
 
 RULE = Rule("r", "thing", "identifier", "[0-9]{4}", "derived")
 
@@ -67,7 +72,7 @@ def test_entropy_and_checks_are_conditions() -> None:
 
 
 def test_words_without_spaces_between_them_count_anywhere() -> None:
-    pattern = words_pattern(["住所", "tel", "*weg"])
+    pattern = Pattern(words_pattern(["住所", "tel", "*weg"]))
     assert pattern.search("私の住所は".encode()) is not None
     assert pattern.search(b"hotel") is None
     assert pattern.search(b"TEL.") is not None
@@ -77,3 +82,41 @@ def test_words_without_spaces_between_them_count_anywhere() -> None:
 def test_the_version_changes_with_the_rules() -> None:
     one, two = RuleRecogniser([RULE]), RuleRecogniser([replace(RULE, score=0.8)])
     assert one.version == RuleRecogniser([RULE]).version != two.version
+
+
+def counted(recogniser: RuleRecogniser, each: list[Compiled], text: str) -> int:
+    """Return how many spans every rule finds by itself; what all find together is the same."""
+    data = text.encode()
+    oracle = [(c.rule, span) for c in each for span in find(c, text, data)]
+    assert recogniser.explained(text) == oracle
+    return len(oracle)
+
+
+def test_all_rules_together_find_what_each_finds_alone() -> None:
+    rules = shipped_rules()
+    recogniser, each = RuleRecogniser(rules), [Compiled(rule) for rule in rules]
+    found = sum(
+        counted(recogniser, each, view.text)
+        for text in texts(120, seed=7, hard=True)
+        for view in views(text)
+    )
+    assert found > 90
+
+
+@pytest.mark.slow
+def test_all_rules_together_find_what_each_finds_alone_in_many_texts() -> None:
+    rules = shipped_rules()
+    recogniser, each = RuleRecogniser(rules), [Compiled(rule) for rule in rules]
+    for text in texts(10_000, seed=8, hard=True):
+        for view in views(text):
+            counted(recogniser, each, view.text)
+
+
+def test_a_rule_is_skipped_where_its_only_context_is_missing() -> None:
+    near = replace(RULE, id="near", context=("code",))
+    grey = replace(near, id="grey", alone=0.4)
+    recogniser = RuleRecogniser([near, grey, replace(near, id="other", context=("token",))])
+    data = b"the code 1234"
+    assert [c.rule.id for c in recogniser._candidates(b"x 1234")] == ["grey"]
+    assert [c.rule.id for c in recogniser._candidates(data)] == ["near", "grey"]
+    assert recogniser._candidates(b"the code") == []

@@ -10,6 +10,7 @@ from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.scanner import CARRY, LONGEST_CARRY, ChainScanner, Detector
 from kvkeep.sharing.detector.spans import Span, Verdict
+from tests.counts import examples
 
 RULES = RuleRecogniser(shipped_rules())
 DETECTOR = Detector([RULES])
@@ -158,7 +159,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(60, 150), deadline=None)
 @given(PIECES, st.integers(1, 200))
 def test_splitting_never_moves_text_to_clear(pieces: list[str], at: int) -> None:
     text = "".join(pieces)
@@ -172,7 +173,7 @@ def test_splitting_never_moves_text_to_clear(pieces: list[str], at: int) -> None
             assert tainted(spans, span.start, span.end)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(60, 150), deadline=None)
 @given(st.lists(st.text(st.characters(), max_size=40), max_size=6))
 def test_no_text_raises(pieces: list[str]) -> None:
     scanner = DETECTOR.scanner()

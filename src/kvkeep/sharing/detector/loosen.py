@@ -16,14 +16,18 @@ _MOST_COUNTED: Final = 3
 _TOKEN = re.compile(
     r"""
       (?P<repeat> \{ (?P<least>\d+) (?: , (?P<most>\d*) )? \} )
-    | (?P<class> \[ \^? \]? (?: \\[xpP]\{[^}]*\} | \\. | [^\]\\] )* \] )
+    | (?P<class> \[ \^? \]? (?: \[:\^?\w+:\] | \\[xpP]\{[^}]*\} | \\. | [^\]\\] )* \] )
     | (?P<escape> \\[xpP]\{[^}]*\} | \\x[0-9A-Fa-f]{2} | \\[pP][A-Z] | \\. )
     | (?P<digit> \d )
     | (?P<other> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ITEM = re.compile(r"\\[xpP]\{[^}]*\}|\\x[0-9A-Fa-f]{2}|\\.|.-[^\\]|.", re.DOTALL)
+ITEM: Final = re.compile(
+    r"\[:\^?\w+:\]|\\[xpP]\{[^}]*\}|\\x[0-9A-Fa-f]{2}|\\.|.-[^\\]|.", re.DOTALL
+)
+"""One item of a character class."""
+_QUOTED = re.compile(r"\\Q(.*?)(?:\\E|$)|(\\.)", re.DOTALL)
 _DIGITS = re.compile(r"\d(?:-\d)?|\\d")
 _NUMBER_GROUP = re.compile(r"[0 ?:().\-/ー\\s|{},\d\[\]]*")
 
@@ -33,12 +37,19 @@ def shape(data: bytes) -> bytes:
     return data.translate(_SHAPE)
 
 
+def unquoted(pattern: str) -> str:
+    r"""Return a pattern with what stands between `\Q` and `\E` escaped letter by letter."""
+    if r"\Q" not in pattern:
+        return pattern
+    return _QUOTED.sub(lambda part: part[2] or re.escape(part[1]), pattern)
+
+
 def loosened(pattern: str) -> str:
     """Return a pattern that matches the shape of every text that `pattern` matches."""
     parts: list[str] = []
     opened: list[int] = []
     last = 0
-    for token in _TOKEN.finditer(pattern):
+    for token in _TOKEN.finditer(unquoted(pattern)):
         text = token.group()
         if token["repeat"]:
             counted = _NUMBER_GROUP.fullmatch("".join(parts[last:])) is not None
@@ -66,7 +77,7 @@ def _plain(token: re.Match[str]) -> str:
 def _class(text: str) -> str:
     """Return a class that holds 0 for any digit that `text` holds, or excludes it with all ten."""
     negated = text.startswith("[^")
-    items = _ITEM.findall(text[2:-1] if negated else text[1:-1])
+    items = ITEM.findall(text[2:-1] if negated else text[1:-1])
     rest = [item for item in items if _DIGITS.fullmatch(item) is None]
     if len(rest) == len(items):
         return text

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-import re2
-
-from kvkeep.sharing.detector.patterns import Pattern
+from kvkeep.sharing.detector.patterns import Pattern, PatternSet
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
@@ -26,6 +24,8 @@ _INVISIBLE: Final = (
 _DASHES: Final = (*range(0x2010, 0x2016), 0x2212, 0xFE58, 0xFE63, 0xFF0D)
 _JOINS: Final = (0x3099, 0x309A, 0xFF9E, 0xFF9F)
 """Marks that make one letter with the kana before them."""
+_JAMO: Final = (range(0x1100, 0x1200), range(0xA960, 0xA980))
+"""Letters that make syllables with each other."""
 _IDEOGRAPHS: Final = (range(0x3400, 0xA000), range(0xAC00, 0xF900))
 """Blocks of letters that are plain as they stand; the surrogates and private use among them."""
 
@@ -39,24 +39,28 @@ LOOKALIKES: Final = dict(
 """Cyrillic, Greek and phonetic letters that look like a Latin one."""
 
 _FOREIGN = f"[{''.join(LOOKALIKES)}]"
-_TOKEN = re2.compile(r"[^\s\pZ]+")
-_DIGIT_LIKE = re2.compile(
+_DIGIT_LIKE: Final = (
     r"\b[0-9OoQlI|][0-9OoQlI| -]*(?:(?:[0-9][ -]?){4}[OoQlI|]|[OoQlI|][ -]?(?:[0-9][ -]?){4})"
     r"[0-9OoQlI| -]*"
 )
-_DIGITS: Final = str.maketrans("OoQlI|", "000111")
-_SPACED = re2.compile(r"(?:^|\s)((?:\S[ \t\r\n]{1,3}){6,}\S)(?:\s|$)")
-_DOTTED = re2.compile(r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b")
-_UNUSUAL = Pattern(
-    "|".join(
-        [
-            f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]",
-            _DIGIT_LIKE.pattern,
-            _SPACED.pattern,
-            _DOTTED.pattern,
-        ]
-    )
+_DIGITS: Final[Mapping[int, str]] = {ord(c): d for c, d in zip("OoQlI|", "000111")}
+_LETTERS_APART: Final = r"(?:\S[ \t\r\n]{1,3}){6,}\S"
+_SPACED: Final = rf"(?:^|\s){_LETTERS_APART}(?:\s|$)"
+_DOTTED: Final = r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b"
+_MIXED: Final = (
+    rf"[^\s\pZ]*(?:[0-9A-Za-z@][^\s\pZ]*{_FOREIGN}|{_FOREIGN}[^\s\pZ]*[0-9A-Za-z@])[^\s\pZ]*"
 )
+"""A token that holds a look-alike and a Latin letter, a digit or `@`."""
+_BESIDE: Final = f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]"
+_UNUSUAL = Pattern(f"{_BESIDE}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
+_CHANGES = PatternSet((_MIXED, _DIGIT_LIKE, _SPACED, _DOTTED))
+"""What folding changes: the first two; what joining does: the others."""
+_FOLDING: Final = 2
+_MIXED_TOKENS: Final = Pattern(_MIXED)
+_FOLDS: Final = {ord(letter): plain for letter, plain in LOOKALIKES.items()}
+_NUMBERS: Final = Pattern(_DIGIT_LIKE)
+_SPACED_LETTERS: Final = Pattern(rf"(?:^|\s)({_LETTERS_APART})(?:\s|$)")
+_DOTTED_LETTERS: Final = Pattern(_DOTTED)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SEPARATORS: Final = frozenset("._/*-")
 
@@ -68,37 +72,59 @@ class _Letters(NamedTuple):
     """What dashes, digits of other scripts and invisible characters stand for."""
     uneven: frozenset[int]
     """All characters that do not become exactly one, whatever stands beside them."""
+    follows: frozenset[int]
+    """Those that belong to the letter before them."""
 
 
 def _letters() -> _Letters:
     plain = {**dict.fromkeys(_DASHES, "-"), **dict.fromkeys(_INVISIBLE, "")}
-    uneven = {*_INVISIBLE, *_JOINS, *range(0x1100, 0x1200), *range(0xA960, 0xA980)}
+    follows = {*_INVISIBLE, *_JOINS}
+    uneven = {code for block in _JAMO for code in block}
     for code in range(0x80, 0x1F000):
         if any(code in block for block in _IDEOGRAPHS):
             continue
         letter = chr(code)
         if letter.isdecimal():
             plain[code] = str(unicodedata.decimal(letter))
-        if unicodedata.combining(letter) or len(unicodedata.normalize("NFKC", letter)) != 1:
+        if unicodedata.combining(letter):
+            follows.add(code)
+        elif len(unicodedata.normalize("NFKC", letter)) != 1:
             uneven.add(code)
-    return _Letters(plain, frozenset(uneven))
+        parts = unicodedata.decomposition(letter).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            follows.add(int(parts[1], 16))  # vowel signs are no combining marks and yet combine
+    return _Letters(plain, frozenset(uneven | follows), frozenset(follows))
 
 
-def _character_class(codes: Iterable[int]) -> str:
-    """Return an RE2 class of some characters, neighbours as a range."""
+def _ranges(codes: Iterable[int]) -> list[list[int]]:
+    """Return the first and the last of each run of neighbours."""
     ranges: list[list[int]] = []
     for code in sorted(codes):
         if ranges and ranges[-1][1] == code - 1:
             ranges[-1][1] = code
         else:
             ranges.append([code, code])
-    return "[" + "".join(rf"\x{{{a:X}}}-\x{{{b:X}}}" for a, b in ranges) + "]"
+    return ranges
+
+
+def _character_class(codes: Iterable[int]) -> str:
+    """Return an RE2 class of some characters."""
+    return "[" + "".join(rf"\x{{{a:X}}}-\x{{{b:X}}}" for a, b in _ranges(codes)) + "]"
 
 
 _PUNCTUATION: Final = tuple(zip("，（）：；！？\u3000", ",():;!? ", strict=True))
 """What ordinary Chinese and Japanese text holds; NFKC as a whole costs ten times as much."""
 _LETTERS: Final = _letters()
 _UNEVEN = Pattern(_character_class(_LETTERS.uneven))
+_CLUSTER = re.compile(
+    "(?s:.)[{follows}]+|[{uneven}]".format(
+        **{
+            name: "".join(rf"\U{a:08X}-\U{b:08X}" for a, b in _ranges(getattr(_LETTERS, name)))
+            for name in ("follows", "uneven")
+        }
+    )
+)
+"""A letter with the marks and invisible characters after it, or one that becomes several."""
 _SPECIAL = Pattern(_character_class(_LETTERS.uneven | _LETTERS.plain.keys()))
 
 
@@ -130,12 +156,18 @@ def normalise(text: str) -> View:
         return View(unicodedata.normalize("NFKC", whole).translate(_LETTERS.plain), None)
     letters: list[str] = []
     starts: list[int] = []
-    for begin, end in _clusters(whole):
-        visible = whole[begin:end].translate(_LETTERS.plain)
-        cluster = unicodedata.normalize("NFKC", visible).translate(_LETTERS.plain)
-        letters += cluster
-        starts += [begin] * len(cluster)
-    starts.append(len(whole))
+    done = 0
+    for cluster in _CLUSTER.finditer(whole):
+        begin, end = cluster.span()
+        letters.append(unicodedata.normalize("NFKC", whole[done:begin]).translate(_LETTERS.plain))
+        starts += range(done, begin)
+        visible = cluster.group().translate(_LETTERS.plain)
+        plain = unicodedata.normalize("NFKC", visible).translate(_LETTERS.plain)
+        letters.append(plain)
+        starts += [begin] * len(plain)
+        done = end
+    letters.append(unicodedata.normalize("NFKC", whole[done:]).translate(_LETTERS.plain))
+    starts += range(done, len(whole) + 1)
     return View("".join(letters), starts)
 
 
@@ -148,45 +180,38 @@ def _encodable(text: str) -> tuple[str, bytes]:
         return whole, whole.encode()
 
 
-def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where each letter stands, with the marks and invisible characters that follow it."""
-    begin = 0
-    for position in range(1, len(text) + 1):
-        if position < len(text) and _goes_on(text[position]):
-            continue
-        yield begin, position
-        begin = position
-
-
-def _goes_on(letter: str) -> bool:
-    code = ord(letter)
-    return bool(unicodedata.combining(letter) or code in _JOINS or _LETTERS.plain.get(code) == "")
+def _folded(pattern: Pattern, table: Mapping[int, str], text: str) -> str:
+    """Return a text with its letters replaced one by one wherever a pattern matches."""
+    data = text.encode()
+    parts: list[str] = []
+    done = 0
+    for hit in pattern.hits(data):
+        parts.append(data[done : hit.start].decode())
+        parts.append(data[hit.start : hit.end].decode().translate(table))
+        done = hit.end
+    return "".join([*parts, data[done:].decode()]) if parts else text
 
 
 def _fold(view: View) -> View | None:
     """Return the view with look-alikes folded in tokens of mixed script; None: there are none."""
-    letters = list(view.text)
-    if not view.text.isascii():
-        for token in _TOKEN.finditer(view.text):
-            word = token.group()
-            if any(letter.isascii() and letter.isalnum() for letter in word) or "@" in word:
-                letters[token.start() : token.end()] = [LOOKALIKES.get(c, c) for c in word]
-    text = "".join(letters)
-    for run in _DIGIT_LIKE.finditer(text):
-        letters[run.start() : run.end()] = run.group().translate(_DIGITS)
-    folded = "".join(letters)
-    return None if folded == view.text else View(folded, view.starts)
+    text = view.text if view.text.isascii() else _folded(_MIXED_TOKENS, _FOLDS, view.text)
+    text = _folded(_NUMBERS, _DIGITS, text)
+    return None if text == view.text else View(text, view.starts)
+
+
+def _values(pattern: Pattern, text: str) -> Iterator[range]:
+    """Yield where the values of a pattern's matches stand, in characters."""
+    data = text.encode()
+    for hit in pattern.hits(data):
+        start = len(data[: hit.value[0]].decode())
+        yield range(start, start + len(data[slice(*hit.value)].decode()))
 
 
 def _join(view: View) -> View | None:
     """Return the view with spaced-out letters joined; None: there are none."""
     text = view.text
-    dropped: set[int] = set()
-    for run in _SPACED.finditer(text):
-        start, end = run.span(1)
-        dropped.update(i for i in range(start, end) if text[i].isspace())
-    for run in _DOTTED.finditer(text):
-        dropped.update(i for i in range(*run.span()) if text[i] in _SEPARATORS)
+    dropped = {i for run in _values(_SPACED_LETTERS, text) for i in run if text[i].isspace()}
+    dropped |= {i for run in _values(_DOTTED_LETTERS, text) for i in run if text[i] in _SEPARATORS}
     if not dropped:
         return None
     kept = [i for i in range(len(text)) if i not in dropped]
@@ -199,10 +224,14 @@ def _join(view: View) -> View | None:
 def views(text: str) -> list[View]:
     """Return the ways to read a text: normalised, then folded and joined where that differs."""
     found = [normalise(text)]
-    if _UNUSUAL.search(found[0].text.encode()) is None:
+    data = found[0].text.encode()
+    changes = () if _UNUSUAL.search(data) is None else _CHANGES.matching(data)
+    if not changes:
         return found
-    for change in (_fold, _join):
-        view = change(found[-1])
-        if view is not None:
-            found.append(view)
+    folded = _fold(found[0]) if changes[0] < _FOLDING else None
+    if folded is not None:
+        found.append(folded)
+    joined = _join(found[-1]) if folded is not None or changes[-1] >= _FOLDING else None
+    if joined is not None:
+        found.append(joined)
     return found

@@ -129,7 +129,9 @@ def _words(document: RuleFile) -> Iterable[_Words]:
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise document.refuse("score: must lie between 0 and 1", "score", "words", index)
         plain = [normalise(word).text for word in words]
-        yield _Words(words_pattern(plain), str(given.get("kind", "organisation")), category, score)
+        yield _Words(
+            Pattern(words_pattern(plain)), str(given.get("kind", "organisation")), category, score
+        )
 
 
 def _allowed(document: RuleFile) -> Iterable[_Allowed]:

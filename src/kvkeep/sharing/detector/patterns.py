@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-import re2
+from re2 import Options, Set, _re2
 
 from kvkeep.errors import ConfigError
 
 _SET_BYTES: Final = 64 << 20
 """Most memory the automaton of a `PatternSet` may take; it is taken as texts need it."""
+_ANYWHERE: Final = _re2.RE2.Anchor.UNANCHORED
 
 
 class Hit(NamedTuple):
@@ -26,24 +27,27 @@ class Pattern:
     """One pattern over UTF-8."""
 
     def __init__(self, text: str) -> None:
-        try:
-            self._compiled = re2.compile(text, _quiet())
-        except re2.error as error:
-            reason = error.args[0] if error.args else "unknown"
+        # The extension itself: its wrapper in Python takes longer than most searches.
+        compiled = _re2.RE2(text.encode(), _quiet())
+        if not compiled.ok():
             raise ConfigError(
-                f"pattern {text!r} is refused: {_words(reason)}; write it without look-around "
-                "and back-references, which need backtracking"
-            ) from None
+                f"pattern {text!r} is refused: {_words(compiled.error())}; write it without "
+                "look-around and back-references, which need backtracking"
+            )
+        self._match = compiled.Match
 
     def search(self, data: bytes, start: int = 0) -> Hit | None:
         """Return the leftmost match that begins at or after a byte."""
-        match = self._compiled.search(data, start) if start <= len(data) else None
-        if match is None:
+        size = len(data)
+        if start > size:
             return None
-        spans = (match.span(group) for group in range(1, self._compiled.groups + 1))
-        value = next((span for span in spans if span[0] >= 0), match.span())
-        start, end = match.span()
-        return Hit(start, end, value)
+        whole, *groups = self._match(_ANYWHERE, data, start, size)
+        if whole[0] < 0:
+            return None
+        for group in groups:
+            if group[0] >= 0:
+                return Hit(whole[0], whole[1], group)
+        return Hit(whole[0], whole[1], whole)
 
     def hits(self, data: bytes) -> Iterator[Hit]:
         """Yield matches from left to right, none inside another."""
@@ -59,10 +63,11 @@ class PatternSet:
     def __init__(self, patterns: Sequence[str]) -> None:
         options = _quiet()
         options.max_mem = _SET_BYTES
-        self._set = re2.Set.SearchSet(options)
+        self._set = Set.SearchSet(options)
         for pattern in patterns:
             self._set.Add(pattern)
-        self._witness = self._set.Add("")
+        # At the end alone: what matches at every byte is noted at every byte.
+        self._witness = self._set.Add(r"\z")
         self._set.Compile()
         self._all = tuple(range(len(patterns)))
 
@@ -72,14 +77,16 @@ class PatternSet:
         A pass that ran out of memory reports nothing, not even the pattern that matches every
         text; then all indices are returned.
         """
-        found = self._set.Match(data)
+        found: list[int] | None = self._set.Match(data)
         if found is None or self._witness not in found:
             return self._all
-        return sorted(index for index in found if index != self._witness)
+        found.remove(self._witness)
+        found.sort()
+        return found
 
 
-def _quiet() -> re2.Options:
-    options = re2.Options()
+def _quiet() -> Options:
+    options = Options()
     options.log_errors = False
     return options
 

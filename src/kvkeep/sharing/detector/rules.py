@@ -1,4 +1,8 @@
-"""Find spans by rules: one pass over all patterns, then each one's context, check and entropy."""
+"""Find spans by rules: passes over many patterns at once, then each one's own conditions.
+
+A text is spared the passes over patterns that need characters it lacks. Rules that find nothing
+without a word near are sought by those words: most texts hold few of them.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,21 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import log2
-from typing import Final
+from math import ceil, log2
+from typing import Final, NamedTuple
 
 from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.checks import CHECKS
 from kvkeep.sharing.detector.loosen import loosened, shape
+from kvkeep.sharing.detector.needs import needs, offers
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
 _WITHIN_NUMBERS: Final = frozenset(" -.")
 DENY_REACH: Final = 16
 """Characters before a value in which a denying word counts."""
+TOGETHER: Final = 80
+"""Most rules of one pass: more passes take longer, larger automata meet new states for longer."""
 
 
 def entropy_bits(text: str) -> float:
@@ -28,7 +35,7 @@ def entropy_bits(text: str) -> float:
     return -sum(n / length * log2(n / length) for n in Counter(text).values())
 
 
-def words_pattern(words: Sequence[str]) -> Pattern:
+def words_pattern(words: Sequence[str]) -> str:
     """Return a pattern for any of some whole words in any case; `*` at an end lets a word go on.
 
     Scripts without spaces between words have no whole words: there any occurrence counts.
@@ -40,7 +47,7 @@ def words_pattern(words: Sequence[str]) -> Pattern:
         after = "" if word.endswith("*") else _edge(body[-1], "$")
         groups.setdefault((before, after), []).append(re.escape(body))
     parts = (f"{b}(?:{'|'.join(bodies)}){a}" for (b, a), bodies in groups.items())
-    return Pattern(f"(?i){'|'.join(parts)}")
+    return f"(?i){'|'.join(parts)}"
 
 
 def _edge(letter: str, anchor: str) -> str:
@@ -52,6 +59,9 @@ class _Compiled:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.needed = needs(rule.pattern)
+        self.only_near = rule.context if not rule.alone else ()
+        """Words without which the rule finds nothing."""
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -59,11 +69,19 @@ class _Compiled:
 
     @cached_property
     def context(self) -> Pattern | None:
-        return words_pattern(self.rule.context) if self.rule.context else None
+        return Pattern(words_pattern(self.rule.context)) if self.rule.context else None
 
     @cached_property
     def deny(self) -> Pattern | None:
-        return words_pattern(self.rule.deny) if self.rule.deny else None
+        return Pattern(words_pattern(self.rule.deny)) if self.rule.deny else None
+
+
+class _Pass(NamedTuple):
+    """Rules tried together on texts that offer what they need."""
+
+    needed: frozenset[str]
+    indices: Sequence[int]
+    patterns: PatternSet
 
 
 class RuleRecogniser:
@@ -75,7 +93,20 @@ class RuleRecogniser:
         digest = hashlib.sha256("".join(map(repr, self.rules)).encode())
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
-        self._set = PatternSet([loosened(rule.pattern) for rule in rules])
+        groups: dict[frozenset[str], list[int]] = {}
+        near: dict[tuple[str, ...], list[int]] = {}
+        for index, compiled in enumerate(self._compiled):
+            if compiled.only_near:
+                near.setdefault(compiled.only_near, []).append(index)
+            else:
+                groups.setdefault(compiled.needed, []).append(index)
+        self._passes = [self._pass(*part) for group in groups.items() for part in _parts(*group)]
+        self._near = list(near.values())
+        self._contexts = PatternSet([words_pattern(words) for words in near])
+
+    def _pass(self, needed: frozenset[str], indices: Sequence[int]) -> _Pass:
+        loose = [loosened(self.rules[index].pattern) for index in indices]
+        return _Pass(needed, indices, PatternSet(loose))
 
     def spans(self, text: str) -> list[Span]:
         """Return what the rules find; rules may overlap."""
@@ -85,16 +116,38 @@ class RuleRecogniser:
         """Return each span with the rule that found it."""
         data = text.encode()
         return [
-            (self._compiled[index].rule, span)
-            for index in self._set.matching(shape(data))
-            for span in _find(self._compiled[index], text, data)
+            (compiled.rule, span)
+            for compiled in self._candidates(data)
+            for span in _find(compiled, text, data)
         ]
+
+    def _candidates(self, data: bytes) -> list[_Compiled]:
+        """Return the rules that may find something, in their order."""
+        shaped = shape(data)
+        offered = offers(shaped)
+        indices: list[int] = []
+        for needed, members, patterns in self._passes:
+            if needed <= offered:
+                indices += [members[index] for index in patterns.matching(shaped)]
+        for context in self._contexts.matching(data):
+            for index in self._near[context]:
+                if self._compiled[index].needed <= offered:
+                    indices.append(index)
+        indices.sort()
+        return [self._compiled[index] for index in indices]
+
+
+def _parts(
+    needed: frozenset[str], indices: Sequence[int]
+) -> Iterator[tuple[frozenset[str], Sequence[int]]]:
+    """Yield rules that need the same, at most `TOGETHER` at once."""
+    count = ceil(len(indices) / TOGETHER)
+    for part in range(count):
+        yield needed, indices[len(indices) * part // count : len(indices) * (part + 1) // count]
 
 
 def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
     rule, pattern = compiled.rule, compiled.pattern
-    if compiled.context is not None and not rule.alone and compiled.context.search(data) is None:
-        return
     ascii_only = len(text) == len(data)
     hit = pattern.search(data)
     while hit is not None:
@@ -115,6 +168,13 @@ def _score(compiled: _Compiled, text: str, start: int, end: int) -> float:
     rule, value = compiled.rule, text[start:end]
     if _touched(rule.edge, text, start, end):
         return 0.0
+    score = rule.score
+    if compiled.context is not None:
+        near = f"{text[max(0, start - rule.reach) : start]}\n{text[end : end + rule.reach]}"
+        if compiled.context.search(near.encode()) is None:
+            score = rule.alone
+    if score == 0:
+        return 0.0
     if rule.check and not any(CHECKS[name](value) for name in rule.check):
         return 0.0
     if rule.entropy and entropy_bits(value) < rule.entropy:
@@ -123,11 +183,7 @@ def _score(compiled: _Compiled, text: str, start: int, end: int) -> float:
         before = text[max(0, start - DENY_REACH) : start]
         if compiled.deny.search(before.encode()) is not None:
             return 0.0
-    if compiled.context is not None:
-        near = f"{text[max(0, start - rule.reach) : start]}\n{text[end : end + rule.reach]}"
-        if compiled.context.search(near.encode()) is None:
-            return rule.alone
-    return rule.score
+    return score
 
 
 def _touched(edge: str, text: str, start: int, end: int) -> bool:

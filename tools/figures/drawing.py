@@ -1,0 +1,43 @@
+"""What every figure shares: the rows it reads, the file it writes, what it says without rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "kvkeep"
+
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.figure import Figure  # noqa: E402
+
+__all__ = ["FIGURES", "Figure", "Rows", "plt", "run"]
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+FIGURES: Final = ROOT / "docs" / "figures"
+
+Rows = Sequence[dict[str, Any]]
+
+
+def run(
+    arguments: Sequence[str], bench: str, out: Path, draw: Callable[[Rows], Figure | None]
+) -> int:
+    """Draw from the given result files, or from all of `bench/results/<bench>*.json`."""
+    found = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob(f"{bench}*.json"))
+    rows = [row for path in found for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    figure = draw(rows)
+    if figure is None:
+        sys.stderr.write(
+            f"no results: run `kvkeep bench {bench} --json bench/results/{bench}.json`\n"
+        )
+        return 1
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+    return 0
