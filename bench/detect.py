@@ -8,10 +8,8 @@ of wording and values that neither world has.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from tokenizers import Tokenizer
 
 from bench import detect_text, harness
 from bench.harness import RESAMPLES, Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
+from bench.public_prompts import DEMO_TOKENIZER, PROMPT_TOKENS, SEED, public_prompts
 from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.context import ContextRules
 from kvkeep.sharing.detector.rules import RuleRecogniser
@@ -32,10 +31,6 @@ from tools.detector_data import heldout
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, LOCALES
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PROMPTS: Final = ROOT / "bench" / "data" / "public_prompts.toml"
-DEMO_TOKENIZER: Final = ROOT / "src" / "kvkeep" / "demo" / "tokenizer.json"
-PROMPT_TOKENS: Final = 4096
-SEED: Final = 11
 FREE_TEXT: Final = frozenset(kind.kind for kind in KINDS.values() if kind.free_text)
 WAYS: Final = ("rules", "scorer", "all")
 
@@ -237,25 +232,6 @@ def real_rows(judge: Judge, sizes: Sizes) -> tuple[list[Figure], list[Row]]:
     return figures, rows
 
 
-def public_prompts(count: int) -> list[str]:
-    """Return public prompts of `PROMPT_TOKENS` tokens of the demo model's tokenizer."""
-    parts = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
-    found = []
-    for index in range(count):
-        rng = random.Random(f"{SEED}/{index}")
-        pieces = [*parts["tools"], *parts["notes"]]
-        rng.shuffle(pieces)
-        text = "\n\n".join([parts["heads"][index % len(parts["heads"])], *pieces])
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        while len(ids) < PROMPT_TOKENS:
-            rng.shuffle(pieces)
-            text = "\n\n".join([text, *pieces])
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-        found.append(tokenizer.decode(ids[:PROMPT_TOKENS], skip_special_tokens=False))
-    return found
-
-
 def clear_share(
     judge: Judge, text: str, tokenizer: Tokenizer, test: Callable[[float], bool]
 ) -> float:
@@ -266,20 +242,26 @@ def clear_share(
 
 
 def prompt_rows(judge: Judge, sizes: Sizes) -> tuple[list[Figure], list[Row]]:
-    """Return how much of public prompts stays clear."""
+    """Return how much of public prompts comes before the first taint, and before the first grey.
+
+    Grey is not promoted either, so the second is what a tenant's own scan lets others share.
+    """
     tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
-    shares, taints = [], []
+    clear, untainted = [], []
     for text in public_prompts(sizes.prompts):
-        shares.append(min(1.0, clear_share(judge, text, tokenizer, flagged)))
-        taints.append(min(1.0, clear_share(judge, text, tokenizer, tainted)))
-    found = _mean(shares)
+        clear.append(min(1.0, clear_share(judge, text, tokenizer, flagged)))
+        untainted.append(min(1.0, clear_share(judge, text, tokenizer, tainted)))
     row: Row = {
-        "prompts": len(shares),
-        "wholly_clear": float(np.mean(np.array(shares) >= 1.0)),
-        "clear_share": found.median,
-        "before_taint_share": _mean(taints).median,
+        "prompts": len(clear),
+        "wholly_clear": float(np.mean(np.array(clear) >= 1.0)),
+        "before_grey_share": _mean(clear).median,
+        "before_taint_share": _mean(untainted).median,
     }
-    return [Figure("detect_clear_prefix_share", found, Goal(">=", 0.95))], [row]
+    figures = [
+        Figure("detect_clear_prefix_share", _mean(untainted), Goal(">=", 0.95)),
+        Figure("detect_clear_prefix_share_before_grey", _mean(clear)),
+    ]
+    return figures, [row]
 
 
 def _mean(values: Sequence[float]) -> Estimate:

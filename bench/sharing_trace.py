@@ -1,7 +1,7 @@
 """The trace of `kvkeep bench sharing`: who asks for which template, when, with how long a suffix.
 
-`bench/traces/sharing.json` is what `python -m bench.sharing_trace` writes; texts are made from the
-numbers in it, so the file holds no prompt.
+`bench/traces/sharing.json` is what `python -m bench.sharing_trace` writes; it holds no prompt.
+Templates are the public prompts of `bench/public_prompts.py`, suffixes are words by chance.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench.public_prompts import public_prompts
 from kvkeep.audit.prompts import WORDS
 from kvkeep.models.text import TextModel
 
@@ -101,8 +102,10 @@ class Texts:
     def __init__(self, text: TextModel, shape: Shape) -> None:
         self._text = text
         self._shape = shape
-        templates = range(shape.templates)
-        self._templates = [self._ids(f"template {t}", shape.template_tokens) for t in templates]
+        self._templates = [
+            text.encode(prompt, add_special_tokens=False)[: shape.template_tokens]
+            for prompt in public_prompts(shape.templates)
+        ]
 
     def prompt(self, number: int, ask: Ask) -> list[int]:
         """Return the ids of the trace's request of this number."""

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from kvkeep.sharing.detector import scorer
 from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
-from tools.detector_data import training
+from tools.detector_data import training, validation
 from tools.detector_data.calibration import Judged, calibrate, plot
 from tools.detector_data.dataset import PROSE, Sizes, passages
+from tools.detector_data.lists import SEED
 from tools.detector_data.passages import KINDS, Passage
-from tools.detector_data.prose import read
-from tools.detector_data.split import split
+from tools.detector_data.prose import Sources, read
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 WEIGHTS: Final = ROOT / "src" / "kvkeep" / "sharing" / "detector" / "scorer.npz"
@@ -43,8 +43,10 @@ GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
 DROPPED: Final = 0.3
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.05
-"""Share of insensitive tokens hidden altogether: unseen wording looks like that."""
+UNKNOWN: Final = 0.07
+"""Share of tokens hidden altogether: unseen wording looks like that."""
+UNKNOWN_VALUES: Final = 0.12
+"""Share of values hidden as a whole: an unseen value looks like that, and the context is left."""
 WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
 
 
@@ -89,7 +91,7 @@ class Tagger(nn.Module):
 
     def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
-        embedded = F.dropout(self.table(rows), 0.1, self.training)
+        embedded = F.dropout(self.table(rows), 0.15, self.training)
         near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
         near = F.dropout(near, 0.1, self.training)
         wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
@@ -120,12 +122,19 @@ def _stacked(group: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, torch.from_numpy(np.concatenate([example.classes for example in group]))
 
 
+def hidden_tokens(target: torch.Tensor) -> torch.Tensor:
+    """Return which tokens to hide, values as a whole; of classes `[T]`."""
+    value = torch.cumsum(torch.diff(target, prepend=target[:1]) != 0, 0)
+    whole = torch.rand(len(target))[value] < UNKNOWN_VALUES
+    return (whole & (target > 0)) | (torch.rand(len(target)) < UNKNOWN)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How long to train."""
 
     epochs: int
-    batch_tokens: int = 12_000
+    batch_tokens: int = 6_000
     rate: float = 4e-3
 
 
@@ -137,7 +146,7 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
     model = Tagger(classes)
     total = sum(len(example.classes) for example in examples)
     steps = plan.epochs * (total // plan.batch_tokens + 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=steps + 1)
     columns = torch.tensor(WORD_COLUMNS)
     for epoch in range(plan.epochs):
@@ -146,7 +155,7 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
             hidden = torch.rand(len(rows), 1) < DROPPED
             kept = rows.clone()
             kept[:, columns] = rows[:, columns].masked_fill(hidden, 0)
-            kept[(target <= 0) & (torch.rand(len(rows)) < UNKNOWN)] = 0
+            kept[hidden_tokens(target)] = 0
             logits = model(kept, (target >= 0).float()[:, None])
             loss = F.cross_entropy(logits, target, ignore_index=-1)
             optimizer.zero_grad()
@@ -214,30 +223,27 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--locales", type=Path, default=Path("/usr/share/locale"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--manuals", type=Path, default=Path("/usr/share/man"))
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
     given = parser.parse_args()
     begun = time.perf_counter()
-    packages = Path(np.__file__).parents[1]
-    prose = read(given.locales, packages, count=int(2500 * given.scale), seed=training.SEED)
-    cut = {lang: len(texts) * 9 // 10 for lang, texts in prose.passages.items()}
-    seen = {lang: texts[: cut[lang]] for lang, texts in prose.passages.items()}
-    unseen = {lang: texts[cut[lang] :] for lang, texts in prose.passages.items()}
+    sources = Sources(given.locales, given.manuals, Path(np.__file__).parents[1])
+    prose = read(sources, count=int(1200 * given.scale))
     kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
     classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
-    sizes = Sizes(int(250 * given.scale), int(1500 * given.scale), 1_000_000)
-    worlds = split(training.world(), training.SEED)
-    known = list(passages(worlds.training, seen, sizes, training.SEED))
+    sizes = Sizes(int(450 * given.scale), int(3000 * given.scale), 1_000_000)
+    known = list(passages(training.world(), prose.seen, sizes, SEED))
     print(f"{len(known)} passages, {time.perf_counter() - begun:.0f} s", flush=True)
     examples = [encode(passage, classes) for passage in known]
     tokens = sum(len(example.classes) for example in examples)
     print(f"{tokens} tokens, {time.perf_counter() - begun:.0f} s", flush=True)
-    model = train(examples, 1 + len(kinds), Plan(given.epochs), training.SEED)
+    model = train(examples, 1 + len(kinds), Plan(given.epochs), SEED)
     meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
     arrays = arrays_of(model)
     raw = save(given.out, arrays, meta | flat(len(kinds)))
-    held = Sizes(int(40 * given.scale) + 1, int(600 * given.scale), 1_000_000)
-    found = judged(raw, list(passages(worlds.validation, unseen, held, training.SEED + 1)))
+    held = Sizes(100, 600, 1_000_000)
+    found = judged(raw, list(passages(validation.world(), prose.unseen, held, SEED + 1)))
     fit = calibrate(found, [kind for kind, _ in kinds], SILENT)
     save(given.out, arrays, meta | {"slopes": fit.slopes, "offsets": fit.offsets})
     plot(found, fit, given.figure)

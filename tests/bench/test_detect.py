@@ -7,17 +7,15 @@ from tokenizers import Tokenizer
 
 from bench import detect_text
 from bench.detect import (
-    DEMO_TOKENIZER,
-    PROMPT_TOKENS,
     Score,
     by_kind,
     equal_false_positives,
     flagged,
     macro,
-    public_prompts,
     share,
     tainted,
 )
+from bench.public_prompts import DEMO_TOKENIZER, PROMPT_TOKENS, public_prompts
 from tools.detector_data.passages import LIMIT
 
 PAGE = r""".TH X 1

@@ -6,10 +6,10 @@ import pytest
 
 from kvkeep.sharing.detector import checks
 from kvkeep.sharing.detector.spans import CATEGORIES
-from tools.detector_data import heldout, training, values
-from tools.detector_data.dataset import PROSE, Sizes, _bare, passages, varied
+from tools.detector_data import heldout, training, validation, values
+from tools.detector_data.dataset import PROSE, Sizes, _bare, passages, roughened, varied
+from tools.detector_data.lists import LISTED, inflected, invented, reserved
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Label, Passage, World
-from tools.detector_data.split import crossed, split
 
 
 @pytest.fixture(scope="module")
@@ -17,35 +17,69 @@ def train() -> World:
     return training.world()
 
 
+@pytest.fixture(scope="module")
+def check() -> World:
+    return validation.world()
+
+
 def closed_values(world: World) -> set[str]:
     each = world.languages.values()
     return {
         value.casefold()
         for language in each
-        for slot in training.CLOSED
+        for slot in training.CLOSED | validation.CLOSED
         for value in language.values.get(slot, ())
     }
 
 
-def test_worlds_share_no_template_and_no_listed_value(train: World) -> None:
+def test_worlds_share_no_template_and_no_listed_value(train: World, check: World) -> None:
     held = heldout.world()
-    assert not train.templates() & held.templates()
-    closed = closed_values(train) | closed_values(held)
-    assert not (train.listed_values() & held.listed_values()) - closed
     assert len(held.listed_values()) > 800
     assert len(held.templates()) > 400
+    closed = closed_values(train) | closed_values(held) | closed_values(check)
+    for world in (train, check):
+        assert not world.templates() & held.templates()
+        assert not (world.listed_values() & held.listed_values()) - closed
+    assert not train.templates() & check.templates()
 
 
-def test_the_split_parts_templates_and_long_lists(train: World) -> None:
-    parts = split(train, 5)
+def test_validation_keeps_values_that_training_lacks(train: World, check: World) -> None:
     for lang in LANGUAGES:
-        ours, theirs = parts.training.languages[lang], parts.validation.languages[lang]
-        assert not set(ours.positive) & set(theirs.positive)
-        assert not set(ours.negative) & set(theirs.negative)
-        for slot in ("medication", "diagnosis", "given", "family"):
-            plain = {value for value in theirs.values[slot] if "<" not in value}
-            assert plain
-            assert not plain & set(ours.values[slot])
+        ours, theirs = train.languages[lang].values, check.languages[lang].values
+        for slot in LISTED & ours.keys() & theirs.keys():
+            shared = {value.casefold() for value in ours[slot] if "<" not in value}
+            assert not shared & {value.casefold() for value in theirs[slot]}
+        for slot in ("given", "family", "medication", "diagnosis"):
+            assert len(theirs[slot]) > 7
+
+
+def test_every_slot_has_values(train: World, check: World) -> None:
+    for world in (train, check):
+        for lang in LANGUAGES:
+            assert all(world.languages[lang].values.values())
+            for slot in KINDS:
+                assert all(p.labels for p in world.positives(lang, slot, 3))
+
+
+def test_invented_words_look_like_others_and_are_new() -> None:
+    tails = ("ina", "etta", "olo")
+    known = [f"{head}{tail}" for head in ("mar", "lor", "ben") for tail in tails] * 6
+    made = invented(known, 20, random.Random(1))
+    assert made == invented(known, 20, random.Random(1))
+    assert all(3 <= len(one) < 13 and one[:3] in {"mar", "lor", "ben"} for one in made)
+    assert invented(["few"], 20, random.Random(1)) == []
+
+
+def test_ukrainian_names_have_cases() -> None:
+    assert "Шевчуком" in inflected(["Шевчук"])
+    assert "Олени" in inflected(["Олена"])
+    assert inflected(["Xyz"]) == []
+
+
+def test_a_share_of_values_is_reserved_whatever_its_case() -> None:
+    values = [f"name{at}" for at in range(800)]
+    assert 120 < sum(map(reserved, values)) < 200
+    assert all(reserved(value) == reserved(value.upper()) for value in values)
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
@@ -100,7 +134,7 @@ def test_variation_keeps_labels_on_their_text() -> None:
     for _ in range(200):
         made = varied(passage, ("first line\nsecond line\nthird",), rng)
         (label,) = made.labels
-        assert made.text[label.start : label.end].lower() == "ann lee"
+        assert label.end - label.start == 7
         assert len(made.text) <= LIMIT
         seen.add(made.text)
     assert len(seen) > 3
@@ -117,12 +151,16 @@ def test_a_value_may_stand_alone_amid_prose() -> None:
             assert "x" not in one.text
 
 
-def test_crossed_values_come_from_two() -> None:
-    made = crossed(["alpha", "omega", "<slot>"], 5, random.Random(1))
-    assert len(made) == 5
-    assert all(one[0] in "ao" and one[-1] == "a" for one in made)
-    assert crossed(["alone"], 3, random.Random(1)) == []
-    assert crossed(["big dog", "old cat"], 1, random.Random(1))[0] in {"big cat", "old dog"}
+def test_rough_text_keeps_its_labels_places() -> None:
+    passage = Passage("ask José Núñez now", "es", (Label(4, 14, "person_name", "person"),), "name")
+    seen = set()
+    for seed in range(300):
+        made = roughened(passage, random.Random(seed))
+        (label,) = made.labels
+        assert label.end - label.start == 10
+        seen.add(made.text)
+    assert "ask Jose Nunez now" in seen
+    assert len(seen) > 10
 
 
 def test_a_set_mixes_kinds_lookalikes_and_prose(train: World) -> None:
@@ -130,5 +168,6 @@ def test_a_set_mixes_kinds_lookalikes_and_prose(train: World) -> None:
     found = list(passages(train, prose, Sizes(1, 2, 1), 7))
     assert found == list(passages(train, prose, Sizes(1, 2, 1), 7))
     assert len([p for p in found if p.labels]) >= 8 * 15
+    assert all(len(p.text) <= LIMIT for p in found)
     assert len([p for p in found if not p.target]) == 8 * 2
     assert [p.text for p in found if p.target == PROSE] == ["plain text"] * 8

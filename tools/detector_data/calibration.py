@@ -19,8 +19,8 @@ KIND_PRIOR: Final = 0.03
 """Share that holds one given kind, for the slope of its scores."""
 NEVER: Final = -30.0
 """The offset of a kind that never scores."""
-BUDGET: Final = 0.03
-PROSE_BUDGET: Final = 0.003
+BUDGET: Final = 0.02
+PROSE_BUDGET: Final = 0.01
 """Share of lookalikes, and of real prose, that may be flagged wrongly."""
 QUANTILES: Final = (
     *(0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,13 +14,32 @@ PROSE: Final = "prose"
 """The target of real text."""
 LOWERED: Final = 0.12
 RAISED: Final = 0.02
-IN_PROSE: Final = 0.25
-BARE: Final = 0.15
+IN_PROSE: Final = 0.2
+BARE: Final = 0.06
 """Shares of positives that are lower-cased, upper-cased, set amid real prose, or there alone."""
+MIXED: Final = 0.05
+"""Share of passages beside a lookalike of another language."""
+MISTYPED: Final = 0.06
+UNACCENTED: Final = 0.04
+QUOTED: Final = 0.05
+"""Shares of passages with wrong letters, without accents, inside a message's JSON."""
+QUOTES: Final = (
+    ('{"role": "user", "content": "', '"}'),
+    ('{"text": "', '"}'),
+    ("<|user|>\n", "\n<|assistant|>"),
+    ("```\n", "\n```"),
+    ("> ", ""),
+    ('"', '"'),
+    ("(", ")"),
+)
 ANYWHERE: Final = frozenset(
     {"person_name", "address", "diagnosis", "medication", "employer", "email", "api_key", "jwt"}
 )
 """Kinds whose values tell what they are without a word around them."""
+
+
+FORMED: Final = 4
+"""Passages of a kind with a form are so many times fewer: rules own them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +88,48 @@ def _bare(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passage
     )
 
 
+def _set_in(passage: Passage, before: str, after: str) -> Passage:
+    """Return a passage between two texts, itself where that is too long."""
+    text = f"{before}{passage.text}{after}"
+    if len(text) > LIMIT:
+        return passage
+    labels = tuple(
+        label._replace(start=label.start + len(before), end=label.end + len(before))
+        for label in passage.labels
+    )
+    return replace(passage, text=text, labels=labels)
+
+
+def _mistyped(passage: Passage, rng: random.Random) -> Passage:
+    """Return a passage with one to three letters exchanged or doubled over their neighbours."""
+    text = list(passage.text)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(max(len(text) - 1, 1))
+        if text[at : at + 2] and all(c.isalpha() for c in text[at : at + 2]):
+            text[at : at + 2] = reversed(text[at : at + 2]) if rng.random() < 0.5 else text[at] * 2
+    return replace(passage, text="".join(text))
+
+
+def _unaccented(passage: Passage) -> Passage:
+    """Return a passage whose Latin letters have no marks."""
+    plain = (unicodedata.normalize("NFD", c)[0] if c < "\u0250" else c for c in passage.text)
+    return replace(passage, text="".join(plain))
+
+
+def roughened(passage: Passage, rng: random.Random) -> Passage:
+    """Return a passage as it may come through keyboards and programs."""
+    if rng.random() < MISTYPED:
+        passage = _mistyped(passage, rng)
+    if rng.random() < UNACCENTED:
+        passage = _unaccented(passage)
+    if rng.random() < QUOTED:
+        passage = _set_in(passage, *rng.choice(QUOTES))
+    return passage
+
+
 def varied(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passage:
     """Return a passage as carelessly written, or amid other text, or as it is."""
+    passage = roughened(passage, rng)
     if rng.random() < LOWERED:
         passage = _cased(passage, passage.text.lower())
     elif rng.random() < RAISED:
@@ -82,10 +142,20 @@ def varied(passage: Passage, prose: Sequence[str], rng: random.Random) -> Passag
 
 
 def positives(world: World, count: int) -> Iterator[Passage]:
-    """Yield the same number of passages of every kind in every language that has it."""
+    """Yield passages of every kind in every language that has it, most of those without a form.
+
+    Where every character is a token there are half as many again: more of them have to be learned.
+    """
     for lang in LANGUAGES:
-        for slot in KINDS:
-            yield from world.positives(lang, slot, count)
+        for slot, kind in KINDS.items():
+            spoken = kind.free_text or slot == "password"
+            wanted = count * 3 // 2 if lang in SPACELESS else count
+            yield from world.positives(lang, slot, wanted if spoken else wanted // FORMED + 1)
+
+
+def _beside(passage: Passage, others: Sequence[Passage], rng: random.Random) -> Passage:
+    """Return a passage after a lookalike of any language."""
+    return _set_in(passage, f"{rng.choice(others).text}\n", "")
 
 
 def passages(
@@ -93,9 +163,12 @@ def passages(
 ) -> Iterator[Passage]:
     """Yield a set of passages, varied; the same for one seed."""
     rng = random.Random(seed)
+    plain = [one for lang in LANGUAGES for one in world.negatives(lang, sizes.negatives)]
     for passage in positives(world, sizes.positives):
-        yield varied(passage, prose[passage.lang], rng)
+        made = varied(passage, prose[passage.lang], rng)
+        yield _beside(made, plain, rng) if rng.random() < MIXED else made
+    for passage in plain:
+        made = varied(passage, (), rng)
+        yield _beside(made, plain, rng) if rng.random() < MIXED else made
     for lang in LANGUAGES:
-        for passage in world.negatives(lang, sizes.negatives):
-            yield varied(passage, (), rng)
         yield from (Passage(text, lang, target=PROSE) for text in prose[lang][: sizes.prose])

@@ -1,12 +1,15 @@
 """Real text without anything sensitive, for training: translated messages and program sources.
 
-Messages come from the gettext catalogues of a machine (`/usr/share/locale`), English text and code
-from installed Python packages that are not the standard library. What names authors is left out.
+Messages come from the gettext catalogues of a machine (`/usr/share/locale`), manual pages from
+`/usr/share/man` unless the benchmark has one of that name under `build/manpages`, English text and
+code from installed Python packages that are not the standard library. What names authors is left
+out.
 """
 
 from __future__ import annotations
 
 import gettext
+import gzip
 import hashlib
 import random
 import re
@@ -14,7 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench.detect_text import page_text, passages
 from tools.detector_data.passages import LIMIT, LOCALES
+
+HELD: Final = 8
+"""One file of so many is validation's."""
+JUDGED: Final = Path(__file__).resolve().parents[2] / "build" / "manpages" / "usr" / "share" / "man"
 
 FOLDERS: Final = {"en": "de", **LOCALES}
 """English is what the German catalogues translate."""
@@ -29,10 +37,21 @@ NAMES_OF_THINGS: Final = ("iso_", "xkeyboard", "wireless", "dates", "tzdata")
 
 
 class Prose(NamedTuple):
-    """Passages by language and the digest of what they were cut from."""
+    """Passages by language, and the digest of them all."""
 
-    passages: dict[str, tuple[str, ...]]
+    seen: dict[str, tuple[str, ...]]
+    """Trained on."""
+    unseen: dict[str, tuple[str, ...]]
+    """Of other files: for validation."""
     digest: str
+
+
+class Sources(NamedTuple):
+    """Folders that prose is read from."""
+
+    locales: Path
+    manuals: Path
+    packages: Path
 
 
 def _messages(path: Path, *, source: bool = False) -> Iterator[str]:
@@ -63,13 +82,33 @@ def _joined(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
         yield made[:LIMIT]
 
 
-def _sources(root: Path) -> Iterator[str]:
-    """Yield pieces of installed packages' sources."""
+def _english(root: Path) -> Iterator[Path]:
+    """Yield the source files of installed packages."""
     for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            pieces = (text[at : at + LIMIT] for at in range(0, len(text), LIMIT))
-            yield from (piece for piece in pieces if not PERSONAL.search(piece))
+        yield from sorted((root / package).rglob("*.py"))
+
+
+def _code(path: Path) -> Iterator[str]:
+    """Yield pieces of a source file."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    pieces = (text[at : at + LIMIT] for at in range(0, len(text), LIMIT))
+    yield from (piece for piece in pieces if not PERSONAL.search(piece))
+
+
+def _manual(path: Path) -> Iterator[str]:
+    """Yield passages of a manual page."""
+    try:
+        text = page_text(gzip.decompress(path.read_bytes()).decode("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return
+    yield from (piece for piece in passages(text) if not PERSONAL.search(piece))
+
+
+def _manuals(root: Path, folder: str) -> Iterator[Path]:
+    """Yield a language's manual pages, none of a name that the benchmark reads."""
+    judged = {path.name for path in (JUDGED / folder).glob("man*/*.gz")}
+    pages = sorted((root / folder).glob("man*/*.gz"))
+    yield from (path for path in pages if path.name not in judged)
 
 
 def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str, ...]:
@@ -79,17 +118,31 @@ def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str,
     return tuple(known[:count])
 
 
-def read(locales: Path, packages: Path, *, count: int, seed: int) -> Prose:
-    """Read prose of every language; languages without a catalogue have none."""
-    rng = random.Random(seed)
-    code = _sample(_sources(packages), count, rng)
-    found = {}
-    for lang, folder in FOLDERS.items():
-        catalogues = sorted((locales / folder / "LC_MESSAGES").glob("*.mo"))
-        kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
-        english = lang == "en"
-        texts = (text for path in kept for text in _messages(path, source=english))
-        found[lang] = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
-    found["en"] = (*found["en"], *code)
-    digest = hashlib.sha256("\0".join(t for texts in found.values() for t in texts).encode())
-    return Prose(found, digest.hexdigest())
+def _held(path: Path) -> bool:
+    """Tell whether a file is validation's."""
+    return hashlib.sha256(path.name.encode()).digest()[0] % HELD == 0
+
+
+def _language(sources: Sources, lang: str, *, held: bool, count: int) -> tuple[str, ...]:
+    """Return passages of one side of a language's files."""
+    rng = random.Random(f"{lang}/{held}")
+    english, folder = lang == "en", FOLDERS[lang]
+    catalogues = sorted((sources.locales / folder / "LC_MESSAGES").glob("*.mo"))
+    kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
+    texts = (text for p in kept if _held(p) is held for text in _messages(p, source=english))
+    messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
+    if english:
+        sources_read = (p for p in _english(sources.packages) if _held(p) is held)
+        others = (piece for path in sources_read for piece in _code(path))
+    else:
+        pages = _manuals(sources.manuals, folder)
+        others = (piece for p in pages if _held(p) is held for piece in _manual(p))
+    return _sample((*messages, *_sample(others, count, rng)), 2 * count, rng)
+
+
+def read(sources: Sources, *, count: int) -> Prose:
+    """Read prose of every language, `count` pieces of each sort; where there is none, none."""
+    seen = {lang: _language(sources, lang, held=False, count=count) for lang in FOLDERS}
+    unseen = {lang: _language(sources, lang, held=True, count=count // 5) for lang in FOLDERS}
+    whole = (text for side in (seen, unseen) for texts in side.values() for text in texts)
+    return Prose(seen, unseen, hashlib.sha256("\0".join(whole).encode()).hexdigest())

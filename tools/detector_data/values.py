@@ -254,7 +254,33 @@ POSTCODES: Final = {
 }
 FIVE: Final = ("#####",)
 
+SPACELESS: Final = ("ja", "zh")
+
+
+def spaced(spaced_text: str, spaceless_text: str) -> Maker:
+    """Return a maker of one text, or of another in a script without spaces."""
+    return lambda _rng, lang: spaceless_text if lang in SPACELESS else spaced_text
+
+
+def stop(rng: random.Random, lang: str) -> str:
+    """Return what ends a sentence, or nothing."""
+    if lang in SPACELESS:
+        return rng.choice(("。", "。", "。", "", "！"))
+    return rng.choice((".", ".", ".", "", "!", "?"))
+
+
+def colon(rng: random.Random, lang: str) -> str:
+    """Return what stands between a form's label and its value."""
+    if lang in SPACELESS and rng.random() < 0.7:
+        return rng.choice(("：", "：", "　", " "))
+    return rng.choice((": ", ": ", ": ", ":", " = ", " - ", "\t", ":  ", " "))
+
+
 MAKERS: Final[Mapping[str, Maker]] = {
+    "sp": spaced(" ", ""),
+    "dot": stop,
+    "col": colon,
+    "br": lambda rng, _lang: rng.choice(("\n", "\n", "\n\n")),
     "card": card,
     "iban": iban,
     "national_id": lambda rng, lang: NATIONAL[lang](rng),

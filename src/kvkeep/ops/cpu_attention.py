@@ -73,7 +73,7 @@ class CpuAttention:
 
     @property
     def decode_calls(self) -> int:
-        """Return how often a coded tile was widened to floats; 0 unless `decode` asks for it."""
+        """Return how often a coded tile was widened to floats: `decode` alone does it."""
         return self._native.decoded
 
     @property

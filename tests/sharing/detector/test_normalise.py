@@ -48,6 +48,7 @@ def test_text_becomes_plain(text: str, plain: str) -> None:
         ("j o h n @ a c m e . i o", "john@acme.io"),
         ("4.1.1.1-1/1*1_1", "41111111"),
         ("４ １ １ １ １ １ １ １", "41111111"),
+        ("№ x\u200b 4 1 1 1 1 1 1 1 1", "411111111"),
     ],
 )
 def test_what_is_hidden_is_in_one_of_the_views(text: str, hidden: str) -> None:

@@ -302,6 +302,12 @@ def four_digits(value: str) -> bool:
     return len(_digits(value)) >= 4 and placed(value)
 
 
+def own_date(value: str) -> bool:
+    """Tell whether a date is none of those that documentation shows: the first of January."""
+    numbers = [int(part) for part in re.findall(r"[0-9]+", value)]
+    return sorted(numbers)[:2] != [1, 1]
+
+
 def real_place(value: str) -> bool:
     """Tell whether an address is none of those that forms show as an example."""
     word = value.lower()
@@ -346,6 +352,7 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
                 iban,
                 resident_id,
                 four_digits,
+                own_date,
                 real_place,
                 has_digit,
                 placed,
