@@ -21,14 +21,14 @@ from bench.quality_run import Asked, Item, Machine, recorded, run
 from bench.quality_suite import TASKS, Context, Maker, digest, read
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
-from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Stored
+from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
 from kvkeep.quant.baselines.blocks import Q4, Q8
 from kvkeep.quant.baselines.cachegen import CacheGen
 from kvkeep.quant.baselines.fp8 import Fp8
 from kvkeep.quant.baselines.kivi import Kivi
 from kvkeep.quant.baselines.kvquant import KvQuant
 from kvkeep.quant.baselines.paper import HackPaper
-from kvkeep.quant.codec import Float
+from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
 
@@ -39,11 +39,11 @@ CODED_EVERY: Final = 64
 """Of how many pages and layers CacheGen's range coder really writes one, for its bytes."""
 
 Sample = Sequence[Sequence[KV]]
-Make = Callable[[Sample], Dequantised]
+Make = Callable[[Sample], Codec]
 
 
-def _ours(layout: Layout) -> Make:
-    return lambda _: Dequantised(Stored(Hack(layout)))
+def _ours(layout: Layout, *, rotate: bool = True) -> Make:
+    return lambda _: Hack(layout, rotate=rotate)
 
 
 def _plain(kind: Callable[[], Baseline]) -> Make:
@@ -62,7 +62,11 @@ CODECS: Final[dict[str, Make]] = {
     "q8_0": _plain(Q8),
     "q4_0": _plain(Q4),
     "hack-paper": _plain(HackPaper),
+    "k2v2-plain": _ours(Layout.K2V2, rotate=False),
+    "k4v2-plain": _ours(Layout.K4V2, rotate=False),
 }
+ABLATIONS: Final = ("k2v2-plain", "k4v2-plain")
+"""Measured where they are asked for."""
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 
 
@@ -76,7 +80,7 @@ class Found:
     """Stored bytes of closed pages over bfloat16's."""
 
 
-def answered(machine: Machine, contexts: Sequence[Context], codec: Float | Dequantised) -> Found:
+def answered(machine: Machine, contexts: Sequence[Context], codec: Codec) -> Found:
     """Return one codec's run."""
     asked = Asked(machine, codec)
     begun = time.perf_counter()
@@ -84,7 +88,8 @@ def answered(machine: Machine, contexts: Sequence[Context], codec: Float | Dequa
     seconds = time.perf_counter() - begun
     if isinstance(codec, Dequantised):
         return Found(items, seconds, codec.stored_bytes / codec.float_bytes)
-    return Found(items, seconds, 1.0)
+    stored, plain = (one.page_spec(asked.shape).page_bytes for one in (codec, Float()))
+    return Found(items, seconds, stored / plain)
 
 
 def chosen(options: Options) -> tuple[str, ...]:
@@ -92,7 +97,8 @@ def chosen(options: Options) -> tuple[str, ...]:
     for name in options.only:
         if name not in CODECS:
             raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(CODECS)}")
-    return options.only or (QUICK if options.quick else tuple(CODECS))
+    whole = tuple(name for name in CODECS if name not in ABLATIONS)
+    return options.only or (QUICK if options.quick else whole)
 
 
 def measure(options: Options) -> Report:

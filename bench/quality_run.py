@@ -128,6 +128,12 @@ class Asked:
         self._asked = 0
         self.text = TextModel.load(machine.model)
         self.info = self._core.info
+        self.shape = KVShape(
+            self.info.num_layers,
+            self.info.num_kv_heads,
+            self.info.head_dim,
+            backend.ops.layouts[torch.bfloat16],
+        )
 
     def answer(
         self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams

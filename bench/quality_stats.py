@@ -57,7 +57,8 @@ def loss(task: str, sums: Sums, picks: NDArray[np.int64]) -> Array:
     items, plain, coded = (side[picks].sum(-1) for side in sums)
     if task == TEXT:
         return np.asarray(1 - np.exp((plain - coded) / items))
-    return np.asarray(1 - coded / np.maximum(plain, 1e-9))
+    able = plain > 0  # who can't do a task loses nothing of it
+    return np.where(able, 1 - coded / np.where(able, plain, 1.0), 0.0)
 
 
 def overall(

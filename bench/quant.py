@@ -100,12 +100,12 @@ def huge(size: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def pages_of(layout: Layout, dim: int, context: int) -> Pages:
+def pages_of(layout: Layout, dim: int, context: int, cold_bytes: int = COLD_BYTES) -> Pages:
     """Return layers of one context, their tiles in any order, in huge memory pages."""
     count = context // PAGE_TOKENS
     sizes = [tile_bytes(layout, dim, first=True), tile_bytes(layout, dim)]
     layer_bytes = KV_HEADS * (sizes[0] + (count - 1) * sizes[1])
-    layers = -(-COLD_BYTES // layer_bytes)
+    layers = -(-cold_bytes // layer_bytes)
     memory = huge(layers * layer_bytes)
     table = np.empty((count, layers, KV_HEADS), np.int32)
     rng, begin = np.random.default_rng(0), 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
 from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
@@ -36,6 +37,11 @@ def core_for(
     core = build_core(EngineOptions(model=str(model), **settings), parts=parts)  # type: ignore[arg-type]
     core.set_tenants(tenants or {"a": 0.5, "b": 0.5})
     return core
+
+
+def manager_of(core: EngineCore) -> CacheManager:
+    """Return the manager of an engine's pages, of the coded ones where it has several."""
+    return next(iter(core._caches.managers.values()))
 
 
 def request(

@@ -60,6 +60,7 @@ READ_BYTES = Metric("attention_read_bytes", Kind.COUNTER, "Bytes of K and V the 
 CACHE_INFO = Metric(
     "kv_cache_info", Kind.GAUGE, "How pages are stored; always 1.", ("kv", "window_tokens")
 )
+KV_CHOSEN = Metric("kv_requests", Kind.COUNTER, "Requests by the form of their pages.", ("kv",))
 ENCODED_PAGES = Metric("kv_encoded_pages", Kind.COUNTER, "Pages that the codec has stored.")
 FINISHED = Metric(
     "request_success", Kind.COUNTER, "Sequences ended, by reason.", ("finished_reason",)

@@ -66,6 +66,8 @@ class PageKind(IntEnum):
     """The same at a sequence's start, where a codec keeps more."""
     STAGED = 2
     """In the model's dtype, beside a coded page until its block ends."""
+    KEPT = 3
+    """In the model's dtype for good, where other views' pages are coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,8 @@ class Segment:
     until encoded.
     """
     staged_from: int = 0
+    coded: bool = True
+    """Whether its pages are ever coded, where any view's are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +230,14 @@ class BatchGeometry:
     window_tokens: int | None = None
     """As in `PageSpec`; None: nothing is ever encoded."""
 
-    def coded_pages(self, position: int) -> int:
+    def window_of(self, segment: Segment) -> int | None:
+        """Return a segment's window; None: it sees everything as it was computed."""
+        return self.window_tokens if segment.coded else None
+
+    def coded_pages(self, segment: Segment, position: int) -> int:
         """Return how many leading pages a query at `position` sees encoded."""
-        if self.window_tokens is None:
-            return 0
-        return position // self.window_tokens * (self.window_tokens // PAGE_TOKENS)
+        window = self.window_of(segment)
+        return 0 if window is None else position // window * (window // PAGE_TOKENS)
 
 
 class Chain(Sequence[bytes]):

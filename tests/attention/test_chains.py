@@ -115,7 +115,7 @@ def test_rows_are_grouped_where_encoded_pages_change() -> None:
     assert [c.first_position for c in chains] == [500, 512, 640, 768]
     for chain in chains:
         seen = range(chain.first_position, chain.first_position + chain.num_rows)
-        assert {step.coded_pages(position) for position in seen} == {chain.coded}
+        assert {step.coded_pages(step.segments[0], position) for position in seen} == {chain.coded}
         assert chain.shareable <= min(chain.coded, chain.first_position // 64)
         assert len(chain.pages) == seen[-1] // 64 + 1
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,11 @@ from bench.quality_suite import Context, Maker, Probe, digest, read, right
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
-from kvkeep.quant.baselines.base import Dequantised
+from kvkeep.quant.baselines.base import Dequantised, Stored
 from kvkeep.quant.baselines.kivi import Kivi
 from kvkeep.quant.codec import Float
+from kvkeep.quant.hack import Hack
+from kvkeep.types import Layout
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,11 @@ def test_a_loss_is_a_share_of_the_models_own_score() -> None:
     assert quality_stats.changed(plain, coded, "recall") == (10, 0)
 
 
+def test_a_model_that_cannot_do_a_task_loses_nothing_of_it() -> None:
+    plain, coded = items("copy", [0.0] * 8), items("copy", [0.0] * 7 + [1.0])
+    assert quality_stats.overall(plain, coded, {"copy": 1.0}) == (0, 0, 0, 8)
+
+
 def test_texts_loss_is_of_the_likelihood_of_a_token() -> None:
     plain, coded = items("text", [3.0] * 8), items("text", [3.1] * 8)
     found = quality_stats.overall(plain, coded, {"text": 1.0})
@@ -105,9 +113,17 @@ def test_an_unknown_codec_is_refused_by_name() -> None:
     assert set(quality.QUICK) < set(quality.chosen(Options()))
 
 
+def shorter(context: Context) -> Context:
+    """Return some of a context: a few of its questions, half of a text."""
+    probes, text = context.probes, context.kind == "text"
+    ids = context.ids[:512] if text else context.ids
+    return msgspec.structs.replace(
+        context, ids=ids, probes=(*probes[:3], *probes[-2:]), turns=context.turns[:3]
+    )
+
+
 def test_an_engine_answers_every_item_and_a_codec_changes_some(maker: Maker) -> None:
-    chosen = maker.contexts(quick=True)
-    kinds = {context.kind: context for context in chosen}
+    kinds = {c.kind: shorter(c) for c in reversed(maker.contexts(quick=True))}
     machine, contexts = Machine(DEMO_MODEL, 1, 1 << 26), list(kinds.values())
     codec = Dequantised(Kivi())
     plain, coded = (run(Asked(machine, one), contexts) for one in (Float(), codec))
@@ -116,6 +132,19 @@ def test_an_engine_answers_every_item_and_a_codec_changes_some(maker: Maker) -> 
     assert [(a.task, a.context) for a in plain] == [(b.task, b.context) for b in coded]
     assert plain != coded
     assert codec.stored_bytes / codec.float_bytes == pytest.approx(3 / 16)
+
+
+def test_attending_codes_scores_like_attending_what_they_stand_for(maker: Maker) -> None:
+    """They differ by the rounding of queries and weights to eight bits alone."""
+    contexts = [shorter(c) for c in maker.contexts(quick=True) if c.kind == "text"]
+    machine, codec = Machine(DEMO_MODEL, 1, 1 << 26), Hack(Layout.K2V2)
+    plain, native, widened = (
+        np.array([item.score for item in run(Asked(machine, one), contexts)])
+        for one in (Float(), codec, Dequantised(Stored(codec)))
+    )
+    apart = np.abs(native - widened).mean()
+    assert 0 < apart < 0.3 * np.abs(widened - plain).mean()
+    assert abs(native.mean() - widened.mean()) < 0.01
 
 
 def test_pages_are_recorded_by_layer() -> None:

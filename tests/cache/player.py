@@ -37,6 +37,12 @@ def tiles_of(pool: TilePool) -> NDArray[np.uint8]:
     return tiles
 
 
+def pool_of(manager: CacheManager) -> TilePool:
+    """Return the pool of a manager that has one of its own."""
+    assert isinstance(manager.pool, TilePool)
+    return manager.pool
+
+
 def tag_of(scope: str) -> PageTag:
     return PageTag(scope)
 
@@ -82,11 +88,13 @@ def _rows(
 ) -> Marks:
     """Return [rows, tiles] marks as stored, after writing `marks` where they are given."""
     at = np.arange(first, last)
-    tiles = manager.pool.tile_table[view.pages()[at // PAGE_TOKENS]].reshape(
-        len(at), manager.pool.spec.tiles_per_page
+    tiles = (
+        pool_of(manager)
+        .tile_table[view.pages()[at // PAGE_TOKENS]]
+        .reshape(len(at), manager.pool.spec.tiles_per_page)
     )
-    words = manager.pool.buffer.numpy().view(np.uint64)
-    unit_words = manager.pool.layer_kv(0).unit_bytes // words.itemsize
+    words = pool_of(manager).buffer.numpy().view(np.uint64)
+    unit_words = pool_of(manager).layer_kv(0).unit_bytes // words.itemsize
     where = tiles.astype(np.int64) * unit_words + (at % PAGE_TOKENS)[:, None]
     if marks is not None:
         words[where] = marks[:, None]
@@ -139,7 +147,7 @@ def check(manager: CacheManager) -> None:
 
 def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
     """Check that every tile is free or in exactly one page."""
-    pool = manager.pool
+    pool = pool_of(manager)
     slots = sorted({page.slot for page in pages})
     holders = Counter(page.slot for page in pages)
     assert all(pool._holders[slot] == n for slot, n in holders.items())

@@ -120,7 +120,7 @@ def test_what_cannot_be_a_pool_is_refused(spec: PageSpec, pages: int, word: str)
 
 
 CODED = PageSpec(Layout.K2V2, 2, 2, 8, tile_bytes=192, window_tokens=128, first_extra_bytes=128)
-BESIDE = Beside(num_first=3, num_staged=2, staged_tile_bytes=1024)
+BESIDE = Beside(num_first=3, num_staged=2, staged_tile_bytes=1024, num_kept=1)
 
 
 def coded_pool() -> TilePool:
@@ -129,11 +129,11 @@ def coded_pool() -> TilePool:
 
 def test_pages_of_each_kind_have_tiles_of_their_own_size() -> None:
     pool = coded_pool()
-    assert pool.buffer.numel() == 4 * (5 * 192 + 3 * 320 + 2 * 1024)
-    assert [pool.bytes_of(kind) for kind in PageKind] == [4 * 5 * 192, 4 * 3 * 320, 4 * 2048]
+    assert pool.buffer.numel() == 4 * (5 * 192 + 3 * 320 + 3 * 1024)
+    assert [pool.bytes_of(kind) for kind in PageKind] == [4 * 5 * 192, 4 * 3 * 320, 4 * 2048, 4096]
     unit = pool.layer_kv(0).unit_bytes
     assert unit == 64
-    sizes = {PageKind.PLAIN: 192, PageKind.FIRST: 320, PageKind.STAGED: 1024}
+    sizes = {PageKind.PLAIN: 192, PageKind.FIRST: 320, PageKind.STAGED: 1024, PageKind.KEPT: 1024}
     taken: list[tuple[int, int]] = []
     for kind, size in sizes.items():
         while pool.free_of(kind):
@@ -152,7 +152,7 @@ def test_a_kind_that_is_used_up_takes_nothing_from_another() -> None:
     first = [pool.alloc_page(PageKind.FIRST) for _ in range(3)]
     with pytest.raises(PoolExhausted):
         pool.alloc_page(PageKind.FIRST)
-    assert [pool.free_of(kind) for kind in PageKind] == [5, 0, 2]
+    assert [pool.free_of(kind) for kind in PageKind] == [5, 0, 2, 1]
     assert pool.free_pages == 2, "a first page is one of the pool's pages"
     pool.free_page(first[1])
     assert pool.free_of(PageKind.FIRST) == 1
@@ -179,4 +179,4 @@ def test_without_more_bytes_at_the_start_first_pages_are_like_any_other() -> Non
     pool = TilePool(SPEC, 2)
     assert pool.bytes_of(PageKind.FIRST) == 0
     pool.alloc_page(PageKind.FIRST)
-    assert [pool.free_of(kind) for kind in PageKind] == [1, 1, 1]
+    assert [pool.free_of(kind) for kind in PageKind] == [1, 1, 1, 1]

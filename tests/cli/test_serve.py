@@ -67,7 +67,7 @@ def test_the_policy_and_what_it_guarantees_are_told(
     assert server.share_always is (policy in ("pinned", "salt", "safekv", "share_all"))
 
 
-@pytest.mark.parametrize("kv", ["bf16", "k8v8", "k4v4", "k4v2", "k2v2"])
+@pytest.mark.parametrize("kv", ["bf16", "k8v8", "k4v4", "k4v2", "k2v2", "auto"])
 def test_the_form_of_pages_is_a_setting(kv: str) -> None:
     assert engine_options(load({"kv": kv})).kv == kv
 

@@ -61,11 +61,21 @@ def test_a_malformed_child_is_one_sentence(
 
 
 def test_sharing_is_told_at_the_start(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["--group", "team", "--no-contribute", "--consume", "--store", "memory", "--ttl-s", "60"]
+    told = [
+        "--group",
+        "team",
+        "--no-contribute",
+        "--consume",
+        "--store",
+        "memory",
+        "--ttl-s",
+        "60",
+        "--no-coded",
+    ]
     assert run(["tenant", "add", "acme", "--share", "0.5", *told, *keys]) == 0
     tenant = TenantFile(Path(keys[1])).list()[0]
     assert (tenant.group, tenant.contribute, tenant.consume) == ("team", False, True)
-    assert (tenant.store, tenant.ttl_s) == ("memory", 60.0)
+    assert (tenant.store, tenant.ttl_s, tenant.coded) == ("memory", 60.0, False)
     capsys.readouterr()
     assert run(["tenant", "list", *keys]) == 0
     assert "team" in capsys.readouterr().out

@@ -14,16 +14,17 @@ import torch
 from kvkeep.attention.planner import AttentionPlanner, FlatPlanner
 from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import Parts, codec_of
+from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.leaf import Embedding
 from kvkeep.quant.codec import Codec, KVShape, Tiles
+from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS
-from tests.engines import core_for, drive, request
+from kvkeep.types import PAGE_TOKENS, Layout
+from tests.engines import core_for, drive, manager_of, request
 from tests.forests import eager
 from tests.toys import EightBit
 
@@ -31,9 +32,9 @@ PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=7, logprobs=2, ignor
 LENGTH = 300
 CODECS: dict[str, Callable[[], Codec]] = {
     "toy": EightBit,
-    "k2v2": lambda: codec_of("k2v2"),
-    "k4v2": lambda: codec_of("k4v2"),
-    "k8v8": lambda: codec_of("k8v8"),
+    "k2v2": lambda: Hack(Layout.K2V2),
+    "k4v2": lambda: Hack(Layout.K4V2),
+    "k8v8": lambda: Hack(Layout.K8V8),
 }
 
 
@@ -126,7 +127,7 @@ def test_cold_and_warm_are_equal_for_every_number_of_pages_found(
 def test_hits_that_end_inside_a_block_would_change_what_is_said(tiny: dict[str, Path]) -> None:
     """The test above can fail: rows would see codes that a cold run sees as they were computed."""
     core = coded_core(tiny["qwen2"], EightBit(256))
-    manager = core._manager
+    manager = manager_of(core)
     manager.pool.spec = replace(manager.pool.spec, window_tokens=128)
     manager._closer._spec = manager.pool.spec
     manager._matcher._block_pages = 2
@@ -160,8 +161,8 @@ def test_preempted_and_resumed_sequences_say_the_same(tiny: dict[str, Path], cod
     asked = [request(prompt_of(120, i), params, id=str(i)) for i in range(3)]
     roomy = drive(coded_core(tiny["qwen2"], codec), asked)
     core = coded_core(tiny["qwen2"], codec, tenants={"a": 1.0})
-    core._manager.set_quotas({"a": 8}, 0)
-    core._manager._store.accounts["a"].quota_first = None
+    manager_of(core).set_quotas({"a": 8}, 0)
+    manager_of(core)._store.accounts["a"].quota_first = None
     got = drive(core, asked)
     assert core.stats().preemptions_total > 0
     assert {i: bits(got[i]) for i in got} == {i: bits(roomy[i]) for i in roomy}
@@ -170,7 +171,7 @@ def test_preempted_and_resumed_sequences_say_the_same(tiny: dict[str, Path], cod
 
 def everything_is_given_back(core: EngineCore) -> None:
     core.set_tenants({})
-    pool = core._manager.pool
+    pool = core._runner._parts.pool
     assert all(own.free_pages == own.num_pages for own in pool._classes)
 
 

@@ -37,6 +37,7 @@ class World:
             max_num_seqs=16,
             share=share,
             kv=kv,
+            kv_auto_tokens=400,
         )
         parts = Parts(techniques=default_parts(options).techniques, inspector=ClearsAll())
         self.core: EngineCore = build_core(options, parts=parts)
@@ -114,13 +115,14 @@ def test_an_attacker_is_told_the_same_with_and_without_victims(
     assert all(same(tiny["llama"], policy, seed) for seed in range(2))
 
 
-def test_an_attacker_is_told_the_same_of_coded_pages(tiny: dict[str, Path]) -> None:
-    assert same(tiny["llama"], "selective", 0, "k2v2")
+@pytest.mark.parametrize("kv", ["k2v2", "auto"])
+def test_an_attacker_is_told_the_same_of_coded_pages(tiny: dict[str, Path], kv: KvName) -> None:
+    assert same(tiny["llama"], "selective", 0, kv)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+@pytest.mark.parametrize("kv", ["bf16", "k2v2", "auto"])
 def test_an_attacker_is_told_the_same_at_length(tiny: dict[str, Path], kv: KvName) -> None:
     assert all(same(tiny["llama"], "selective", seed, kv) for seed in range(50))
 

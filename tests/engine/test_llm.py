@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import kvkeep
-from kvkeep.errors import EngineError, ModelNotFound
+from kvkeep.errors import ConfigError, EngineError, ModelNotFound
 
 
 def test_generate_chat_and_close(tiny: dict[str, Path]) -> None:
@@ -31,6 +31,11 @@ def test_pages_in_fewer_bits(tiny: dict[str, Path], kv: str) -> None:
         assert first.cached_tokens == 0
         assert 0 < again.cached_tokens == (again.prompt_tokens - 1) // 128 * 128
         assert again.token_ids == first.token_ids
+
+
+def test_an_unknown_form_of_pages_is_refused(tiny: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="kv: 'k3v3' is no form of pages"):
+        kvkeep.LLM(str(tiny["qwen2"]), kv_cache_bytes=32 << 20, threads=1, kv="k3v3")
 
 
 def test_beams_and_the_best_of_several(tiny: dict[str, Path]) -> None:

@@ -89,9 +89,9 @@ def oracle(world: CodedWorld, context: Context, q: torch.Tensor) -> tuple[Float6
 
 
 @pytest.mark.parametrize("layout", CODED)
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("seen", [1, 5, 63, 64])
+@pytest.mark.parametrize("seen", [1, 63, 64])
 def test_the_product_of_dequantised_operands(
     layout: Layout, dim: int, first: bool, seen: int
 ) -> None:

@@ -50,7 +50,7 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
     shareable = 0
     if evict is None or (evict.masks.size == 0 and evict.last_hit.size == 0):
         shareable = first // STEP_TOKENS * STEP_PAGES
-        if geometry.window_tokens is not None:
+        if geometry.window_of(segment) is not None:
             shareable = min(shareable, coded)
     return Chain(
         view.id,
@@ -67,12 +67,12 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
 
 def _row_groups(segment: Segment, geometry: BatchGeometry) -> Iterator[tuple[int, int, int]]:
     """Yield (first row, end row, encoded pages), cut where the encoded pages change."""
-    first, begin, block = segment.first_position, 0, geometry.window_tokens
+    first, begin, block = segment.first_position, 0, geometry.window_of(segment)
     if block is not None:
         for edge in range((first // block + 1) * block, first + segment.num_rows, block):
-            yield begin, edge - first, geometry.coded_pages(first + begin)
+            yield begin, edge - first, geometry.coded_pages(segment, first + begin)
             begin = edge - first
-    yield begin, segment.num_rows, geometry.coded_pages(first + begin)
+    yield begin, segment.num_rows, geometry.coded_pages(segment, first + begin)
 
 
 def _pages(segment: Segment, coded: int, count: int) -> Int32Array:

@@ -19,7 +19,7 @@ from kvkeep.cache.accounts import AccountUse, CacheStats, Forgotten, Retention
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
-from kvkeep.cache.pool import TilePool
+from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, path_to, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.cache.tiers import Tier
@@ -44,31 +44,27 @@ class CacheManager:
 
     def __init__(
         self,
-        pool: TilePool,
+        pool: Pages,
         index: RadixIndex,
         policy: SharingPolicy,
         tag_of: Callable[[str], PageTag],
         tier: Tier | None = None,
+        *,
+        first_view: int = 0,
     ) -> None:
+        """`first_view`: where the numbers of its views begin; another manager's lie elsewhere."""
         self.pool = pool
         self.index = index
         self._policy = policy
         self._tier = tier
         self._store = PageStore(pool, index, tier)
         public_tag = tag_of(PUBLIC_SCOPE)
-        self._matcher = Matcher(
-            index,
-            policy,
-            tag_of,
-            tier,
-            copies_rows=pool.spec.window_tokens is None,
-            block_pages=pool.spec.block_pages,
-        )
+        self._matcher = Matcher(index, policy, tag_of, tier, pool.spec)
         self._closer = Closer(self._store, policy, public_tag)
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
         self._fetches: set[Fetch] = set()
-        self._next_view = 0
+        self._next_view = first_view
 
     # Shares
 
@@ -290,16 +286,16 @@ class CacheManager:
         votes = self._policy.forget(account)
         return Forgotten(self._drop_trees(account, None), votes)
 
-    def forget_votes(self, account: str) -> int:
-        """Drop an account's policy state alone; return how many votes."""
-        return self._policy.forget(account)
-
     def end_epoch(self, now: float) -> EpochDelta:
-        """Drop what has had its time, close the policy's epoch and apply its snapshot."""
-        self._store.expire(now)
+        """Close the policy's epoch, drop what has had its time and apply the snapshot."""
         delta = self._policy.end_epoch(now)
-        self._promoter.apply(delta)
+        self.apply(delta, now)
         return delta
+
+    def apply(self, delta: EpochDelta, now: float) -> None:
+        """Drop what has had its time by `now` and apply a snapshot."""
+        self._store.expire(now)
+        self._promoter.apply(delta)
 
     def promote(self, page: Page, *, pinned: bool = False) -> Page | None:
         """Publish one page; see `Promoter.promote`."""

@@ -11,7 +11,7 @@ from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_byte
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageTag, SharingPolicy, chain_hash
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageSpec, PageTag, SharingPolicy, chain_hash
 
 
 def public_start(index: RadixIndex, policy: SharingPolicy, scope: str) -> bytes:
@@ -56,17 +56,15 @@ class Matcher:
         policy: SharingPolicy,
         tag_of: Callable[[str], PageTag],
         tier: Tier | None,
-        *,
-        copies_rows: bool,
-        block_pages: int,
+        spec: PageSpec,
     ) -> None:
-        """`block_pages`: what is found is cut to whole blocks of the prompt's pages."""
+        """What is found is cut to whole blocks of the spec's pages."""
         self._index = index
         self._policy = policy
         self._tag_of = tag_of
         self._tier = tier
-        self._copies_rows = copies_rows
-        self._block_pages = block_pages
+        self._copies_rows = spec.window_tokens is None
+        self._block_pages = spec.block_pages
         self._public_tag = tag_of(PUBLIC_SCOPE)
 
     def match(self, tokens: TokenIds, *, account: str, scope: str) -> Match:

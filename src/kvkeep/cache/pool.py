@@ -62,6 +62,8 @@ class Beside:
     num_staged: int
     """Pages in the model's dtype, of `staged_tile_bytes` a tile."""
     staged_tile_bytes: int
+    num_kept: int = 0
+    """Pages of the same size for views that are not coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,10 @@ class TilePool:
         if kind is not PageKind.PLAIN and at == self._of[PageKind.PLAIN]:
             return 0
         return self._classes[at].range.num_tiles * self._classes[at].range.tile_bytes
+
+    def num_of(self, kind: PageKind) -> int:
+        """Return the pages of one kind, free or not."""
+        return self._class(kind).num_pages
 
     def free_of(self, kind: PageKind) -> int:
         """Return the pages of one kind that can still be handed out."""
@@ -260,6 +266,7 @@ def _wanted(spec: PageSpec, num_pages: int, beside: Beside | None) -> list[_Want
         wanted += [
             _Wanted(PageKind.FIRST, spec.first_tile_bytes, beside.num_first),
             _Wanted(PageKind.STAGED, beside.staged_tile_bytes, beside.num_staged),
+            _Wanted(PageKind.KEPT, beside.staged_tile_bytes, beside.num_kept),
         ]
     wanted = [one for one in wanted if one.pages]
     for one in wanted:

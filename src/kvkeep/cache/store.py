@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from kvkeep.cache.accounts import Account
-from kvkeep.cache.pool import TilePool
+from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
@@ -19,7 +19,7 @@ PUBLIC_ACCOUNT = PUBLIC_SCOPE
 class PageStore:
     """Makes, locks, charges, evicts and frees pages; knows nothing of views."""
 
-    def __init__(self, pool: TilePool, index: RadixIndex, tier: Tier | None) -> None:
+    def __init__(self, pool: Pages, index: RadixIndex, tier: Tier | None) -> None:
         self.pool = pool
         self.index = index
         self._tier = tier

@@ -28,6 +28,9 @@ MODEL_SETTINGS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "kv",
+    "kv_auto_tokens",
+    "kv_auto_codec",
+    "kv_auto_memory",
     "kv_cache_memory_bytes",
     "prefix_caching",
     "attention_planner",
@@ -74,6 +77,9 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv=settings.kv,
+        kv_auto_tokens=settings.kv_auto_tokens,
+        kv_auto_codec=settings.kv_auto_codec,
+        kv_auto_memory=settings.kv_auto_memory,
         kv_cache_bytes=settings.kv_cache_memory_bytes,
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,
@@ -113,6 +119,9 @@ def _stored(info: ModelInfo) -> str:
     if info.window_tokens is None:
         return "as computed"
     staged = human_bytes(info.staged_bytes)
+    if info.kept_bytes:
+        kept = human_bytes(info.kept_bytes)
+        return f"{info.kv}: short requests as computed ({kept}), long ones coded ({staged} staged)"
     return f"{info.kv}, the last {info.window_tokens} tokens or fewer as computed ({staged})"
 
 

@@ -63,6 +63,7 @@ def add(
     consume: Annotated[bool, typer.Option(help="it reads what its group shares")] = True,
     store: Annotated[str, typer.Option(help="never, memory or disk")] = "disk",
     ttl_s: Annotated[float | None, typer.Option(help="seconds unused pages stay")] = None,
+    coded: Annotated[bool, typer.Option(help="its long requests are coded, with kv auto")] = True,
 ) -> None:
     """Add a tenant and print its first key."""
     key = TenantFile(settings.keys).add(
@@ -72,7 +73,7 @@ def add(
         gateway=gateway,
         children=_children(child or []),
         expires_s=_seconds(expires_days),
-        sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s),
+        sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s, coded),
     )
     _show(name, key)
 

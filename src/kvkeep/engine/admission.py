@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import GenerateRequest, ModelInfo
 from kvkeep.engine.fanout import check_fanout
 from kvkeep.errors import InvalidRequest
@@ -12,7 +12,7 @@ from kvkeep.types import PAGE_TOKENS
 
 
 def check_request(
-    spec: GenerateRequest, info: ModelInfo, tenants: Collection[str], manager: CacheManager
+    spec: GenerateRequest, info: ModelInfo, tenants: Collection[str], caches: Caches, codec: str
 ) -> None:
     """Raise `InvalidRequest` for what could never run."""
     length = len(spec.prompt_ids)
@@ -29,7 +29,7 @@ def check_request(
         )
     if not 0 <= min(spec.prompt_ids) <= max(spec.prompt_ids) < info.vocab_size:
         raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
-    if not manager.fits(spec.tenant, length // PAGE_TOKENS + 1):
+    if not caches.of(codec).fits(spec.tenant, length // PAGE_TOKENS + 1):
         raise InvalidRequest(
             f"prompt: {length} tokens do not fit this tenant's reserved share of the cache;"
             " shorten it or raise the share",

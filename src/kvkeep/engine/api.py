@@ -131,6 +131,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Up to so many recent tokens are seen as they were computed; None: all."""
     kv_bytes: int = 0
     """Memory of all pages, staged ones among them."""
+    kept_bytes: int = 0
+    """Memory of the pages of requests that are not coded, where only some are."""
     staged_bytes: int = 0
     """Memory of pages in the model's dtype beside the coded ones."""
     eos_token_ids: tuple[int, ...]
@@ -155,6 +157,8 @@ class TenantTerms(msgspec.Struct, frozen=True, kw_only=True):
     """Whom it shares with; None: nobody."""
     contribute: bool = True
     consume: bool = True
+    coded: bool = True
+    """Whether its long requests are coded, where an engine can choose."""
     store: Literal["never", "memory", "disk"] = "disk"
     """How far down its cached pages may go."""
     ttl_s: float | None = None
@@ -223,6 +227,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that would have been read if every request read its own."""
     attention_read_bytes_total: int
     """Bytes that the kernels read; 0 where the backend does not count."""
+    kv_chosen: tuple[tuple[str, int], ...] = ()
+    """(form of pages, requests)."""
     encoded_pages_total: int = 0
     """Pages that a codec has stored."""
     finished: tuple[tuple[str, int], ...]

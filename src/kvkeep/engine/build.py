@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import torch
@@ -13,7 +14,9 @@ import torch
 from kvkeep.attention import cost
 from kvkeep.attention.planner import CACHED_BYTES, AttentionPlanner, FlatPlanner, TreePlanner
 from kvkeep.attention.profile import Bench, profile
+from kvkeep.cache.caches import Caches
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.parts import PoolPart
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import RadixIndex
 from kvkeep.cache.tiers import PageListener, Tier
@@ -23,7 +26,7 @@ from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.gate import PrefillCost
-from kvkeep.engine.options import EngineOptions, KvName
+from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
@@ -38,11 +41,18 @@ from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import Ops, float_tile_bytes
 from kvkeep.quant.codec import Codec, Float, KVShape
+from kvkeep.quant.controller import ByLength, Controller, Fixed
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
+
+KEPT = "kept"
+"""Codec in the tag of pages in the model's dtype beside coded ones; keys are turned as theirs."""
+
+_KEPT_VIEWS = 1 << 48
+"""Numbers of views over kept pages begin here."""
 
 DEFAULT_KV_BYTES = 4 << 30
 WARM_UP = "warm-up"
@@ -71,14 +81,19 @@ class Parts(msgspec.Struct, kw_only=True):
 def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     return Parts(
-        techniques=Techniques(codec_of(options.kv), NoShield(), KeepAll()),
+        techniques=Techniques(codec_of(options), NoShield(), KeepAll()),
         inspector=inspector_of(options.share),
     )
 
 
-def codec_of(kv: KvName) -> Codec:
-    """Return the codec of a setting."""
-    return Float() if kv == "bf16" else Hack(Layout[kv.upper()])
+def codec_of(options: EngineOptions) -> Codec:
+    """Return the codec the options ask for; where requests differ, that of the long ones."""
+    if options.kv == "bf16":
+        return Float()
+    name = options.kv_auto_codec if options.kv == "auto" else options.kv
+    if name not in get_args(CodedName):
+        raise ConfigError(f"kv: {name!r} is no form of pages; use bf16, auto or a codec's name")
+    return Hack(Layout[name.upper()])
 
 
 def build_core(
@@ -108,13 +123,7 @@ def build_core(
     pool = _pool(options, backend, spec, shape, max_model_len)
     techniques = parts.techniques
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector)
-    manager = CacheManager(
-        pool,
-        RadixIndex(model.spec.digest),
-        sharing.policy,
-        lambda scope: PageTag(scope, techniques.codec.name, techniques.shield.name),
-        parts.tier,
-    )
+    caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy)
     planner = parts.planner or _planner(options, backend, pool, model, threads)
     runner = ModelRunner(
         RunnerParts(
@@ -124,20 +133,55 @@ def build_core(
     info = _info(options, model, pool, kernels.name, max_model_len)
     core = EngineCore(
         info,
-        manager,
+        caches,
         runner,
         OutputFactory(text, info.vocab_size, info.eos_token_ids),
         _limits(options, coded=spec.window_tokens is not None),
         sharing,
+        _controller(options, techniques.codec),
         prefix_caching=options.prefix_caching,
     )
     _warm_up(core, tokens=8, answer=4)
     if sharing.gate is not None:
         sharing.gate.set_cost(_prefill_cost(core))
     if options.share.pinned is not None:
-        pin(core, manager, pinned_prompts(Path(options.share.pinned), text))
+        pin(
+            core, caches.of(techniques.codec.name), pinned_prompts(Path(options.share.pinned), text)
+        )
         core.reset_counters()
     return core
+
+
+def _caches(
+    options: EngineOptions,
+    parts: Parts,
+    pool: TilePool,
+    shape: KVShape,
+    digest: bytes,
+    policy: SharingPolicy,
+) -> Caches:
+    """Return the cache of the codec's pages and, where requests differ, that of kept ones."""
+    techniques = parts.techniques
+
+    def tag_of(codec: str) -> Callable[[str], PageTag]:
+        return lambda scope: PageTag(scope, codec, techniques.shield.name)
+
+    name = techniques.codec.name
+    managers = {name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), parts.tier)}
+    if options.kv == "auto":
+        if options.share.pinned is not None:
+            raise ConfigError("share_pinned: pages of one form only; choose another kv than auto")
+        kept = PoolPart(pool, Float().page_spec(shape))
+        managers[KEPT] = CacheManager(
+            kept, RadixIndex(digest), policy, tag_of(KEPT), parts.tier, first_view=_KEPT_VIEWS
+        )
+    return Caches(managers, policy)
+
+
+def _controller(options: EngineOptions, codec: Codec) -> Controller:
+    if options.kv == "auto":
+        return ByLength(KEPT, codec.name, options.kv_auto_tokens)
+    return Fixed(codec.name)
 
 
 def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
@@ -230,6 +274,7 @@ def _info(
         window_tokens=pool.spec.window_tokens,
         kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),
         staged_bytes=pool.bytes_of(PageKind.STAGED),
+        kept_bytes=pool.bytes_of(PageKind.KEPT),
         eos_token_ids=spec.eos_token_ids,
     )
 

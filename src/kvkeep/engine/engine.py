@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 
-from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.caches import Caches
 from kvkeep.engine.admission import check_request
 from kvkeep.engine.api import (
     Chunk,
@@ -34,6 +34,7 @@ from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
 from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.errors import EngineError, InvalidRequest
+from kvkeep.quant.controller import Controller
 from kvkeep.types import PAGE_TOKENS, EpochDelta
 
 
@@ -50,11 +51,12 @@ class EngineCore:
     def __init__(
         self,
         info: ModelInfo,
-        manager: CacheManager,
+        caches: Caches,
         runner: ModelRunner,
         outputs: OutputFactory,
         limits: SchedulerLimits,
         sharing: Sharing,
+        controller: Controller,
         *,
         prefix_caching: bool = True,
     ) -> None:
@@ -62,11 +64,12 @@ class EngineCore:
         self.epochs = EpochTimer(sharing.epoch_s)
         self._prefix_caching = prefix_caching
         self.info = info
-        self._manager = manager
+        self._caches = caches
+        self._controller = controller
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
-        self._scheduler = Scheduler(manager, limits, self._exhaust, runner, sharing.gate)
+        self._scheduler = Scheduler(caches, limits, self._exhaust, runner, sharing.gate)
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
@@ -85,21 +88,22 @@ class EngineCore:
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)
-        quotas = {name: int(share * self.info.num_pages) for name, share in shares.items()}
-        self._manager.set_quotas(quotas, max(0, self.info.num_pages - sum(quotas.values())))
+        self._caches.set_shares(shares)
         for name in self._shares.keys() - shares.keys():
-            self._manager.forget(name)
+            self._caches.forget(name)
         for name in self.sharing.leaving(terms or {}):
-            self._manager.forget_votes(name)
+            self._caches.forget_votes(name)
         self.sharing.settle(terms or {})
-        self._manager.set_retention(self.sharing.retention())
+        self._caches.set_retention(self.sharing.retention())
         self._shares = dict(shares)
         self._scheduler.set_tenants(shares)
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
+        length = len(spec.prompt_ids) + spec.params.max_tokens
+        codec = self._controller.choose(length, may_code=self.sharing.may_code(spec.tenant))
         try:
-            check_request(spec, self.info, self._shares, self._manager)
+            check_request(spec, self.info, self._shares, self._caches, codec)
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -109,7 +113,8 @@ class EngineCore:
             spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        request = Request(spec, now, deadline)
+        request = Request(spec, now, deadline, codec=codec)
+        self.counters.chosen[codec] += 1
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
         request.held = self._held(request)
@@ -125,7 +130,7 @@ class EngineCore:
 
     def purge(self, tenant: str) -> Purged:
         """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""
-        gone = self._manager.forget(tenant)
+        gone = self._caches.forget(tenant)
         return Purged(pages=gone.pages, votes=gone.votes)
 
     def close(self) -> None:
@@ -136,7 +141,7 @@ class EngineCore:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
         if self.sharing.gate is not None:
             self.sharing.gate.end_epoch(now)
-        return self._manager.end_epoch(now)
+        return self._caches.end_epoch(now)
 
     def reset_counters(self) -> None:
         """Start counting afresh, after warm-up."""
@@ -167,7 +172,7 @@ class EngineCore:
         """Return a snapshot for the admin port."""
         return snapshot(
             Sources(
-                self._manager,
+                self._caches,
                 self._scheduler,
                 self._runner,
                 self.sharing,
@@ -175,7 +180,6 @@ class EngineCore:
             ),
             self.counters,
             self._shares,
-            self.info.num_pages,
         )
 
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
@@ -206,7 +210,7 @@ class EngineCore:
             assert view is not None
             closes = view.length // PAGE_TOKENS > item.start // PAGE_TOKENS
             if closes or item.sequence.uncommitted:
-                self._manager.commit(view, tokens.ids(view.length))
+                self._caches.of_view(view).commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
         now = time.monotonic()
         self._fail_unstored(work, stepped, now)

@@ -6,8 +6,9 @@ from typing import Literal
 
 import msgspec
 
-KvName = Literal["bf16", "k8v8", "k4v4", "k4v2", "k2v2"]
-"""How pages are stored; `bf16` stands for the model's dtype."""
+CodedName = Literal["k8v8", "k4v4", "k4v2", "k2v2"]
+KvName = CodedName | Literal["bf16", "auto"]
+"""How pages are stored; `bf16` stands for the model's dtype, `auto` for a choice by request."""
 
 PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
 
@@ -47,6 +48,12 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     chunk_tokens: int = 256
     kv: KvName = "bf16"
+    kv_auto_tokens: int = 2048
+    """The longest request, prompt and answer, that `auto` does not code."""
+    kv_auto_codec: CodedName = "k4v2"
+    """The form of longer ones."""
+    kv_auto_memory: float = 0.5
+    """Part of the memory for pages that `auto` does not code."""
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"

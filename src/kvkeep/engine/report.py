@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import EngineStats, FinishReason, TenantUse
 from kvkeep.engine.runner import ModelRunner
 from kvkeep.engine.scheduler import Scheduler
@@ -16,7 +16,7 @@ from kvkeep.engine.stats import EngineCounters
 class Sources(NamedTuple):
     """Who knows the figures."""
 
-    manager: CacheManager
+    caches: Caches
     scheduler: Scheduler
     runner: ModelRunner
     sharing: Sharing
@@ -24,18 +24,16 @@ class Sources(NamedTuple):
     """Of a prompt."""
 
 
-def snapshot(
-    of: Sources, c: EngineCounters, shares: Mapping[str, float], num_pages: int
-) -> EngineStats:
-    """Return all figures of one moment; `shares` are the tenants' parts of `num_pages`."""
-    pool, read = of.manager.stats(), of.runner.read
-    tenants = [_use(of, name, int(shares[name] * num_pages)) for name in sorted(shares)]
+def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> EngineStats:
+    """Return all figures of one moment; `shares` are the tenants' parts of the pages."""
+    caches, read = of.caches, of.runner.read
+    tenants = [_use(of, name, caches.quota(shares[name])) for name in sorted(shares)]
     return EngineStats(
         requests_running=sum(t.running for t in tenants),
         requests_waiting=sum(t.waiting for t in tenants),
-        pages_total=num_pages,
-        pages_used=num_pages - pool.pages_free,
-        pages_free=pool.pages_free,
+        pages_total=caches.num_pages,
+        pages_used=caches.num_pages - caches.free_pages,
+        pages_free=caches.free_pages,
         prompt_tokens_total=c.prompt_tokens,
         generation_tokens_total=c.generated_tokens,
         prefix_cache_queries_total=c.cache_queries,
@@ -46,6 +44,7 @@ def snapshot(
         attention_planned_bytes_total=read.planned_bytes,
         attention_flat_bytes_total=read.flat_bytes,
         attention_read_bytes_total=of.runner.kernels.attention.bytes_read,
+        kv_chosen=tuple(sorted(c.chosen.items())),
         encoded_pages_total=read.encoded_pages,
         finished=tuple((reason.value, c.finished[reason]) for reason in FinishReason),
         ttft_s=c.ttft.snapshot(),
@@ -53,7 +52,7 @@ def snapshot(
         e2e_s=c.e2e.snapshot(),
         step_s=c.step.snapshot(),
         tenants=tuple(tenants),
-        sharing=of.sharing.stats(of.manager.public_pages, c.saved_tokens, of.max_tokens),
+        sharing=of.sharing.stats(caches.public_pages, c.saved_tokens, of.max_tokens),
     )
 
 
@@ -62,7 +61,7 @@ def _use(of: Sources, tenant: str, quota_pages: int) -> TenantUse:
     return TenantUse(
         tenant=tenant,
         quota_pages=quota_pages,
-        used_pages=of.manager.used(tenant),
+        used_pages=of.caches.used(tenant),
         running=running,
         waiting=waiting,
     )

@@ -70,7 +70,9 @@ class ModelRunner:
         self._parts = parts
         self._spec = parts.techniques.codec.page_spec(parts.shape)
         self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
-        self._staging = Staging(parts.pool, self._spec.window_tokens)
+        self._staging = Staging(parts.pool)
+        codec = parts.techniques.codec
+        self._coded = None if self._spec.window_tokens is None else codec.name
         plain_bytes = float_tile_bytes(parts.shape.layout, parts.shape.head_dim)
         self._page_bytes = (self._spec.page_bytes, plain_bytes * self._spec.tiles_per_page)
         """Coded, and in the model's dtype."""
@@ -135,16 +137,18 @@ class ModelRunner:
             assert view is not None
             if view.evict is None:
                 view.evict = self._parts.techniques.evictor.new_state(self._spec)
-            staged, staged_from = self._staging.pages_of(view, item.start + item.count)
-            segments.append(Segment(view, row, item.count, item.start, staged, staged_from))
+            coded = self._coded == view.tag.codec
+            end = item.start + item.count
+            staged, staged_from = self._staging.pages_of(view, end, coded=coded)
+            segments.append(Segment(view, row, item.count, item.start, staged, staged_from, coded))
             positions = np.arange(item.start, item.start + item.count)
             pages = positions // PAGE_TOKENS
             target = staged[pages - staged_from] * PAGE_TOKENS + positions % PAGE_TOKENS
             target[positions < view.length] = -1
             slots.append(target.astype(np.int32))
             for page in range(view.length // PAGE_TOKENS, (item.start + item.count) // PAGE_TOKENS):
-                coded, written = int(view.slots[page]), int(staged[page - staged_from])
-                closing.append(Closing(coded, written if written != coded else -1, page, view))
+                slot, written = int(view.slots[page]), int(staged[page - staged_from])
+                closing.append(Closing(slot, written if written != slot else -1, page, view))
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
@@ -163,7 +167,7 @@ class ModelRunner:
         self.read.planned_bytes += int((plan.runs[:, 1] * sizes).sum())
         for segment in geometry.segments:
             end = segment.first_position + segment.num_rows
-            first = geometry.coded_pages(end - 1)
+            first = geometry.coded_pages(segment, end - 1)
             rest = -(-end // PAGE_TOKENS) - first
             self.read.flat_bytes += first * coded_bytes + rest * plain_bytes
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.caches import Caches
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.sequence import Sequence, Status
 from kvkeep.errors import CapacityError, ConfigError
-from kvkeep.types import PAGE_TOKENS, View
+from kvkeep.types import PAGE_TOKENS, PageSpec, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,7 @@ class SchedulerLimits:
     chunk_tokens: int = 256
     """Prefill is cut at absolute multiples of this."""
     coded: bool = False
-    """Whether pages are coded. Then a prompt's last token is never cached, since a query sees its
-    own block as it was computed, and no more sequences run than there are staged pages for.
-    """
+    """Whether pages are coded: then no more sequences run than there are staged pages for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +69,14 @@ class Scheduler:
 
     def __init__(
         self,
-        manager: CacheManager,
+        caches: Caches,
         limits: SchedulerLimits,
         exhausted: Callable[[Sequence], None],
         keeper: ViewKeeper,
         gate: TtftGate | None = None,
     ) -> None:
         """`exhausted` hears of sequences too large for their quota."""
-        self._manager = manager
+        self._caches = caches
         self._limits = limits
         self._exhausted = exhausted
         self._keeper = keeper
@@ -141,7 +139,7 @@ class Scheduler:
         full = self._limits.coded and len(tenant.running) >= tenant.max_running
         if source.view is not None and (sequence in tenant.running or not full):
             try:
-                sequence.view = self._manager.fork(source.view)
+                sequence.view = self._caches.of_view(source.view).fork(source.view)
             except CapacityError:
                 sequence.view = None
             else:
@@ -157,7 +155,7 @@ class Scheduler:
             view, sequence.view = sequence.view, None
             self._keeper.forget(view)
             full = view.length - view.length % PAGE_TOKENS
-            self._manager.release(view, sequence.tokens.ids(full))
+            self._caches.of_view(view).release(view, sequence.tokens.ids(full))
 
     def park(self, sequence: Sequence) -> None:
         """Take a running sequence out of its tenant's lists; what it computed stays cached."""
@@ -219,7 +217,8 @@ class Scheduler:
 
     def _open(self, sequence: Sequence, *, alone: bool) -> bool:
         """Match and lock the prefix, reserve room for the rest; False where it must wait."""
-        manager, spec, tokens = self._manager, sequence.request.spec, sequence.tokens.ids()
+        request, tokens = sequence.request, sequence.tokens.ids()
+        manager, spec = self._caches.of(request.codec), request.spec
         manager.poll()
         if sequence.fetch is not None:
             if not sequence.fetch.done:
@@ -227,7 +226,9 @@ class Scheduler:
             manager.end_fetch(sequence.fetch)
             sequence.fetch = None
         match = manager.match(
-            tokens[: self._reusable(sequence)], account=sequence.account, scope=spec.scope
+            tokens[: self._reusable(sequence, manager.pool.spec)],
+            account=sequence.account,
+            scope=spec.scope,
         )
         if match.pending and sequence.status is Status.WAITING:
             sequence.fetch = manager.begin_fetch(match, tokens)
@@ -254,12 +255,12 @@ class Scheduler:
             sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
         return True
 
-    def _reusable(self, sequence: Sequence) -> int:
+    def _reusable(self, sequence: Sequence, pages: PageSpec) -> int:
         """Return how many leading tokens may come from the cache."""
         spec = sequence.request.spec
         if spec.params.prompt_logprobs is not None and not sequence.generated:
             return 0
-        return len(sequence.tokens) - (1 if self._limits.coded else 0)
+        return len(sequence.tokens) - (0 if pages.window_tokens is None else 1)
 
     def _decodes(self, tenant: _Tenant) -> list[Work]:
         work = []
@@ -276,7 +277,7 @@ class Scheduler:
         needed = len(sequence.tokens) - sequence.view.length
         while True:
             try:
-                self._manager.extend(sequence.view, needed)
+                self._caches.of_view(sequence.view).extend(sequence.view, needed)
             except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
@@ -297,12 +298,12 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.fetch is not None:
-            self._manager.end_fetch(sequence.fetch)
+            self._caches.of(sequence.request.codec).end_fetch(sequence.fetch)
             sequence.fetch = None
         if sequence.view is not None:
             self._keeper.forget(sequence.view)
-            self._manager.release(sequence.view, sequence.tokens.ids(sequence.view.length))
-            sequence.view = None
+            view, sequence.view = sequence.view, None
+            self._caches.of_view(view).release(view, sequence.tokens.ids(view.length))
 
     def _next_chunk(
         self, tenant: _Tenant, planned: dict[Sequence, int]

@@ -66,6 +66,8 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
     """Prompt tokens found among its own and pinned pages when it was first admitted."""
+    codec: str = "float"
+    """What stores its pages; chosen once, when it is submitted."""
     saved_tokens: int = 0
     """Prompt tokens that were not computed then, those of the snapshot among them."""
     first_token_s: float | None = None

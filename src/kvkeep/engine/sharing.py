@@ -121,6 +121,11 @@ class Sharing:
         term = self._terms.get(account)
         return term is not None and term.store == "never"
 
+    def may_code(self, account: str) -> bool:
+        """Tell whether an account's pages may be coded, where an engine can choose."""
+        term = self._terms.get(account)
+        return term is None or term.coded
+
     def _consumes(self, account: str) -> bool:
         return self.directory.consumer(account) is not None
 

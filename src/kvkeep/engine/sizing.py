@@ -30,8 +30,16 @@ def divide(
     if spec.window_tokens is None:
         pages = wanted_bytes // spec.page_bytes
         return Division(_enough(min(pages, most), wanted_bytes, spec), None)
-    staged = staged_pages(spec.window_tokens, options)
-    rest = wanted_bytes - staged * spec.tiles_per_page * staged_tile_bytes
+    staged, float_bytes = (
+        staged_pages(spec.window_tokens, options),
+        spec.tiles_per_page * staged_tile_bytes,
+    )
+    kept = 0
+    if options.kv == "auto":
+        kept = _enough(
+            min(int(wanted_bytes * options.kv_auto_memory) // float_bytes, most), wanted_bytes, spec
+        )
+    rest = wanted_bytes - (staged + kept) * float_bytes
     if rest < 2 * spec.page_bytes:
         raise ConfigError(
             f"kv_cache_memory_bytes: {wanted_bytes} bytes, and {wanted_bytes - rest} of them for"
@@ -45,7 +53,8 @@ def divide(
             (middle, high) if _coded_bytes(spec, middle, options) <= rest else (low, middle - 1)
         )
     first = _first_pages(spec, low, options)
-    return Division(_enough(low, wanted_bytes, spec), Beside(first, staged, staged_tile_bytes))
+    beside = Beside(first, staged, staged_tile_bytes, kept)
+    return Division(_enough(low, wanted_bytes, spec), beside)
 
 
 def staged_pages(window_tokens: int, options: EngineOptions) -> int:

@@ -11,17 +11,16 @@ from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, PageKind, View
 class Staging:
     """Keeps, per view, staged page slots from the first page a query may still see unencoded.
 
-    Where nothing is encoded (`window_tokens` None) a view's own slots are the staged ones.
+    Of a view that is not coded, its own slots are the staged ones.
     """
 
-    def __init__(self, pool: TilePool, window_tokens: int | None) -> None:
+    def __init__(self, pool: TilePool) -> None:
         self._pool = pool
-        self._window = window_tokens
         self._staged: dict[int, dict[int, int]] = {}
 
-    def pages_of(self, view: View, end: int) -> tuple[Int32Array, int]:
+    def pages_of(self, view: View, end: int, *, coded: bool) -> tuple[Int32Array, int]:
         """Return (slots, first page) that hold tokens before `end` in the model's dtype."""
-        if self._window is None:
+        if not coded:
             return view.slots, 0
         staged = self._staged.setdefault(view.id, {})
         first = min(staged, default=view.length // PAGE_TOKENS)
@@ -35,7 +34,7 @@ class Staging:
         """Free staged pages that no later query sees."""
         for segment in geometry.segments:
             staged = self._staged.get(segment.view.id, {})
-            gone = geometry.coded_pages(segment.first_position + segment.num_rows)
+            gone = geometry.coded_pages(segment, segment.first_position + segment.num_rows)
             for page in [p for p in staged if p < gone]:
                 self._pool.free_page(staged.pop(page))
 

@@ -53,6 +53,8 @@ class EngineCounters:
     step_seconds: float = 0.0
     model_seconds: float = 0.0
     finished: Counter[FinishReason] = field(default_factory=Counter)
+    chosen: Counter[str] = field(default_factory=Counter)
+    """Requests by the form their pages take."""
     ttft: Observations = field(default_factory=lambda: Observations(TTFT_BOUNDS_S))
     tpot: Observations = field(default_factory=lambda: Observations(TPOT_BOUNDS_S))
     e2e: Observations = field(default_factory=lambda: Observations(E2E_BOUNDS_S))

@@ -88,6 +88,7 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
     )
     for metric, value in plain:
         yield _simple(metric, [((), float(value))], model)
+    yield _simple(m.KV_CHOSEN, [((kv,), float(n)) for kv, n in stats.kv_chosen], model)
     yield _simple(m.FINISHED, [((reason,), float(n)) for reason, n in stats.finished], model)
     for metric, histogram in (
         (m.TTFT, stats.ttft_s),

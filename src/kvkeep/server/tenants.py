@@ -41,6 +41,7 @@ class SharingTerms:
     consume: bool = True
     store: Store = "disk"
     ttl_s: float | None = None
+    coded: bool = True
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +77,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     """How far down its cached pages may go."""
     ttl_s: float | None = None
     """Seconds without use after which its pages go."""
+    coded: bool = True
+    """Whether its long requests are coded, under `kv = auto`."""
 
     def terms(self) -> TenantTerms:
         """Return what the engine needs to know beside the share."""
@@ -86,6 +89,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
             consume=self.consume,
             store=self.store,
             ttl_s=self.ttl_s,
+            coded=self.coded,
         )
 
 
@@ -240,6 +244,7 @@ class TenantFile:
                 consume=terms.consume,
                 store=terms.store,
                 ttl_s=terms.ttl_s,
+                coded=terms.coded,
             )
             cell.table = msgspec.structs.replace(cell.table, tenants=(*cell.table.tenants, tenant))
         return key

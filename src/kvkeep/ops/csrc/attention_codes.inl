@@ -26,9 +26,10 @@ struct CodeMemory {
   float* bias;  // of rows
 
   static constexpr int64_t most(int dim) { return 4 * int64_t{dim}; }  // partitions * kPage or dim
-  static constexpr int64_t values(int dim) { return kCodeRows * int64_t{dim} / 16 + 4; }
+  static constexpr int64_t values(int dim) { return line_floats(kCodeRows * dim / 16 + 4); }
   static int64_t bytes(int dim) {
-    return (4 * most(dim) + 4 * values(dim) + kCodeRows) * 4 + 2 * kCodeRows * most(dim);
+    return (4 * most(dim) + 4 * values(dim) + line_floats(kCodeRows)) * 4 +
+           2 * kCodeRows * most(dim);
   }
 
   CodeMemory(float* memory, int dim) {
@@ -42,7 +43,7 @@ struct CodeMemory {
       operand[j].scale = take(values(dim));
       operand[j].bias = take(values(dim));
     }
-    bias = take(kCodeRows);
+    bias = take(line_floats(kCodeRows));
     for (int j = 0; j < 2; j++) {
       operand[j].bytes = reinterpret_cast<uint8_t*>(take(kCodeRows * most(dim) / 4));
     }
@@ -67,47 +68,67 @@ struct Fetch {
   }
 };
 
+// What is quantised: `from` times `fold`, and its dot product with `low`; a partition of a row.
+struct Part {
+  const float *from, *fold, *low;
+};
+
+// kCount parts of kVecs vectors each, reduced together: each in the same order of sums wherever it
+// stands.
+template <int kVecs, bool kSigned, int kCount>
+inline __attribute__((always_inline)) void quantise_parts(const Part (&parts)[4], float unit,
+                                                          uint8_t* bytes, float* scale,
+                                                          float* bias) {
+  constexpr float kTop = kSigned ? kQueryTop : kWeightTop;
+  V u[kCount][kVecs];
+  V top[4] = {Isa::zero(), Isa::zero(), Isa::zero(), Isa::zero()};
+  V sum[4] = {Isa::zero(), Isa::zero(), Isa::zero(), Isa::zero()};
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; i++) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kVecs; k++) {
+      const V value = Isa::load(parts[i].from + k * W);
+      u[i][k] = Isa::mul(value, Isa::load(parts[i].fold + k * W));
+      sum[i] = Isa::fma(value, Isa::load(parts[i].low + k * W), sum[i]);
+      top[i] = Isa::max(top[i], kSigned ? Isa::abs(u[i][k]) : u[i][k]);
+    }
+  }
+  const V tops = Isa::max4(top[0], top[1], top[2], top[3]);
+  const V factors = Isa::over(kTop, tops);
+  Isa::store4(scale, Isa::mul(tops, Isa::set1(unit / kTop)));
+  Isa::store4(bias, Isa::mul(Isa::add4(sum[0], sum[1], sum[2], sum[3]), Isa::set1(unit)));
+  const V factor[4] = {Isa::lane<0>(factors), Isa::lane<1>(factors), Isa::lane<2>(factors),
+                       Isa::lane<3>(factors)};
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; i++) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kVecs; k++) u[i][k] = Isa::mul(u[i][k], factor[i]);
+    Isa::template store_bytes<kVecs, kSigned>(bytes + i * kVecs * W, u[i]);
+  }
+}
+
 // Bytes of x[row][h] * fold[h] for rows x partitions values of kVecs vectors each, `n` = kVecs * W:
 // signed within +-127, or unsigned up to 255. scale = unit * their worth, bias = unit * x . low.
-// Four values are reduced together, each in the same order of sums wherever it stands.
 template <int kVecs, bool kSigned>
 __attribute__((noinline)) void quantise(int rows, int partitions, const float* x, int64_t x_row,
                                         int64_t x_part, const float* fold, const float* low,
                                         float unit, Operand to) {
   constexpr int n = kVecs * W;
-  constexpr float kTop = kSigned ? kQueryTop : kWeightTop;
   const int count = rows * partitions;
   int row = 0, part = 0;
   for (int at = 0; at < count; at += 4) {
-    V u[4][kVecs], top[4], bias[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      top[i] = bias[i] = Isa::zero();
-      if (at + i >= count) continue;
-      const float* from = x + row * x_row + part * x_part;
-#pragma GCC unroll 16
-      for (int k = 0; k < kVecs; k++) {
-        V value = Isa::load(from + k * W);
-        u[i][k] = Isa::mul(value, Isa::load(fold + part * n + k * W));
-        bias[i] = Isa::fma(value, Isa::load(low + part * n + k * W), bias[i]);
-        top[i] = Isa::max(top[i], kSigned ? Isa::abs(u[i][k]) : u[i][k]);
-      }
+    const int here = count - at < 4 ? count - at : 4;
+    Part parts[4] = {};
+    for (int i = 0; i < here; i++) {
+      parts[i] = {x + row * x_row + part * x_part, fold + part * n, low + part * n};
       if (++part == partitions) part = 0, row++;
     }
-    const V tops = Isa::max4(top[0], top[1], top[2], top[3]);
-    const V factors = Isa::over(kTop, tops);
-    Isa::store4(to.scale + at, Isa::mul(tops, Isa::set1(unit / kTop)));
-    Isa::store4(to.bias + at,
-                Isa::mul(Isa::add4(bias[0], bias[1], bias[2], bias[3]), Isa::set1(unit)));
-    const V factor[4] = {Isa::lane<0>(factors), Isa::lane<1>(factors), Isa::lane<2>(factors),
-                         Isa::lane<3>(factors)};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      if (at + i >= count) break;
-#pragma GCC unroll 16
-      for (int k = 0; k < kVecs; k++) u[i][k] = Isa::mul(u[i][k], factor[i]);
-      Isa::template store_bytes<kVecs, kSigned>(to.bytes + (at + i) * n, u[i]);
-    }
+    uint8_t* bytes = to.bytes + at * n;
+    float *scale = to.scale + at, *bias = to.bias + at;
+    if (here == 4) quantise_parts<kVecs, kSigned, 4>(parts, unit, bytes, scale, bias);
+    if (here == 3) quantise_parts<kVecs, kSigned, 3>(parts, unit, bytes, scale, bias);
+    if (here == 2) quantise_parts<kVecs, kSigned, 2>(parts, unit, bytes, scale, bias);
+    if (here == 1) quantise_parts<kVecs, kSigned, 1>(parts, unit, bytes, scale, bias);
   }
 }
 
@@ -170,8 +191,7 @@ inline __attribute__((always_inline)) void multiply_codes(I (&acc)[kRows][kCols]
 // s[m][0..63] = sum over partitions of scale * integers, and the rows' bias, for one tile.
 template <int kBits, int kRows>
 __attribute__((noinline)) void score_codes(const uint8_t* codes, int partition, int partitions,
-                                           Operand q, const float* bias, float* s,
-                                           Fetch fetch) {
+                                           Operand q, const float* bias, float* s, Fetch fetch) {
   constexpr int kCols = Isa::code_cols(kRows);
   constexpr int kChannels = 32 / kBits;  // of a line
   const int64_t tile = int64_t{64} * (partition * partitions / kChannels);
@@ -214,12 +234,6 @@ template <int kBits, int kRows, int kCols>
 __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int partitions, float* o,
                                            int dim, int column, Fetch (&fetches)[2]) {
   constexpr int kTokens = 32 / kBits;  // of a line
-  V sum[kRows][kCols];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; m++) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c++) sum[m][c] = Isa::load(o + int64_t{m} * dim + column + c * W);
-  }
   for (int j = 0; j < 2; j++) {
     if (!v.codes[j]) continue;
     const uint8_t* x = v.p[j].bytes + h * kPage;
@@ -241,13 +255,10 @@ __attribute__((noinline)) void weigh_codes(const CodedValues& v, int h, int part
       const V scale = Isa::set1(v.p[j].scale[m * partitions + h]);
       const V bias = Isa::set1(v.p[j].bias[m * partitions + h]);
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; c++)
-        sum[m][c] = Isa::add(Isa::fma(Isa::to_float(acc[m][c]), scale, sum[m][c]), bias);
+      for (int c = 0; c < kCols; c++) {
+        float* to = o + int64_t{m} * dim + column + c * W;
+        Isa::store(to, Isa::fma(Isa::to_float(acc[m][c]), scale, Isa::add(Isa::load(to), bias)));
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; m++) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; c++) Isa::store(o + int64_t{m} * dim + column + c * W, sum[m][c]);
   }
 }

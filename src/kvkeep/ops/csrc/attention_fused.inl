@@ -1,23 +1,20 @@
-// The baseline that attention on codes is measured against: every code is widened to a float, scaled
-// and shifted in registers, for all rows of a block at once, and multiplied in float32.
+// The baseline that attention on codes is measured against: every code is widened to a float,
+// scaled and shifted in registers, for all rows of a block at once, and multiplied in float32.
 
 // scale * code + min of four codes a lane: byte kByte of each, field kField.
 template <int kBits, int kField, int kByte>
 inline V widened(I bytes, V scale, V low) {
-  const I code = Isa::all_and(Isa::template shift_lanes<8 * kByte + kBits * kField>(bytes),
-                              (1 << kBits) - 1);
+  const I code =
+      Isa::all_and(Isa::template shift_lanes<8 * kByte + kBits * kField>(bytes), (1 << kBits) - 1);
   return Isa::fma(Isa::to_float(code), scale, low);
 }
 
 // acc[m][c] += sum over lines of x[m] . values[c], as `multiply_codes`, with the values' scale and
 // min along the sum.
 template <int kBits, int kRows, int kCols>
-inline __attribute__((always_inline)) void multiply_widened(V (&acc)[kRows][kCols],
-                                                            const uint8_t* codes, int64_t step,
-                                                            int64_t outer, int lines,
-                                                            const float* x, int64_t x_row,
-                                                            const float* scale, const float* low,
-                                                            Fetch& fetch) {
+inline __attribute__((always_inline)) void multiply_widened(
+    V (&acc)[kRows][kCols], const uint8_t* codes, int64_t step, int64_t outer, int lines,
+    const float* x, int64_t x_row, const float* scale, const float* low, Fetch& fetch) {
   constexpr int kFields = 8 / kBits;
   for (int line = 0; line < lines; line++) {
     const auto one = [&]<int kField, int kByte>() {

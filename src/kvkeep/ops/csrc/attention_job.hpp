@@ -30,9 +30,12 @@ struct CodeShape {
   CodeShape(Layout layout, int dim) {
     k_bits = layout == Layout::kK2V2 ? 2 : layout == Layout::kK8V8 ? 8 : 4;
     v_bits = layout == Layout::kK8V8 ? 8 : layout == Layout::kK4V4 ? 4 : 2;
-    partition = dim < 64 ? dim : 64;
-    while (dim % partition) partition -= 16;
-    partitions = dim / partition;
+    const int lines = dim / 16;  // made several times a step: no division by what is not constant
+    partition = lines % 4 == 0 ? 64 : lines % 3 == 0 ? 48 : lines % 2 == 0 ? 32 : 16;
+    partitions = lines % 4 == 0   ? lines / 4
+                 : lines % 3 == 0 ? lines / 3
+                 : lines % 2 == 0 ? lines / 2
+                                  : lines;
     k_scale = int64_t{kPage} * dim * k_bits / 8;
     v_codes = k_scale + 4 * dim;
     v_scale = v_codes + int64_t{kPage} * dim * v_bits / 8;
@@ -125,8 +128,12 @@ struct Beside {
   int count;
 };
 
-// Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory.
-inline constexpr int64_t state_floats(int rows, int dim) { return int64_t{rows} * (dim + 2); }
+// Rows' softmax states: m [rows], l [rows], O [rows, D], in one block of memory, each part from a
+// whole line of 64 bytes on.
+inline constexpr int64_t line_floats(int64_t count) { return (count + 15) / 16 * 16; }
+inline constexpr int64_t state_floats(int rows, int dim) {
+  return int64_t{rows} * dim + 2 * line_floats(rows);
+}
 
 // The kernels of one layout on one instruction set. They return the bytes of K and V read.
 struct Kernels {

@@ -5,7 +5,10 @@ constexpr float kEmpty = -__builtin_inff();
 struct State {
   float *m, *l, *o;
 
-  static State at(float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows}; }
+  static State at(float* memory, int rows) {
+    const int64_t each = line_floats(rows);
+    return {memory, memory + each, memory + 2 * each};
+  }
 
   void clear(int rows, int dim) const {
     for (int r = 0; r < rows; r++) m[r] = kEmpty;
@@ -52,8 +55,10 @@ struct Panel {
   int rows = 0, first = 0, last = 0;  // lowest and highest position
 
   static int64_t bytes(int dim, int rows) {
-    return kPanel * kStep * (sizeof(A) + 4) + rows * ((int64_t{sizeof(A)} + 4) * dim + 8) +
-           CodeMemory::bytes(dim) + 8 * state_floats(rows, dim) + 512;
+    const int64_t count = kPanel * kStep * (sizeof(A) + 4) +
+                          rows * ((int64_t{sizeof(A)} + 4) * dim + 8) + CodeMemory::bytes(dim) +
+                          8 * state_floats(rows, dim) + 512;
+    return (count + 63) / 64 * 64;
   }
 
   Panel(char* scratch, int dim, int most) {
@@ -62,7 +67,8 @@ struct Panel {
     q = p + kPanel * kStep;
     position = reinterpret_cast<int32_t*>(q + int64_t{most} * dim);
     query = position + most;
-    codes = reinterpret_cast<float*>(query + most);
+    codes =
+        reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(query + most) + 63) & ~uintptr_t{63});
     wide = codes + CodeMemory::bytes(dim) / 4;
     memory = wide + int64_t{most} * dim;
   }
@@ -142,8 +148,7 @@ inline bool find_step(const Job& job, const Item& item, int last, int fetched, i
     step.ahead[j] = 0;
     if (start > last || index >= at[run].page_count) continue;
     step.entry[j] = at[run].page_begin + index;
-    const int64_t own =
-        step.first && j == 0 ? tile_bytes(step.layout, job.cache.dim, true) : bytes;
+    const int64_t own = step.first && j == 0 ? tile_bytes(step.layout, job.cache.dim, true) : bytes;
     step.tile[j] = find_tile(job, item, step.entry[j], own, &step.live[j]);
     if (step.tile[j] && index + 2 < at[run].page_count && start + kStep <= fetched) {
       uint64_t live;

@@ -2,8 +2,8 @@
 
 // Scores of rows [begin, end), at most a panel, to panel.s.
 template <class K, class Between>
-inline void score_step(const Job& job, const Panel<K>& panel, const Step& step, int begin,
-                       int end, bool prefetches, Between& between) {
+inline void score_step(const Job& job, const Panel<K>& panel, const Step& step, int begin, int end,
+                       bool prefetches, Between& between) {
   const int dim = job.cache.dim;
   for (int j = 0; j < 2; j++) {
     if (!step.tile[j]) continue;
@@ -42,8 +42,8 @@ inline void count_tokens(const Panel<K>& panel, const Step& step, int row, int r
 // Weighted sums of rows [begin, end), at most a panel: all rows over some columns of V, which stay
 // in the first-level cache, then over the next.
 template <class K, class Between>
-inline void weigh_step(const Panel<K>& panel, const Step& step, int begin, int end,
-                       bool prefetches, float* o, int dim, Between& between) {
+inline void weigh_step(const Panel<K>& panel, const Step& step, int begin, int end, bool prefetches,
+                       float* o, int dim, Between& between) {
   Values<K> values;
   for (int j = 0; j < 2; j++) {
     const auto* keys = reinterpret_cast<const typename K::B*>(step.tile[j]);

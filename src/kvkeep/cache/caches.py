@@ -1,0 +1,88 @@
+"""The caches of an engine: one for each form in which it stores pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvkeep.cache.accounts import Forgotten, Retention
+from kvkeep.cache.manager import CacheManager
+from kvkeep.errors import EngineError
+from kvkeep.types import EpochDelta, SharingPolicy, View
+
+
+class Caches:
+    """Managers by the name of their pages' codec; they share a policy and have quotas each."""
+
+    def __init__(self, managers: Mapping[str, CacheManager], policy: SharingPolicy) -> None:
+        self.managers = dict(managers)
+        self._policy = policy
+
+    def of(self, codec: str) -> CacheManager:
+        """Return the manager of a codec's pages."""
+        found = self.managers.get(codec)
+        if found is None:
+            raise EngineError(f"no cache holds pages of {codec!r}")
+        return found
+
+    def of_view(self, view: View) -> CacheManager:
+        """Return the manager that opened a view."""
+        return self.of(view.tag.codec)
+
+    @property
+    def num_pages(self) -> int:
+        """Return the pages of all caches, whatever their size."""
+        return sum(m.pool.num_pages for m in self.managers.values())
+
+    @property
+    def free_pages(self) -> int:
+        """Return the pages that can still be handed out."""
+        return sum(m.pool.free_pages for m in self.managers.values())
+
+    @property
+    def public_pages(self) -> int:
+        """Return the pages that are public now."""
+        return sum(m.public_pages for m in self.managers.values())
+
+    def set_shares(self, shares: Mapping[str, float]) -> None:
+        """Set each account's part of every cache; the rest is for public pages.
+
+        Raises `ConfigError` where the parts exceed it.
+        """
+        for manager in self.managers.values():
+            pages = manager.pool.num_pages
+            quotas = {name: int(share * pages) for name, share in shares.items()}
+            manager.set_quotas(quotas, max(0, pages - sum(quotas.values())))
+
+    def quota(self, share: float) -> int:
+        """Return the pages that a share is worth."""
+        return sum(int(share * m.pool.num_pages) for m in self.managers.values())
+
+    def used(self, account: str) -> int:
+        """Return the pages charged to an account, in use or cached."""
+        return sum(m.used(account) for m in self.managers.values())
+
+    def set_retention(self, terms: Mapping[str, Retention]) -> None:
+        """Say how long accounts keep pages."""
+        for manager in self.managers.values():
+            manager.set_retention(terms)
+
+    def poll(self) -> None:
+        """Let the tier run what is due."""
+        for manager in self.managers.values():
+            manager.poll()
+
+    def forget(self, account: str) -> Forgotten:
+        """Drop every page of an account and all its policy state."""
+        gone = [m.forget(account) for m in self.managers.values()]
+        return Forgotten(sum(g.pages for g in gone), sum(g.votes for g in gone))
+
+    def forget_votes(self, account: str) -> int:
+        """Drop an account's policy state alone; return how many votes."""
+        return self._policy.forget(account)
+
+    def end_epoch(self, now: float) -> EpochDelta:
+        """Close the policy's epoch, drop what has had its time and apply the snapshot."""
+        delta = self._policy.end_epoch(now)
+        for manager in self.managers.values():
+            manager.apply(delta, now)
+        return delta

@@ -1,0 +1,39 @@
+"""A part of a pool: the pages of one form, where a pool holds several."""
+
+from __future__ import annotations
+
+from kvkeep.cache.pool import TilePool
+from kvkeep.types import PageKind, PageSpec
+
+
+class PoolPart:
+    """Pages kept in the model's dtype beside coded ones, as a pool of their own."""
+
+    def __init__(self, pool: TilePool, spec: PageSpec) -> None:
+        self.spec = spec
+        self.num_pages = pool.num_of(PageKind.KEPT)
+        self.num_first = 0
+        self.hold_page, self.free_page, self.copy_page = (
+            pool.hold_page,
+            pool.free_page,
+            pool.copy_page,
+        )
+        self.read, self.install = pool.read, pool.install
+        self._pool = pool
+
+    @property
+    def free_pages(self) -> int:
+        """Return the pages that can still be handed out."""
+        return self._pool.free_of(PageKind.KEPT)
+
+    def free_of(self, kind: PageKind) -> int:
+        """Return the same: all pages are of one kind."""
+        return self.free_pages
+
+    def alloc_page(self, kind: PageKind = PageKind.PLAIN) -> int:
+        """Return the slot of a zeroed page; raises `PoolExhausted` where none is free."""
+        return self._pool.alloc_page(PageKind.KEPT)
+
+
+Pages = TilePool | PoolPart
+"""Where a cache manager's pages come from."""

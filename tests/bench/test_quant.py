@@ -1,0 +1,58 @@
+"""The benchmark of attention on codes, on tiny contexts; its figures from planted ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import quant as bench
+from bench.harness import Estimate
+from kvkeep.ops.codes import tile_bytes
+from kvkeep.ops.cpu import available, cpu_ops, decoding_attention
+from kvkeep.ops.cpu_attention import CpuAttention
+from kvkeep.types import Layout
+
+
+def tiny(dim: int = 64, context: int = 256) -> bench.Sides:
+    ops = cpu_ops(available()[0], 1).attention
+    assert isinstance(ops, CpuAttention)
+    plain, coded = (
+        bench.pages_of(layout, dim, context, cold_bytes=1 << 20)
+        for layout in (Layout.BF16, Layout.K2V2)
+    )
+    return bench.Sides((ops, plain), (ops, coded), (decoding_attention(available()[0], 1), coded))
+
+
+def test_sides_read_what_they_say() -> None:
+    sides = tiny()
+    assert len(sides.coded[1].layers) > 1
+    q = torch.randn(1, 2 * bench.KV_HEADS, 64).to(torch.bfloat16)
+    for ops, pages in sides:
+        found = ops.attend(q, pages.layers[-1], pages.plan)
+        assert found.out.isfinite().all()
+    coded = tile_bytes(Layout.K2V2, 64, first=True) + 3 * tile_bytes(Layout.K2V2, 64)
+    assert bench.bytes_ratio(sides, q) == coded / (4 * tile_bytes(Layout.BF16, 64))
+    assert sides.coded[0].decode_calls == 0
+    assert sides.widened[0].decode_calls > 0
+
+
+def test_a_cell_is_measured_and_its_row_says_how() -> None:
+    found = bench.measure_cell(tiny(), bench.Shape(2, 64, 256), Layout.K2V2, 2, 0.0)
+    assert found.over_plain.samples == found.over_widened.samples == 2
+    assert found.row["codes"] == "K2V2"
+    assert found.row["heads per group"] == 2
+
+
+def test_figures_take_the_worst_group_over_widening() -> None:
+    found = {
+        bench.Shape(g, bench.FIGURE_DIM, bench.FIGURE_CONTEXT): bench.Found(
+            Estimate(5.0 / g, 5.0 / g, 5.0 / g, 10), Estimate(9.0 - g, 9.0 - g, 9.0 - g, 10), {}
+        )
+        for g in bench.GROUPS
+    }
+    figures = {figure.name: figure.row() for figure in bench.summary(found, 3)}
+    assert figures["attend_2bit_vs_bf16_g1"]["status"] == "shown"
+    assert figures["attend_2bit_vs_bf16_g7"]["status"] == "missed"
+    assert figures["attend_2bit_vs_dequant"]["median"] == pytest.approx(2.0)
+    assert figures["bytes_ratio_k2v2_d128"]["status"] == "shown"
+    assert figures["decode_calls_hot_path"]["status"] == "missed"
