@@ -99,6 +99,8 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
         flat_roof = ceiling_s(cell, all_pages, gb_s, gflop_s)
         tree_roof = ceiling_s(cell, pages, gb_s, gflop_s)
         samples.append((*times, flat_roof, tree_roof, gb_s, gflop_s))
+    for segment in cell.step.segments:
+        planner.forget(segment.view)  # the next cell's requests have the same numbers
     at = np.array(samples)
     flat_s, ours_s, head_s, level_s, sdpa_s, flat_roofs, tree_roofs, gb, gf = at.T
     gain = estimate(flat_s / ours_s)
