@@ -19,6 +19,7 @@ from bench import harness, quality_stats
 from bench.harness import Cell, Figure, Goal, Options, Report, Row
 from bench.quality_run import Asked, Item, Machine, recorded, run
 from bench.quality_suite import TASKS, Context, Maker, digest, read
+from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
@@ -125,6 +126,7 @@ def measure(options: Options) -> Report:
         tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
         rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
         loss = quality_stats.overall(base.items, found.items, suite.weights)
+        NOTES.print(f"{name}: loss {loss.median:.4f} after {found.seconds:.0f} s")
         figures.append(Figure(f"quality_loss_{name.replace('-', '_')}", loss, GOALS.get(name)))
         rows.append(
             {
