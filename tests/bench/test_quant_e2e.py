@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from bench.harness import Estimate
+from bench.quant_e2e import CASES, MadeUpPages
+from kvkeep.quant.codec import Codec, Float, KVShape
+from kvkeep.quant.hack import Hack
+from kvkeep.types import Layout
+
+SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, layout=Layout.BF16)
+
+
+def sizes_of(tier: MadeUpPages, chain: bytes) -> list[int]:
+    """Return the bytes of each layer of a page."""
+    found: list[int] = []
+    tier.fetch(chain, lambda _, data: found.append(len(data)), lambda _: None)
+    return found
+
+
+@pytest.mark.parametrize("codec", [Float(), Hack(Layout.K2V2)], ids=lambda codec: codec.name)
+def test_made_up_pages_have_the_size_of_their_place(codec: Codec) -> None:
+    spec = codec.page_spec(SHAPE)
+    tier = MadeUpPages(codec, SHAPE)
+    sizes: dict[bytes, list[int]] = {}
+    for start in (b"a", b"b"):
+        tier.poll()
+        for chain in (start, start + b"1"):
+            assert tier.holds(chain)
+    for chain in (b"a", b"a1", b"b", b"b1"):
+        sizes[chain] = sizes_of(tier, chain)
+    heads = SHAPE.num_kv_heads
+    assert sizes[b"a"] == sizes[b"b"] == [heads * spec.first_tile_bytes] * 3
+    assert sizes[b"a1"] == sizes[b"b1"] == [heads * spec.tile_bytes] * 3
+
+
+def test_goals_are_those_of_whole_steps() -> None:
+    assert [(case.figure, case.goal.value) for case in CASES] == [
+        ("e2e_decode_long_vs_bf16", 1.8),
+        ("e2e_decode_4k_vs_bf16", 1.0),
+        ("e2e_decode_long_vs_bf16_g7", 1.15),
+    ]
+    assert CASES[0].goal.status(Estimate(1.9, 1.85, 2.0, 30)) == "shown"
