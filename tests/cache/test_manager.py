@@ -362,5 +362,11 @@ def test_a_share_has_room_for_so_many_first_pages(beginners: CacheManager) -> No
 
 
 def test_more_shares_than_sequences_are_refused(beginners: CacheManager) -> None:
-    with pytest.raises(ConfigError, match=r"6 shares .* for 4 sequences; raise max_num_seqs"):
+    with pytest.raises(ConfigError, match=r"5 shares .* for 4 sequences; raise max_num_seqs"):
         beginners.set_quotas(dict.fromkeys("abcde", 2), 0)
+
+
+def test_small_shares_beside_a_large_one_may_begin_a_sequence_each(beginners: CacheManager) -> None:
+    beginners.set_quotas({"a": 13, "b": 1, "c": 1}, 1)
+    shares = {name: a.quota_first for name, a in beginners._store.accounts.items()}
+    assert shares == {"a": 1, "b": 1, "c": 1, "public": 1}

@@ -39,12 +39,7 @@ class PageStore:
             raise ConfigError(
                 f"quotas: {total} pages of a pool of {self.pool.num_pages}; lower the shares"
             )
-        first = {name: self._first_share(pages) for name, pages in wanted.items()}
-        if self.pool.num_first and sum(first.values()) > self.pool.num_first:
-            raise ConfigError(
-                f"quotas: {len(first)} shares of a pool with room for {self.pool.num_first}"
-                " sequences; raise max_num_seqs"
-            )
+        first = self._first_shares({name: pages for name, pages in wanted.items() if pages})
         for name in wanted:
             self.accounts.setdefault(name, Account(name))
         for name, account in list(self.accounts.items()):
@@ -231,9 +226,15 @@ class PageStore:
         while owner.over_quota and owner.unreferenced:
             self.evict_pages(owner.name, 1)
 
-    def _first_share(self, pages: int) -> int:
-        """Return how many of a share's pages may be first ones: at least one, where it has any."""
-        return max(min(pages, 1), pages * self.pool.num_first // self.pool.num_pages)
+    def _first_shares(self, quotas: Mapping[str, int]) -> dict[str, int]:
+        """Return how many pages of each share may be first ones: one, and a part of the rest."""
+        rest = self.pool.num_first - len(quotas)
+        if rest < 0 and self.pool.num_first:
+            raise ConfigError(
+                f"quotas: {len(quotas)} shares of a pool with room for {self.pool.num_first}"
+                " sequences; raise max_num_seqs"
+            )
+        return {name: 1 + pages * rest // self.pool.num_pages for name, pages in quotas.items()}
 
     def _alloc(self, owner: Account, kind: PageKind) -> int:
         """Take a slot; after a quota moved away, the account's own pages make way first."""
