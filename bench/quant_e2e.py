@@ -173,7 +173,7 @@ def measure(options: Options) -> Report:
     found: list[tuple[Figure, Row]] = []
     with TemporaryDirectory() as directory:
         for case in (QUICK,) if options.quick else CASES:
-            found.append(measure_case(case, Path(directory), options))  # noqa: PERF401
+            found.append(measure_case(case, Path(directory), options))
             gc.collect()  # engines are circles, and the next case needs their memory
     params: dict[str, Cell] = {
         "dtype": "bfloat16",
