@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         "bf16", description="how pages are stored: as computed, or in so many bits for K and V"
     )
     kv_auto_tokens: Count = Field(
-        2048, description="longest request, prompt and answer, that is not coded (auto)"
+        2048, description="longest prompt, with up to 512 tokens of answer, not coded (auto)"
     )
     kv_auto_codec: Literal["k8v8", "k4v4", "k4v2", "k2v2"] = Field(
         "k4v2", description="form of longer requests' pages (auto)"

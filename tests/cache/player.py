@@ -118,6 +118,7 @@ def check(manager: CacheManager) -> None:
         assert [page.slot for page in held.pages] == held.view.pages().tolist()
     for fetch in manager._fetches:
         refs.update([entry.page for entry in fetch._incoming] + fetch._prefix)
+    refs.update(manager._store._kept)
     pages = set(indexed) | set(refs)
     assert {page.ref_count for page in pages - set(refs)} <= {0}
     assert all(page.ref_count == count for page, count in refs.items())
@@ -241,6 +242,9 @@ class Player:
 
     def end(self) -> None:
         """Release and evict everything: nothing may be left."""
+        store = self.manager._store
+        while store._kept:
+            store.unlock(store._kept.pop())
         self.end_views()
         check(self.manager)
         for name in tuple(self.manager._store.accounts):

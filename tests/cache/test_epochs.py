@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -9,6 +10,7 @@ from kvkeep.cache.accounts import Retention
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import Page, RadixIndex
+from kvkeep.errors import ConfigError
 from kvkeep.sharing.policy import Access, ShareNothing
 from kvkeep.types import PUBLIC_SCOPE, EpochDelta, PageTag
 from tests.cache.player import DIGEST, SPEC, Player, check, check_rows, make_manager, prompt
@@ -97,10 +99,39 @@ def test_pinned_pages_are_counted_charged_to_nobody_and_continued() -> None:
     match = manager.match(TOKENS, account="b", scope="b/1")
     assert (len(match.public), len(match.own), match.cached_tokens) == (2, 1, len(TOKENS))
     manager.evict_pages("public", 9)
-    assert manager.match(TOKENS, account="b", scope="b/1").cached_tokens == 0
+    match = manager.match(TOKENS, account="b", scope="b/1")
+    assert (len(match.public), match.cached_tokens) == (2, len(TOKENS)), "pins are there for good"
+    player.end()
+
+
+def test_a_public_share_that_does_not_hold_the_pins_is_refused() -> None:
+    manager, player = warmed()
+    manager.end_epoch(1.0)
     for page in manager.match(TOKENS, account="a", scope="a/1").own:
         assert manager.promote(page, pinned=True) is not None
-    assert manager.match(TOKENS, account="b", scope="b/1").cached_tokens == len(TOKENS)
+    manager.set_quotas({"a": 12}, 3)
+    with pytest.raises(ConfigError, match="share_pinned: the prefixes take 3 pages"):
+        manager.set_quotas({"a": 12}, 2)
+    assert len(manager.match(TOKENS, account="b", scope="b/1").public) == 3
+    player.end()
+
+
+def test_no_public_sequence_makes_way_for_a_new_one() -> None:
+    coded = replace(SPEC, window_tokens=128, first_extra_bytes=64)
+    manager = make_manager(40, PromoteOffered(), spec=coded, num_first=8)
+    manager.set_quotas({"a": 20}, 20)
+    player = Player(manager)
+    prompts = [prompt(10 * i, 10 * i + 1, tail=9) for i in range(1, 7)]
+    found = []
+    for i, tokens in enumerate(prompts):
+        player.open("a", "a/1", tokens)
+        player.release(player.running["a"][0], len(tokens))
+        manager.end_epoch(float(i))
+        readable = (manager.match(old, account="b", scope="b/1").snapshot for old in prompts)
+        found.append([bool(pages) for pages in readable])
+    for before, after in pairwise(found):
+        assert all(now for was, now in zip(before, after, strict=True) if was)
+    assert not all(found[-1]), "the share holds fewer sequences"
     player.end()
 
 

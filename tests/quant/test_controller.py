@@ -8,14 +8,22 @@ from kvkeep.quant.controller import ByLength, Fixed
 
 
 @pytest.mark.parametrize(
-    ("length", "may_code", "chosen"),
-    [(1, True, "kept"), (100, True, "kept"), (101, True, "k4v2"), (101, False, "kept")],
+    ("prompt", "answer", "may_code", "chosen"),
+    [
+        (1, 0, True, "kept"),
+        (1000, 24, True, "kept"),
+        (1000, 25, True, "k4v2"),
+        (1000, 25, False, "kept"),
+        (20, 100_000, True, "kept"),
+        (1024, 100_000, True, "k4v2"),
+    ],
+    ids=str,
 )
 def test_long_requests_are_coded_unless_their_tenant_says_no(
-    length: int, may_code: bool, chosen: str
+    prompt: int, answer: int, may_code: bool, chosen: str
 ) -> None:
-    assert ByLength("kept", "k4v2", 100).choose(length, may_code=may_code) == chosen
+    assert ByLength("kept", "k4v2", 1024).choose(prompt, answer, may_code=may_code) == chosen
 
 
 def test_one_form_leaves_no_choice() -> None:
-    assert {Fixed("k2v2").choose(n, may_code=False) for n in (1, 10**6)} == {"k2v2"}
+    assert {Fixed("k2v2").choose(n, n, may_code=False) for n in (1, 10**6)} == {"k2v2"}

@@ -59,6 +59,12 @@ class Account:
         over_first = self.quota_first is not None and self.used_first > self.quota_first
         return self.used_pages > self.quota_pages or over_first
 
+    def is_full(self, *, first: bool) -> bool:
+        """Tell whether one more page would take another's place; a `first` one's, perhaps."""
+        if self.used_pages >= self.quota_pages:
+            return True
+        return first and self.quota_first is not None and self.used_first >= self.quota_first
+
     def has_room(self, count: int, *, first: bool) -> bool:
         """Tell whether `count` new pages could be held, one of them a first one."""
         if count > self.room_pages:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvkeep.cache.radix import Page, path_to
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, PageTag, chain_hash
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, PageKind, PageTag, chain_hash
 
 
 class Promoter:
@@ -65,14 +65,15 @@ class Promoter:
         found = store.index.public_pages.get(hashes[-1])
         if found is None:
             found = self._publish(page, hashes)
-        if found is not None:
-            found.pinned = found.pinned or pinned
+        if found is not None and pinned and not found.pinned:
+            found.pinned = True
+            self._store.keep(found)
         return found
 
     def _publish(self, page: Page, hashes: list[bytes]) -> Page | None:
         store = self._store
         public = store.account(PUBLIC_ACCOUNT)
-        if public.used_pages >= public.quota_pages:
+        if public.is_full(first=page.kind is PageKind.FIRST):
             return None
         above: list[Page] = []
         if page.index > 0:

@@ -24,6 +24,7 @@ class PageStore:
         self.index = index
         self._tier = tier
         self.accounts: dict[str, Account] = {}
+        self._kept: list[Page] = []
         self.now = 0.0
         """The time of the last epoch's end, in seconds."""
 
@@ -40,6 +41,7 @@ class PageStore:
                 f"quotas: {total} pages of a pool of {self.pool.num_pages}; lower the shares"
             )
         first = self._first_shares({name: pages for name, pages in wanted.items() if pages})
+        self._check_kept(public_pages, first.get(PUBLIC_ACCOUNT, 0))
         for name in wanted:
             self.accounts.setdefault(name, Account(name))
         for name, account in list(self.accounts.items()):
@@ -101,6 +103,11 @@ class PageStore:
         if page.ref_count == 0:
             self.accounts[page.account].wake(page)
         page.ref_count += 1
+
+    def keep(self, page: Page) -> None:
+        """Hold a public page for good: it is never evicted, and the public share must hold it."""
+        self.lock(page)
+        self._kept.append(page)
 
     def unlock(self, page: Page) -> None:
         """Let go of a page.
@@ -218,13 +225,23 @@ class PageStore:
                 f"{owner.quota_first}"
             )
         self.evict_pages(owner.name, owner.used_pages + count - owner.quota_pages)
-        while first and owner.quota_first is not None and owner.used_first >= owner.quota_first:
+        while first and owner.is_full(first=True) and owner.unreferenced:
             self.evict_pages(owner.name, 1)
 
     def _shrink(self, owner: Account) -> None:
         """Evict what an account holds beyond its share, as far as nothing uses it."""
         while owner.over_quota and owner.unreferenced:
             self.evict_pages(owner.name, 1)
+
+    def _check_kept(self, public_pages: int, public_first: int) -> None:
+        """Raise `ConfigError` where the public share does not hold the pages kept for good."""
+        first = sum(page.kind is PageKind.FIRST for page in self._kept)
+        if len(self._kept) > public_pages or first > (public_first if self.pool.num_first else 0):
+            raise ConfigError(
+                f"share_pinned: the prefixes take {len(self._kept)} pages; tenants' shares leave "
+                f"{public_pages} with room for {public_first} sequences: raise share_pool, or "
+                "lower the shares"
+            )
 
     def _first_shares(self, quotas: Mapping[str, int]) -> dict[str, int]:
         """Return how many pages of each share may be first ones: one, and a part of the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -282,16 +283,20 @@ def _info(
 def _prefill_cost(core: EngineCore) -> PrefillCost:
     """Measure what a prompt costs on the idle engine: the best of a few turns."""
     info = core.info
-    tokens = min(FIT_TOKENS, info.max_model_len - 1, info.num_pages * PAGE_TOKENS - 1)
+    tokens = max(2, min(FIT_TOKENS, info.max_model_len - 1, info.num_pages * PAGE_TOKENS - 1))
     one, many = (
         min(_warm_up(core, tokens=count, answer=1) for _ in range(FIT_TURNS))
         for count in (1, tokens)
     )
+    if math.isnan(one + many):
+        raise ConfigError(
+            f"share_gate: no prompt of {tokens} tokens could be timed; give the cache more memory"
+        )
     return PrefillCost.of(one, many, tokens)
 
 
 def _warm_up(core: EngineCore, *, tokens: int, answer: int) -> float:
-    """Run one request, as before the first client's; return its seconds."""
+    """Run one request, as before the first client's; return its seconds, NaN if it failed."""
     core.set_tenants({WARM_UP: 1.0})
     params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
     core.submit(
@@ -300,9 +305,10 @@ def _warm_up(core: EngineCore, *, tokens: int, answer: int) -> float:
         )
     )
     begun = time.perf_counter()
+    failed = False
     while not core.idle():
-        core.step()
+        failed |= any(output.chunk.error for output in core.step())
     took = time.perf_counter() - begun
     core.set_tenants({})
     core.reset_counters()
-    return took
+    return math.nan if failed else took

@@ -100,8 +100,11 @@ class EngineCore:
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
-        length = len(spec.prompt_ids) + spec.params.max_tokens
-        codec = self._controller.choose(length, may_code=self.sharing.may_code(spec.tenant))
+        codec = self._controller.choose(
+            len(spec.prompt_ids),
+            spec.params.max_tokens,
+            may_code=self.sharing.may_code(spec.tenant),
+        )
         try:
             check_request(spec, self.info, self._shares, self._caches, codec)
         except InvalidRequest as error:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+ANSWER_TOKENS: Final = 512
+"""Of an answer, at most so many count: clients that name no maximum ask for all that is left."""
 
 
 class Controller(Protocol):
     """Chooses among the codecs of an engine."""
 
-    def choose(self, length_tokens: int, *, may_code: bool) -> str:
-        """Return a codec's name for a request of at most so many tokens, prompt and answer.
+    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
+        """Return a codec's name for a prompt and the longest answer that was asked for.
 
         `may_code` is its tenant's setting. An answer's bits follow from the choice, so nothing that
         others do, and nothing that happens to be cached, may enter it.
@@ -23,20 +26,21 @@ class Fixed:
 
     codec: str
 
-    def choose(self, length_tokens: int, *, may_code: bool) -> str:
+    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
         """Return the one."""
         return self.codec
 
 
 @dataclass(frozen=True, slots=True)
 class ByLength:
-    """Short requests keep every bit, where little memory is at stake; long ones are coded."""
+    """Short requests are not coded, where little memory is at stake; long ones are."""
 
     kept: str
     coded: str
     bound_tokens: int
-    """The longest request that is not coded."""
+    """The longest request that is not coded: its prompt and up to `ANSWER_TOKENS` of answer."""
 
-    def choose(self, length_tokens: int, *, may_code: bool) -> str:
+    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
         """Return the kept form for short requests, and for tenants that ask for it."""
-        return self.coded if may_code and length_tokens > self.bound_tokens else self.kept
+        length = prompt_tokens + min(answer_tokens, ANSWER_TOKENS)
+        return self.coded if may_code and length > self.bound_tokens else self.kept
