@@ -50,6 +50,17 @@ def test_bad_runs_are_refused(path: Path, columns: dict[str, int], message: str)
         ops_for(path).attend(q, world.kv, with_run(plan, **columns))
 
 
+def test_a_private_tile_cannot_begin_a_coded_sequence(path: Path) -> None:
+    world, q, plan = good()
+    coded = with_run(plan, layout=int(Layout.K2V2))
+    tiles = np.zeros((1, world.kv.tile_table.shape[1], SMALL.kv), np.int32)
+    pages = np.array([-1, *plan.pages[1:]], np.int32)
+    with pytest.raises(KernelInputError, match="no sinks"):
+        ops_for(path).attend(
+            q, world.kv, dataclasses.replace(coded, pages=pages, private_tiles=tiles)
+        )
+
+
 def test_bad_shapes_are_refused(path: Path) -> None:
     world, q, plan = good()
     ops = ops_for(path)

@@ -102,8 +102,18 @@ def _check_pages(kv: LayerKV, plan: AttentionPlan) -> None:
             raise KernelInputError("a run reaches outside the plan's pages")
         if np.any(plan.runs[:, 2] % PAGE_TOKENS):
             raise KernelInputError("a run starts inside a page")
+        if plan.private_tiles is not None:
+            _check_beginnings(plan)
     if plan.masks is not None and plan.masks.shape[0] != len(plan.pages):
         raise KernelInputError("live masks and pages differ in length")
+
+
+def _check_beginnings(plan: AttentionPlan) -> None:
+    """Raise where a private tile begins a coded sequence: no sinks follow it."""
+    coded = np.isin(plan.runs[:, 3], [*map(int, CODE_BITS)])
+    begins = plan.runs[coded & (plan.runs[:, 1] > 0) & (plan.runs[:, 2] == 0), 0]
+    if np.any(plan.pages[begins] < 0):
+        raise KernelInputError("a private tile begins a coded sequence: it has no sinks")
 
 
 def coded_layouts(plan: AttentionPlan, model: Layout) -> set[Layout]:
