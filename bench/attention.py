@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,8 +100,6 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
         flat_roof = ceiling_s(cell, all_pages, gb_s, gflop_s)
         tree_roof = ceiling_s(cell, pages, gb_s, gflop_s)
         samples.append((*times, flat_roof, tree_roof, gb_s, gflop_s))
-    for segment in cell.step.segments:
-        planner.forget(segment.view)  # the next cell's requests have the same numbers
     at = np.array(samples)
     flat_s, ours_s, head_s, level_s, sdpa_s, flat_roofs, tree_roofs, gb, gf = at.T
     gain = estimate(flat_s / ours_s)
@@ -267,7 +266,8 @@ def measure(options: Options) -> Report:
     for tree, heads in grid(options):
         cell = cell_of(machine, tree, heads)
         if cell is not None:
-            cells.append((tree, heads, measure_cell(machine, cell, planners[heads], pairs)))
+            # A copy: all cells' requests have the same numbers, and a planner goes on from the last.
+            cells.append((tree, heads, measure_cell(machine, cell, copy(planners[heads]), pairs)))
     node, node_rows = node_kernel(machine, pairs)
     lost, lost_rows = unshared(machine, planners[HEADS[3]], 5 if options.quick else 30)
     rows: list[Row] = [m.row for _, _, m in cells]
