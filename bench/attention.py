@@ -266,7 +266,7 @@ def measure(options: Options) -> Report:
     for tree, heads in grid(options):
         cell = cell_of(machine, tree, heads)
         if cell is not None:
-            # A copy: all cells' requests have the same numbers, and a planner goes on from the last.
+            # A copy: cells' requests have the same numbers, and a planner goes on from the last.
             cells.append((tree, heads, measure_cell(machine, cell, copy(planners[heads]), pairs)))
     node, node_rows = node_kernel(machine, pairs)
     lost, lost_rows = unshared(machine, planners[HEADS[3]], 5 if options.quick else 30)
