@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ import torch
 from bench import harness, peers
 from bench.attention_cells import Machine, planner_for
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
+from bench.made_up import MadeUpPages, kv_shape
 from bench.ours import TENANT, Ours, greedy
 from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
 from kvkeep.engine.backend import choose
@@ -37,12 +38,11 @@ from kvkeep.ops.layout import (
     AttentionPlan,
     LayerKV,
     Observe,
-    float_tile_bytes,
 )
 from kvkeep.quant.codec import Float
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import BatchGeometry, Int32Array, Layout, View
+from kvkeep.types import BatchGeometry, Int32Array, View
 from tests.oracles import Heads
 
 MODELS: Final = ("qwen3-0.6b", "qwen2.5-0.5b")
@@ -55,37 +55,6 @@ UNSHARED: Final = (1, 2, 4, 8, 16)
 GOAL: Final = Goal(">=", 2.0)
 TREE_SHARE: Final = 0.8
 """Of steps: below it a comparison says nothing about the tree."""
-
-
-class MadeUp:
-    """A tier that holds every page: normal numbers, the same few tiles over and over."""
-
-    def __init__(self, heads: int, head_dim: int, layers: int) -> None:
-        size = float_tile_bytes(Layout.BF16, head_dim) // 2
-        made = torch.randn((heads, size), generator=torch.Generator().manual_seed(0))
-        self._layer = made.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
-        self._layers = layers
-
-    def holds(self, chain_hash: bytes) -> bool:
-        """Return True."""
-        return bool(chain_hash)
-
-    def fetch(
-        self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
-        done: Callable[[bool], None],
-    ) -> None:
-        """Install all layers at once."""
-        for layer in range(self._layers):
-            install(layer, self._layer)
-        done(self.holds(chain_hash))
-
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
-        """Let it go."""
-
-    def poll(self) -> None:
-        """Nothing is ever due."""
 
 
 class Turns:
@@ -195,9 +164,8 @@ class Engine:
 
 def engine_of(like: str, model: Path, machine: Machine, kv_cache_bytes: int) -> Engine:
     """Return a warm engine on random weights."""
-    fields = LIKE[like]
-    q, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
-    dim = fields.get("head_dim") or fields["hidden_size"] // q
+    shape = kv_shape(like)
+    query_heads = Heads(LIKE[like]["num_attention_heads"], shape.num_kv_heads, shape.head_dim)
     turns = Turns(FlatPlanner())
     backend = choose(EngineOptions(model=str(model), kernel=machine.kernel), machine.threads)
     assert isinstance(backend.ops.attention, CpuAttention)
@@ -206,11 +174,11 @@ def engine_of(like: str, model: Path, machine: Machine, kv_cache_bytes: int) -> 
         techniques=Techniques(Float(), NoShield(), KeepAll()),
         planner=turns,
         policy=ShareNothing(),
-        tier=MadeUp(kv, dim, fields["num_hidden_layers"]),
+        tier=MadeUpPages(Float(), shape),
         backend=replace(backend, ops=replace(backend.ops, attention=heads)),
     )
     ours = Ours(model, threads=machine.threads, kv_cache_bytes=kv_cache_bytes, parts=parts)
-    return Engine(ours, turns, heads, planner_for(machine, Heads(q, kv, dim)))
+    return Engine(ours, turns, heads, planner_for(machine, query_heads))
 
 
 def plan_share(engine: Engine, options: Options) -> Figure:

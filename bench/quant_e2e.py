@@ -9,28 +9,27 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
 import numpy as np
-import torch
 
 from bench import harness
 from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Report, Row, estimate
+from bench.made_up import MadeUpPages, kv_shape
 from bench.ours import TENANT, Ours, greedy
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import make
-from kvkeep.models.shapes import LIKE
-from kvkeep.quant.codec import Codec, Float, KVShape
+from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, Layout
+from kvkeep.types import Layout
 
 OWN: Final = 32
 """Tokens of each prompt that are computed."""
@@ -54,46 +53,6 @@ CASES: Final = (
     Case("e2e_decode_long_vs_bf16_g7", "qwen2.5-0.5b", 32_512, Goal(">=", 1.15), 3 << 30),
 )
 QUICK: Final = Case("e2e_decode_4k_vs_bf16", "qwen3-0.6b", 2_048, Goal(">=", 1.0), 2 << 30)
-
-
-class MadeUpPages:
-    """A tier that holds every page: normal numbers, the same few tiles over and over."""
-
-    def __init__(self, codec: Codec, shape: KVShape) -> None:
-        draw = torch.Generator().manual_seed(0)
-        size = (shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
-        k, v = (torch.randn(size, generator=draw).bfloat16() for _ in range(2))
-        self._first, self._other = (
-            codec.encode(k, v, first=first).tobytes() for first in (True, False)
-        )
-        self._layers = shape.num_layers
-        self._starts: set[bytes] = set()
-        self._asked = False
-
-    def holds(self, chain_hash: bytes) -> bool:
-        """Return True; what is asked for first after a poll starts a sequence."""
-        if not self._asked:
-            self._starts.add(chain_hash)
-        self._asked = True
-        return True
-
-    def fetch(
-        self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
-        done: Callable[[bool], None],
-    ) -> None:
-        """Install all layers at once."""
-        for layer in range(self._layers):
-            install(layer, self._first if chain_hash in self._starts else self._other)
-        done(True)
-
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
-        """Let it go."""
-
-    def poll(self) -> None:
-        """Nothing is ever due."""
-        self._asked = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +86,10 @@ class Side:
 
 def side_of(model: Path, like: str, codec: Codec, memory_bytes: int, threads: int) -> Side:
     """Return a warm engine whose prompts come from nowhere."""
-    fields = LIKE[like]
-    q, kv = fields["num_attention_heads"], fields["num_key_value_heads"]
-    dim = fields.get("head_dim") or fields["hidden_size"] // q
-    shape = KVShape(fields["num_hidden_layers"], kv, dim, Layout.BF16)
     parts = Parts(
         techniques=Techniques(codec, NoShield(), KeepAll()),
         policy=ShareNothing(),
-        tier=MadeUpPages(codec, shape),
+        tier=MadeUpPages(codec, kv_shape(like)),
     )
     return Side(Ours(model, threads=threads, kv_cache_bytes=memory_bytes, parts=parts))
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from bench.harness import Estimate
-from bench.quant_e2e import CASES, MadeUpPages
+from bench.made_up import MadeUpPages
+from bench.quant_e2e import CASES
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
