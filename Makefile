@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NAME ?= serve
 BENCH_ARGS ?= --quick --json -
 PYTEST_ARGS ?=
+WORKERS ?= 2
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
@@ -51,8 +52,8 @@ demo: $(RUNTIME) ## three tenants, one server, one small model: answers and a ta
 serve: $(RUNTIME) ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
 	$(BIN)/kvkeep serve --no-auth
 
-test: setup ## all tests but the slow ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup ## all tests but the slow ones, WORKERS at once
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 cov: ## the same tests with branch coverage, held against coverage-floor.toml
 	$(MAKE) test PYTEST_ARGS="--cov --cov-report=json:build/coverage.json $(PYTEST_ARGS)"

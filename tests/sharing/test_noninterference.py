@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from kvkeep.sharing.policies.pinned import SharePinned
 from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.sharing.promotion import Promotion
+from kvkeep.types import Chain
 from tests.cache.player import prompt
 from tests.sharing import worlds as w
 
@@ -41,12 +43,14 @@ def holds(make: w.Make, cast: int, runs: int, *, find: bool = False) -> Property
 
 
 SAFE = [w.isolate, w.selective, w.pinned]
+RUNS = 150
+"""Of each of two casts."""
 
 
 @pytest.mark.parametrize("cast", [0, 1])
 @pytest.mark.parametrize("make", SAFE)
 def test_a_tenant_sees_nothing_of_fewer_than_k(make: w.Make, cast: int) -> None:
-    holds(make, cast, 150 if make is w.selective else 30)()
+    holds(make, cast, RUNS)()
 
 
 @pytest.mark.slow
@@ -82,7 +86,21 @@ def immediate(setting: w.Setting) -> Promotion:
     return Immediate(made._parts, made._limits, clock=lambda: setting.now)
 
 
-@pytest.mark.parametrize("make", [too_few, immediate])
+class PinsOffers(SharePinned):
+    """Declares public what tenants send."""
+
+    at_once = True
+
+    def offer(self, chain: Chain, tenant: str) -> None:
+        self._pins.add(chain)
+
+
+def pins_offers(setting: w.Setting) -> PinsOffers:
+    w.pinned(setting)
+    return PinsOffers(setting.pins)
+
+
+@pytest.mark.parametrize("make", [too_few, immediate, pins_offers])
 def test_a_planted_leak_is_seen(make: w.Make) -> None:
     with pytest.raises(AssertionError):
         holds(make, 0, 600, find=True)()
@@ -112,6 +130,16 @@ def test_the_snapshot_is_used_in_these_tests() -> None:
     note = world.seen["x0"][0]
     assert isinstance(note, tuple)
     assert note[:3] == ("open", 0, 128)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_pins_are_used_in_these_tests(restart: bool) -> None:
+    world = w.World(w.pinned, ["x0"])
+    if restart:
+        world.play(w.Op("", "restart", 0, (), 0))
+    world.play(w.Op("x0", "open", 0, w.TEMPLATE, 3))
+    opened = [note for note in world.seen["x0"] if isinstance(note, tuple) and note[0] == "open"]
+    assert opened[0][:3] == ("open", 64, 64)
 
 
 @pytest.mark.parametrize("make", [w.isolate, w.selective, w.dp, w.pinned])

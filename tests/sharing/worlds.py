@@ -29,6 +29,7 @@ TEMPLATE = (8, 9)
 """Blocks that every bystander sends before anything else happens, and again after a restart."""
 QUOTA = 9
 PUBLIC = 6
+PINNING = "pinning"
 TAINT = 666
 """A token that the fake detector finds."""
 
@@ -70,6 +71,8 @@ class Setting:
     directory: Directory = field(default_factory=Directory)
     store: MemoryStore = field(default_factory=MemoryStore)
     pins: Pins = field(default_factory=Pins)
+    declared: tuple[int, ...] = ()
+    """Blocks of a prefix that the operator declares public, before anybody asks."""
     inspector: Finds = field(default_factory=Finds)
     now: float = 0.0
 
@@ -98,6 +101,7 @@ def dp(setting: Setting) -> SharingPolicy:
 
 
 def pinned(setting: Setting) -> SharingPolicy:
+    setting.declared = TEMPLATE[:1]
     return SharePinned(setting.pins)
 
 
@@ -136,17 +140,30 @@ class World:
         self.player = self._start()
 
     def _start(self) -> Player:
-        """Start with nothing in memory; the bystanders make their template public."""
+        """Start with nothing but pins in memory; the bystanders make their template public."""
         size = QUOTA * len(self.tenants) + PUBLIC
         manager = make_manager(size, self.make(self.setting))
-        manager.set_quotas(dict.fromkeys(self.tenants, QUOTA), PUBLIC)
         self.player = Player(manager, {}, self.seen)
+        self._pin(manager)
+        manager.set_quotas(dict.fromkeys(self.tenants, QUOTA), PUBLIC)
         for name in BYSTANDERS:
             self.player.open(name, f"{name}/0", prompt(*TEMPLATE))
         self.player.end_views()
         self.end_epoch()
         self.end_epoch()
         return self.player
+
+    def _pin(self, manager: CacheManager) -> None:
+        """Publish what is declared, as a server does before its first request."""
+        if not self.setting.declared:
+            return
+        manager.set_quotas({PINNING: QUOTA}, PUBLIC)
+        tokens = prompt(*self.setting.declared, tail=1)
+        self.player.open(PINNING, PINNING, tokens)
+        self.player.end_views()
+        for page in manager.match(tokens, account=PINNING, scope=PINNING).own:
+            if (twin := manager.promote(page, pinned=True)) is not None:
+                self.setting.pins.add([twin.hash])
 
     @property
     def manager(self) -> CacheManager:
