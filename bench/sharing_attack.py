@@ -1,13 +1,26 @@
-"""The attack part of `kvkeep bench sharing`: audits of a policy, and what they say as figures."""
+"""The attack part of `kvkeep bench sharing`: audits of a policy, and what they say as figures.
+
+Before an audit, bystanders send a public prompt, more of them than a policy asks for, and every
+prompt of the audit begins with it: so there is something public to go on from. A control audits
+what enough accounts did send: a policy that shares must show it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Final
 
+import httpx
+
 from bench.harness import Estimate, Figure, Goal, Row
+from bench.public_prompts import public_prompts
+from bench.sharing_trace import K
 from kvkeep.audit import Options, Report, audit, cast_of
+from kvkeep.audit.prober import Clock, Prober
+from kvkeep.audit.prompts import WORDS
+from kvkeep.audit.target import Account
 from tests.servers import Server
 
 INDEX_CHANNELS: Final = (
@@ -20,11 +33,29 @@ INDEX_CHANNELS: Final = (
     "sentinel",
 )
 QUICK_CHANNELS: Final = 2
-AUDITED: Final = {"victim": 0.3, "attacker": 0.3, "sybil-1": 0.1, "sybil-2": 0.1}
-"""Beside the attacker k - 1 accounts; what they leave of the pool holds public pages."""
+CAST: Final = {"victim": 0.3, "attacker": 0.3, "sybil-1": 0.1, "sybil-2": 0.1}
+"""Beside the attacker k - 1 accounts; what all leave of the pool holds public pages."""
+BYSTANDERS: Final = tuple(f"bystander-{i}" for i in range(K + 1))
+AUDITED: Final = CAST | dict.fromkeys(BYSTANDERS, 0.02)
+BEHIND: Final = public_prompts(1)[0][:1200]
+"""Some 300 tokens that are public before an audit begins."""
 AUDIT_PAGES: Final = 8192
 PRIVATE: Final = frozenset({"isolate", "selective", "dp"})
 """Policies that promise to tell nothing."""
+
+
+def make_public(server: Server, settle_s: float) -> None:
+    """Let every bystander send what the audit's prompts begin with, and wait for epochs to end."""
+
+    async def send() -> None:
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            prober = Prober(client, "demo", per_second=1000.0, clock=Clock())
+            for name, word in zip(BYSTANDERS, WORDS, strict=False):
+                account = Account(name, server.keys[name])
+                await prober.choose_endpoint(account, f"{BEHIND} {word}")
+
+    asyncio.run(send())
+    time.sleep(settle_s)
 
 
 def attacked(
@@ -34,10 +65,12 @@ def attacked(
 
     Not `patient`: of one that promises nothing, with little time for channels that show nothing.
     """
+    make_public(server, settle_s)
     told = Options(
         server.url,
-        cast_of([f"{name}={server.keys[name]}" for name in AUDITED]),
+        cast_of([f"{name}={server.keys[name]}" for name in CAST]),
         channels=INDEX_CHANNELS[:QUICK_CHANNELS] if quick else INDEX_CHANNELS,
+        behind=BEHIND,
         margin=0.2 if quick else 0.03,
         seconds=10.0 if quick else 3600.0 if patient else 120.0,
         least_pairs=0 if quick else 128,
@@ -45,6 +78,27 @@ def attacked(
         batch=128 if settle_s and not quick else 4,
         per_second=1000.0,
         prompt_tokens=512,
+        seed=seed,
+    )
+    return asyncio.run(audit(told))
+
+
+def attacked_by_enough(server: Server, seed: int, *, settle_s: float) -> Report:
+    """Return the audit of what k accounts sent, the victim the last of them: it must be seen."""
+    make_public(server, settle_s)
+    accounts = (*CAST, BYSTANDERS[0])
+    told = Options(
+        server.url,
+        cast_of([f"{name}={server.keys[name]}" for name in accounts]),
+        channels=("sybils",),
+        margin=0.03,
+        seconds=300.0,
+        least_pairs=32,
+        settle_s=settle_s,
+        batch=16,
+        per_second=1000.0,
+        prompt_tokens=512,
+        behind=BEHIND,
         seed=seed,
     )
     return asyncio.run(audit(told))
@@ -73,6 +127,20 @@ def attack_figures(policy: str, reports: Sequence[Report]) -> list[Figure]:
             Figure(f"{name}_holds_chance", certain(inside, pairs), Goal(">=", 1.0)),
         ]
     return figures
+
+
+def control_figures(policy: str, report: Report) -> list[Figure]:
+    """Return the AUC of what k accounts sent: an audit that misses it would see nothing."""
+    weighed = [found.evidence for found in report.channels if found.evidence is not None]
+    goal = Goal(">=", 0.95)
+    return [
+        Figure(
+            f"attack_auc_sent_by_k_{policy}",
+            Estimate(one.auc.value, one.auc.low, one.auc.high, one.pairs),
+            goal,
+        )
+        for one in weighed
+    ]
 
 
 def attack_rows(policy: str, reports: Sequence[Report]) -> list[Row]:

@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 
 from kvkeep.audit.prompts import BLANKS, PAGE_TOKENS, WORDS, PromptMaker, Twins
+from kvkeep.sharing.detector.default import load_detector
+from kvkeep.sharing.inspection import Detects
 
 
-def maker(seed: int = 1, tokens: int = 256) -> PromptMaker:
-    made = PromptMaker(seed)
+def maker(seed: int = 1, tokens: int = 256, behind: str = "") -> PromptMaker:
+    made = PromptMaker(seed, behind)
     made.tokens, made.tokens_per_word = tokens, 2.0
     return made
 
@@ -20,6 +22,22 @@ def test_twins_have_the_same_words_and_part_at_the_second() -> None:
     assert one[0] == other[0]
     assert one[1] != other[1]
     assert one[3:] != other[3:]
+
+
+def test_prompts_begin_with_what_they_are_to_stand_behind() -> None:
+    made = maker(behind="You are a helpful assistant.")
+    for text in (made.text(), *made.twins()):
+        assert text.startswith("You are a helpful assistant. ")
+    bare = made.bare_twins().first
+    assert len(bare.split()) == 128
+    assert "assistant" not in bare
+
+
+def test_the_shipped_detector_finds_nothing_in_most_prompts() -> None:
+    detector = load_detector()
+    inspector = Detects(detector.scanner, detector.version)
+    made = maker(tokens=512)
+    assert sum(inspector.first_doubt(made.text()) is None for _ in range(30)) >= 26
 
 
 def test_texts_that_look_empty_part_too() -> None:
@@ -71,4 +89,4 @@ def test_a_seed_repeats_everything_but_templates_do_not_move_it() -> None:
 
 
 def test_words_are_distinct() -> None:
-    assert len(set(WORDS)) == len(WORDS) > 150
+    assert len(set(WORDS)) == len(WORDS) > 130

@@ -90,21 +90,23 @@ async def test_the_wait_lies_between_the_victim_and_the_attacker() -> None:
 
 
 async def test_channels_wait_at_the_same_time() -> None:
-    waiting = most = 0
+    waiting, together = 0, asyncio.Event()
     server = FakeServer()
 
     async def sleep(seconds: float) -> None:
-        nonlocal waiting, most
+        nonlocal waiting
         if seconds == 60.0:
             waiting += 1
-            most = max(most, waiting)
-            await asyncio.sleep(0.2)
+            if waiting == 3:
+                together.set()
+            async with asyncio.timeout(30.0):
+                await together.wait()
             waiting -= 1
 
     options = replace(BASE, settle_s=60.0, batch=40, channels=("ttft", "boundary", "sentinel"))
     clock = Clock(server.time.now, sleep)
     report = await audit(options, transport=server.transport(), clock=clock)
-    assert most == 3
+    assert together.is_set()
     assert report.verdict == "clean"
 
 

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from bench import harness, sharing, sharing_attack, sharing_trace
+from bench import harness, sharing, sharing_attack, sharing_server, sharing_trace
 from bench.harness import Figure
-from bench.sharing import Replay, Sample
+from bench.sharing_replay import WINDOWS, Replay, Sample
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, audit
 from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
+from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
 from tests.audit.fakes import CAST, URL, FakeServer
@@ -52,8 +54,8 @@ def test_prompts_have_the_length_of_the_trace_and_share_their_template_alone() -
 
 def test_every_policy_of_the_server_is_measured_as_it_asks_to_be_told() -> None:
     known = {*get_args(Settings.model_fields["share"].annotation)}
-    assert {policy.name for policy in sharing.POLICIES} == known - {"pinned"}
-    unsafe = {policy.name for policy in sharing.POLICIES if policy.flags == sharing.UNSAFE}
+    assert {policy.name for policy in sharing_server.POLICIES} == known
+    unsafe = {p.name for p in sharing_server.POLICIES if p.flags == sharing_server.UNSAFE}
     assert unsafe == {*UNSAFE_POLICIES}
 
 
@@ -77,13 +79,13 @@ def test_policies_are_compared_request_by_request() -> None:
         "ttft_overhead_isolate_vs_share_all": pytest.approx(0.5),
         "throughput_selective_vs_isolate": pytest.approx(4.0),
         "hit_ratio_selective_over_share_all": pytest.approx(0.95),
-        "scan_share": 0.01,
+        "scan_share_demo_model": 0.01,
     }
     assert by_name(sharing.ratios({"isolate": found["isolate"]})) == {}
 
 
 def test_a_window_rate_is_tokens_over_its_time() -> None:
-    assert played(0.1).window_rates() == pytest.approx([100.0] * sharing.WINDOWS)
+    assert played(0.1).window_rates() == pytest.approx([100.0] * WINDOWS)
 
 
 @pytest.mark.parametrize(("leak", "policy"), [("ttft", "share_all"), ("", "isolate")])
@@ -114,7 +116,17 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
 
 
 def test_pages_have_the_demo_models_size() -> None:
-    assert sharing.page_bytes() == 64 * 4 * 2 * 64 * 2 * 2
+    assert sharing_server.page_bytes(DEMO_MODEL) == 64 * 4 * 2 * 64 * 2 * 2
+
+
+def test_what_an_operator_pins_is_the_traces_templates(tmp_path: Path) -> None:
+    text = TextModel.load(DEMO_MODEL)
+    file = sharing_server.pinned_file(tmp_path / "pins.toml", 2)
+    pinned = pinned_prompts(file, text)
+    texts = Texts(text, FULL)
+    for template in range(2):
+        ids = texts.prompt(0, Ask(1, 0, template, 64))[: FULL.template_tokens]
+        assert pinned[template][: FULL.template_tokens] == ids
 
 
 def test_parts_and_policies_can_be_measured_alone() -> None:
@@ -122,9 +134,10 @@ def test_parts_and_policies_can_be_measured_alone() -> None:
         parts, policies = sharing.asked(harness.Options(quick=quick, only=only))
         return parts, [policy.name for policy in policies]
 
-    everything = [policy.name for policy in sharing.POLICIES]
-    assert names() == (["replay", "audit"], everything)
+    everything = [policy.name for policy in sharing_server.POLICIES]
+    assert names() == (["replay", "audit", "scan"], everything)
+    assert names(quick=True)[0] == ["replay", "audit"], "a quick run ends within a minute"
     assert names("audit", "selective") == (["audit"], ["selective"])
-    assert names(quick=True)[1] == [n for n in everything if n in sharing.QUICK_POLICIES]
+    assert names(quick=True)[1] == [n for n in everything if n in sharing_server.QUICK_POLICIES]
     with pytest.raises(ConfigError, match="no part 'nothing'"):
         names("nothing")

@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 _LEXICON: Final = """
-able acid aged also area army away baby back ball band bank base bath bear beat been beer
-bell belt best bird blow blue boat body bomb bond bone book born both bowl bulk burn bush
-busy cake call calm came camp card care case cash cast cell chat chip city club coal coat
-code cold come cook cool cope copy core cost crew crop dark data date dawn days dead deal
-dean dear debt deep deny desk dial diet disc disk does done door dose down draw drew drop
-drug dual duke dust duty each earn ease east easy edge else even ever evil exit face fact
-fail fair fall farm fast fate fear feed feel feet fell felt file fill film find fine fire
-firm fish five flat flow food foot ford form fort four free from fuel full fund gain game
-gate gave gear gene gift girl give glad goal goes gold golf gone good gray great grew grey
-grow gulf hair half hall hand hang hard harm
+able aged also area away baby back band bank base bath bear beat been belt best blow blue boat
+body bomb bond book both burn bush busy cake call calm came camp card care case cash cast chat
+chip city coat code cold come cook cool cope copy core cost crew crop dark data date dawn days
+dead deal dear deep desk diet disc disk does done door down draw drop dual duke duty each earn
+ease east easy edge else even ever evil exit face fact fail fair fall farm fast fate fear feed
+feel feet fell felt file fill film find fine fire firm fish five flat flow food ford form fort
+four free from fuel full fund gain game gate gave gear gift give glad goal goes gold golf gone
+good gray great grew grey grow gulf half hard
 """
 WORDS: Final = tuple(_LEXICON.split())
+"""Plain words, no names and nothing of health: what a detector keeps private hides a leak."""
 BLANKS: Final = ("\u200b", "\u200c", "\u200d", "\u2060")
 """Characters without a width: a text of these looks empty."""
 PAGE_TOKENS: Final = 64
@@ -38,10 +37,11 @@ class Twins(NamedTuple):
 
 
 class PromptMaker:
-    """Makes prompts of about `tokens` tokens from a seed."""
+    """Makes prompts of about `tokens` tokens from a seed, behind a text that all begin with."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, behind: str = "") -> None:
         self._seed = seed
+        self._behind = f"{behind} " if behind else ""
         self.chance = random.Random(seed)  # noqa: S311 - coins that a report can repeat
         self.tokens = 256
         self.tokens_per_word = 1.3
@@ -54,7 +54,7 @@ class PromptMaker:
 
     def text(self) -> str:
         """Return one prompt."""
-        return " ".join(self.chance.choices(WORDS, k=self.words))
+        return self._behind + " ".join(self.chance.choices(WORDS, k=self.words))
 
     def template(self, words: int) -> str:
         """Return a text that is the same at every call, for what everybody knows."""
@@ -63,6 +63,10 @@ class PromptMaker:
 
     def twins(self) -> Twins:
         """Return two permutations of the same random words, alike in the first alone."""
+        return Twins(*(self._behind + text for text in self.bare_twins()))
+
+    def bare_twins(self) -> Twins:
+        """Return twins with nothing before them, for what happens in a prompt's first page."""
         return Twins(*map(" ".join, self._permuted(WORDS, self.words)))
 
     def blanks(self) -> Twins:

@@ -58,6 +58,8 @@ class Options:
     prompt_tokens: int = 256
     """Of the first prompts tried."""
     max_prompt_tokens: int = 2048
+    behind: str = ""
+    """What prompts begin with: a text that is public already, such as a service's own prompt."""
     batch: int = 4
     """Pairs between one wait and the next."""
     least_pairs: int = 0
@@ -122,7 +124,9 @@ class Audit:
         await check_consent(self._client, options.consent)
         model = options.model or await first_model(self._client, options.cast.attacker)
         prober = Prober(self._client, model, per_second=options.per_second, clock=self._clock)
-        stage = Stage(prober, options.cast, PromptMaker(self._seed), options.settle_s)
+        stage = Stage(
+            prober, options.cast, PromptMaker(self._seed, options.behind), options.settle_s
+        )
         await self._calibrate(stage)
         channels = [CHANNELS[name]() for name in options.channels or CHANNELS]
         stage = await self._show_time(stage)

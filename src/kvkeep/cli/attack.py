@@ -66,6 +66,16 @@ def write(path: Path | None, text: str, option: str) -> None:
         raise ConfigError(f"{option}: can't write {path}: {error.strerror}") from None
 
 
+def read(path: Path | None) -> str:
+    """Return the text that prompts are to begin with."""
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"behind: can't read {path}: {error}") from None
+
+
 @app.command()
 def attack(
     url: Annotated[str, typer.Argument(help="server, such as http://127.0.0.1:8000")],
@@ -79,6 +89,7 @@ def attack(
     alpha: Annotated[float, typer.Option(help="probability of a false alarm, in all")] = 0.05,
     prompt_tokens: Annotated[int, typer.Option(help="length of the first prompts")] = 256,
     max_prompt_tokens: Annotated[int, typer.Option(help="length they may grow to")] = 2048,
+    behind: Annotated[Path | None, typer.Option(help="text file that prompts begin with")] = None,
     consent: Annotated[str | None, typer.Option(help="token that the target serves")] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and coins (default: random)")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="report as JSON")] = None,
@@ -99,6 +110,7 @@ def attack(
         per_second=rate,
         prompt_tokens=prompt_tokens,
         max_prompt_tokens=max_prompt_tokens,
+        behind=read(behind),
         consent=consent,
         seed=seed,
     )

@@ -48,14 +48,14 @@ def collision() -> PlantAndProbe:
 
 def _across(stage: Stage) -> Trial:
     secret = stage.maker.secret()
-    twins = stage.maker.twins()
+    twins = stage.maker.bare_twins()
     cut = Twins(*(stage.maker.across_boundary(text, secret) for text in twins))
     return of_twins(stage, cut, stage.cast.victim)
 
 
 def _behind_sentinels(stage: Stage) -> Trial:
     secret, word = stage.maker.secret(), stage.maker.chance.choice(SENTINELS)
-    twins = stage.maker.twins()
+    twins = stage.maker.bare_twins()
     # The twins' first two words stay in front, so that they differ within the first page.
     texts = (text.split(" ", 2) for text in twins)
     marked = (f"{a} {b}\n{word}\n{secret} {rest}\n{word}\n" for a, b, rest in texts)
@@ -63,6 +63,6 @@ def _behind_sentinels(stage: Stage) -> Trial:
 
 
 def _almost(stage: Stage) -> Trial:
-    trial = of_twins(stage, stage.maker.twins(), stage.cast.victim)
+    trial = of_twins(stage, stage.maker.bare_twins(), stage.cast.victim)
     hit, miss = (Prompt(stage.maker.near(prompt.text)) for prompt in (trial.hit, trial.miss))
     return Trial(trial.planted, hit, miss, trial.hit_first)
