@@ -182,6 +182,8 @@ class View:
     indexed.
     """
     evict: EvictState | None = None
+    version: int = 0
+    """How often pages it holds were replaced or dropped: appending pages leaves it alone."""
 
     def push(self, slot: int) -> None:
         """Append one page slot."""
@@ -189,6 +191,19 @@ class View:
             self.slots = np.concatenate([self.slots, np.zeros_like(self.slots)])
         self.slots[self.num_pages] = slot
         self.num_pages += 1
+
+    def replace(self, page: int, slot: int) -> None:
+        """Put another slot in a page's place."""
+        self.slots[page] = slot
+        self.version += 1
+
+    def assign(self, slots: Sequence[int]) -> None:
+        """Hold these page slots and no others."""
+        if len(slots) > len(self.slots):
+            self.slots = np.zeros(2 * len(slots), np.int32)
+        self.slots[: len(slots)] = slots
+        self.num_pages = len(slots)
+        self.version += 1
 
     def pages(self) -> Int32Array:
         """Return the page slots in order, a view of `slots`."""

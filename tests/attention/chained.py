@@ -27,6 +27,7 @@ def chain(
     own = max(0, len(pages) - 1) // STEP_PAGES * STEP_PAGES
     return Chain(
         view=view,
+        version=0,
         first_row=first_row,
         num_rows=rows,
         first_position=len(pages) * 64 - rows,

@@ -316,12 +316,69 @@ def test_masks_stand_beside_their_own_views_pages() -> None:
         assert set(np.concatenate(held).flat) == {row if row in {1, 3} else np.iinfo(np.uint64).max}
 
 
-def test_forgetting_a_view_changes_no_plan() -> None:
+@pytest.mark.parametrize("page", [0, 5, 11])
+def test_a_view_whose_shared_page_was_replaced_reads_its_own(page: int) -> None:
     planner = eager(2)
     step = geometry(prefixed(4, 12), Layout.BF16)
-    first = planner.plan(step)
+    assert shared_pages(planner.plan(step)) == 12
+    step.segments[2].view.replace(page, 777)
+    plan = planner.plan(step)
+    assert covers(plan, step)
+    assert plan.pages.tolist().count(777) == 1
+    assert covers(planner.plan(step), step)
+
+
+def test_a_view_that_dropped_pages_is_planned_by_those_it_has() -> None:
+    """Compaction: as many pages as before in units of 16, the shared ones among them gone."""
+    planner = eager(2)
+    step = geometry(prefixed(4, 12), Layout.BF16)
+    planner.plan(step)
+    view = step.segments[1].view
+    view.assign([*range(300, 312)])
+    segments = list(step.segments)
+    segments[1] = replace(segments[1], first_position=12 * 64 - 1, staged=view.slots)
+    after = replace(step, segments=tuple(segments))
+    plan = planner.plan(after)
+    assert covers(plan, after)
+    assert shared_pages(plan) == 12
+    assert 300 in plan.pages
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_number_given_anew_is_planned_by_its_pages_once_forgotten(index: int) -> None:
+    planner = eager(2)
+    step = geometry(prefixed(4, 12), Layout.BF16)
+    planner.plan(step)
+    old = step.segments[index].view
+    slots = np.arange(300, 320, dtype=np.int32)
+    after = changed(step, index, View(old.id, old.tag, slots, old.num_pages, old.length))
+    planner.forget(old)
+    plan = planner.plan(after)
+    assert covers(plan, after)
+    assert shared_pages(plan) == 12
+
+
+def test_forgetting_a_view_leaves_the_others_nodes() -> None:
+    planner = eager(2)
+    step = geometry(prefixed(4, 12), Layout.BF16)
     planner.forget(step.segments[0].view)
-    assert same(planner.plan(step), first)
+    planner.plan(step)
+    planner.forget(step.segments[0].view)
+    plan = planner.plan(step)
+    assert covers(plan, step)
+    assert shared_pages(plan) == 12
+
+
+def test_a_row_before_the_end_of_what_was_shared_is_planned_afresh() -> None:
+    planner = eager(2)
+    step = geometry(prefixed(4, 14, 1), Layout.BF16)
+    planner.plan(step)
+    segments = list(step.segments)
+    segments[3] = replace(segments[3], first_position=12 * 64)
+    after = replace(step, segments=tuple(segments))
+    plan = planner.plan(after)
+    assert covers(plan, after)
+    assert same(plan, eager(2).plan(after))
 
 
 def test_chunks_of_a_prompt_are_planned_with_the_decodes_beside_them() -> None:
@@ -362,3 +419,15 @@ def test_a_cached_plan_of_64_requests_does_less_than_a_fresh_one() -> None:
     cached = [calls(lambda step=step: planner.plan(step)) for step in steps[1:]]  # type: ignore[misc]
     assert max(cached) < fresh / 2
     assert max(cached) <= 30 * len(asked)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_where_nothing_is_shared_a_plan_costs_hardly_more_than_the_flat_one(batch: int) -> None:
+    """Beside the flat planner's own work: a few calls a request, however long its chain."""
+    asked = [Asked(range(40 * i, 40 * i + 40), 2500) for i in range(batch)]
+    step, planner = geometry(asked, Layout.BF16), TreePlanner(SEED, 7)
+    flat = calls(lambda: FlatPlanner().plan(step))
+    fresh = calls(lambda: planner.plan(step))
+    kept = calls(lambda: planner.plan(step))
+    assert kept <= flat + 4 * batch + 10
+    assert fresh <= flat + 6 * batch + 15

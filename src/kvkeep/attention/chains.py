@@ -19,6 +19,8 @@ class Chain:
 
     view: int
     """Id of the request's view."""
+    version: int
+    """Of the view's pages: equal for as long as they only grow."""
     first_row: int
     num_rows: int
     first_position: int
@@ -54,6 +56,7 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
             shareable = min(shareable, coded)
     return Chain(
         view.id,
+        view.version,
         segment.first_row + begin,
         end - begin,
         first,

@@ -9,10 +9,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from kvkeep.attention.chains import Chain, chains_of
-from kvkeep.attention.contraction import GAIN, contract, ours, predicted_ns
+from kvkeep.attention.contraction import (
+    GAIN,
+    MIN_NODE_TOKENS,
+    contract,
+    ours,
+    predicted_ns,
+)
 from kvkeep.attention.cost import CostModel
 from kvkeep.attention.patch import with_moved
-from kvkeep.attention.tree import Forest, build_forest, flat_forest
+from kvkeep.attention.tree import Forest, Node, build_forest, flat_forest
 from kvkeep.ops.layout import AttentionPlan
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
 
@@ -27,11 +33,15 @@ _Shape = tuple[tuple[int, bool, int], ...]
 """Per chain: rows, whether it shares nothing, pages in units of `_REPLAN_PAGES`."""
 
 
+_Pages = tuple[int, int] | None
+"""A view's id and version: the pages a chain had, but for growth; None: nothing is known."""
+
+
 class _Kept(NamedTuple):
     """A step's forest, and what it was made for."""
 
     shape: _Shape
-    views: tuple[int, ...]
+    pages: tuple[_Pages, ...]
     """Of each chain."""
     forest: Forest
 
@@ -79,30 +89,33 @@ class TreePlanner:
         return plan_of(geometry, chains, self._forest(chains))
 
     def forget(self, view: View) -> None:
-        """Nothing is remembered of single views: a step whose requests differ is planned afresh."""
+        """Take nothing for granted of this view's pages: where it comes again, they are looked at."""
+        if self._last is not None:
+            kept = (None if one and one[0] == view.id else one for one in self._last.pages)
+            self._last = self._last._replace(pages=tuple(kept))
 
     def _forest(self, chains: Sequence[Chain]) -> Forest:
-        """Return the step's forest: the last one with longer leaves, where the requests are its.
+        """Return the step's forest: the last one with longer leaves, where its pages only grew.
 
-        Beams that were reordered are found again by their pages.
+        Beams that were reordered, and views whose pages changed, are found again by their pages.
         """
-        shape, views = _shape_of(chains), tuple(c.view for c in chains)
+        shape, pages = _shape_of(chains), tuple((c.view, c.version) for c in chains)
         forest, last = None, self._last
         if last is not None and last.shape == shape:
-            moved = {i for i, (a, b) in enumerate(zip(views, last.views, strict=True)) if a != b}
-            if moved:
+            if last.pages == pages:
+                forest = _with_leaves(last.forest, chains)
+            else:
+                moved = {i for i, (a, b) in enumerate(zip(pages, last.pages)) if a != b}
                 across = self._across_scopes
                 forest = with_moved(last.forest, chains, moved, across_scopes=across)
-            else:
-                forest = _with_leaves(last.forest, chains)
         if forest is None:
             forest = self._fresh(chains)
-        self._last = _Kept(shape, views, forest)
+        self._last = _Kept(shape, pages, forest)
         return forest
 
     def _fresh(self, chains: Sequence[Chain]) -> Forest:
         flat = flat_forest(chains)
-        if len(chains) < 2:
+        if not _may_share(chains, across_scopes=self._across_scopes):
             return flat
         shared = build_forest(chains, across_scopes=self._across_scopes)
         if len(shared.nodes) == len(chains):
@@ -118,15 +131,33 @@ def _shape_of(chains: Sequence[Chain]) -> _Shape:
     return tuple((c.num_rows, c.shareable == 0, len(c.pages) // _REPLAN_PAGES) for c in chains)
 
 
-def _with_leaves(forest: Forest, chains: Sequence[Chain]) -> Forest:
-    """Return the forest with leaves that end where their chains now do."""
+def _may_share(chains: Sequence[Chain], *, across_scopes: bool) -> bool:
+    """Tell whether any two chains begin with the same page and are long enough for a node."""
+    seen: set[tuple[str, int]] = set()
+    for held in chains:
+        if held.shareable * PAGE_TOKENS >= MIN_NODE_TOKENS:
+            start = ("" if across_scopes else held.scope, int(held.pages[0]))
+            if start in seen:
+                return True
+            seen.add(start)
+    return False
+
+
+def _with_leaves(forest: Forest, chains: Sequence[Chain]) -> Forest | None:
+    """Return the forest with leaves that end where their chains now do.
+
+    None where a chain went back, so that its rows no longer see all of what it shared.
+    """
     order = forest.order
-    nodes = (
-        node._replace(end=len(chains[order[node.first]].pages))
-        if node.last - node.first == 1
-        else node
-        for node in forest.nodes
-    )
+    if len(forest.nodes) == len(order):
+        return flat_forest(chains)
+    nodes = list(forest.nodes)
+    for index, (begin, _, parent, first, last) in enumerate(nodes):
+        if last - first == 1:
+            held = chains[order[first]]
+            if held.shareable < begin:
+                return None
+            nodes[index] = Node(begin, len(held.pages), parent, first, last)
     return Forest(order, tuple(nodes))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvkeep.cache.matching import public_start
 from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
@@ -28,11 +26,7 @@ class HeldView:
 
     def set_slots(self) -> None:
         """Write the pages' slots into the view."""
-        view, pages = self.view, self.pages
-        if len(pages) > len(view.slots):
-            view.slots = np.zeros(2 * len(pages), np.int32)
-        view.slots[: len(pages)] = [page.slot for page in pages]
-        view.num_pages = len(pages)
+        self.view.assign([page.slot for page in self.pages])
 
     def clean_tokens(self, count: int) -> int:
         """Return how many of the first `count` tokens may be indexed."""
@@ -137,7 +131,7 @@ class Closer:
         self._store.lock(twin)
         self._store.unlock(held.pages[i])
         held.pages[i] = twin
-        held.view.slots[i] = twin.slot
+        held.view.replace(i, twin.slot)
 
     def keep_rows(self, held: HeldView, tokens: TokenIds) -> None:
         """Index the open page's rows as a partial leaf.
