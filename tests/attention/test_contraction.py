@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -10,13 +11,13 @@ import torch
 from hypothesis import given, settings
 
 from kvkeep.attention.chains import Chain, chains_of
-from kvkeep.attention.contraction import Keep, contract, fasttree, ours, pat, predicted_ns
+from kvkeep.attention.contraction import Costs, Keep, contract, ours, predicted_ns
 from kvkeep.attention.cost import CostModel
 from kvkeep.attention.planner import FlatPlanner, plan_of, row_bounds
 from kvkeep.attention.tree import Forest, Node, build_forest, flat_forest
 from kvkeep.ops.cpu import available
 from kvkeep.types import PAGE_TOKENS, Layout
-from tests.attention.chained import branching, is_whole, nodes_of
+from tests.attention.chained import branching, chain, is_whole, nodes_of
 from tests.counts import examples
 from tests.forests import ALWAYS, Asked, Filled, covers, filled, geometry
 from tests.ops.paths import LAYOUTS, ops_for
@@ -33,6 +34,11 @@ def decide(keep: Keep, tokens: int, below: Sequence[tuple[int, int]]) -> bool:
     end = tokens // 64
     children = [Node(end, end + n // 64, 0, i, i + 1) for i, (_, n) in enumerate(below)]
     return keep(Node(0, end, -1, 0, len(below)), children, bounds)
+
+
+def by(model: CostModel) -> Callable[[Node], CostModel]:
+    """Return the model of every node."""
+    return lambda _node: model
 
 
 def choose(chosen: set[tuple[int, int, int]]) -> Keep:
@@ -101,7 +107,7 @@ def test_dropping_any_nodes_changes_no_bit(
 
 @pytest.mark.parametrize(("tokens", "kept"), [(64, False), (192, False), (256, True), (512, True)])
 def test_ours_keeps_no_node_below_256_tokens(tokens: int, kept: bool) -> None:
-    assert decide(ours(ALWAYS, 1), tokens, [(1, 64)] * 50) is kept
+    assert decide(ours(by(ALWAYS), 1), tokens, [(1, 64)] * 50) is kept
 
 
 @pytest.mark.parametrize(
@@ -118,50 +124,13 @@ def test_ours_keeps_no_node_below_256_tokens(tokens: int, kept: bool) -> None:
     ],
 )
 def test_ours_drops_a_node_where_cost_rises(model: CostModel, rows: int, kept: bool) -> None:
-    assert decide(ours(model, 1), 256, [(rows, 64)] * 2) is kept
+    assert decide(ours(by(model), 1), 256, [(rows, 64)] * 2) is kept
 
 
 def test_ours_counts_query_heads() -> None:
     model = CostModel(0.0, 1.0, 1.0)
-    assert decide(ours(model, 8), 256, [(1, 64)] * 2)
-    assert not decide(ours(model, 16), 256, [(1, 64)] * 2)  # 33.0 against 0.95 * 34 = 32.3
-
-
-# FastTree: product(q, n) = 0.66 padQ g n + 0.33 padK q g, queries in tiles of 64 / g, keys of 32
-
-
-@pytest.mark.parametrize(
-    ("group", "tokens", "below", "kept"),
-    [
-        (1, 1024, [(1, 64)] * 64, True),  # 2,661 against 676 + 45,239
-        (1, 1024, [(64, 64), (1, 64)], False),  # 42,584 against 42,578: the 64 fill a tile alone
-        (1, 1024, [(32, 64), (32, 64)], True),  # 1,355 against 21,627 + 22,979
-        (4, 64, [(1, 64), (1, 64)], True),  # 4,900 against 7,603
-        (64, 64, [(1, 0), (1, 64)], False),  # 676 against 0: tiles of one query, an empty leaf
-        (64, 64, [(1, 64), (1, 64)], False),  # 0.1 against 0: nothing saved but the merge
-    ],
-)
-def test_fasttrees_rule(group: int, tokens: int, below: list[tuple[int, int]], kept: bool) -> None:
-    assert decide(fasttree(group), tokens, below) is kept
-
-
-# PAT: a child leaves where (tiles(S) - tiles(S - s) - tiles(s)) n + 4 s >= 0, tiles of 64 / g
-
-
-@pytest.mark.parametrize(
-    ("group", "tokens", "below", "kept"),
-    [
-        (1, 1024, [(64, 64), (64, 64)], False),  # 0 + 256: both fill their tiles
-        (1, 1024, [(32, 64), (32, 64)], True),  # -1,024 + 128
-        (1, 128, [(32, 64), (32, 64)], False),  # -128 + 128: even
-        (1, 192, [(32, 64), (32, 64)], True),  # -192 + 128
-        (8, 64, [(8, 64), (8, 64)], False),  # 0 + 32: tiles of 8
-        (1, 64, [(8, 64), (8, 64)], True),  # -64 + 32
-        (1, 1024, [(65, 64), (63, 64)], True),  # tiles(128) = 2, of the parts 2 + 1
-    ],
-)
-def test_pats_rule(group: int, tokens: int, below: list[tuple[int, int]], kept: bool) -> None:
-    assert decide(pat(group), tokens, below) is kept
+    assert decide(ours(by(model), 8), 256, [(1, 64)] * 2)
+    assert not decide(ours(by(model), 16), 256, [(1, 64)] * 2)  # 33.0 against 0.95 * 34 = 32.3
 
 
 def test_a_dropped_parent_is_weighed_with_its_children_as_left() -> None:
@@ -194,13 +163,28 @@ def test_a_forests_cost_is_its_nodes() -> None:
     forest = Forest((0, 1), (Node(0, 4, -1, 0, 2), Node(4, 5, 0, 0, 1), Node(4, 6, 0, 1, 2)))
     root = 100 + 256 * (10 + 6)  # three rows of two heads, no merge
     leaves = 100 + 64 * (10 + 4) + 40 * 2 + 100 + 128 * (10 + 4) + 40 * 4
-    assert predicted_ns(forest, [0, 1, 3], model, 2) == root + leaves
+    chains = [chain(range(5)), chain(range(6))]
+    costs = Costs(chains, forest.order, model, CostModel(1e9, 1e9, 1e9))
+    assert predicted_ns(forest, [0, 1, 3], costs, 2) == root + leaves
+
+
+def test_coded_pages_cost_what_their_layout_does() -> None:
+    plain, coded = CostModel(100.0, 10.0, 1.0, 40.0), CostModel(70.0, 3.0, 2.0, 50.0)
+    chains = [replace(chain(range(9)), coded=n) for n in (6, 6, 0, 0)]
+    costs = Costs(chains, (3, 0, 1, 2), plain, coded)
+    root = Node(0, 4, -1, 1, 3)
+    assert costs.model_of(root) is coded
+    assert costs.model_of(Node(0, 4, -1, 0, 1)) is plain
+    assert costs.ns(root, 8) == 70 + 256 * (3 + 16)
+    leaf = Node(4, 9, 0, 1, 2)
+    assert costs.ns(leaf, 8) == 70 + 128 * (3 + 16) + 192 * (10 + 8) + 50 * 8
+    assert costs.ns(Node(6, 9, 0, 1, 2), 8) == 100 + 192 * (10 + 8) + 40 * 8
 
 
 def test_a_prefix_that_stays_in_the_cache_is_read_again_for_nothing() -> None:
     model = CostModel(c0=0.0, a_mem=30.0, a_row=3.0)
     node = Node(0, 16, -1, 0, 2)
     children = [Node(16, 17, 0, 0, 1), Node(16, 17, 0, 1, 2)]
-    assert ours(model, 4)(node, children, [0, 1, 2])
-    assert not ours(model, 4, cached_tokens=17 * PAGE_TOKENS)(node, children, [0, 1, 2])
-    assert ours(model, 4, cached_tokens=17 * PAGE_TOKENS - 1)(node, children, [0, 1, 2])
+    assert ours(by(model), 4)(node, children, [0, 1, 2])
+    assert not ours(by(model), 4, cached_tokens=17 * PAGE_TOKENS)(node, children, [0, 1, 2])
+    assert ours(by(model), 4, cached_tokens=17 * PAGE_TOKENS - 1)(node, children, [0, 1, 2])

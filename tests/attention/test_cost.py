@@ -8,8 +8,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvkeep.attention.cost import MIN_ROWS, SEED, CostModel, Sample, fit, load, padded
+from kvkeep.attention.cost import (
+    MERGE_BOUNDS,
+    MIN_ROWS,
+    SEED,
+    CostModel,
+    Sample,
+    fit,
+    load,
+    merge_cost,
+    padded,
+    save,
+)
 from kvkeep.errors import ConfigError
+from kvkeep.types import Layout
 
 PLANTED = CostModel(c0=450.0, a_mem=17.0, a_row=2.25, a_merge=SEED.a_merge)
 
@@ -64,26 +76,49 @@ def test_merging_costs_by_the_row() -> None:
     assert model.ns(7, 100, merges=True) - model.ns(7, 100) == 280
 
 
+def test_merging_that_was_measured_well_is_believed() -> None:
+    assert merge_cost(25.0, 10.0) == 25.0
+    assert merge_cost(MERGE_BOUNDS[0], 0.0) == MERGE_BOUNDS[0]
+
+
+@pytest.mark.parametrize(
+    ("ns", "error"), [(-3.0, 0.0), (3.9, 0.1), (401.0, 1.0), (41_000.0, 10.0), (30.0, 15.1)]
+)
+def test_merging_is_not_believed_where_it_is_no_cost_or_all_noise(ns: float, error: float) -> None:
+    assert merge_cost(ns, error) == SEED.a_merge
+
+
+MODELS = {Layout.BF16: CostModel(1.5, 0.1 + 0.2, 3.0e-7, 0.0), Layout.K2V2: PLANTED}
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    model = CostModel(1.5, 0.1 + 0.2, 3.0e-7, 0.0)
-    model.save(path)
-    assert load(path) == model
+    save(path, MODELS)
+    assert load(path, [Layout.BF16]) == (MODELS[Layout.BF16],)
+    both = [Layout.K2V2, Layout.BF16]
+    assert load(path, both) == tuple(MODELS[layout] for layout in both)
+
+
+def test_a_file_without_a_layout_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "costs.json", MODELS)
+    with pytest.raises(ConfigError, match="no costs of k4v2 pages"):
+        load(tmp_path / "costs.json", [Layout.BF16, Layout.K4V2])
 
 
 GOOD = asdict(PLANTED)
 
 
 @pytest.mark.parametrize("missing", list(GOOD))
-def test_a_file_without_a_coefficient_is_refused(tmp_path: Path, missing: str) -> None:
-    refuse(tmp_path, msgspec.json.encode({k: v for k, v in GOOD.items() if k != missing}))
+def test_a_layout_without_a_coefficient_is_refused(tmp_path: Path, missing: str) -> None:
+    left = {k: v for k, v in GOOD.items() if k != missing}
+    refuse(tmp_path, msgspec.json.encode({"bf16": left}))
 
 
 @pytest.mark.parametrize("name", list(GOOD))
 @pytest.mark.parametrize("value", ["-1.0", "NaN", "Infinity", "-Infinity", '"much"', "null", "[1]"])
 def test_a_coefficient_that_is_no_cost_is_refused(tmp_path: Path, name: str, value: str) -> None:
     text = ", ".join(f'"{k}": {value if k == name else v}' for k, v in GOOD.items())
-    refuse(tmp_path, f"{{{text}}}".encode())
+    refuse(tmp_path, f'{{"bf16": {{{text}}}}}'.encode())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +131,9 @@ def test_a_coefficient_that_is_no_cost_is_refused(tmp_path: Path, name: str, val
         b"null",
         b"{}",
         b"\xff\xfe",
-        msgspec.json.encode({**GOOD, "a_page": 1.0}),
+        b'{"bf16": 3}',
+        msgspec.json.encode(GOOD),
+        msgspec.json.encode({"bf16": {**GOOD, "a_page": 1.0}}),
     ],
 )
 def test_a_file_that_is_no_cost_model_is_refused(tmp_path: Path, raw: bytes) -> None:
@@ -105,11 +142,11 @@ def test_a_file_that_is_no_cost_model_is_refused(tmp_path: Path, raw: bytes) -> 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"attention_cost_model: .*nowhere\.json"):
-        load(tmp_path / "nowhere.json")
+        load(tmp_path / "nowhere.json", [Layout.BF16])
 
 
 def refuse(folder: Path, raw: bytes) -> None:
     path = folder / "costs.json"
     path.write_bytes(raw)
     with pytest.raises(ConfigError, match=r"attention_cost_model: .*costs\.json"):
-        load(path)
+        load(path, [Layout.BF16])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvkeep.attention.cost import SEED
+from kvkeep.attention.cost import SEED, save
 from kvkeep.attention.planner import AttentionPlanner, FlatPlanner, TreePlanner
 from kvkeep.engine.api import Chunk, FinishReason, GenerateRequest, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
@@ -235,7 +235,7 @@ def test_the_setting_decides_whether_tenants_read_together(
     start: Start, tmp_path: Path, across: str, shares: bool
 ) -> None:
     """Two scopes hold a prefix that no cache keeps: too long for the tiny model, not to plan."""
-    ALWAYS.save(tmp_path / "costs.json")
+    save(tmp_path / "costs.json", {Layout.BF16: ALWAYS})
     core = start(
         None,
         "bfloat16",

@@ -1,12 +1,11 @@
-"""Which shared nodes are worth reading apart; the others' pages go to their children.
-
-The published rules are kept for comparison: they weigh padding and merges of a GPU kernel.
-"""
+"""Which shared nodes are worth reading apart; the others' pages go to their children."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from kvkeep.attention.chains import Chain
 from kvkeep.attention.cost import CostModel
 from kvkeep.attention.tree import Forest, Node
 from kvkeep.types import PAGE_TOKENS
@@ -43,8 +42,34 @@ def contract(forest: Forest, row_bounds: Sequence[int], keep: Keep) -> Forest:
     return Forest(forest.order, _renumbered(nodes, dropped))
 
 
-def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
-    """Keep a node where the profiled cost falls; `group` is G.
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What nodes take: of their pages the leading ones may be coded, the others are not."""
+
+    chains: Sequence[Chain]
+    order: Sequence[int]
+    """As a forest's."""
+    plain: CostModel
+    coded: CostModel
+
+    def model_of(self, node: Node) -> CostModel:
+        """Return the model of a shared node: all its pages are stored in one form."""
+        return self.coded if self._coded_pages(node) else self.plain
+
+    def ns(self, node: Node, rows: int) -> float:
+        """Return what a node takes by `rows` rows of one KV head."""
+        coded = self._coded_pages(node)
+        plain = node.end - node.begin - coded
+        took = self.model_of(node).ns(rows, coded * PAGE_TOKENS, merges=node.parent >= 0)
+        return took + self.plain.ns(rows, plain * PAGE_TOKENS) - self.plain.c0
+
+    def _coded_pages(self, node: Node) -> int:
+        held = self.chains[self.order[node.first]]
+        return min(max(held.coded - node.begin, 0), node.end - node.begin)
+
+
+def ours(model_of: Callable[[Node], CostModel], group: int, cached_tokens: int = 0) -> Keep:
+    """Keep a node where the profiled cost falls, by the model of its pages; `group` is G.
 
     Requests whose chains are no longer than `cached_tokens` find a prefix that the one before has
     read in the last-level cache: reading it apart costs memory once. What lies between two readings
@@ -55,8 +80,8 @@ def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
         tokens = (node.end - node.begin) * PAGE_TOKENS
         if tokens < MIN_NODE_TOKENS:
             return False
-        rows = _rows(node, row_bounds)
-        apart = model.ns(rows * group, tokens, merges=True)
+        model = model_of(node)
+        apart = model.ns(_rows(node, row_bounds) * group, tokens, merges=True)
         together = sum(
             model.ns(_rows(child, row_bounds) * group, tokens) - model.c0 for child in children
         )
@@ -67,59 +92,9 @@ def ours(model: CostModel, group: int, cached_tokens: int = 0) -> Keep:
     return keep
 
 
-def fasttree(group: int, *, alpha: float = 0.66, beta: float = 0.33, gamma: float = 0.1) -> Keep:
-    """Return FastTree's rule (MLSys 2025): padding of query tiles and of key tiles, and merges."""
-    query_tile, key_tile = max(1, 64 // group), 32
-
-    def product(queries: int, keys: int) -> float:
-        pad_q = query_tile - ((queries - 1) % query_tile + 1) if queries else 0
-        pad_k = max(0, key_tile - keys)
-        return alpha * pad_q * group * keys + beta * pad_k * queries * group
-
-    def keep(node: Node, children: Sequence[Node], row_bounds: Sequence[int]) -> bool:
-        length = (node.end - node.begin) * PAGE_TOKENS
-        queries = _rows(node, row_bounds)
-        for child in children:
-            own, below = _rows(child, row_bounds), (child.end - child.begin) * PAGE_TOKENS
-            split_k = product(queries, length) + product(own, below) + gamma * own
-            split_q = product(queries - own, length) + product(own, below + length)
-            if split_k > split_q:
-                return False
-        return True
-
-    return keep
-
-
-def pat(group: int, *, most_rows: int = 64) -> Keep:
-    """Return PAT's rule (ASPLOS 2026): tiles saved against four words of merging per query."""
-    tile = max(1, most_rows // group)
-
-    def tiles(queries: int) -> int:
-        return -(-queries // tile)
-
-    def keep(node: Node, children: Sequence[Node], row_bounds: Sequence[int]) -> bool:
-        length = (node.end - node.begin) * PAGE_TOKENS
-        queries = _rows(node, row_bounds)
-        for child in children:
-            own = _rows(child, row_bounds)
-            saved = (tiles(queries) - tiles(queries - own) - tiles(own)) * length + 4 * own
-            if own == queries or saved >= 0:
-                return False
-        return True
-
-    return keep
-
-
-def predicted_ns(forest: Forest, row_bounds: Sequence[int], model: CostModel, group: int) -> float:
+def predicted_ns(forest: Forest, row_bounds: Sequence[int], costs: Costs, group: int) -> float:
     """Return what the forest's groups take for one KV head."""
-    return sum(
-        model.ns(
-            _rows(node, row_bounds) * group,
-            (node.end - node.begin) * PAGE_TOKENS,
-            merges=node.parent >= 0,
-        )
-        for node in forest.nodes
-    )
+    return sum(costs.ns(node, _rows(node, row_bounds) * group) for node in forest.nodes)
 
 
 def _rows(node: Node, row_bounds: Sequence[int]) -> int:

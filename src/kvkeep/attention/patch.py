@@ -15,13 +15,10 @@ from typing import NamedTuple
 
 from kvkeep.attention.chains import Chain
 from kvkeep.attention.contraction import MIN_NODE_TOKENS
-from kvkeep.attention.tree import Forest, Node
+from kvkeep.attention.tree import Children, Forest, children_of, depth_first
 from kvkeep.types import PAGE_TOKENS
 
 _NODE_PAGES = MIN_NODE_TOKENS // PAGE_TOKENS
-
-_Children = dict[int, list[int]]
-"""Below each inner node, -1 for the roots: inner nodes, and chains as -1 - index."""
 
 
 def with_moved(
@@ -32,7 +29,7 @@ def with_moved(
     None where a fresh forest may share more: a chain holds no node, has pages for one more node in
     common with a neighbour, or leaves a node that fewer than two children go on from.
     """
-    children = _children(forest, moved)
+    children = children_of(forest, moved)
     stems = {
         index: stem
         for index in children
@@ -51,7 +48,7 @@ def with_moved(
         held = [chains[-1 - c] if c < 0 else stems[c].witness for c in children[parent]]
         if _share(held, stems[parent].end, sum(-1 - c in moved for c in children[parent])):
             return None
-    return _depth_first(forest, chains, children)
+    return depth_first(forest, chains, children)
 
 
 class _Stem(NamedTuple):
@@ -77,20 +74,8 @@ def _stem(
     return _Stem(node.begin, node.end, witness.pages[node.begin : node.end].tobytes(), witness)
 
 
-def _children(forest: Forest, moved: Collection[int]) -> _Children:
-    """Return what hangs below each inner node once the chains of `moved` are taken away."""
-    children: _Children = {-1: []}
-    for index, node in enumerate(forest.nodes):
-        if node.last - node.first > 1:
-            children[index] = []
-            children[node.parent].append(index)
-        elif forest.order[node.first] not in moved:
-            children[node.parent].append(-1 - forest.order[node.first])
-    return children
-
-
 def _deepest(
-    children: _Children, stems: Mapping[int, _Stem], chain: Chain, *, across_scopes: bool
+    children: Children, stems: Mapping[int, _Stem], chain: Chain, *, across_scopes: bool
 ) -> int:
     """Return the deepest inner node that a chain holds whole, -1 where it holds none."""
 
@@ -121,27 +106,3 @@ def _share(held: Sequence[Chain], begin: int, moved: int) -> bool:
                 return True
             seen.add(key)
     return False
-
-
-def _depth_first(forest: Forest, chains: Sequence[Chain], children: _Children) -> Forest:
-    """Return the forest of `children`, nodes numbered and chains placed anew."""
-    order: list[int] = []
-    spans: list[tuple[int, int, int, int]] = []
-    lasts: list[int] = []
-    todo = [(child, -1) for child in reversed(children[-1])]
-    while todo:
-        child, parent = todo.pop()
-        begin, place = spans[parent][1] if parent >= 0 else 0, len(order)
-        if child < 0:
-            order.append(-1 - child)
-            spans.append((begin, len(chains[-1 - child].pages), parent, place))
-        else:
-            spans.append((begin, forest.nodes[child].end, parent, place))
-            todo.extend((below, len(lasts)) for below in reversed(children[child]))
-        lasts.append(len(order))
-    for index in range(len(spans) - 1, -1, -1):
-        parent = spans[index][2]
-        if parent >= 0:
-            lasts[parent] = max(lasts[parent], lasts[index])
-    nodes = (Node(*span, last) for span, last in zip(spans, lasts, strict=True))
-    return Forest(tuple(order), tuple(nodes))

@@ -12,6 +12,7 @@ from kvkeep.attention.chains import Chain, chains_of
 from kvkeep.attention.contraction import (
     GAIN,
     MIN_NODE_TOKENS,
+    Costs,
     contract,
     ours,
     predicted_ns,
@@ -75,12 +76,19 @@ class TreePlanner:
     """
 
     def __init__(
-        self, model: CostModel, group: int, *, across_scopes: bool = True, cached_tokens: int = 0
+        self,
+        model: CostModel,
+        group: int,
+        *,
+        coded: CostModel | None = None,
+        across_scopes: bool = True,
+        cached_tokens: int = 0,
     ) -> None:
-        self._model = model
+        """Plan by the costs of pages in the model's dtype and of a codec's; None: the same."""
+        self._models = model, coded or model
         self._group = group
         self._across_scopes = across_scopes
-        self._keep = ours(model, group, cached_tokens)
+        self._cached_tokens = cached_tokens
         self._last: _Kept | None = None
 
     def plan(self, geometry: BatchGeometry) -> AttentionPlan:
@@ -89,7 +97,7 @@ class TreePlanner:
         return plan_of(geometry, chains, self._forest(chains))
 
     def forget(self, view: View) -> None:
-        """Take nothing for granted of this view's pages: where it comes again, they are looked at."""
+        """Take nothing for granted of a view's pages: should its number return, look at them."""
         if self._last is not None:
             kept = (None if one and one[0] == view.id else one for one in self._last.pages)
             self._last = self._last._replace(pages=tuple(kept))
@@ -121,9 +129,15 @@ class TreePlanner:
         if len(shared.nodes) == len(chains):
             return flat
         bounds = row_bounds(chains, shared.order)
-        kept = contract(shared, bounds, self._keep)
-        tree = predicted_ns(kept, bounds, self._model, self._group)
-        apart = predicted_ns(flat, row_bounds(chains, flat.order), self._model, self._group)
+        costs = Costs(chains, shared.order, *self._models)
+        kept = contract(shared, bounds, ours(costs.model_of, self._group, self._cached_tokens))
+        tree = predicted_ns(kept, bounds, costs, self._group)
+        apart = predicted_ns(
+            flat,
+            row_bounds(chains, flat.order),
+            Costs(chains, flat.order, *self._models),
+            self._group,
+        )
         return kept if tree < GAIN * apart else flat
 
 

@@ -1,32 +1,47 @@
-"""Measure the kernels of this machine for the cost model: about 50 ms at start."""
+"""Measure the kernels of this machine for the cost model, at start: 50 to 80 ms a layout."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kvkeep.attention.cost import SEED, CostModel, Sample, fit
-from kvkeep.ops.layout import (
-    TORCH_DTYPE,
-    AttentionOps,
-    AttentionPlan,
-    LayerKV,
-    float_tile_bytes,
-)
+from kvkeep.attention.cost import SEED, CostModel, Sample, fit, merge_cost
+from kvkeep.ops.codes import tile_bytes
+from kvkeep.ops.layout import STEP_TOKENS, TORCH_DTYPE, AttentionOps, AttentionPlan, LayerKV
 from kvkeep.types import PAGE_TOKENS, Layout
 
 BUDGET_S = 0.05
 _PAGES = 16
 """Of a measured item: 1,024 tokens."""
 
-_COLD_BYTES = 96 << 20
+_COLD_BYTES = 64 << 20
 """Read once, these are not in a last-level cache the next time."""
 
-_POINTS = ((1, 1, False), (1, _PAGES, True), (2, _PAGES, False), (12, _PAGES, False))
-"""Queries, pages, and whether they come from memory."""
+_STEP_PAGES = STEP_TOKENS // PAGE_TOKENS
+_CUTS = 4
+"""Nodes that a chain is cut into where merging is measured."""
+
+_MANY_ROWS = 48
+_LEAST_TURNS = 5
+
+
+class _Shape(NamedTuple):
+    """What the items of one call have in common."""
+
+    queries: int
+    pages: int
+    fresh: bool = False
+    """From memory."""
+    nodes: int = 1
+    """Groups that the pages are cut into, each going on from the one before."""
+
+
+_POINTS = (_Shape(1, 1), _Shape(1, _PAGES, fresh=True), _Shape(2, _PAGES), _Shape(12, _PAGES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,9 @@ class Bench:
     ops: AttentionOps
     kv: LayerKV
     layout: Layout
+    """Of the model's dtype."""
+    stored: Layout
+    """Of the tiles that are attended: the same, or a codec's."""
     num_heads: int
     threads: int
 
@@ -45,39 +63,81 @@ class Bench:
         return self.kv.buffer.numel() // (self._tile_bytes * self.kv.num_kv_heads)
 
     @property
+    def group(self) -> int:
+        """Return G."""
+        return self.num_heads // self.kv.num_kv_heads
+
+    @property
     def _tile_bytes(self) -> int:
-        return float_tile_bytes(self.layout, self.kv.head_dim)
+        return tile_bytes(self.stored, self.kv.head_dim)
 
     def sample(self, queries: int, pages: int, *, fresh: bool) -> Sample:
-        """Return the time of one item: `queries` queries of one KV head over `pages` pages."""
-        heads = self.kv.num_kv_heads
-        wanted = _COLD_BYTES // (self._tile_bytes * heads) if fresh else pages
-        distinct = min(max(wanted, pages), self.pages) // pages
-        groups = max(distinct, -(-4 * self.threads // heads))
-        units = self._tile_bytes // self.kv.unit_bytes
-        table = _table(distinct * pages, heads) * np.int32(units)
-        kv = replace(self.kv, tile_table=table, layer=0)
-        plan = _plan(groups, queries, pages, distinct, self.layout)
-        q = torch.zeros(
-            (groups * queries, self.num_heads, self.kv.head_dim), dtype=TORCH_DTYPE[self.layout]
-        )
-        self.ops.attend(q, kv, plan)
+        """Return the time of one item: `queries` queries of one KV head over `pages` pages.
+
+        The fastest of several: a machine that is busy while an engine starts only adds to it.
+        """
+        once = self._timed(_Shape(queries, pages, fresh))
         times: list[float] = []
         begun = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - begun < BUDGET_S / len(_POINTS) / 2:
+            times.append(once())
+        return Sample(queries * self.group, pages * PAGE_TOKENS, fresh, min(times))
+
+    def merging(self) -> tuple[float, float]:
+        """Return what a row of one more group costs, in nanoseconds, and how unsure that is.
+
+        A chain is attended whole and cut, by many rows and by few, in turn: what starting a group
+        costs is in both and falls out. What disturbs a call only makes it longer, so the fastest
+        of each way count; the next fastest tell how sure they are.
+        """
+        queries = (max(2, _MANY_ROWS // self.group), 1)
+        pages = _CUTS * _STEP_PAGES
+        ways = [
+            self._timed(_Shape(count, pages, nodes=nodes))
+            for count in queries
+            for nodes in (_CUTS, 1)
+        ]
+        turns: list[list[float]] = []
+        begun = time.perf_counter()
+        while len(turns) < _LEAST_TURNS or time.perf_counter() - begun < BUDGET_S / 5:
+            turns.append([once() for once in ways])
+        (many, whole, few, few_whole), second = np.sort(np.array(turns), axis=0)[:2]
+        rows = (_CUTS - 1) * (queries[0] - queries[1]) * self.group
+        error = float((second - (many, whole, few, few_whole)).sum())
+        return float(many - whole - (few - few_whole)) / rows, error / rows
+
+    def _timed(self, shape: _Shape) -> Callable[[], float]:
+        """Return a call of enough such items to busy all threads: it returns nanoseconds an item.
+
+        It has run once.
+        """
+        heads = self.kv.num_kv_heads
+        wanted = _COLD_BYTES // (self._tile_bytes * heads) if shape.fresh else shape.pages
+        distinct = min(max(wanted, shape.pages), self.pages) // shape.pages
+        chains = max(distinct, -(-4 * self.threads // heads))
+        units = self._tile_bytes // self.kv.unit_bytes
+        table = _table(distinct * shape.pages, heads) * np.int32(units)
+        kv = replace(self.kv, tile_table=table, layer=0)
+        plan = _plan(chains, shape, distinct, self.stored)
+        size = (chains * shape.queries, self.num_heads, self.kv.head_dim)
+        q = torch.zeros(size, dtype=TORCH_DTYPE[self.layout])
+        items = chains * heads / self.threads
+
+        def once() -> float:
             at = time.perf_counter()
             self.ops.attend(q, kv, plan)
-            times.append(time.perf_counter() - at)
-        items = groups * heads / self.threads
-        rows = queries * (self.num_heads // heads)
-        return Sample(rows, pages * PAGE_TOKENS, fresh, float(np.median(times)) / items * 1e9)
+            return (time.perf_counter() - at) / items * 1e9
+
+        once()
+        return once
 
 
 def profile(bench: Bench) -> CostModel:
     """Return the cost model of this machine's kernels; the seed where the pool is too small."""
     if bench.pages < _PAGES:
         return SEED
-    return fit([bench.sample(queries, pages, fresh=fresh) for queries, pages, fresh in _POINTS])
+    model = fit([bench.sample(p.queries, p.pages, fresh=p.fresh) for p in _POINTS])
+    return replace(model, a_merge=merge_cost(*bench.merging()))
 
 
 def _table(pages: int, heads: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.int32]]:
@@ -87,15 +147,22 @@ def _table(pages: int, heads: int) -> np.ndarray[tuple[int, int, int], np.dtype[
     return table
 
 
-def _plan(groups: int, queries: int, pages: int, distinct: int, layout: Layout) -> AttentionPlan:
-    begin = np.arange(groups, dtype=np.int32)
-    run = np.zeros((groups, 4), np.int32)
-    run[:, 0] = begin % distinct * pages
-    run[:, 1] = pages
-    run[:, 3] = int(layout)
+def _plan(chains: int, shape: _Shape, distinct: int, stored: Layout) -> AttentionPlan:
+    """Return `chains` chains of `shape.nodes` groups over `distinct` chains' pages."""
+    chain = np.repeat(np.arange(chains, dtype=np.int32), shape.nodes)
+    node = np.tile(np.arange(shape.nodes, dtype=np.int32), chains)
+    group = np.arange(chains * shape.nodes, dtype=np.int32)
+    part = shape.pages // shape.nodes
+    run = np.zeros((len(group), 4), np.int32)
+    run[:, 0] = chain % distinct * shape.pages + node * part
+    run[:, 1] = part
+    run[:, 2] = node * part * PAGE_TOKENS
+    run[:, 3] = int(stored)
+    queries = chain * shape.queries
     return AttentionPlan(
-        row_positions=np.full(groups * queries, pages * PAGE_TOKENS - 1, np.int32),
-        groups=np.stack([begin * queries, (begin + 1) * queries, begin, begin + 1], axis=1),
+        row_positions=np.full(chains * shape.queries, shape.pages * PAGE_TOKENS - 1, np.int32),
+        groups=np.stack([queries, queries + shape.queries, group, group + 1], axis=1),
         runs=run,
-        pages=np.arange(distinct * pages, dtype=np.int32),
+        pages=np.arange(distinct * shape.pages, dtype=np.int32),
+        parents=np.where(node > 0, group - 1, -1).astype(np.int32) if shape.nodes > 1 else None,
     )

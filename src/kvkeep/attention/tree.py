@@ -7,7 +7,7 @@ Cost: one sort and one comparison of neighbours, O(pages + batch).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -38,6 +38,10 @@ class Forest:
     order: tuple[int, ...]
     """Index of the chain at each place."""
     nodes: tuple[Node, ...]
+
+
+Children = dict[int, list[int]]
+"""Below each inner node, -1 for the roots: inner nodes, and chains as -1 - index."""
 
 
 def flat_forest(chains: Sequence[Chain]) -> Forest:
@@ -90,3 +94,42 @@ def _nodes(chains: Sequence[Chain], order: Sequence[int], common: Sequence[int])
         children = [(begin, end, depth, parent) for begin, end in pairwise(bounds)]
         todo.extend(reversed(children))
     return nodes
+
+
+def children_of(forest: Forest, moved: Collection[int] = ()) -> Children:
+    """Return what hangs below each inner node, the chains of `moved` taken away."""
+    children: Children = {-1: []}
+    for index, node in enumerate(forest.nodes):
+        if node.last - node.first > 1:
+            children[index] = []
+            children[node.parent].append(index)
+        elif forest.order[node.first] not in moved:
+            children[node.parent].append(-1 - forest.order[node.first])
+    return children
+
+
+def depth_first(forest: Forest, chains: Sequence[Chain], children: Children) -> Forest:
+    """Return the forest of `children`, nodes numbered and chains placed anew.
+
+    A node ends where it did; it begins where its parent ends.
+    """
+    order: list[int] = []
+    spans: list[tuple[int, int, int, int]] = []
+    lasts: list[int] = []
+    todo = [(child, -1) for child in reversed(children[-1])]
+    while todo:
+        child, parent = todo.pop()
+        begin, place = spans[parent][1] if parent >= 0 else 0, len(order)
+        if child < 0:
+            order.append(-1 - child)
+            spans.append((begin, len(chains[-1 - child].pages), parent, place))
+        else:
+            spans.append((begin, forest.nodes[child].end, parent, place))
+            todo.extend((below, len(lasts)) for below in reversed(children[child]))
+        lasts.append(len(order))
+    for index in range(len(spans) - 1, -1, -1):
+        parent = spans[index][2]
+        if parent >= 0:
+            lasts[parent] = max(lasts[parent], lasts[index])
+    nodes = (Node(*span, last) for span, last in zip(spans, lasts, strict=True))
+    return Forest(tuple(order), tuple(nodes))

@@ -205,19 +205,28 @@ def _planner(
     """Return the planner asked for; a tree's costs are read or measured on the unused pool."""
     if options.attention_planner == "flat":
         return FlatPlanner()
-    spec = model.spec
+    spec, kernels = model.spec, backend.ops
+    plain = kernels.layouts[spec.dtype]
+    layouts = (plain,) if pool.spec.layout == plain else (plain, pool.spec.layout)
     if options.attention_cost_model is not None:
-        costs = cost.load(Path(options.attention_cost_model))
+        costs = cost.load(Path(options.attention_cost_model), layouts)
     elif backend.costs is not None:
-        costs = backend.costs
+        costs = (backend.costs,)
     else:
-        kernels = backend.ops
-        layout = kernels.layouts[spec.dtype]
-        costs = profile(Bench(kernels.attention, pool.layer_kv(0), layout, spec.num_heads, threads))
+        costs = tuple(
+            profile(
+                Bench(kernels.attention, pool.layer_kv(0), plain, stored, spec.num_heads, threads)
+            )
+            for stored in layouts
+        )
     across = options.attention_share_across_tenants == "public"
     cached = CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token
     return TreePlanner(
-        costs, spec.num_heads // spec.num_kv_heads, across_scopes=across, cached_tokens=cached
+        costs[0],
+        spec.num_heads // spec.num_kv_heads,
+        coded=costs[-1],
+        across_scopes=across,
+        cached_tokens=cached,
     )
 
 
