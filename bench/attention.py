@@ -2,8 +2,9 @@
 
 Every baseline runs on our own kernels, with the same prefetching: request-outer (each request over
 all heads), head-outer (each head over all requests, so that a prefix stays in the last-level
-cache), two-level (one shared prefix and the rest apart), and torch's SDPA per request. Roofs: bytes
-over the read bandwidth measured beside the cell, and flops over what the registers multiply.
+cache), two-level (one shared prefix and the rest apart), and torch's SDPA per request; the plans
+that FastTree's and PAT's rules choose stand beside ours. Roofs: bytes over the read bandwidth
+measured beside the cell, and flops over what the registers multiply.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.attention_cells import (
     CellOf,
     Machine,
     attend_all,
+    by_rule,
     ceiling_s,
     cell_of,
     head_outer,
@@ -39,11 +41,14 @@ from bench.harness import (
     Figure,
     Goal,
     Options,
+    Pair,
     Report,
     Row,
     estimate,
+    interleave,
     run,
 )
+from kvkeep.attention.edges import fasttree, pat
 from kvkeep.attention.planner import FlatPlanner, TreePlanner
 from kvkeep.errors import ConfigError
 from kvkeep.ops.cpu import DotPeak, cpu_ops
@@ -56,6 +61,8 @@ from tests.oracles import Heads
 COLD_BYTES: Final = 256 << 20
 RECORD_BYTES: Final = 64 << 20
 CODEC_TOKENS: Final = 16384
+STEP_LAYERS: Final = 24
+UNSHARED_S: Final = 4.0
 TORCH_TURNS: Final = 2
 """Of a cell, since SDPA takes 20 to 80 times ours."""
 
@@ -69,6 +76,8 @@ class Measured:
     row: Row
     gain: Estimate
     gain_over_heads: Estimate
+    by_rule: tuple[Estimate, Estimate]
+    """Gains of the plans that FastTree's and PAT's rules choose."""
     flat_roof: Estimate
     tree_roof: Estimate
     gain_over_model: Estimate
@@ -82,6 +91,8 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
     """Measure all ways of attending a cell in turn, `pairs` times; torch's a few times only."""
     flat, ours = FlatPlanner().plan(cell.step), planner.plan(cell.step)
     levels, by_head, torchs = two_level(cell), head_outer(machine, cell, flat), sdpa(cell)
+    group = cell.heads.q // cell.heads.kv
+    rules = by_rule(cell, fasttree(group)), by_rule(cell, pat(group))
     pages, all_pages = int(ours.runs[:, 1].sum()), flat_pages(cell.layout.slots)
     before = machine.ops.bytes_read
     attend_all(machine, cell, ours)
@@ -95,14 +106,16 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
             attend_all(machine, cell, ours),
             by_head(),
             attend_all(machine, cell, levels),
+            *(attend_all(machine, cell, rule) for rule in rules),
             torchs() if turn < TORCH_TURNS else math.nan,
         )
         flat_roof = ceiling_s(cell, all_pages, gb_s, gflop_s)
         tree_roof = ceiling_s(cell, pages, gb_s, gflop_s)
         samples.append((*times, flat_roof, tree_roof, gb_s, gflop_s))
     at = np.array(samples)
-    flat_s, ours_s, head_s, level_s, sdpa_s, flat_roofs, tree_roofs, gb, gf = at.T
+    flat_s, ours_s, head_s, level_s, tree_s, pat_s, sdpa_s, flat_roofs, tree_roofs, gb, gf = at.T
     gain = estimate(flat_s / ours_s)
+    by_rules = estimate(flat_s / tree_s), estimate(flat_s / pat_s)
     row: dict[str, Cell] = {
         "tree": cell.tree.name,
         "heads": f"{cell.heads.q}/{cell.heads.kv}x{cell.heads.dim}",
@@ -112,6 +125,8 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
         "gain_over_request_outer": gain.median,
         "over_head_outer": float(np.median(head_s / ours_s)),
         "over_two_level": float(np.median(level_s / ours_s)),
+        "gain_by_fasttree_rule": by_rules[0].median,
+        "gain_by_pat_rule": by_rules[1].median,
         "over_torch_sdpa": float(np.nanmedian(sdpa_s / ours_s)),
         "flat_roof_ratio": float(np.median(flat_roofs / flat_s)),
         "tree_roof_ratio": float(np.median(tree_roofs / ours_s)),
@@ -123,6 +138,7 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
         row,
         gain,
         estimate(head_s / ours_s),
+        by_rules,
         estimate(flat_roofs / flat_s),
         estimate(tree_roofs / ours_s),
         estimate((flat_s / ours_s) / (flat_roofs / tree_roofs)),
@@ -169,30 +185,60 @@ def node_kernel(machine: Machine, pairs: int) -> tuple[Figure, list[Row]]:
     return Figure("node_kernel_ratio", worst, Goal(">=", 0.85)), rows
 
 
-def unshared(machine: Machine, planner: TreePlanner, pairs: int) -> tuple[Figure, list[Row]]:
-    """Return planning and attending over flat's, where nothing is shared: the worst case."""
+class Planned:
+    """A step of 24 layers, planning included: calling it returns its seconds."""
+
+    def __init__(
+        self, machine: Machine, cell: CellOf, plan: Callable[[BatchGeometry], AttentionPlan]
+    ) -> None:
+        self._machine = machine
+        self._cell = cell
+        self._plan = plan
+        self.planning_s: list[float] = []
+
+    def __call__(self) -> float:
+        """Plan, attend, and return the seconds both took."""
+        cell, begun = self._cell, time.perf_counter()
+        plan = self._plan(cell.step)
+        self.planning_s.append(time.perf_counter() - begun)
+        for i in range(STEP_LAYERS):
+            self._machine.ops.attend(cell.q, cell.layers[i % len(cell.layers)], plan)
+        return time.perf_counter() - begun
+
+
+def unshared(machine: Machine, planner: TreePlanner, least: int) -> tuple[Figure, list[Row]]:
+    """Return planning and attending over flat's, where nothing is shared: the worst case.
+
+    Both ways go through the same code but for the planner. A step takes 1 to 20 ms, so pairs are
+    taken until the machine's slow moments have met both: `UNSHARED_S` seconds, not less than
+    `least` of them.
+    """
     worst: Estimate | None = None
     rows: list[Row] = []
-    layers = 24
     for batch, tokens in ((1, 512), (8, 512), (64, 256), (1, 8192), (16, 2048)):
         cell = cell_of(machine, Tree("unshared", (batch,), (tokens,)), Heads(14, 2, 64))
         assert cell is not None
-
-        def step(make: Callable[[BatchGeometry], AttentionPlan], cell: CellOf = cell) -> float:
-            begun = time.perf_counter()
-            plan = make(cell.step)
-            for i in range(layers):
-                machine.ops.attend(cell.q, cell.layers[i % len(cell.layers)], plan)
-            return time.perf_counter() - begun
-
-        flat = FlatPlanner()
-        ratios = []
-        for i in range(pairs):
-            order = (planner.plan, flat.plan) if i % 2 else (flat.plan, planner.plan)
-            first, second = step(order[0]), step(order[1])
-            ratios.append(first / second if i % 2 else second / first)
-        found = estimate(ratios)
-        rows.append({"unshared requests": batch, "tokens": tokens, "over_flat": found.median})
+        ours, flat = (
+            Planned(machine, cell, planner.plan),
+            Planned(machine, cell, FlatPlanner().plan),
+        )
+        ours(), flat()
+        pairs: list[Pair] = []
+        until = time.perf_counter() + (UNSHARED_S if least >= MIN_PAIRS else 0.0)
+        while len(pairs) < least or time.perf_counter() < until:
+            pairs += interleave(ours, flat, 2)
+        found = estimate([pair.ours / pair.theirs for pair in pairs])
+        rows.append(
+            {
+                "unshared requests": batch,
+                "tokens": tokens,
+                "pairs": len(pairs),
+                "over_flat": found.median,
+                "step_ms": float(np.median([pair.theirs for pair in pairs])) * 1e3,
+                "plan_us": float(np.median(ours.planning_s)) * 1e6,
+                "flat_plan_us": float(np.median(flat.planning_s)) * 1e6,
+            }
+        )
         if worst is None or found.median > worst.median:
             worst = found
     assert worst is not None
@@ -227,10 +273,19 @@ def worst_of(name: str, found: Sequence[Estimate], goal: Goal) -> list[Figure]:
     return [Figure(name, min(found, key=lambda e: e.median), goal)] if found else []
 
 
+def mean_of(name: str, found: Sequence[Estimate], goal: Goal | None = None) -> Figure:
+    """Return the mean of estimates as a figure."""
+    mean, low, high = (
+        float(np.mean([getattr(e, field) for e in found])) for field in Estimate._fields[:3]
+    )
+    return Figure(name, Estimate(mean, low, high, found[0].samples), goal)
+
+
 def summary(cells: Sequence[tuple[Tree, Heads, Measured]]) -> list[Figure]:
     """Return the figures of the grid."""
     record = [m for _, _, m in cells if m.record]
-    sweep = [m.gain for t, _, m in cells if t in codec(CODEC_TOKENS)]
+    swept = [m for t, _, m in cells if t in codec(CODEC_TOKENS)]
+    sweep = [m.gain for m in swept]
     figures = worst_of("flat_roof_ratio_min", [m.flat_roof for m in record], Goal(">=", 0.8))
     figures += worst_of("tree_roof_ratio_min", [m.tree_roof for m in record], Goal(">=", 0.8))
     figures += worst_of(
@@ -238,12 +293,11 @@ def summary(cells: Sequence[tuple[Tree, Heads, Measured]]) -> list[Figure]:
     )
     if sweep:
         best = max(sweep, key=lambda e: e.median)
-        mean, low, high = (
-            float(np.mean([getattr(e, name) for e in sweep])) for name in Estimate._fields[:3]
-        )
         figures += [
-            Figure("codec_grid_mean", Estimate(mean, low, high, best.samples), Goal(">=", 2.2)),
+            mean_of("codec_grid_mean", sweep, Goal(">=", 2.2)),
             Figure("codec_grid_max", best, Goal(">=", 5.0)),
+            mean_of("codec_mean_by_fasttree_rule", [m.by_rule[0] for m in swept]),
+            mean_of("codec_mean_by_pat_rule", [m.by_rule[1] for m in swept]),
         ]
     mha = [m.gain_over_heads for t, h, m in cells if t.name == "16 on 4096" and h == HEADS[1]]
     figures += worst_of("mha_16_vs_head_outer", mha, Goal(">=", 1.8))

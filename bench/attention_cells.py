@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from bench.attention_grids import Layout, Tree, laid_out
+from bench.memory import huge
 from kvkeep.attention.chains import chains_of
 from kvkeep.attention.contraction import contract
+from kvkeep.attention.edges import Leaves, without_edges
 from kvkeep.attention.planner import CACHED_BYTES, TreePlanner, plan_of, row_bounds
 from kvkeep.attention.profile import Bench, profile
 from kvkeep.attention.tree import build_forest
@@ -40,7 +42,7 @@ class Machine:
         self.ops = ops
         torch.set_num_threads(threads)
         sample = torch.randn(1 << 22).to(torch.bfloat16)
-        self.buffer = torch.empty(POOL_BYTES, dtype=torch.uint8)
+        self.buffer = huge(POOL_BYTES)
         numbers = self.buffer.view(torch.bfloat16)
         for begin in range(0, numbers.numel(), sample.numel()):
             part = numbers[begin : begin + sample.numel()]
@@ -70,7 +72,9 @@ def planner_for(machine: Machine, heads: Heads) -> TreePlanner:
     """Return the planner an engine of these heads would start with."""
     layers = machine.layers(heads, 64)
     assert layers is not None
-    bench = Bench(machine.ops, layers[0], TileLayout.BF16, heads.q, machine.threads)
+    bench = Bench(
+        machine.ops, layers[0], TileLayout.BF16, TileLayout.BF16, heads.q, machine.threads
+    )
     token_bytes = 2 * heads.kv * heads.dim * 2
     return TreePlanner(
         profile(bench), heads.q // heads.kv, cached_tokens=CACHED_BYTES // token_bytes
@@ -175,6 +179,12 @@ def two_level(cell: CellOf) -> AttentionPlan:
     bounds = row_bounds(chains, forest.order)
     kept = contract(forest, bounds, lambda node, _children, _bounds: node.begin == 0)
     return plan_of(cell.step, chains, kept)
+
+
+def by_rule(cell: CellOf, leaves: Leaves) -> AttentionPlan:
+    """Return the plan of a published rule, which knows nothing of this machine."""
+    chains = chains_of(cell.step)
+    return plan_of(cell.step, chains, without_edges(build_forest(chains), chains, leaves))
 
 
 def ceiling_s(cell: CellOf, pages: int, gb_s: float, gflop_s: float) -> float:

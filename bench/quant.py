@@ -7,7 +7,6 @@ the same coded tiles and widens every code to a float in registers, once for all
 
 from __future__ import annotations
 
-import mmap
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from bench.harness import (
     estimate,
     run,
 )
+from bench.memory import huge
 from kvkeep.ops.codes import pack_codes, pack_sinks, tile_bytes
 from kvkeep.ops.cpu import available, cpu_ops, decoding_attention
 from kvkeep.ops.cpu_attention import CpuAttention
@@ -90,14 +90,6 @@ def sample_tiles(layout: Layout, dim: int, *, first: bool) -> torch.Tensor:
         return tiles
     k, v = torch.randn(2, 64, 4, dim)
     return torch.cat([tiles, pack_sinks(k, v)], 1)
-
-
-def huge(size: int) -> torch.Tensor:
-    """Return memory in huge pages where the system has them, as a pool's is."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def pages_of(layout: Layout, dim: int, context: int, cold_bytes: int = COLD_BYTES) -> Pages:
