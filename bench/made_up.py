@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from kvkeep.models.shapes import LIKE
-from kvkeep.quant.codec import Codec, KVShape
+from kvkeep.quant.codec import Codec, KVShape, Place
 from kvkeep.types import PAGE_TOKENS, Layout
 
 
@@ -27,7 +27,7 @@ class MadeUpPages:
         size = (shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
         k, v = (torch.randn(size, generator=draw).bfloat16() for _ in range(2))
         self._first, self._other = (
-            codec.encode(k, v, first=first).tobytes() for first in (True, False)
+            codec.encode(k, v, Place(0, first)).tobytes() for first in (True, False)
         )
         self._layers = shape.num_layers
         self._starts: set[bytes] = set()

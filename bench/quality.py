@@ -2,8 +2,8 @@
 
 The suite is `bench/traces/quality.json`; the model is the demo model, a toy, or the checkpoint of
 `--model DIR`. `--only CODEC` measures one codec. Every codec sees the same split: what lies before
-the current window of 128 tokens is coded. A codec that the engine has kernels for is attended as
-codes; others are stored as what comes back of them.
+the current window is coded, one of 128 tokens but for codecs named after another. A codec that the
+engine has kernels for is attended as codes; others are stored as what comes back of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvkeep.quant.baselines.kvquant import KvQuant
 from kvkeep.quant.baselines.paper import HackPaper
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
-from kvkeep.types import Layout
+from kvkeep.types import WINDOW_STEP, Layout
 
 GOALS: Final = {"k2v2": Goal("<=", 0.015), "k4v2": Goal("<=", 0.005)}
 LEARNT_FROM: Final = 24
@@ -43,8 +43,8 @@ Sample = Sequence[Sequence[KV]]
 Make = Callable[[Sample], Codec]
 
 
-def _ours(layout: Layout, *, rotate: bool = True) -> Make:
-    return lambda _: Hack(layout, rotate=rotate)
+def _ours(layout: Layout, window_tokens: int = WINDOW_STEP, *, rotate: bool = True) -> Make:
+    return lambda _: Hack(layout, window_tokens, rotate=rotate)
 
 
 def _plain(kind: Callable[[], Baseline]) -> Make:
@@ -65,8 +65,10 @@ CODECS: Final[dict[str, Make]] = {
     "hack-paper": _plain(HackPaper),
     "k2v2-plain": _ours(Layout.K2V2, rotate=False),
     "k4v2-plain": _ours(Layout.K4V2, rotate=False),
+    "k2v2-w256": _ours(Layout.K2V2, 256),
+    "k2v2-w512": _ours(Layout.K2V2, 512),
 }
-ABLATIONS: Final = ("k2v2-plain", "k4v2-plain")
+ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512")
 """Measured where they are asked for."""
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,12 +20,10 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import EngineError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.text import TextModel
-from kvkeep.ops.layout import Attended, AttentionOps, AttentionPlan, LayerKV, Observe
-from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Place
-from kvkeep.quant.codec import Codec, KVShape
+from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
+from kvkeep.quant.codec import Codec, KVShape, Place
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import Int32Array
 
 TENANT: Final = "bench"
 ANSWER_TOKENS: Final = 10
@@ -50,34 +48,6 @@ class Machine:
     model: Path
     threads: int
     kv_cache_bytes: int = 1 << 29
-
-
-class LayerWatch:
-    """Attention as ever that tells a codec which layer's pages are about to close."""
-
-    def __init__(self, inner: AttentionOps, tell: Callable[[int], None]) -> None:
-        self._inner = inner
-        self._tell = tell
-
-    @property
-    def bytes_read(self) -> int:
-        """Return what was read so far."""
-        return self._inner.bytes_read
-
-    def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
-        """Write the rows."""
-        self._tell(kv.layer)
-        self._inner.append(kv, k, v, slots)
-
-    def attend(
-        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
-    ) -> Attended:
-        """Attend as ever."""
-        return self._inner.attend(q, kv, plan, observe)
-
-    def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge as ever."""
-        return self._inner.merge(outs, lse2s)
 
 
 class Recorder(Baseline):
@@ -112,9 +82,6 @@ class Asked:
             chunk_tokens=512,
         )
         backend = choose(options, machine.threads)
-        if isinstance(codec, Dequantised):
-            watched = LayerWatch(backend.ops.attention, lambda at: setattr(codec, "layer", at))
-            backend = replace(backend, ops=replace(backend.ops, attention=watched))
         self._core = build_core(
             options,
             parts=Parts(

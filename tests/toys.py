@@ -10,7 +10,7 @@ import torch
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.errors import SealError
 from kvkeep.ops.layout import AttentionPlan, WeightFold
-from kvkeep.quant.codec import Float, KVShape, Tiles
+from kvkeep.quant.codec import Float, KVShape, Place, Tiles
 from kvkeep.sharing.policy import Access
 from kvkeep.shield.policy import Role
 from kvkeep.types import (
@@ -129,8 +129,8 @@ class EightBit(Float):
             window_tokens=self._window_tokens,
         )
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
-        return super().encode(_round(k), _round(v), first=first)
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
+        return super().encode(_round(k), _round(v), place)
 
 
 def _round(x: torch.Tensor) -> torch.Tensor:

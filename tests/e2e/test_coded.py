@@ -19,7 +19,7 @@ from kvkeep.engine.engine import EngineCore
 from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.leaf import Embedding
-from kvkeep.quant.codec import Codec, KVShape, Tiles
+from kvkeep.quant.codec import Codec, KVShape, Place, Tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
@@ -85,14 +85,14 @@ class Watched:
         self.first = 0
         self.seen: Counter[bytes] = Counter()
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
         self.pages += 1
-        self.first += first
+        self.first += place.first
         self.seen[torch.cat([k, v]).float().numpy().tobytes()] += 1
-        return self._inner.encode(k, v, first=first)
+        return self._inner.encode(k, v, place)
 
     def decode(
-        self, tiles: Tiles, shape: KVShape, *, first: bool
+        self, tiles: Tiles, shape: KVShape, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("attention reads codes as they are")
 

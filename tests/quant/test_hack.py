@@ -5,7 +5,7 @@ import torch
 
 from kvkeep.errors import NonFiniteKV
 from kvkeep.ops.codes import CODE_BITS, SINK_TOKENS, coded_tile_bytes, partition_channels
-from kvkeep.quant.codec import KVShape
+from kvkeep.quant.codec import KVShape, Place
 from kvkeep.quant.hack import Hack, affine, fitted, hadamard, quantise
 from kvkeep.types import PAGE_TOKENS, Layout
 
@@ -27,8 +27,8 @@ def made(*, spread: float = 1.0, dim: int = DIM) -> tuple[torch.Tensor, torch.Te
 def stored(
     layout: Layout, k: torch.Tensor, v: torch.Tensor, *, first: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    codec = Hack(layout)
-    return codec.decode(codec.encode(k, v, first=first), shape_of(k.shape[2]), first=first)
+    codec, place = Hack(layout), Place(0, first)
+    return codec.decode(codec.encode(k, v, place), shape_of(k.shape[2]), place)
 
 
 def half_steps(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
@@ -77,6 +77,7 @@ def test_a_rotation_leaves_scores_as_they_are(dim: int, dtype: torch.dtype) -> N
 def test_whether_keys_are_rotated_is_part_of_the_name() -> None:
     turned, plain = Hack(Layout.K4V2), Hack(Layout.K4V2, rotate=False)
     assert (turned.name, plain.name) == ("k4v2", "k4v2-plain")
+    assert Hack(Layout.K4V2, 256).name == "k4v2-w256", "so is the window: bits follow from it"
     assert turned.rotation(shape_of()) is not None
     assert plain.rotation(shape_of()) is None
 
@@ -138,7 +139,7 @@ def test_a_value_that_is_not_finite_names_its_head(
     k, v = made()
     (k if what == "K" else v)[2, token, 7] = bad
     with pytest.raises(NonFiniteKV, match=f"^{what} of KV head 2 isn't finite") as caught:
-        Hack(Layout.K2V2).encode(k, v, first=first)
+        Hack(Layout.K2V2).encode(k, v, Place(0, first))
     assert (caught.value.what, caught.value.head) == (what, 2)
 
 
@@ -146,8 +147,8 @@ def test_a_value_that_is_not_finite_names_its_head(
 def test_tiles_have_the_size_of_the_spec(layout: Layout) -> None:
     codec, (k, v) = Hack(layout), made()
     spec = codec.page_spec(shape_of())
-    assert codec.encode(k, v, first=False).shape == (3, spec.tile_bytes)
-    assert codec.encode(k, v, first=True).shape == (3, spec.first_tile_bytes)
+    assert codec.encode(k, v, Place(0, False)).shape == (3, spec.tile_bytes)
+    assert codec.encode(k, v, Place(0, True)).shape == (3, spec.first_tile_bytes)
     assert spec.tile_bytes == coded_tile_bytes(layout, DIM) < spec.first_tile_bytes
     assert (spec.layout, codec.name) == (layout, layout.name.lower())
     assert codec.folds(shape_of()) == ()

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvkeep.ops.codes import CODE_BITS, SINK_TOKENS, partition_channels, sink_bytes
-from kvkeep.quant.baselines.base import Place
 from kvkeep.quant.baselines.paper import HackPaper, Summed
+from kvkeep.quant.codec import Place
 from kvkeep.quant.hack import Hack, dequantise
 from kvkeep.types import PAGE_TOKENS, Layout
 
@@ -111,6 +111,6 @@ def test_4096_tokens_take_the_bytes_of_the_closed_form() -> None:
     closed = (tokens - SINK_TOKENS) // PAGE_TOKENS
     rest = 4 * dim * (tokens - closed * PAGE_TOKENS)
     assert mib(with_sums, closed, rest) == pytest.approx(102.0, abs=0.05)
-    ours = Hack(Layout.K2V2).encode(k, v, first=False).shape[1]
+    ours = Hack(Layout.K2V2).encode(k, v, Place(0, False)).shape[1]
     assert ours == 80 * PAGE_TOKENS
     assert mib(ours, tokens // PAGE_TOKENS, sink_bytes(dim)) == pytest.approx(90.6, abs=0.05)

@@ -14,7 +14,7 @@ from kvkeep.engine.turning import Turning
 from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
-from kvkeep.quant.codec import Codec, KVShape, unpack_float_tiles
+from kvkeep.quant.codec import Codec, KVShape, Place, unpack_float_tiles
 from kvkeep.shield.policy import Shield
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
 
@@ -122,7 +122,7 @@ class BatchKV:
             return False
         k, v = unpack_float_tiles(self._pool.read_tiles(page.staged, layer), self._shape)
         try:
-            tiles = self._codec.encode(k, v, first=page.index == 0)
+            tiles = self._codec.encode(k, v, Place(layer, page.index == 0))
         except NonFiniteKV as error:
             self.failed[page.view.id] = error.in_layer(layer)
             page.view.taint(page.index * PAGE_TOKENS)

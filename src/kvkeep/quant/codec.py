@@ -31,6 +31,14 @@ class Rotation(NamedTuple):
     k: torch.Tensor
 
 
+class Place(NamedTuple):
+    """Where a page's tiles belong."""
+
+    layer: int
+    first: bool
+    """Of a sequence's first page."""
+
+
 class Codec(Protocol):
     """Stores pages; attention reads the stored form, `decode` is for tests and tools."""
 
@@ -45,14 +53,14 @@ class Codec(Protocol):
     def rotation(self, shape: KVShape) -> Rotation | None:
         """Return how queries and keys are turned after RoPE; None: not at all."""
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
-        """Return [N, tile bytes] for k, v [N, S, D]; `first`: of a sequence's first page.
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
+        """Return [N, tile bytes] for k, v [N, S, D], the KV heads of a layer.
 
         Raises `NonFiniteKV` where a codec can't store a value.
         """
 
     def decode(
-        self, tiles: Tiles, shape: KVShape, *, first: bool
+        self, tiles: Tiles, shape: KVShape, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return k, v [N, S, D] that stored tiles stand for."""
 
@@ -80,12 +88,12 @@ class Float:
         """No rotation."""
         return None
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
         """Return tiles in a CPU's layout of k's dtype."""
         return pack_float_tiles(k, v, LANE_LAYOUTS[k.dtype])
 
     def decode(
-        self, tiles: Tiles, shape: KVShape, *, first: bool
+        self, tiles: Tiles, shape: KVShape, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stored values."""
         return unpack_float_tiles(tiles, shape)

@@ -28,7 +28,7 @@ from kvkeep.ops.codes import (
     unpack_sinks,
 )
 from kvkeep.ops.layout import WeightFold
-from kvkeep.quant.codec import KVShape, Rotation, Tiles
+from kvkeep.quant.codec import KVShape, Place, Rotation, Tiles
 from kvkeep.types import PAGE_TOKENS, WINDOW_STEP, Layout, PageSpec
 
 _LEAST_SCALE: Final = torch.finfo(torch.float32).tiny
@@ -47,13 +47,14 @@ class Affine(NamedTuple):
 
 
 class Hack:
-    """Pages as codes of 2, 4 or 8 bits, named after their layout."""
+    """Pages as codes of 2, 4 or 8 bits, named after their layout and what bits follow from."""
 
     def __init__(
         self, layout: Layout, window_tokens: int = WINDOW_STEP, *, rotate: bool = True
     ) -> None:
         """`rotate`: keys are coded after a Hadamard rotation, which spreads what they differ in."""
-        self.name = layout.name.lower() + ("" if rotate else "-plain")
+        window = "" if window_tokens == WINDOW_STEP else f"-w{window_tokens}"
+        self.name = layout.name.lower() + window + ("" if rotate else "-plain")
         self.layout = layout
         self.window_tokens = window_tokens
         self.bits = CODE_BITS[layout]
@@ -79,22 +80,22 @@ class Hack:
         """Return a Hadamard matrix, in powers of two on both sides."""
         return hadamard(shape.head_dim) if self._rotate else None
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
         """Return coded tiles [N, tile bytes] of k, v [N, S, D]."""
-        tiles = pack_codes(self.codes(k, v, first=first), self.layout)
-        if first:
+        tiles = pack_codes(self.codes(k, v, first=place.first), self.layout)
+        if place.first:
             sinks = [x[:, :SINK_TOKENS].to(torch.bfloat16) for x in (k, v)]
             _require_finite(*sinks)
             tiles = torch.cat([tiles, pack_sinks(*sinks)], 1)
         return np.asarray(tiles.numpy())
 
     def decode(
-        self, tiles: Tiles, shape: KVShape, *, first: bool
+        self, tiles: Tiles, shape: KVShape, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 k, v [N, S, D]."""
         raw, dim = torch.from_numpy(np.ascontiguousarray(tiles)), shape.head_dim
         k, v = dequantise(unpack_codes(raw, self.layout, dim))
-        if first:
+        if place.first:
             area = raw[:, coded_tile_bytes(self.layout, dim) :]
             k[:, :SINK_TOKENS], v[:, :SINK_TOKENS] = unpack_sinks(area, dim)
         return k, v

@@ -12,7 +12,6 @@ import torch
 from kvkeep.quant.baselines.base import (
     Baseline,
     Dequantised,
-    Place,
     Stored,
     pack_bits,
     shape_of,
@@ -24,7 +23,7 @@ from kvkeep.quant.baselines.fp8 import Fp8
 from kvkeep.quant.baselines.kivi import Kivi
 from kvkeep.quant.baselines.kvquant import KvQuant
 from kvkeep.quant.baselines.paper import HackPaper
-from kvkeep.quant.codec import unpack_float_tiles
+from kvkeep.quant.codec import Place, unpack_float_tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
 from tests.quant.baselines.pages import DIM, HEADS, page, plain, sample
@@ -122,13 +121,13 @@ def test_bits_come_back(bits: int) -> None:
 def test_dequantised_pages_are_float_pages_of_what_comes_back() -> None:
     codec, (k, v) = Dequantised(Kivi()), page()
     shape = shape_of(k)
-    tiles = codec.encode(k, v, first=False)
+    tiles = codec.encode(k, v, Place(0, False))
     spec = codec.page_spec(shape)
     assert tiles.shape == (HEADS, spec.tile_bytes)
     assert spec.first_tile_bytes == spec.tile_bytes
     assert (spec.layout, codec.name) == (Layout.BF16, "kivi2-dequantised")
     expected = Kivi().rounded(k, v, Place(0, False))
-    for found in (unpack_float_tiles(tiles, shape), codec.decode(tiles, shape, first=False)):
+    for found in (unpack_float_tiles(tiles, shape), codec.decode(tiles, shape, Place(0, False))):
         assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, expected, strict=True))
     assert codec.stored_bytes == len(Kivi().encode(k, v, Place(0, False)))
     assert codec.float_bytes == np.prod(tiles.shape)
@@ -136,8 +135,7 @@ def test_dequantised_pages_are_float_pages_of_what_comes_back() -> None:
 
 def test_dequantised_codes_every_nth_page_for_its_bytes_and_rounds_all() -> None:
     codec, (k, v) = Dequantised(cachegen(), every=3), page()
-    codec.layer = 2
-    tiles = [codec.encode(k, v, first=False) for _ in range(4)]
+    tiles = [codec.encode(k, v, Place(2, False)) for _ in range(4)]
     expected = cachegen().encode(k, v, Place(2, False))
     assert codec.stored_bytes == 2 * len(expected)
     assert codec.float_bytes == 2 * tiles[0].nbytes

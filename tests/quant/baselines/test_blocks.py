@@ -5,8 +5,8 @@ import struct
 import numpy as np
 import torch
 
-from kvkeep.quant.baselines.base import Place
 from kvkeep.quant.baselines.blocks import Q4, Q8
+from kvkeep.quant.codec import Place
 from tests.quant.baselines.pages import page
 
 

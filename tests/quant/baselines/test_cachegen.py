@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvkeep.quant.baselines.base import Place
 from kvkeep.quant.baselines.cachegen import CacheGen, Levels, levels_of
+from kvkeep.quant.codec import Place
 from tests.quant.baselines.pages import page, sample
 
 

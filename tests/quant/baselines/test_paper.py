@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from kvkeep.quant.baselines.base import Place
 from kvkeep.quant.baselines.paper import HackPaper
+from kvkeep.quant.codec import Place
 from tests.quant.baselines.pages import page
 
 PLACE = Place(0, False)

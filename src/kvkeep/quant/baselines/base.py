@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from kvkeep.quant.codec import (
     Codec,
     Float,
     KVShape,
+    Place,
     Rotation,
     Tiles,
     pack_float_tiles,
@@ -28,14 +28,6 @@ from kvkeep.types import WINDOW_STEP, PageSpec
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """k, v [N, S, D] of the N KV heads of a layer."""
-
-
-class Place(NamedTuple):
-    """Where a page's tiles belong."""
-
-    layer: int
-    first: bool
-    """Of a sequence's first page."""
 
 
 class Baseline(ABC):
@@ -73,12 +65,12 @@ class Stored(Baseline):
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> bytes:
         """Return the codec's tiles."""
-        return self._codec.encode(k, v, first=place.first).tobytes()
+        return self._codec.encode(k, v, place).tobytes()
 
     def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
         """Return what the tiles stand for."""
         tiles = np.frombuffer(bytearray(blob), np.uint8).reshape(shape.num_kv_heads, -1)
-        return self._codec.decode(tiles, shape, first=place.first)
+        return self._codec.decode(tiles, shape, place)
 
 
 class Dequantised:
@@ -87,8 +79,6 @@ class Dequantised:
     def __init__(self, baseline: Baseline, *, every: int = 1) -> None:
         """`every`: of how many pages and layers one is really coded, for its bytes."""
         self.name = f"{baseline.name}-dequantised"
-        self.layer = 0
-        """Of the pages that come next; whoever drives the engine keeps it up to date."""
         self.stored_bytes = 0
         """Length of the buffers written so far."""
         self.float_bytes = 0
@@ -117,9 +107,8 @@ class Dequantised:
         """Return the baseline's rotation."""
         return self._baseline.rotation(shape)
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
         """Return float tiles of what comes back of k, v."""
-        place = Place(self.layer, first)
         if self._pages % self._every == 0:
             blob = self._baseline.encode(k, v, place)
             self.stored_bytes += len(blob)
@@ -131,7 +120,7 @@ class Dequantised:
         keys, values = (x.to(k.dtype) for x in back)
         return pack_float_tiles(keys, values, LANE_LAYOUTS[k.dtype])
 
-    def decode(self, tiles: Tiles, shape: KVShape, *, first: bool) -> KV:
+    def decode(self, tiles: Tiles, shape: KVShape, place: Place) -> KV:
         """Return the stored values."""
         return unpack_float_tiles(tiles, shape)
 

@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
-from kvkeep.quant.baselines.base import KV, Baseline, Fields, Place, joined
-from kvkeep.quant.codec import KVShape
+from kvkeep.quant.baselines.base import KV, Baseline, Fields, joined
+from kvkeep.quant.codec import KVShape, Place
 from kvkeep.types import PAGE_TOKENS
 
 _BLOCK: Final = 32

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from kvkeep.quant.baselines import range_coder
-from kvkeep.quant.baselines.base import KV, Baseline, Fields, Place, joined
+from kvkeep.quant.baselines.base import KV, Baseline, Fields, joined
 from kvkeep.quant.baselines.range_coder import Table
-from kvkeep.quant.codec import KVShape
+from kvkeep.quant.codec import KVShape, Place
 from kvkeep.types import PAGE_TOKENS
 
 _GROUP: Final = 10

@@ -6,8 +6,8 @@ from typing import Final
 
 import torch
 
-from kvkeep.quant.baselines.base import KV, Baseline, Fields, Place, joined
-from kvkeep.quant.codec import KVShape
+from kvkeep.quant.baselines.base import KV, Baseline, Fields, joined
+from kvkeep.quant.codec import KVShape, Place
 from kvkeep.types import PAGE_TOKENS
 
 _LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max

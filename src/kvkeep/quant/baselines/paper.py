@@ -17,12 +17,11 @@ from kvkeep.quant.baselines.base import (
     KV,
     Baseline,
     Fields,
-    Place,
     joined,
     pack_bits,
     unpack_bits,
 )
-from kvkeep.quant.codec import KVShape
+from kvkeep.quant.codec import KVShape, Place
 from kvkeep.types import PAGE_TOKENS
 
 _BITS: Final = 2
