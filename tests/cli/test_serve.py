@@ -81,6 +81,7 @@ def test_what_is_served_is_described() -> None:
     info = ModelInfo(
         name="toy",
         path="/models/toy",
+        digest="00",
         max_model_len=4096,
         vocab_size=2048,
         dtype="bfloat16",

@@ -56,6 +56,7 @@ def info() -> ModelInfo:
     return ModelInfo(
         name=MODEL,
         path="/models/tiny",
+        digest="00",
         max_model_len=MAX_LEN,
         vocab_size=VOCAB,
         dtype="float32",

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "tenant": "add, revoke, rotate and list tenants' keys",
     "detect": "find what in a text must stay private",
     "model": "make or describe a checkpoint",
+    "inspect": "draw what a codec does to a prompt's pages",
 }
 
 

@@ -115,6 +115,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     path: str
+    digest: str
+    """Of the model's weights, config and dtype, in hexadecimal."""
     max_model_len: int
     vocab_size: int
     dtype: str

@@ -271,6 +271,7 @@ def _info(
     return ModelInfo(
         name=options.served_name or Path(options.model).name,
         path=options.model,
+        digest=spec.digest.hex(),
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         dtype=str(spec.dtype).removeprefix("torch."),
