@@ -69,17 +69,20 @@ class Settings(BaseSettings):
     max_model_len: Count | None = Field(None, description="tokens of prompt and answer together")
     max_num_seqs: Count = Field(64, description="sequences in one step")
     max_num_batched_tokens: Count = Field(512, description="tokens in one step")
-    kv: Literal["bf16", "k8v8", "k4v4", "k4v2", "k2v2", "auto"] = Field(
+    kv: Literal["bf16", "k8v8", "k4v4", "k4v2", "k2v2", "calibrated", "auto"] = Field(
         "bf16", description="how pages are stored: as computed, or in so many bits for K and V"
     )
     kv_auto_tokens: Count = Field(
         2048, description="longest prompt, with up to 512 tokens of answer, not coded (auto)"
     )
-    kv_auto_codec: Literal["k8v8", "k4v4", "k4v2", "k2v2"] = Field(
+    kv_auto_codec: Literal["k8v8", "k4v4", "k4v2", "k2v2", "calibrated"] = Field(
         "k4v2", description="form of longer requests' pages (auto)"
     )
     kv_auto_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="part of the memory for pages that are not coded (auto)"
+    )
+    kv_window_tokens: Count = Field(
+        128, description="recent tokens that stay as computed where pages are coded, in 128s"
     )
     kv_cache_memory_bytes: ByteSize | None = Field(
         None, description="memory for pages, such as 4GiB (default: 4GiB or half of what is free)"

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class Layout(IntEnum):
     K4V2 = 6
     K4V4 = 7
     K8V8 = 8
+    BY_HEAD = 9
+    """Of a run alone: in each layer and KV head the codes that `LayerKV.coded` names."""
 
 
 class PageState(IntEnum):
@@ -97,6 +99,13 @@ def chain_hash(parent: bytes, tag: bytes, tokens: bytes) -> bytes:
     return h.digest()
 
 
+class TileForm(NamedTuple):
+    """How one tile is stored."""
+
+    layout: Layout
+    tile_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class PageSpec:
     """The shape of a codec's pages for one model; sizes in bytes."""
@@ -106,12 +115,15 @@ class PageSpec:
     num_kv_heads: int
     head_dim: int
     tile_bytes: int
+    """Of the largest tile."""
     window_tokens: int | None = None
     """B, a multiple of 128: a query sees the block of B tokens it lies in as it was computed, and
     all before it as it is stored; None: pages are stored as they were computed.
     """
     first_extra_bytes: int = 0
     """Bytes by which the tiles of a sequence's first page are larger."""
+    forms: tuple[tuple[TileForm, ...], ...] = ()
+    """[L][Hkv] where `layout` is `BY_HEAD`; (): all tiles are alike."""
 
     def __post_init__(self) -> None:
         window = self.window_tokens
@@ -126,6 +138,11 @@ class PageSpec:
         return self.tile_bytes + self.first_extra_bytes
 
     @property
+    def first_page_bytes(self) -> int:
+        """Return the bytes of a sequence's first page over all layers and KV heads."""
+        return self.page_bytes + self.tiles_per_page * self.first_extra_bytes
+
+    @property
     def block_pages(self) -> int:
         """Return the pages that are found again together or not at all."""
         return 1 if self.window_tokens is None else self.window_tokens // PAGE_TOKENS
@@ -135,6 +152,18 @@ class PageSpec:
         """Return the state of a page whose rows are all there."""
         return PageState.CLOSED if self.window_tokens is None else PageState.ENCODED
 
+    def tile_sizes(self) -> Int32Array:
+        """Return [L, Hkv] the bytes of each tile."""
+        if not self.forms:
+            return np.full((self.num_layers, self.num_kv_heads), self.tile_bytes, np.int32)
+        return np.array([[form.tile_bytes for form in layer] for layer in self.forms], np.int32)
+
+    def coded_layouts(self, layer: int) -> Int32Array | None:
+        """Return [Hkv] what `BY_HEAD` stands for in a layer; None where all tiles are alike."""
+        if not self.forms:
+            return None
+        return np.array([form.layout for form in self.forms[layer]], np.int32)
+
     @property
     def tiles_per_page(self) -> int:
         """Return L * Hkv."""
@@ -143,7 +172,7 @@ class PageSpec:
     @property
     def page_bytes(self) -> int:
         """Return the bytes of one page over all layers and KV heads."""
-        return self.tiles_per_page * self.tile_bytes
+        return int(self.tile_sizes().sum())
 
     @property
     def bytes_per_token(self) -> int:

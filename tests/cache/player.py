@@ -154,9 +154,10 @@ def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
     assert all(pool._holders[slot] == n for slot, n in holders.items())
     for own in pool._classes:
         mine = [slot for slot in slots if 0 <= slot - own.first_slot < own.num_pages]
-        owned = own.range.numbers(pool.tile_table[mine].ravel()).tolist()
-        free = own.tiles._stack[: len(own.tiles)].tolist()
-        assert sorted(owned + free) == list(range(own.range.num_tiles))
+        for part in own.parts:
+            owned = part.range.numbers(pool.tile_table[mine][:, part.where].ravel()).tolist()
+            free = part.tiles._stack[: len(part.tiles)].tolist()
+            assert sorted(owned + free) == list(range(part.range.num_tiles))
     assert len(slots) + pool.free_pages == pool.num_pages
     for page in pages:
         first = page.kind is PageKind.FIRST

@@ -7,7 +7,7 @@ import pytest
 
 from kvkeep.cache.pool import Beside, FreeList, TilePool
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
-from kvkeep.types import Layout, PageKind, PageSpec
+from kvkeep.types import Layout, PageKind, PageSpec, TileForm
 from tests.cache.player import SPEC, tiles_of
 
 
@@ -173,6 +173,86 @@ def test_a_first_page_is_read_and_installed_with_all_its_bytes() -> None:
         pool.install(pool.alloc_page(), 1, pool.read(one, 1))
     pool.free_page(one)
     assert not pool.read_tiles(pool.alloc_page(PageKind.FIRST), 1).any()
+
+
+MIXED = PageSpec(
+    Layout.BY_HEAD,
+    2,
+    2,
+    8,
+    tile_bytes=320,
+    window_tokens=128,
+    first_extra_bytes=128,
+    forms=(
+        (TileForm(Layout.K4V2, 320), TileForm(Layout.K2V2, 192)),
+        (TileForm(Layout.K2V2, 192), TileForm(Layout.K2V2, 192)),
+    ),
+)
+
+
+def test_tiles_of_several_sizes_make_up_a_page_and_overlap_nowhere() -> None:
+    pool = TilePool(MIXED, 5, beside=BESIDE)
+    assert MIXED.page_bytes == 3 * 192 + 320
+    assert pool.buffer.numel() == 5 * MIXED.page_bytes + 3 * MIXED.first_page_bytes + 12 * 1024
+    sizes = [pool.bytes_of(kind) for kind in PageKind]
+    assert sizes == [5 * MIXED.page_bytes, 3 * MIXED.first_page_bytes, 8 * 1024, 4 * 1024]
+    unit = pool.layer_kv(0).unit_bytes
+    extra = {PageKind.PLAIN: 0, PageKind.FIRST: 128}
+    taken: list[tuple[int, int]] = []
+    for kind, more in extra.items():
+        while pool.free_of(kind):
+            begins = pool.tile_table[pool.alloc_page(kind)].astype(int) * unit
+            ends = begins + MIXED.tile_sizes() + more
+            taken += zip(begins.ravel().tolist(), ends.ravel().tolist(), strict=True)
+    taken.sort()
+    assert taken[0][0] == 0
+    assert taken[-1][1] == pool.buffer.numel() - 12 * 1024
+    assert all(end == begin for (_, end), (begin, _) in pairwise(taken))
+    assert pool.free_tiles_count == 0
+
+
+def test_tiles_of_several_sizes_are_read_written_copied_and_installed() -> None:
+    pool = TilePool(MIXED, 3, beside=BESIDE)
+    one, other, third = (pool.alloc_page() for _ in range(3))
+    tiles = np.random.default_rng(1).integers(1, 256, (2, 320)).astype(np.uint8)
+    tiles[1, 192:] = 0
+    pool.write_tiles(one, 0, tiles)
+    pool.write_tiles(one, 1, tiles)
+    assert np.array_equal(pool.read_tiles(one, 0), tiles)
+    assert np.array_equal(pool.read_tiles(one, 1), tiles[:, :192])
+    assert pool.read(one, 0) == tiles[0].tobytes() + tiles[1, :192].tobytes()
+    pool.copy_page(one, other)
+    for layer in (0, 1):
+        pool.install(third, layer, pool.read(other, layer))
+        assert np.array_equal(pool.read_tiles(third, layer), pool.read_tiles(one, layer))
+    with pytest.raises(EngineError, match="does not fit"):
+        pool.install(third, 1, pool.read(one, 0))
+    pool.free_page(one)
+    again = pool.alloc_page()
+    assert not any(pool.read_tiles(again, layer).any() for layer in (0, 1))
+
+
+def test_a_layer_says_what_its_heads_are_stored_in() -> None:
+    pool = TilePool(MIXED, 1)
+    coded = [pool.layer_kv(layer).coded for layer in (0, 1)]
+    assert [None if one is None else one.tolist() for one in coded] == [
+        [Layout.K4V2, Layout.K2V2],
+        [Layout.K2V2, Layout.K2V2],
+    ]
+    assert TilePool(CODED, 1).layer_kv(0).coded is None
+
+
+def test_tiles_of_a_view_are_of_the_size_of_their_place() -> None:
+    pool = TilePool(MIXED, 2)
+    wide, narrow = pool.alloc_tiles(2, 0, 0), pool.alloc_tiles(6, 1, 1)
+    with pytest.raises(PoolExhausted):
+        pool.alloc_tiles(1, 0, 0)
+    with pytest.raises(PoolExhausted, match="no free page"):
+        pool.alloc_page()
+    pool.free_tiles(np.concatenate([narrow, wide]))
+    assert pool.free_pages == 2
+    with pytest.raises(EngineError, match="not in use"):
+        pool.free_tiles(np.array([1 << 20], np.int32))
 
 
 def test_without_more_bytes_at_the_start_first_pages_are_like_any_other() -> None:

@@ -16,9 +16,10 @@ from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
-from kvkeep.errors import EngineError, NonFiniteKV
+from kvkeep.errors import ConfigError, EngineError, NonFiniteKV
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.leaf import Embedding
+from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.codec import Codec, KVShape, Place, Tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
@@ -30,11 +31,13 @@ from tests.toys import EightBit
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=7, logprobs=2, ignore_eos=True)
 LENGTH = 300
+BY_HEAD = ((Layout.K4V2, Layout.K2V2), (Layout.K2V2, Layout.K2V2), (Layout.K2V2, Layout.K4V4))
 CODECS: dict[str, Callable[[], Codec]] = {
     "toy": EightBit,
     "k2v2": lambda: Hack(Layout.K2V2),
     "k4v2": lambda: Hack(Layout.K4V2),
     "k8v8": lambda: Hack(Layout.K8V8),
+    "by-head": lambda: ByHead(BY_HEAD),
 }
 
 
@@ -67,6 +70,7 @@ def bits(chunks: Iterable[Chunk], index: int = 0) -> list[object]:
     params=[
         "toy",
         "k2v2",
+        "by-head",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("k4v2", "k8v8")),
     ]
 )
@@ -233,6 +237,14 @@ def test_what_cannot_be_stored_fails_its_request_alone(tiny: dict[str, Path], co
     assert again[-1].finish is FinishReason.LENGTH
     assert again[0].cached_tokens == 0
     everything_is_given_back(core)
+
+
+def test_the_window_is_a_setting_and_part_of_the_tag(tiny: dict[str, Path]) -> None:
+    core = core_for(tiny["qwen2"], kv="k2v2", kv_window_tokens=256)
+    assert core.info.window_tokens == 256
+    assert [*core._caches.managers] == ["k2v2-w256"]
+    with pytest.raises(ConfigError, match="window_tokens is 64; it must be a positive multiple"):
+        core_for(tiny["qwen2"], kv="k2v2", kv_window_tokens=64)
 
 
 def test_an_error_of_the_codec_names_layer_and_head() -> None:

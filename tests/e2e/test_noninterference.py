@@ -14,6 +14,7 @@ from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions, KvName, PolicyName, SharingOptions
 from kvkeep.models.text import TextModel
 from kvkeep.sharing.promotion import Promotion
+from tests.calibrated import calibrated
 from tests.engine.test_sharing import ClearsAll, wait_for_scans
 
 K = 4
@@ -115,9 +116,14 @@ def test_an_attacker_is_told_the_same_with_and_without_victims(
     assert all(same(tiny["llama"], policy, seed) for seed in range(2))
 
 
-@pytest.mark.parametrize("kv", ["k2v2", "auto"])
-def test_an_attacker_is_told_the_same_of_coded_pages(tiny: dict[str, Path], kv: KvName) -> None:
-    assert same(tiny["llama"], "selective", 0, kv)
+@pytest.mark.parametrize("kv", ["k2v2", "auto", "calibrated"])
+def test_an_attacker_is_told_the_same_of_coded_pages(
+    tiny: dict[str, Path], tmp_path: Path, kv: KvName
+) -> None:
+    model = tiny["llama"]
+    if kv == "calibrated":
+        model = calibrated(model, tmp_path / "model")
+    assert same(model, "selective", 0, kv)
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvkeep.cache.storage import HostTiles, StorageMaker, TileRange, Tiles
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
@@ -67,19 +68,39 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True)
-class _Class:
-    """Pages whose tiles have one size: their slots and tiles, free or not."""
+class _Part:
+    """Tiles of one size: those of some layers and heads of every page of a class."""
 
     place: int
+    where: NDArray[np.bool_]
+    """[L, Hkv]"""
+    per_page: int
+    range: TileRange
+    tiles: FreeList
+
+
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """Pages of one kind: their slots and tiles, free or not."""
+
     num_pages: int
     first_slot: int
-    range: TileRange
     slots: FreeList
-    tiles: FreeList
+    parts: tuple[_Part, ...]
 
     @property
     def free_pages(self) -> int:
-        return min(len(self.slots), len(self.tiles) * self.num_pages // self.range.num_tiles)
+        return min(len(self.slots), *(len(p.tiles) // p.per_page for p in self.parts))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(p.range.num_tiles * p.range.tile_bytes for p in self.parts)
+
+    def in_layer(self, layer: int) -> Iterator[tuple[_Part, NDArray[np.bool_]]]:
+        """Yield the parts that a layer's tiles are of, and which heads [Hkv] are of each."""
+        for part in self.parts:
+            if part.where[layer].any():
+                yield part, part.where[layer]
 
 
 class TilePool:
@@ -105,7 +126,7 @@ class TilePool:
         self.num_pages = num_pages
         self.num_first = 0 if beside is None else beside.num_first
         wanted = _wanted(spec, num_pages, beside)
-        ranges = _ranges(spec, wanted)
+        ranges = _ranges(wanted)
         slots = sum(one.pages for one in wanted)
         shape = (slots, spec.num_layers, spec.num_kv_heads)
         self._storage = storage(ranges, shape)
@@ -127,14 +148,14 @@ class TilePool:
     @property
     def free_tiles_count(self) -> int:
         """Return the tiles of plain pages in no page and in no view."""
-        return len(self._class(PageKind.PLAIN).tiles)
+        return sum(len(part.tiles) for part in self._class(PageKind.PLAIN).parts)
 
     def bytes_of(self, kind: PageKind) -> int:
         """Return the memory of all pages of a kind; 0 where they are of another's."""
         at = self._of[kind]
         if kind is not PageKind.PLAIN and at == self._of[PageKind.PLAIN]:
             return 0
-        return self._classes[at].range.num_tiles * self._classes[at].range.tile_bytes
+        return self._classes[at].num_bytes
 
     def num_of(self, kind: PageKind) -> int:
         """Return the pages of one kind, free or not."""
@@ -150,15 +171,14 @@ class TilePool:
         Raises `PoolExhausted` and takes nothing where none of the kind is free.
         """
         own = self._class(kind)
-        tiles = own.tiles.take(self.spec.tiles_per_page)
-        try:
-            slot = own.first_slot + int(own.slots.take(1)[0])
-        except PoolExhausted:
-            own.tiles.give_back(tiles)
-            raise
-        shape = (self.spec.num_layers, self.spec.num_kv_heads)
-        self.tile_table[slot] = own.range.ids(tiles).reshape(shape)
-        self._storage.place(slot, own.place, self.tile_table[slot])
+        if not own.free_pages:
+            raise PoolExhausted("no free page: 1 asked for, 0 left")
+        slot = own.first_slot + int(own.slots.take(1)[0])
+        for part in own.parts:
+            ids = part.range.ids(part.tiles.take(part.per_page))
+            self.tile_table[slot][part.where] = ids
+            self._storage.zero(part.place, ids)
+        self._storage.place(slot, self.tile_table[slot])
         self._holders[slot] = 1
         return slot
 
@@ -177,52 +197,81 @@ class TilePool:
         if self._holders[slot]:
             return
         own.slots.give_back(np.array([slot - own.first_slot], np.int32))
-        own.tiles.give_back(own.range.numbers(self.tile_table[slot].ravel()))
+        for part in own.parts:
+            part.tiles.give_back(part.range.numbers(self.tile_table[slot][part.where]))
         self.tile_table[slot] = -1
 
-    def alloc_tiles(self, count: int) -> Int32Array:
-        """Return ids of zeroed tiles for a view of its own; raises `PoolExhausted`."""
-        own = self._class(PageKind.PLAIN)
+    def alloc_tiles(self, count: int, layer: int = 0, head: int = 0) -> Int32Array:
+        """Return ids of zeroed tiles for a view of its own, of the size of a layer and head.
+
+        Raises `PoolExhausted`.
+        """
+        own = next(p for p in self._class(PageKind.PLAIN).parts if p.where[layer, head])
         ids = own.range.ids(own.tiles.take(count))
         self._storage.zero(own.place, ids)
         return ids
 
     def free_tiles(self, ids: Int32Array) -> None:
         """Free tiles taken with `alloc_tiles`; raises `EngineError` where one is not in use."""
-        own = self._class(PageKind.PLAIN)
-        own.tiles.give_back(own.range.numbers(ids))
+        parts = self._class(PageKind.PLAIN).parts
+        held = [ids[part.range.holds(ids)] for part in parts]
+        if sum(map(len, held)) != len(ids):
+            raise EngineError("a tile was freed that is not in use")
+        for part, own in zip(parts, held, strict=True):
+            part.tiles.give_back(part.range.numbers(own))
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy all bytes of one page to another of its kind."""
         own = self._require(source)
         if self._require(target) is not own:
             raise EngineError("a page can be copied only to one of its own kind")
-        table = self.tile_table
-        self._storage.copy(own.place, table[source].ravel(), table[target].ravel())
+        old, new = self.tile_table[source], self.tile_table[target]
+        for part in own.parts:
+            self._storage.copy(part.place, old[part.where], new[part.where])
 
     def read(self, slot: int, layer: int) -> bytes:
         """Return one layer of a page, its Hkv tiles in order."""
-        return self.read_tiles(slot, layer).tobytes()
+        tiles, sizes = self.read_tiles(slot, layer), self._sizes(slot, layer)
+        return b"".join(tile[:size].tobytes() for tile, size in zip(tiles, sizes, strict=True))
 
     def read_tiles(self, slot: int, layer: int) -> Tiles:
-        """Return one layer of a page, [Hkv, tile bytes]; perhaps a view."""
-        return self._storage.read(self._require(slot).place, self.tile_table[slot, layer])
+        """Return one layer of a page, [Hkv, bytes of the largest tile]; perhaps a view.
+
+        Zeros follow shorter tiles.
+        """
+        ids = self.tile_table[slot, layer]
+        parts = list(self._require(slot).in_layer(layer))
+        if len(parts) == 1:
+            return self._storage.read(parts[0][0].place, ids)
+        tiles = np.zeros((len(ids), max(part.range.tile_bytes for part, _ in parts)), np.uint8)
+        for part, heads in parts:
+            own = self._storage.read(part.place, ids[heads])
+            tiles[heads, : part.range.tile_bytes] = own
+        return tiles
 
     def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:
-        """Write one layer of a page, [Hkv, tile bytes]."""
-        self._storage.write(self._require(slot).place, self.tile_table[slot, layer], tiles)
+        """Write one layer of a page as `read_tiles` returns it."""
+        ids = self.tile_table[slot, layer]
+        for part, heads in self._require(slot).in_layer(layer):
+            self._storage.write(part.place, ids[heads], tiles[heads, : part.range.tile_bytes])
 
     def install(self, slot: int, layer: int, data: bytes) -> None:
         """Write one layer of a page as `read` returned it.
 
         Raises `EngineError` where the size is wrong.
         """
-        heads, size = self.spec.num_kv_heads, self._require(slot).range.tile_bytes
-        if len(data) != heads * size or not 0 <= layer < self.spec.num_layers:
+        self._require(slot)
+        inside = 0 <= layer < self.spec.num_layers
+        sizes = self._sizes(slot, layer) if inside else []
+        if not inside or len(data) != sum(sizes):
             raise EngineError(
                 f"layer {layer} with {len(data)} bytes does not fit a page of this pool"
             )
-        rows = np.frombuffer(data, np.uint8).reshape(heads, size)
+        rows = np.zeros((len(sizes), max(sizes)), np.uint8)
+        at = 0
+        for row, size in zip(rows, sizes, strict=True):
+            row[:size] = np.frombuffer(data, np.uint8, size, at)
+            at += size
         self.write_tiles(slot, layer, rows)
 
     def layer_kv(self, layer: int) -> LayerKV:
@@ -234,12 +283,20 @@ class TilePool:
         return LayerKV(
             self.buffer,
             self.tile_table,
-            self._classes[0].range.unit_bytes,
+            self._classes[0].parts[0].range.unit_bytes,
             layer,
             spec.num_kv_heads,
             spec.head_dim,
             self._storage.device_table,
+            spec.coded_layouts(layer),
         )
+
+    def _sizes(self, slot: int, layer: int) -> list[int]:
+        """Return the bytes of each head's tile in a layer of a page."""
+        sizes = np.zeros(self.spec.num_kv_heads, np.int64)
+        for part, heads in self._require(slot).in_layer(layer):
+            sizes[heads] = part.range.tile_bytes
+        return [int(size) for size in sizes]
 
     def _class(self, kind: PageKind) -> _Class:
         return self._classes[self._of[kind]]
@@ -253,46 +310,57 @@ class TilePool:
 
 
 class _Wanted(NamedTuple):
-    """Pages of one size."""
+    """Pages of one kind."""
 
     kind: PageKind
-    tile_bytes: int
     pages: int
+    sizes: Int32Array
+    """[L, Hkv] bytes of each tile."""
+
+    def parts(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """Yield each size and where [L, Hkv] tiles have it, the largest first."""
+        for size in np.unique(self.sizes)[::-1]:
+            yield int(size), self.sizes == size
 
 
 def _wanted(spec: PageSpec, num_pages: int, beside: Beside | None) -> list[_Wanted]:
-    wanted = [_Wanted(PageKind.PLAIN, spec.tile_bytes, num_pages)]
+    sizes = spec.tile_sizes()
+    wanted = [_Wanted(PageKind.PLAIN, num_pages, sizes)]
     if beside is not None:
+        plain = np.full_like(sizes, beside.staged_tile_bytes)
         wanted += [
-            _Wanted(PageKind.FIRST, spec.first_tile_bytes, beside.num_first),
-            _Wanted(PageKind.STAGED, beside.staged_tile_bytes, beside.num_staged),
-            _Wanted(PageKind.KEPT, beside.staged_tile_bytes, beside.num_kept),
+            _Wanted(PageKind.FIRST, beside.num_first, sizes + spec.first_extra_bytes),
+            _Wanted(PageKind.STAGED, beside.num_staged, plain),
+            _Wanted(PageKind.KEPT, beside.num_kept, plain),
         ]
     wanted = [one for one in wanted if one.pages]
-    for one in wanted:
-        if one.tile_bytes <= 0 or one.tile_bytes % 64:
-            raise ConfigError(
-                f"tile_bytes is {one.tile_bytes}; it must be a positive multiple of 64"
-            )
+    for size, _ in (part for one in wanted for part in one.parts()):
+        if size <= 0 or size % 64:
+            raise ConfigError(f"tile_bytes is {size}; it must be a positive multiple of 64")
     return wanted
 
 
-def _ranges(spec: PageSpec, wanted: Sequence[_Wanted]) -> list[TileRange]:
-    """Return where the tiles of each size are; a unit is the largest that all sizes are made of."""
-    unit = math.gcd(*(one.tile_bytes for one in wanted))
+def _ranges(wanted: Sequence[_Wanted]) -> list[TileRange]:
+    """Return where the tiles of each part are; a unit is the largest that all sizes are made of."""
+    parts = [(one.pages, *part) for one in wanted for part in one.parts()]
+    unit = math.gcd(*(size for _, size, _ in parts))
     ranges: list[TileRange] = []
-    for one in wanted:
+    for pages, size, where in parts:
         first_byte = ranges[-1].end_byte if ranges else 0
-        num_tiles = one.pages * spec.tiles_per_page
-        ranges.append(TileRange(one.tile_bytes, num_tiles, first_byte, unit))
+        ranges.append(TileRange(size, pages * int(where.sum()), first_byte, unit))
     return ranges
 
 
 def _classes(wanted: Sequence[_Wanted], ranges: Sequence[TileRange]) -> tuple[_Class, ...]:
     made: list[_Class] = []
-    slot = 0
-    for place, (one, tiles) in enumerate(zip(wanted, ranges, strict=True)):
-        slots, free = FreeList(one.pages, "page"), FreeList(tiles.num_tiles, "tile")
-        made.append(_Class(place, one.pages, slot, tiles, slots, free))
+    slot = place = 0
+    for one in wanted:
+        parts: list[_Part] = []
+        for _, where in one.parts():
+            tiles = ranges[place]
+            free = FreeList(tiles.num_tiles, "tile")
+            parts.append(_Part(place, where, int(where.sum()), tiles, free))
+            place += 1
+        made.append(_Class(one.pages, slot, FreeList(one.pages, "page"), tuple(parts)))
         slot += one.pages
     return tuple(made)

@@ -41,6 +41,13 @@ class TileRange:
         """Return where the tiles end."""
         return self.first_byte + self.num_tiles * self.tile_bytes
 
+    def holds(self, ids: Int32Array) -> NDArray[np.bool_]:
+        """Tell which ids lie in the range."""
+        inside: NDArray[np.bool_] = (ids >= self._first) & (
+            ids < self._first + self.num_tiles * self._step
+        )
+        return inside
+
     def ids(self, numbers: Int32Array) -> Int32Array:
         """Return the ids of tiles by their number in the range."""
         found: Int32Array = (numbers * self._step + self._first).astype(np.int32)
@@ -71,8 +78,8 @@ class TileStorage(Protocol):
     device_table: torch.Tensor | None
     """The tile table where the kernels are, if that is not this machine's memory."""
 
-    def place(self, slot: int, at: int, ids: Int32Array) -> None:
-        """Zero the tiles [L, Hkv] of a page that is handed out, and note where they are."""
+    def place(self, slot: int, ids: Int32Array) -> None:
+        """Note where the tiles [L, Hkv] of a page are that is handed out."""
 
     def zero(self, at: int, ids: Int32Array) -> None:
         """Zero tiles."""
@@ -104,9 +111,8 @@ class HostTiles:
             memory[r.first_byte : r.end_byte].reshape(r.num_tiles, r.tile_bytes) for r in ranges
         ]
 
-    def place(self, slot: int, at: int, ids: Int32Array) -> None:
-        """Zero the tiles [L, Hkv] of a page; kernels read the pool's own table."""
-        self.zero(at, ids.ravel())
+    def place(self, slot: int, ids: Int32Array) -> None:
+        """Note nothing: kernels read the pool's own table."""
 
     def zero(self, at: int, ids: Int32Array) -> None:
         """Zero tiles."""
@@ -152,9 +158,8 @@ class DeviceTiles:
         ]
         self._table = self.device_table
 
-    def place(self, slot: int, at: int, ids: Int32Array) -> None:
-        """Zero the tiles [L, Hkv] of a page and copy them to the device's table."""
-        self.zero(at, ids.ravel())
+    def place(self, slot: int, ids: Int32Array) -> None:
+        """Copy the tiles [L, Hkv] of a page to the device's table."""
         self._table[slot] = torch.from_numpy(ids).to(self._device)
 
     def zero(self, at: int, ids: Int32Array) -> None:

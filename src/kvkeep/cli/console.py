@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 OUT = Console(highlight=False, soft_wrap=True)
@@ -39,9 +47,23 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
 @contextmanager
 def loading_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for (done, total) bytes; silent where stderr is no terminal."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True))
+    with _bar(what, DownloadColumn(binary_units=True)) as report:
+        yield report
+
+
+@contextmanager
+def counting_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for (done, total) of anything; silent where stderr is no terminal."""
+    with _bar(what, MofNCompleteColumn()) as report:
+        yield report
+
+
+@contextmanager
+def _bar(what: str, count: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     with Progress(
-        *columns,
+        TextColumn(what),
+        BarColumn(),
+        count,
         TimeRemainingColumn(),
         console=NOTES,
         transient=True,

@@ -1,4 +1,4 @@
-"""`kvkeep model`: make random checkpoints for speed work, describe any checkpoint."""
+"""`kvkeep model`: make random checkpoints, describe any, measure the bits its keys need."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvkeep.cli.console import NOTES, OUT, human_bytes, make_table
-from kvkeep.cli.options import new_app
-from kvkeep.config import DEMO_MODEL
+from kvkeep.cli.console import NOTES, OUT, counting_bar, human_bytes, make_table
+from kvkeep.cli.engine import checkpoint_path, engine_options
+from kvkeep.cli.files import read_text
+from kvkeep.cli.options import new_app, with_settings
+from kvkeep.config import DEMO_MODEL, Settings
 from kvkeep.errors import ConfigError
 
-app = new_app("Make or describe a checkpoint.")
+app = new_app("Make, describe or calibrate a checkpoint.")
 
 
 @app.command()
@@ -66,3 +68,44 @@ def info(
         ("KV bytes per token", f"{2 * per_token} in bfloat16, {4 * per_token} in float32"),
     ]
     OUT.print(make_table(("field", "value"), rows, title=path))
+
+
+@app.command()
+@with_settings("config", "allow_download", "dtype", "weights", "kernel", "threads")
+def calibrate(
+    settings: Settings,
+    model: Annotated[str, typer.Argument(help="checkpoint directory")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="text to measure on; its own if none")
+    ] = None,
+    budget_bits: Annotated[float | None, typer.Option(help="mean bits of keys, 2 to 4 (3)")] = None,
+    quality: Annotated[float | None, typer.Option(help="largest divergence, in nats")] = None,
+) -> None:
+    """Measure which KV heads need four bits for keys, and write `--kv calibrated`'s file."""
+    if budget_bits is not None and quality is not None:
+        raise ConfigError("quality: give a budget or a quality, not both")
+    settings = settings.model_copy(update={"model": model})
+    prompts = [read_text(path) for path in text or ()]
+    path = checkpoint_path(settings)
+    from kvkeep.inspect import calibrate as measure
+    from kvkeep.models.text import TextModel
+    from kvkeep.quant import calibration
+
+    tokenizer = TextModel.load(path)
+    texts = [tokenizer.encode(prompt) for prompt in prompts]
+    goal = measure.Goal(3.0 if budget_bits is None else budget_bits, quality)
+    with counting_bar("measuring KV heads") as report:
+        found = measure.calibrate(engine_options(settings), texts, goal, report)
+    made = calibration.Calibration.of(found.info.digest, measure.layouts(found.chosen))
+    written = calibration.write(path, made)
+    rows = (
+        (layer, *(f"{one[1]} bits ({c:+.2g})" for one, c in zip(names, costs, strict=True)))
+        for layer, (names, costs) in enumerate(zip(made.layers, found.cost.tolist(), strict=True))
+    )
+    heads = (f"KV head {head}" for head in range(len(made.layers[0])))
+    OUT.print(make_table(("layer", *heads), rows, title="keys, and what two bits would add"))
+    OUT.print(
+        f"divergence {found.divergence:.4g} nats a token; four bits everywhere {found.many:.4g},"
+        f" two {found.few:.4g}"
+    )
+    NOTES.print(f"Wrote {written}; serve it with --kv calibrated")

@@ -41,6 +41,8 @@ from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import Ops, float_tile_bytes
+from kvkeep.quant import calibration
+from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.controller import ByLength, Controller, Fixed
 from kvkeep.quant.hack import Hack
@@ -89,12 +91,19 @@ def default_parts(options: EngineOptions) -> Parts:
 
 def codec_of(options: EngineOptions) -> Codec:
     """Return the codec the options ask for; where requests differ, that of the long ones."""
-    if options.kv == "bf16":
+    name = _coded_name(options)
+    if name == "bf16":
         return Float()
-    name = options.kv_auto_codec if options.kv == "auto" else options.kv
     if name not in get_args(CodedName):
         raise ConfigError(f"kv: {name!r} is no form of pages; use bf16, auto or a codec's name")
-    return Hack(Layout[name.upper()])
+    if name == "calibrated":
+        path = hub.resolve(options.model, allow_download=options.allow_download)
+        return ByHead(calibration.read(path).layouts(), options.kv_window_tokens)
+    return Hack(Layout[name.upper()], options.kv_window_tokens)
+
+
+def _coded_name(options: EngineOptions) -> str:
+    return options.kv_auto_codec if options.kv == "auto" else options.kv
 
 
 def build_core(
@@ -118,6 +127,8 @@ def build_core(
         folds=parts.techniques.shield.folds(),
         progress=lambda done, total: reply(m.Loading(done, total)),
     )
+    if _coded_name(options) == "calibrated":
+        calibration.read(path).require(model.spec.digest)
     shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)

@@ -6,9 +6,11 @@ from typing import Literal
 
 import msgspec
 
-CodedName = Literal["k8v8", "k4v4", "k4v2", "k2v2"]
+CodedName = Literal["k8v8", "k4v4", "k4v2", "k2v2", "calibrated"]
 KvName = CodedName | Literal["bf16", "auto"]
-"""How pages are stored; `bf16` stands for the model's dtype, `auto` for a choice by request."""
+"""How pages are stored; `bf16` stands for the model's dtype, `auto` for a choice by request,
+`calibrated` for bits per layer and KV head from a file beside the checkpoint.
+"""
 
 PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
 
@@ -54,6 +56,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The form of longer ones."""
     kv_auto_memory: float = 0.5
     """Part of the memory for pages that `auto` does not code."""
+    kv_window_tokens: int = 128
+    """Of a sequence, up to so many recent tokens stay as computed where pages are coded."""
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"

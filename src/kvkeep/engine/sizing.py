@@ -74,8 +74,7 @@ def _first_pages(spec: PageSpec, pages: int, options: EngineOptions) -> int:
 
 def _coded_bytes(spec: PageSpec, pages: int, options: EngineOptions) -> int:
     """Return the bytes of so many pages: any of a share may be plain, some may be first ones."""
-    first = _first_pages(spec, pages, options) * spec.tiles_per_page * spec.first_tile_bytes
-    return pages * spec.page_bytes + first
+    return pages * spec.page_bytes + _first_pages(spec, pages, options) * spec.first_page_bytes
 
 
 def _enough(pages: int, wanted_bytes: int, spec: PageSpec) -> int:

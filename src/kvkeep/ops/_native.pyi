@@ -122,6 +122,7 @@ class Cache:
         layer: int,
         kv_heads: int,
         dim: int,
+        coded: int,
     ) -> None: ...
 
 class Attention:

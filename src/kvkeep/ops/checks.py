@@ -49,6 +49,18 @@ def check_unit(kv: LayerKV, layout: Layout) -> None:
         )
 
 
+def check_coded(kv: LayerKV) -> None:
+    """Raise where a layer's heads have no coded layout each."""
+    heads = kv.coded
+    if heads is None:
+        return
+    fits = heads.shape == (kv.num_kv_heads,) and heads.flags.c_contiguous
+    if not fits or heads.dtype != np.int32:
+        raise KernelInputError("a layer's coded layouts must be dense int32 [Hkv]")
+    if not np.isin(heads, [*map(int, CODE_BITS)]).all():
+        raise KernelInputError("a layer's coded layouts hold one that is not coded")
+
+
 def check_appended(kv: LayerKV, k: torch.Tensor, v: torch.Tensor, count: int) -> None:
     """Raise where k and v are not `count` rows of the pool's heads."""
     shape = (count, kv.num_kv_heads, kv.head_dim)
@@ -110,18 +122,21 @@ def _check_pages(kv: LayerKV, plan: AttentionPlan) -> None:
 
 def _check_beginnings(plan: AttentionPlan) -> None:
     """Raise where a private tile begins a coded sequence: no sinks follow it."""
-    coded = np.isin(plan.runs[:, 3], [*map(int, CODE_BITS)])
+    coded = np.isin(plan.runs[:, 3], [*map(int, CODE_BITS), int(Layout.BY_HEAD)])
     begins = plan.runs[coded & (plan.runs[:, 1] > 0) & (plan.runs[:, 2] == 0), 0]
     if np.any(plan.pages[begins] < 0):
         raise KernelInputError("a private tile begins a coded sequence: it has no sinks")
 
 
-def coded_layouts(plan: AttentionPlan, model: Layout) -> set[Layout]:
-    """Return the plan's layouts other than that of the model's dtype.
+def coded_layouts(kv: LayerKV, plan: AttentionPlan, model: Layout) -> set[Layout]:
+    """Return the layouts of a plan's tiles in a layer other than that of the model's dtype.
 
     Raises `KernelInputError` where one is neither that nor a coded one.
     """
     found = set(np.unique(plan.runs[:, 3]).tolist()) - {int(model)}
+    if kv.coded is not None and int(Layout.BY_HEAD) in found:
+        check_coded(kv)
+        found = found - {int(Layout.BY_HEAD)} | set(kv.coded.tolist())
     if found - set(map(int, CODE_BITS)):
         raise KernelInputError("a run's layout is neither coded nor that of the queries' dtype")
     return {Layout(layout) for layout in found}

@@ -12,6 +12,7 @@ from kvkeep.errors import KernelInputError
 from kvkeep.ops import _native
 from kvkeep.ops.checks import (
     check_appended,
+    check_coded,
     check_dim,
     check_parts,
     check_pool,
@@ -198,7 +199,7 @@ class CpuAttention:
             return last
         validate(q, kv, plan)
         check_dim(kv.head_dim)
-        for stored in coded_layouts(plan, layout):
+        for stored in coded_layouts(kv, plan, layout):
             check_unit(kv, stored)
         arrays = (
             np.ascontiguousarray(plan.row_positions, np.int32),
@@ -243,6 +244,7 @@ def _same_pool(one: LayerKV, other: LayerKV) -> bool:
         one.buffer is other.buffer
         and one.tile_table is other.tile_table
         and one.unit_bytes == other.unit_bytes
+        and one.coded is other.coded
         and one.num_kv_heads == other.num_kv_heads
         and one.head_dim == other.head_dim
     )
@@ -258,6 +260,7 @@ def _layout_of(dtype: torch.dtype, name: str) -> Layout:
 def _native_cache(kv: LayerKV, layout: Layout) -> _native.Cache:
     """Describe one layer of the pool to the native side, after checking that it fits the layout."""
     check_pool(kv, layout)
+    check_coded(kv)
     if not kv.tile_table.flags.c_contiguous:
         raise KernelInputError("the tile table must be contiguous")
     slots, layers, heads = kv.tile_table.shape
@@ -271,6 +274,7 @@ def _native_cache(kv: LayerKV, layout: Layout) -> _native.Cache:
         kv.layer,
         heads,
         kv.head_dim,
+        _address(kv.coded),
     )
 
 

@@ -12,7 +12,8 @@ Tile layouts (one layer, one KV head, S tokens, K first, then V, 64-byte aligned
   ROWS_BF16, ROWS_F16, ROWS_F32
         K [S][D]              plain rows, for devices that transpose as they load; ROWS_F16 is
         V [S][D]              for tests: no model is served in it
-  K2V2, K4V2, K4V4, K8V8      codes and their scales (`ops/codes.py`)
+  K2V2, K4V2, K4V4, K8V8      codes and their scales (`ops/codes.py`); a run that is BY_HEAD holds
+                              in each layer and KV head one of these
 
 Canonical reduction order. A row attends tokens 0..position. Scores are taken in steps of 128 tokens
 at absolute positions; the running state (m, l, O) is carried over the steps of one span of 1,024
@@ -131,6 +132,12 @@ class LayerKV:
     """[page slots, L, Hkv] int32, the tile table where the buffer is, kept equal by the pool; None:
     the kernels' own copy is made with each plan.
     """
+    coded: Int32Array | None = None
+    """[Hkv] layouts that `BY_HEAD` stands for in this layer; None: no run of it is `BY_HEAD`."""
+
+    def layout_of(self, run: int, head: int) -> Layout:
+        """Return the layout of a KV head's tiles in a run of layout `run`."""
+        return Layout(run if self.coded is None or run != Layout.BY_HEAD else self.coded[head])
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class ReferenceAttention:
         self.calls += 1
         validate(q, kv, plan)
         layout = _layout_of(q.dtype)
-        for stored in (layout, *coded_layouts(plan, layout)):
+        for stored in (layout, *coded_layouts(kv, plan, layout)):
             check_pool(kv, stored)
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
@@ -143,10 +143,11 @@ class _GroupTokens:
         self.coded: dict[tuple[int, int], CodedTile] = {}
         self.bytes = 0
         for i, (entry, (run, _)) in enumerate(zip(self.entries, places, strict=True)):
-            stored, first = Layout(run.layout), starts[i] == 0
-            self.bytes += heads * tile_bytes(stored, kv.head_dim, first=first)
+            first = starts[i] == 0
             rows = _rows(i)
             for head in range(heads):
+                stored = kv.layout_of(run.layout, head)
+                self.bytes += tile_bytes(stored, kv.head_dim, first=first)
                 self.live[head, rows] = _live(kv, plan, entry, head)
                 if not self.live[head, rows].any():
                     continue

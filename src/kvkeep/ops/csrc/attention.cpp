@@ -82,6 +82,8 @@ void Attention::append(Layout layout, const Cache& cache, const NewRows& rows) {
 void Attention::attend(const PreparedPlan& prepared, Job job) {
   auto held = backend_.enter();
   calls_.fetch_add(1, std::memory_order_relaxed);
+  if (prepared.by_head && !job.cache.coded)
+    throw std::invalid_argument("a run's layout is by head and the layer names none");
   int bad_tile = 0;
   job.bad_tile = &bad_tile;
   job.plan = prepared.plan;

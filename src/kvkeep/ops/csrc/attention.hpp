@@ -38,7 +38,8 @@ struct PreparedPlan {
   Layout layout;
   int group, kv_heads, dim;
   int64_t num_rows, num_pages;
-  bool coded;  // some run's tiles are codes
+  bool coded;    // some run's tiles are codes
+  bool by_head;  // some run's layout is a layer's own
   std::vector<Wave> waves;
   int64_t state_floats = 0;   // for pieces
   int64_t record_floats = 0;  // between parents and children

@@ -15,7 +15,15 @@ inline constexpr int kPanel = 126;  // rows scored together: 21 blocks of 6
 inline constexpr int kSinks = 4;    // tokens that the first coded page keeps in 16 bits
 
 // kvkeep.types.Layout; the first kLayouts are those of the model's dtype.
-enum class Layout : int32_t { kF32 = 0, kBf16 = 1, kK2V2 = 5, kK4V2 = 6, kK4V4 = 7, kK8V8 = 8 };
+enum class Layout : int32_t {
+  kF32 = 0,
+  kBf16 = 1,
+  kK2V2 = 5,
+  kK4V2 = 6,
+  kK4V4 = 7,
+  kK8V8 = 8,
+  kByHead = 9  // of a run alone: Cache::coded says which of the four a tile is
+};
 inline constexpr int kLayouts = 2;
 
 inline constexpr int element_bytes(Layout layout) { return layout == Layout::kF32 ? 4 : 2; }
@@ -78,7 +86,12 @@ struct Cache {
   const int32_t* table;  // [page slots, L, Hkv]
   int64_t page_slots;
   int layers, layer, kv_heads, dim;
+  const int32_t* coded;  // [Hkv] layouts that kByHead stands for in this layer, or null
 
+  Layout layout_of(int32_t run, int head) const {
+    const auto layout = static_cast<Layout>(run);
+    return layout == Layout::kByHead ? static_cast<Layout>(coded[head]) : layout;
+  }
   int64_t tile_of(int64_t page, int head) const {
     return (page * layers + layer) * kv_heads + head;
   }

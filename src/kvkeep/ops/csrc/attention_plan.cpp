@@ -45,7 +45,7 @@ void check_plan(const PlanArrays& arrays, Layout layout) {
   for (int64_t i = 0; i < arrays.num_runs; i++) {
     const Run& run = arrays.plan.runs[i];
     const auto stored = static_cast<Layout>(run.layout);
-    check(stored == layout || (is_coded(stored) && stored <= Layout::kK8V8),
+    check(stored == layout || (is_coded(stored) && stored <= Layout::kByHead),
           "a run's layout is neither coded nor that of the queries' dtype");
     check(run.page_begin >= 0 && run.page_count >= 0 &&
               run.page_begin + int64_t{run.page_count} <= arrays.num_pages,
@@ -56,9 +56,10 @@ void check_plan(const PlanArrays& arrays, Layout layout) {
   check_groups(arrays);
 }
 
-bool has_codes(const PlanArrays& arrays) {
+template <class Fn>
+bool any_run(const PlanArrays& arrays, Fn&& is) {
   return std::any_of(arrays.plan.runs, arrays.plan.runs + arrays.num_runs,
-                     [](const Run& run) { return is_coded(static_cast<Layout>(run.layout)); });
+                     [&](const Run& run) { return is(static_cast<Layout>(run.layout)); });
 }
 
 // A group's tokens, its distance from its root, and how many of its rows its children hold.
@@ -306,9 +307,16 @@ double makespan_over_bound(const PreparedPlan& prepared, int threads) {
 PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
                      int threads) {
   check_plan(arrays, layout);
-  PreparedPlan prepared{
-      arrays.plan,       layout, group, kv_heads, dim, arrays.num_rows, arrays.num_pages,
-      has_codes(arrays), {}};
+  PreparedPlan prepared{arrays.plan,
+                        layout,
+                        group,
+                        kv_heads,
+                        dim,
+                        arrays.num_rows,
+                        arrays.num_pages,
+                        any_run(arrays, is_coded),
+                        any_run(arrays, [](Layout stored) { return stored == Layout::kByHead; }),
+                        {}};
   const auto nodes = nodes_of(arrays);
   for (int64_t g = 0; g < arrays.num_groups; g++) {
     const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];

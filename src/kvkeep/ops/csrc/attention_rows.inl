@@ -137,7 +137,7 @@ inline bool find_step(const Job& job, const Item& item, int last, int fetched, i
     run++;
   if (run == item.run_end || at[run].first_position > position) return false;
   step.position = position;
-  step.layout = static_cast<Layout>(at[run].layout);
+  step.layout = job.cache.layout_of(at[run].layout, item.head);
   step.first = position == 0 && is_coded(step.layout);
   const int64_t bytes = tile_bytes(step.layout, job.cache.dim);
   for (int j = 0; j < 2; j++) {

@@ -157,13 +157,13 @@ void bind_attention(nb::module_& m) {
       .def(
           "__init__",
           [](Cache* to, uintptr_t base, int64_t size, int64_t unit_bytes, uintptr_t table,
-             int64_t page_slots, int layers, int layer, int kv_heads, int dim) {
+             int64_t page_slots, int layers, int layer, int kv_heads, int dim, uintptr_t coded) {
             new (to)
                 Cache{at<char>(base), size,     unit_bytes, at<int32_t>(table), page_slots, layers,
-                      layer,          kv_heads, dim};
+                      layer,          kv_heads, dim,        at<int32_t>(coded)};
           },
           "base"_a, "size"_a, "unit_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
-          "kv_heads"_a, "dim"_a);
+          "kv_heads"_a, "dim"_a, "coded"_a);
   nb::class_<Attention>(m, "Attention")
       .def(nb::init<Backend&, bool>(), "backend"_a, "decode"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("decoded", &Attention::decoded)

@@ -57,20 +57,21 @@ class Stored(Baseline):
 
     def __init__(self, codec: Codec) -> None:
         self.name = codec.name
-        self._codec = codec
+        self.codec = codec
+        """May be replaced by another with the same rotation."""
 
     def rotation(self, shape: KVShape) -> Rotation | None:
         """Return the codec's rotation."""
-        return self._codec.rotation(shape)
+        return self.codec.rotation(shape)
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> bytes:
         """Return the codec's tiles."""
-        return self._codec.encode(k, v, place).tobytes()
+        return self.codec.encode(k, v, place).tobytes()
 
     def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
         """Return what the tiles stand for."""
         tiles = np.frombuffer(bytearray(blob), np.uint8).reshape(shape.num_kv_heads, -1)
-        return self._codec.decode(tiles, shape, place)
+        return self.codec.decode(tiles, shape, place)
 
 
 class Dequantised:

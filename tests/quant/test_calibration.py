@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import ConfigError
+from kvkeep.quant.calibration import FILE, Calibration, read, write
+from kvkeep.types import Layout
+
+MADE = Calibration(model="0a" * 32, layers=(("k4v2", "k2v2"), ("k2v2", "k2v2")))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, MADE)
+    assert path == tmp_path / FILE
+    assert read(tmp_path) == MADE
+    assert read(tmp_path).layouts()[0] == (Layout.K4V2, Layout.K2V2)
+    assert [one.name for one in tmp_path.iterdir()] == [FILE]
+
+
+def test_another_model_is_refused() -> None:
+    MADE.require(bytes([10]) * 32)
+    with pytest.raises(ConfigError, match="was measured on other weights") as caught:
+        MADE.require(bytes(32))
+    assert "kvkeep model calibrate" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version"),
+        ({"layers": [["k3v2"]]}, "k3v2"),
+        ({"layers": []}, "layers"),
+        ({"layers": [["k2v2"], ["k2v2", "k2v2"]]}, "the same number of heads"),
+        ({"layers": [[]]}, "the same number of heads"),
+        ({"window": 3}, "window"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    write(tmp_path, MADE)
+    body = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(body | change))
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no kvkeep_kv\.json; run `kvkeep model calibrate`"):
+        read(tmp_path)
+    with pytest.raises(ConfigError, match="model: can't write"):
+        write(tmp_path / "nowhere", MADE)
