@@ -8,13 +8,14 @@ from pathlib import Path
 from kvkeep.models.loader import load
 from kvkeep.ops import select
 from kvkeep.quant.calibration import Calibration, write
+from kvkeep.types import Layout
 
-LAYERS = (("k4v2", "k2v2"), ("k2v2", "k2v2"), ("k2v2", "k4v4"))
+LAYOUTS = ((Layout.K4V2, Layout.K2V2), (Layout.K2V2, Layout.K2V2), (Layout.K2V2, Layout.K4V4))
 
 
 def calibrated(model: Path, out: Path) -> Path:
     """Return a copy of a checkpoint of three layers and two KV heads, bits chosen for each."""
     shutil.copytree(model, out)
     digest = load(out, dtype="auto", ops=select("reference", 1)).spec.digest
-    write(out, Calibration(model=digest.hex(), layers=LAYERS))
+    write(out, Calibration.of(digest.hex(), LAYOUTS))
     return out

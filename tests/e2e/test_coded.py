@@ -25,19 +25,19 @@ from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout
+from tests.calibrated import LAYOUTS
 from tests.engines import core_for, drive, manager_of, request
 from tests.forests import eager
 from tests.toys import EightBit
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=7, logprobs=2, ignore_eos=True)
 LENGTH = 300
-BY_HEAD = ((Layout.K4V2, Layout.K2V2), (Layout.K2V2, Layout.K2V2), (Layout.K2V2, Layout.K4V4))
 CODECS: dict[str, Callable[[], Codec]] = {
     "toy": EightBit,
     "k2v2": lambda: Hack(Layout.K2V2),
     "k4v2": lambda: Hack(Layout.K4V2),
     "k8v8": lambda: Hack(Layout.K8V8),
-    "by-head": lambda: ByHead(BY_HEAD),
+    "by-head": lambda: ByHead(LAYOUTS),
 }
 
 
