@@ -60,11 +60,38 @@ def test_the_policy_and_what_it_guarantees_are_told(
     settings = load({**flags, "share_pinned": "pins.toml" if policy == "pinned" else None})
     bind = Bind(port=1)
     announce(Listening(bind, bind), settings, "token")
-    assert word in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert word in told
+    assert ("no tenant has a group" in told) is (policy in ("selective", "dp"))
     options, server = engine_options(settings).share, server_options(settings)
     assert (options.policy, options.k, options.state) == (policy, 5, "kvkeep-keys.json.votes")
     assert server.share_by_salt is (policy == "salt")
     assert server.share_always is (policy in ("pinned", "salt", "safekv", "share_all"))
+
+
+@pytest.mark.parametrize(
+    ("share", "largest", "told"),
+    [
+        ("selective", 0, "no tenant has a group"),
+        ("selective", 4, "no group has 5 tenants"),
+        ("selective", 5, None),
+        ("dp", 1, None),
+    ],
+)
+def test_a_server_whose_tenants_cannot_share_says_so(
+    share: str, largest: int, told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bind = Bind(port=1)
+    announce(Listening(bind, bind), load({"share": share}), "token", largest_group=largest)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("--group GROUP" in said) is (told is not None)
+    assert told is None or told in said
+
+
+def test_without_keys_the_remedy_is_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    bind = Bind(port=1)
+    announce(Listening(bind, bind), load({"no_auth": True}), "token")
+    assert "is shared: serve with --keys" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("kv", ["bf16", "k8v8", "k4v4", "k4v2", "k2v2", "auto"])

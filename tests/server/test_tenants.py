@@ -13,6 +13,7 @@ import pytest
 from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
 from kvkeep.server.keys import key_digest
+from kvkeep.server.store import TenantStore
 from kvkeep.server.tenants import SharingTerms, TenantFile
 
 
@@ -114,6 +115,18 @@ def test_terms_are_a_gateways_for_all_its_children(file: TenantFile) -> None:
     file.add("gw", share=0.4, gateway=True, children={"x": 0.5}, sharing=SharingTerms("g"))
     terms = {name: tenant.terms() for name, tenant in file.read().accounts().items()}
     assert terms["gw"] == terms["gw/x"] == TenantTerms(voter="gw", group="g")
+
+
+def test_a_group_is_its_tenants_whatever_their_children(file: TenantFile) -> None:
+    file.add("alone", share=0.1)
+    assert TenantStore.open(file.path).largest_group() == 0
+    for name, group in (("a", "g"), ("b", "h"), ("c", "h")):
+        file.add(name, share=0.1, sharing=SharingTerms(group=group))
+    children = {"x": 0.5, "y": 0.5}
+    terms = SharingTerms(group="g")
+    file.add("gate", share=0.1, gateway=True, children=children, sharing=terms)
+    store = TenantStore.open(file.path)
+    assert (store.largest_group(), store.shares()) == (2, True)
 
 
 def test_quotas_give_children_their_slice_of_the_gateways_share(file: TenantFile) -> None:

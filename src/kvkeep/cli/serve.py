@@ -16,7 +16,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve
 from kvkeep.server.store import TenantStore
-from kvkeep.sharing.guarantees import describe
+from kvkeep.sharing.guarantees import describe, missing_group
 
 app = new_app("Serve a model to several tenants over the OpenAI API.")
 
@@ -58,8 +58,10 @@ def admin_token(file: Path | None) -> str:
     return token
 
 
-def announce(listening: Listening, settings: Settings, token: str) -> None:
-    """Say where the server listens and how to talk to it."""
+def announce(
+    listening: Listening, settings: Settings, token: str, *, largest_group: int = 0
+) -> None:
+    """Say where the server listens, how to talk to it, and who can share."""
     public = listening.public.url()
     NOTES.print(f"  {'API':<16} {public}/v1")
     NOTES.print(f"  {'admin':<16} {listening.admin.url()} (/metrics, /ready)")
@@ -72,6 +74,10 @@ def announce(listening: Listening, settings: Settings, token: str) -> None:
         settings.share, k=settings.share_k, eps=settings.share_eps, delta=settings.share_delta
     )
     NOTES.print(f"  {'sharing':<16} {told}")
+    missing = missing_group(settings.share, k=settings.share_k, largest=largest_group)
+    if missing is not None:
+        remedy = "serve with --keys" if settings.no_auth else "kvkeep tenant add NAME --group GROUP"
+        NOTES.print(f"  {'':<16} {missing}: {remedy}")
     NOTES.print(f"Ready. Try: kvkeep chat --url {public}")
 
 
@@ -96,7 +102,9 @@ async def _serve(settings: Settings) -> None:
             public=public,
             admin=admin,
             admin_token=token,
-            announce=lambda listening: announce(listening, settings, token),
+            announce=lambda listening: announce(
+                listening, settings, token, largest_group=tenants.largest_group()
+            ),
         )
 
 

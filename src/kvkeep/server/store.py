@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,12 @@ class TenantStore:
 
     def shares(self) -> bool:
         """Return whether any tenant is in a group."""
-        return any(tenant.group is not None for tenant in self._table.tenants)
+        return self.largest_group() > 0
+
+    def largest_group(self) -> int:
+        """Return how many tenants the largest group has."""
+        sizes = Counter(t.group for t in self._table.tenants if t.group is not None)
+        return max(sizes.values(), default=0)
 
     def changed(self) -> bool:
         """Return whether the file differs from the one last looked at."""

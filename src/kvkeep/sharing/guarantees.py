@@ -30,6 +30,23 @@ GUARANTEES = {
 }
 
 
+GROUPED = ("selective", "dp")
+"""Policies under which the tenants of one group share."""
+
+
+def missing_group(policy: str, *, k: int, largest: int) -> str | None:
+    """Return why nothing tenants send can be shared yet; None where it can.
+
+    `largest` is the number of tenants in the largest group.
+    """
+    needed = k + 1 if policy == "selective" else 1
+    if policy not in GROUPED or largest >= needed:
+        return None
+    if largest == 0:
+        return "no tenant has a group, so nothing that tenants send is shared"
+    return f"no group has {needed} tenants, so nothing that tenants send is shared yet"
+
+
 def describe(policy: str, *, k: int, eps: float, delta: float) -> str:
     """Return a line that names the policy and what it guarantees, or that it guarantees nothing."""
     guarantee = GUARANTEES[policy]
