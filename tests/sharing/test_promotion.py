@@ -163,6 +163,35 @@ def test_a_taint_is_terminal_and_inherited_for_the_tenant_whose_text_it_is() -> 
     assert policy.public_len(Blocks(1, TAINT, 3), "a") == 1
 
 
+def test_a_conversation_behind_its_taint_is_read_no_more_and_still_vouches_above_it() -> None:
+    _, policy = sharing(life=4)
+    policy.offer(Blocks(1, TAINT), "a")
+    end_epochs(policy, 2)
+    read = policy.scans.counts.scanned_bytes["a"]
+    for turn in range(8):
+        policy.offer(Blocks(1, TAINT, *range(2, 3 + turn)), "a")
+        policy.offer(Blocks(TAINT, turn), "b")
+        end_epochs(policy)
+    assert policy.scans.counts.scanned_bytes["a"] == read
+    assert policy.scans.counts.scanned_bytes["b"] == 4 * 64 * 2 * 2, "until its taint was known"
+    for name in "bcd":
+        policy.offer(Blocks(1), name)
+    end_epochs(policy, 2)
+    assert policy.public_len(Blocks(1), "f") == 1
+
+
+def test_above_a_taint_that_no_vote_reaches_only_that_is_read() -> None:
+    _, policy = sharing(units_per_day=1)
+    policy.offer(Blocks(9), "a")
+    end_epochs(policy, 2)
+    chain = Blocks(1, TAINT, 2, 3, 4)
+    for units in (5, 2):
+        before = policy.scans.counts.scanned_bytes["a"]
+        policy.offer(chain, "a")
+        end_epochs(policy, 2)
+        assert policy.scans.counts.scanned_bytes["a"] - before == 4 * 64 * units
+
+
 class LooksAhead(Finds):
     """Taints the page before the one where something is found."""
 

@@ -40,6 +40,40 @@ def test_a_queue_and_a_budget_are_a_tenants_own_and_start_anew_each_epoch() -> N
     assert queue.counts.dropped == {"a": 2}
 
 
+def test_a_late_scan_holds_back_its_own_tenants_ballots_alone() -> None:
+    queue = ScanQueue(ScanLimits())
+    for voter in ("slow", "quick"):
+        queue.put(job(voter))
+    slow, quick = queue.take(), queue.take()
+    assert slow is not None
+    assert quick is not None
+    queue.finish(quick, 1)
+    queue.settle(Ballot("slow", "g", ()), 1)
+    assert [ballot.voter for ballot in queue.collect(1)] == ["quick"]
+    assert [len(ballot.units) for ballot in queue.collect(3)] == [0], "not waited for any longer"
+    queue.finish(slow, 1)
+    assert [len(ballot.units) for ballot in queue.collect(4)] == [1], "it counts when it ends"
+
+
+def test_nothing_that_was_dropped_comes_back() -> None:
+    queue = ScanQueue(ScanLimits())
+    for voter in ("a", "b"):
+        queue.put(job(voter))
+        queue.put(job(voter, b"v"))
+        queue.settle(Ballot(voter, "g", ()), 0)
+    reading, given_up = queue.take(), queue.take()
+    assert reading is not None
+    assert given_up is not None
+    queue.clear()
+    queue.finish(reading, 1)
+    queue.give_up(given_up)
+    assert queue.take() is None
+    assert queue.collect(0) == []
+    queue.put(job("a"))
+    assert read_one(queue, lambda _: 1)
+    assert len(queue.collect(0)) == 1
+
+
 def test_what_earlier_votes_cleared_costs_nothing() -> None:
     assert job("a", units=4).cost_bytes == 1024
     assert job("a", units=4, known=3).cost_bytes == 512, "the last of them is read again"

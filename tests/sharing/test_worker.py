@@ -55,6 +55,22 @@ def wait_until_scanned(policy: Promotion) -> None:
         worker._thread.join(0.05)
 
 
+def test_one_tenants_unread_prompts_delay_nobody_elses_promotion() -> None:
+    setting, policy = sharing()
+    setting.directory.set({name: Member(name, "all") for name in (*SIX, "loud")})
+    threaded = Promotion(policy._parts, policy._limits, threaded=True, clock=lambda: 0.0)
+    assert threaded._worker is not None
+    threaded._worker.close()
+    for i in range(20):
+        threaded.offer(Blocks(100 + i), "loud")
+    for name in SIX:
+        threaded.offer(Blocks(1), name)
+    for _ in range(1 + len(SIX)):
+        assert read_one(threaded.scans, threaded._read)
+    end_epochs(threaded, 2)
+    assert threaded.public_units == 1
+
+
 def test_an_epoch_waits_for_its_scans_but_not_for_ever() -> None:
     _setting, policy = sharing()
     threaded = Promotion(policy._parts, policy._limits, threaded=True, clock=lambda: 0.0)

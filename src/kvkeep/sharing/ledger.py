@@ -7,7 +7,7 @@ where its tenant shares. Whatever is decided for a voter's ballots reads that vo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -41,6 +41,15 @@ class Ballot(NamedTuple):
     units: tuple[UnitRef, ...]
     tainted: UnitRef | None = None
     """The unit after them, where the scan stopped."""
+
+
+class Known(NamedTuple):
+    """What a voter's past says of a chain, in leading units; at most all of them."""
+
+    cleared: int
+    """Its own votes for them stand."""
+    tainted: int
+    """The next one is tainted, or there is none."""
 
 
 class Unit(msgspec.Struct):
@@ -96,6 +105,15 @@ class Ledger(msgspec.Struct):
         """Tell whether the voter's own vote for a unit still stands."""
         found = self.units.get((group, unit))
         return found is not None and voter in found.votes
+
+    def known(self, voter: str, group: str, units: Sequence[UnitRef]) -> Known:
+        """Return how far a chain's units need no scan, and where the voter's own taint begins."""
+        spending = self.voters.get(voter)
+        taints = spending.tainted if spending is not None else {}
+        tainted = next((i for i, unit in enumerate(units) if unit.name in taints), len(units))
+        whole = units[:tainted]
+        unknown = (i for i, unit in enumerate(whole) if not self.knows(voter, group, unit.name))
+        return Known(next(unknown, tainted), tainted)
 
     def expire(self, before: int) -> None:
         """Drop votes last confirmed before an epoch."""

@@ -142,18 +142,13 @@ class Promotion:
             UnitRef(names[i * step : (i + 1) * step], names[i * step - 1] if i else None, i)
             for i in range(count)
         )
-        known = next(
-            (
-                i
-                for i, unit in enumerate(units)
-                if not self._state.ledger.knows(member.voter, member.group, unit.name)
-            ),
-            count,
-        )
-        if known == count:
-            self.scans.settle(Ballot(member.voter, member.group, units), self._epoch)
+        known, tainted = self._state.ledger.known(member.voter, member.group, units)
+        if known in (count, tainted):
+            if known:
+                self.scans.settle(Ballot(member.voter, member.group, units[:known]), self._epoch)
             return
-        tokens = chain.token_ids()[: count * step * PAGE_TOKENS].copy()
+        units = units[: tainted + 1]  # what lies below a taint stays private, whatever it says
+        tokens = chain.token_ids()[: len(units) * step * PAGE_TOKENS].copy()
         job = ScanJob(member.voter, member.group, self._epoch, units, tokens, known)
         if self.scans.put(job) and self._worker is not None:
             self._worker.ensure()

@@ -10,7 +10,7 @@ from kvkeep.sharing.ledger import Ballot, UnitRef
 from kvkeep.types import Int32Array
 
 LATE_EPOCHS = 3
-"""How long an epoch's ballots wait for a scan that does not end."""
+"""How long a tenant's ballots of an epoch wait for a scan of its own that does not end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class ScanCounts:
 class ScanQueue:
     """Jobs in turn over tenants, first in first out within one; safe for several threads.
 
-    A tenant's limits are its own: another's jobs can neither fill its queue nor use its budget.
+    A tenant's limits are its own: another's jobs can neither fill its queue nor use its budget,
+    and its ballots wait for no scan but its own.
     """
 
     def __init__(self, limits: ScanLimits) -> None:
@@ -65,9 +66,11 @@ class ScanQueue:
         self._waiting: dict[str, deque[ScanJob]] = {}
         self._queued: Counter[str] = Counter()
         self._spent: Counter[tuple[str, int]] = Counter()
-        self._open: Counter[int] = Counter()
-        self._done: dict[int, list[Ballot]] = {}
-        self._reading: ScanJob | None = None
+        self._open: Counter[tuple[str, int]] = Counter()
+        """Jobs that have not ended, by voter and epoch."""
+        self._done: dict[tuple[str, int], list[Ballot]] = {}
+        self._reading: dict[int, ScanJob] = {}
+        """Jobs taken, by identity; what is not here any more counts for nothing."""
         self.counts = ScanCounts()
 
     def put(self, job: ScanJob) -> bool:
@@ -81,7 +84,7 @@ class ScanQueue:
                 return False
             self._spent[voter, job.epoch] = spent
             self._queued[voter] += cost
-            self._open[job.epoch] += 1
+            self._open[voter, job.epoch] += 1
             self._waiting.setdefault(voter, deque()).append(job)
             self._ready.notify()
             return True
@@ -89,7 +92,7 @@ class ScanQueue:
     def settle(self, ballot: Ballot, epoch: int) -> None:
         """Add a ballot that needs no scan."""
         with self._ready:
-            self._done.setdefault(epoch, []).append(ballot)
+            self._done.setdefault((ballot.voter, epoch), []).append(ballot)
 
     def take(self, wait_s: float = 0.0) -> ScanJob | None:
         """Return the next job, the tenants in turn; None where none came in time."""
@@ -104,7 +107,7 @@ class ScanQueue:
             if jobs:
                 self._waiting[voter] = jobs
             self._queued[voter] -= job.cost_bytes
-            self._reading = job
+            self._reading[id(job)] = job
             return job
 
     def finish(self, job: ScanJob, cleared: int) -> None:
@@ -114,40 +117,49 @@ class ScanQueue:
         with self._ready:
             self.counts.scanned_bytes[job.voter] += job.cost_bytes
             self.counts.doubtful[job.voter] += tainted is not None
-            self._open[job.epoch] -= 1
-            if self._reading is job:
-                self._done.setdefault(job.epoch, []).append(ballot)
+            if self._reading.pop(id(job), None) is not None:
+                self._open[job.voter, job.epoch] -= 1
+                self._done.setdefault((job.voter, job.epoch), []).append(ballot)
 
     def give_up(self, job: ScanJob) -> None:
         """End a job without a verdict: it says nothing, now or later."""
         with self._ready:
             self.counts.dropped[job.voter] += 1
-            self._open[job.epoch] -= 1
+            if self._reading.pop(id(job), None) is not None:
+                self._open[job.voter, job.epoch] -= 1
 
     def collect(self, epoch: int) -> list[Ballot]:
-        """Return the ballots of all epochs up to one whose jobs have all ended, in time order.
+        """Return each voter's ballots of the epochs up to one, in time order.
 
-        An epoch is waited for as a whole, so that nobody's place in the queues decides who votes.
+        An epoch of a voter is waited for as a whole, so that no place in its queue decides what it
+        votes for; others' scans are not waited for.
         """
         with self._ready:
             ballots: list[Ballot] = []
-            for number in sorted({*self._done, *self._open}):
-                waits = self._open[number] > 0 and number > epoch - LATE_EPOCHS
-                if number > epoch or waits:
-                    break
-                ballots += self._done.pop(number, [])
-                if self._open[number] <= 0:
-                    del self._open[number]
+            late: set[str] = set()
+            for voter, number in sorted({*self._done, *self._open}):
+                if number > epoch or voter in late:
+                    continue
+                if self._open[voter, number] > 0 and number > epoch - LATE_EPOCHS:
+                    late.add(voter)
+                    continue
+                ballots += self._done.pop((voter, number), [])
+                if self._open[voter, number] <= 0:
+                    del self._open[voter, number]
             self._spent = Counter({k: v for k, v in self._spent.items() if k[1] >= epoch})
             return ballots
 
     def forget(self, voter: str) -> None:
-        """Drop what a tenant has waiting and decided."""
+        """Drop what a tenant has waiting, being read and decided."""
         with self._ready:
-            for job in self._waiting.pop(voter, ()):
-                self._open[job.epoch] -= 1
+            self._waiting.pop(voter, None)
             del self._queued[voter]
-            if self._reading is not None and self._reading.voter == voter:
-                self._reading = None
-            for epoch, ballots in self._done.items():
-                self._done[epoch] = [b for b in ballots if b.voter != voter]
+            self._reading = {i: job for i, job in self._reading.items() if job.voter != voter}
+            self._open = Counter({k: n for k, n in self._open.items() if k[0] != voter})
+            self._done = {k: ballots for k, ballots in self._done.items() if k[0] != voter}
+
+    def clear(self) -> None:
+        """Drop what all tenants have waiting, being read and decided; budgets stay spent."""
+        with self._ready:
+            for found in (self._waiting, self._queued, self._reading, self._open, self._done):
+                found.clear()
