@@ -67,8 +67,9 @@ CODECS: Final[dict[str, Make]] = {
     "k4v2-plain": _ours(Layout.K4V2, rotate=False),
     "k2v2-w256": _ours(Layout.K2V2, 256),
     "k2v2-w512": _ours(Layout.K2V2, 512),
+    "hack-paper-nearest": _plain(lambda: HackPaper(stochastic=False)),
 }
-ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512")
+ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512", "hack-paper-nearest")
 """Measured where they are asked for."""
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 
