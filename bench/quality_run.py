@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,6 +20,7 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import EngineError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.text import TextModel
+from kvkeep.ops.layout import AttentionOps
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
 from kvkeep.quant.codec import Codec, KVShape, Place
 from kvkeep.sharing.policy import ShareNothing
@@ -69,10 +70,14 @@ class Recorder(Baseline):
         return k, v
 
 
+Wrap = Callable[[AttentionOps], AttentionOps]
+
+
 class Asked:
     """An engine under one codec, asked in batches."""
 
-    def __init__(self, machine: Machine, codec: Codec) -> None:
+    def __init__(self, machine: Machine, codec: Codec, wrap: Wrap | None = None) -> None:
+        """`wrap`: what attention is taken through, to look on."""
         options = EngineOptions(
             model=str(machine.model),
             dtype="bfloat16",
@@ -82,6 +87,10 @@ class Asked:
             chunk_tokens=512,
         )
         backend = choose(options, machine.threads)
+        if wrap is not None:
+            backend = replace(
+                backend, ops=replace(backend.ops, attention=wrap(backend.ops.attention))
+            )
         self._core = build_core(
             options,
             parts=Parts(

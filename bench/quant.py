@@ -3,19 +3,19 @@
 All sides run on our own kernels with the same prefetching and threads, one after the other, and
 walk through enough layers that no K or V is in a cache from the round before. The third side reads
 the same coded tiles and widens every code to a float in registers, once for all rows of a group.
+`--only grid` and `--only ablations` measure one part.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
+from bench import quant_ablations
 from bench.harness import (
     MIN_PAIRS,
     Cell,
@@ -28,16 +28,14 @@ from bench.harness import (
     estimate,
     run,
 )
-from bench.memory import huge
-from kvkeep.ops.codes import pack_codes, pack_sinks, tile_bytes
-from kvkeep.ops.cpu import available, cpu_ops, decoding_attention
+from bench.quant_pages import COLD_BYTES, KV_HEADS, Pages, ns_per_token, pages_of
+from kvkeep.errors import ConfigError
+from kvkeep.ops.codes import tile_bytes
+from kvkeep.ops.cpu import CpuKernel, available, cpu_ops, decoding_attention
 from kvkeep.ops.cpu_attention import CpuAttention
-from kvkeep.ops.layout import AttentionPlan, LayerKV, Run
-from kvkeep.types import PAGE_TOKENS, Layout
-from tests.coded import random_codes
+from kvkeep.types import Layout
 
-COLD_BYTES: Final = 96 << 20
-KV_HEADS: Final = 8
+PARTS: Final = ("grid", "ablations")
 GROUPS: Final = (1, 2, 4, 7)
 DIMS: Final = (64, 128)
 CONTEXTS: Final = (1024, 4096, 16384, 32768)
@@ -45,7 +43,6 @@ FIGURE_DIM: Final = 128
 FIGURE_CONTEXT: Final = 16384
 GOALS: Final = {1: 4.0, 2: 2.5, 4: 2.0, 7: 1.4}
 OTHERS: Final = (Layout.K4V2, Layout.K4V4, Layout.K8V8)
-UNIT: Final = 64
 
 
 class Shape(NamedTuple):
@@ -54,14 +51,6 @@ class Shape(NamedTuple):
     group: int
     dim: int
     context: int
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Layers of one context that together leave the caches, and the plan of a row at its end."""
-
-    layers: list[LayerKV]
-    plan: AttentionPlan
 
 
 class Sides(NamedTuple):
@@ -78,59 +67,6 @@ class Found(NamedTuple):
     over_plain: Estimate
     over_widened: Estimate
     row: Row
-
-
-def sample_tiles(layout: Layout, dim: int, *, first: bool) -> torch.Tensor:
-    """Return tiles [64, bytes] of random numbers."""
-    if layout == Layout.BF16:
-        numbers = torch.randn(64, 2 * PAGE_TOKENS * dim).to(torch.bfloat16)
-        return numbers.view(torch.uint8)
-    tiles = pack_codes(random_codes(np.random.default_rng(0), layout, 64, dim), layout)
-    if not first:
-        return tiles
-    k, v = torch.randn(2, 64, 4, dim)
-    return torch.cat([tiles, pack_sinks(k, v)], 1)
-
-
-def pages_of(layout: Layout, dim: int, context: int, cold_bytes: int = COLD_BYTES) -> Pages:
-    """Return layers of one context, their tiles in any order, in huge memory pages."""
-    count = context // PAGE_TOKENS
-    sizes = [tile_bytes(layout, dim, first=True), tile_bytes(layout, dim)]
-    layer_bytes = KV_HEADS * (sizes[0] + (count - 1) * sizes[1])
-    layers = -(-cold_bytes // layer_bytes)
-    memory = huge(layers * layer_bytes)
-    table = np.empty((count, layers, KV_HEADS), np.int32)
-    rng, begin = np.random.default_rng(0), 0
-    for rows, size in ((slice(0, 1), sizes[0]), (slice(1, None), sizes[1])):
-        part = table[rows]
-        ids = rng.permutation(part.size) * (size // UNIT) + begin // UNIT
-        part[...] = ids.reshape(part.shape)
-        sample = sample_tiles(layout, dim, first=rows.start == 0)
-        tiles = memory[begin : begin + part.size * size].view(-1, size)
-        for at in range(0, len(tiles), len(sample)):
-            tiles[at : at + len(sample)] = sample[: len(tiles) - at]
-        begin += part.size * size
-    plan = AttentionPlan(
-        np.array([context - 1], np.int32),
-        np.array([[0, 1, 0, 1]], np.int32),
-        np.array([Run(0, count, 0, int(layout))], np.int32),
-        np.arange(count, dtype=np.int32),
-    )
-    found = [LayerKV(memory, table, UNIT, layer, KV_HEADS, dim) for layer in range(layers)]
-    return Pages(found, plan)
-
-
-def ns_per_token(side: tuple[CpuAttention, Pages], q: torch.Tensor, seconds: float) -> float:
-    """Return nanoseconds per token and KV head of passes over all layers."""
-    ops, pages = side
-    rounds, begun = 0, time.perf_counter()
-    while rounds == 0 or time.perf_counter() - begun < seconds:
-        for kv in pages.layers:
-            ops.attend(q, kv, pages.plan)
-        rounds += 1
-    taken = time.perf_counter() - begun
-    tokens = len(pages.plan.pages) * PAGE_TOKENS
-    return taken * 1e9 / (rounds * len(pages.layers) * tokens * KV_HEADS)
 
 
 def measure_cell(sides: Sides, shape: Shape, layout: Layout, pairs: int, seconds: float) -> Found:
@@ -201,14 +137,9 @@ def exact(name: str, value: float, goal: Goal) -> Figure:
     return Figure(name, Estimate(value, value, value, MIN_PAIRS), goal)
 
 
-def measure(options: Options) -> Report:
+def on_grid(kernel: CpuKernel, ops: CpuAttention, options: Options) -> Report:
     """Measure 2-bit codes over the grid, and the other layouts at one shape."""
-    kernel = available()[0]
-    ops = cpu_ops(kernel, options.threads).attention
     widening = decoding_attention(kernel, options.threads)
-    if not isinstance(ops, CpuAttention):
-        raise TypeError("this benchmark measures the native kernels")
-    torch.set_num_threads(options.threads)
     pairs, seconds = (3, 0.05) if options.quick else (MIN_PAIRS, 0.15)
     found: dict[Shape, Found] = {}
     rows: list[Row] = []
@@ -225,16 +156,37 @@ def measure(options: Options) -> Report:
                 others = Sides((ops, plain), (ops, pages), (widening, pages))
                 shape = Shape(2, dim, context)
                 rows.append(measure_cell(others, shape, layout, pairs, seconds).row)
+    if not widening.decode_calls:
+        raise RuntimeError("the side that widens codes did not count what it widened")
+    return Report("quant", {}, summary(found, ops.decode_calls), rows)
+
+
+def measure(options: Options) -> Report:
+    """Measure the parts that are asked for; all where none is."""
+    unknown = set(options.only) - set(PARTS)
+    if unknown:
+        raise ConfigError(f"only: there is no part {min(unknown)!r}; there are: {', '.join(PARTS)}")
+    parts = options.only or PARTS
+    kernel = available()[0]
+    ops = cpu_ops(kernel, options.threads).attention
+    if not isinstance(ops, CpuAttention):
+        raise TypeError("this benchmark measures the native kernels")
+    torch.set_num_threads(options.threads)
+    found: list[Report] = []
+    if "grid" in parts:
+        found.append(on_grid(kernel, ops, options))
+    if "ablations" in parts:
+        found.append(quant_ablations.measure(ops, options))
     params: dict[str, Cell] = {
         "kernel": kernel,
         "threads": options.threads,
         "quick": options.quick,
         "kv_heads": KV_HEADS,
         "cold_bytes": COLD_BYTES,
+        "parts": ", ".join(parts),
     }
-    if not widening.decode_calls:
-        raise RuntimeError("the side that widens codes did not count what it widened")
-    return Report("quant", params, summary(found, ops.decode_calls), rows)
+    figures = [figure for report in found for figure in report.figures]
+    return Report("quant", params, figures, [row for report in found for row in report.rows])
 
 
 def main(arguments: Sequence[str]) -> int:

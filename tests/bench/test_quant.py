@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bench import quant as bench
-from bench.harness import Estimate
+from bench.harness import Estimate, Options
+from bench.quant_pages import KV_HEADS, pages_of
+from kvkeep.errors import ConfigError
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.cpu import available, cpu_ops, decoding_attention
 from kvkeep.ops.cpu_attention import CpuAttention
@@ -17,8 +19,7 @@ def tiny(dim: int = 64, context: int = 256) -> bench.Sides:
     ops = cpu_ops(available()[0], 1).attention
     assert isinstance(ops, CpuAttention)
     plain, coded = (
-        bench.pages_of(layout, dim, context, cold_bytes=1 << 20)
-        for layout in (Layout.BF16, Layout.K2V2)
+        pages_of(layout, dim, context, cold_bytes=1 << 20) for layout in (Layout.BF16, Layout.K2V2)
     )
     return bench.Sides((ops, plain), (ops, coded), (decoding_attention(available()[0], 1), coded))
 
@@ -26,7 +27,7 @@ def tiny(dim: int = 64, context: int = 256) -> bench.Sides:
 def test_sides_read_what_they_say() -> None:
     sides = tiny()
     assert len(sides.coded[1].layers) > 1
-    q = torch.randn(1, 2 * bench.KV_HEADS, 64).to(torch.bfloat16)
+    q = torch.randn(1, 2 * KV_HEADS, 64).to(torch.bfloat16)
     for ops, pages in sides:
         found = ops.attend(q, pages.layers[-1], pages.plan)
         assert found.out.isfinite().all()
@@ -56,3 +57,8 @@ def test_figures_take_the_worst_group_over_widening() -> None:
     assert figures["attend_2bit_vs_dequant"]["median"] == pytest.approx(2.0)
     assert figures["bytes_ratio_k2v2_d128"]["status"] == "shown"
     assert figures["decode_calls_hot_path"]["status"] == "missed"
+
+
+def test_a_part_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="grid, ablations"):
+        bench.measure(Options(only=("speed",)))
