@@ -73,10 +73,13 @@ class Runner:
 
 
 @contextmanager
-def runner(name: str, python: Path, model: Path, threads: int) -> Iterator[Runner]:
-    """Start a runner and wait until it has loaded and warmed up."""
+def runner(
+    name: str, python: Path, model: Path, threads: int, *, option: str = ""
+) -> Iterator[Runner]:
+    """Start a runner, in a variant of its own, and wait until it has loaded and warmed up."""
+    command = [str(python), "-m", f"tools.peers.{name}", str(model), "--threads", str(threads)]
     process = subprocess.Popen(
-        [str(python), "-m", f"tools.peers.{name}", str(model), "--threads", str(threads)],
+        [*command, "--option", option],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from bench.harness import Estimate
+from bench.harness import MIN_PAIRS, Estimate, Options
 from bench.made_up import MadeUpPages
-from bench.quant_e2e import CASES
+from bench.quant_e2e import BESIDE, CASES, CONTEXTS, LONGEST_FILL_S, at_context, beside, feasible
+from kvkeep.errors import ConfigError
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
@@ -42,3 +45,27 @@ def test_goals_are_those_of_whole_steps() -> None:
         ("e2e_decode_long_vs_bf16_g7", 1.15),
     ]
     assert CASES[0].goal.status(Estimate(1.9, 1.85, 2.0, 30)) == "shown"
+
+
+def test_a_peer_is_compared_at_the_longest_context_it_can_fill() -> None:
+    assert feasible(())
+    assert feasible((1.0, LONGEST_FILL_S / 4))
+    assert not feasible((1.0, LONGEST_FILL_S / 4 + 1))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name", "status"),
+    [(BESIDE.prefix, "e2e_vs_openvino_u8", "shown"), (CONTEXTS[1], "e2e_vs_openvino_u8_8k", None)],
+)
+def test_the_goal_is_that_of_the_longest_context(
+    prefix: int, name: str, status: str | None
+) -> None:
+    figure, row = at_context(prefix, lambda: 15.0, lambda: 10.0, "openvino", MIN_PAIRS)
+    assert figure.row()["figure"] == name
+    assert figure.row()["status"] == status
+    assert row["over theirs"] == 1.5
+
+
+def test_a_peer_without_an_eight_bit_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="choose openvino"):
+        beside("llamacpp", tmp_path, Options())

@@ -30,6 +30,22 @@ def test_prompts_are_fresh_and_avoid_special_tokens() -> None:
     assert all(100 <= token < 300 for token in first + second)
 
 
+def test_a_longer_prefix_begins_with_a_shorter_one() -> None:
+    seen: list[list[int]] = []
+
+    class Listening(FakePeer):
+        def prefill(self, prompt: Sequence[int]) -> Measured:
+            seen.append(list(prompt))
+            return Measured(len(prompt), 1.0)
+
+    loaded = Loaded("fake", "1", {}, Listening(), 5000)
+    for length in (64, 128):
+        request = {"batch": 2, "prefix": length, "prompt": 8, "tokens": 4}
+        protocol._measure(loaded, "fanout", request, random.Random(length))
+    assert [len(prefix) for prefix in seen] == [64, 128]
+    assert seen[1][:64] == seen[0]
+
+
 class FakePeer:
     def prefill(self, prompt: Sequence[int]) -> Measured:
         return Measured(len(prompt), 2.0)

@@ -1,8 +1,9 @@
 """OpenVINO GenAI's continuous batching pipeline in process: its packages bring no server.
 
 The default is fp16 weights and what the library chooses itself: bfloat16 arithmetic where the
-machine has it, an 8-bit key-value cache. `--option int8` measures 8-bit weights, `--option f32kv`
-keys and values in 32 bits, `--option f32` arithmetic in 32 bits.
+machine has it, an 8-bit key-value cache. `--option int8` measures 8-bit weights, `--option u8kv`
+names the 8-bit cache instead of relying on the default, `--option f32kv` keeps keys and values in
+32 bits, `--option f32` is arithmetic in 32 bits.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def load(arguments: Arguments) -> Loaded:
         "INFERENCE_NUM_THREADS": arguments.threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if arguments.option == "f32kv":
-        properties["KV_CACHE_PRECISION"] = "f32"
+    if arguments.option in ("u8kv", "f32kv"):
+        properties["KV_CACHE_PRECISION"] = arguments.option.removesuffix("kv")
     if arguments.option == "f32":
         properties["INFERENCE_PRECISION_HINT"] = "f32"
     scheduler = openvino_genai.SchedulerConfig()

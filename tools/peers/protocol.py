@@ -9,9 +9,9 @@
 Runs: `prefill` (of `prompt` fresh tokens), `decode_b1`, `decode_b8` (`tokens` per sequence after
 `prompt` fresh tokens each; the time to the first token does not count), `fanout` (`batch` sequences
 that go on from the same `prefix` tokens, which a request before them has left in the cache, with
-`prompt` fresh tokens each). One that fails answers {"peer", "run", "error"}. A runner is started
-from the repository's root, in the peer's environment: `.peers/vllm/bin/python -m tools.peers.vllm
-MODEL`; this module needs the standard library only.
+`prompt` fresh tokens each; a longer prefix begins with a shorter one). One that fails answers
+{"peer", "run", "error"}. A runner is started from the repository's root, in the peer's environment:
+`.peers/vllm/bin/python -m tools.peers.vllm MODEL`; this module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _measure(loaded: Loaded, run: str, request: dict[str, int], rng: random.Rand
     batch, prefix = int(run[-1]) if run != "fanout" else request["batch"], []
     if run == "fanout":
         length = request["prefix"]
-        prefix = fresh_prompt(length, loaded.vocab, random.Random(length))
+        prefix = fresh_prompt(length, loaded.vocab, random.Random(0))
         loaded.peer.prefill(prefix)
     own = request.get("prompt", 32)
     prompts = [prefix + fresh_prompt(own, loaded.vocab, rng) for _ in range(batch)]
