@@ -25,7 +25,7 @@ from bench.quant_paper import paper_step
 from kvkeep.config import DEMO_MODEL
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.layout import Attended, AttentionOps, AttentionPlan, LayerKV, Observe
-from kvkeep.quant.codec import Float
+from kvkeep.quant.codec import Float, Place
 from kvkeep.quant.hack import Affine, Hack, affine, fitted, hadamard, quantise
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
@@ -321,7 +321,7 @@ def in_kernel(ops: CpuAttention, context: int, least_s: float) -> list[Work]:
         return ns_per_token((ops, pages), q, least_s) * each
 
     def encode() -> float:
-        return seconds_of(lambda: codec.encode(k, v, first=False), least_s)
+        return seconds_of(lambda: codec.encode(k, v, Place(0, first=False)), least_s)
 
     found = [
         Work(SUMS, f"our kernel, {g} + 1 rows", context, partial(attend, g), partial(attend, g + 1))

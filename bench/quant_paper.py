@@ -85,11 +85,13 @@ class PaperStep:
         out: torch.Tensor = product(eight_bits(blocks), self.v, stored=stored).sum(1)
         late = weights[..., count:]
         if open_block:
-            return out + late @ self.open_v
+            out += late @ self.open_v
+            return out
         back = self.open_codes.values()
         back[..., -1] = self.open_v[:, -1]
         again = held(HackPaper(stochastic=False).operands(self.open_k, back.mT)[1])
-        return out + product(eight_bits(late), again, stored=stored)
+        out += product(eight_bits(late), again, stored=stored)
+        return out
 
 
 def paper_step(num_heads: int, tokens: int, dim: int) -> PaperStep:

@@ -11,8 +11,9 @@ from bench import quant_ablations as bench
 from bench.harness import MIN_PAIRS
 from bench.quant_ablations import PAPER, PLAIN, SERVED, Form, Heads, Work
 from bench.quant_paper import Operand, eight_bits, paper_step, product
-from kvkeep.quant.baselines.base import Place, shape_of
+from kvkeep.quant.baselines.base import shape_of
 from kvkeep.quant.baselines.paper import HackPaper
+from kvkeep.quant.codec import Place
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
 
@@ -55,8 +56,8 @@ def test_the_served_form_is_the_codec_that_is_served() -> None:
     heads, codec = made(64), Hack(Layout.K2V2)
     turn = codec.rotation(shape_of(heads.k))
     assert turn is not None
-    tiles = codec.encode(heads.k @ turn.k, heads.v, first=False)
-    k, v = codec.decode(tiles, shape_of(heads.k), first=False)
+    tiles = codec.encode(heads.k @ turn.k, heads.v, Place(0, first=False))
+    k, v = codec.decode(tiles, shape_of(heads.k), Place(0, first=False))
     found = SERVED.coded(heads)
     torch.testing.assert_close(found.k, k @ turn.q.T)
     torch.testing.assert_close(found.v, v)
