@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import kvkeep
 from kvkeep.sharing.detector.default import load_detector, optional_part
 from kvkeep.sharing.detector.rules import RuleRecogniser
@@ -18,6 +21,14 @@ def test_rules_alone_are_the_floor() -> None:
     assert [type(part) for part in detector.recognisers] == [RuleRecogniser]
     assert detector.context is None
     assert detector.version == load_detector(rules_only=True).version
+
+
+def test_another_process_names_the_same_detector_alike() -> None:
+    """Votes outlive a restart only where it does."""
+    told = "import kvkeep; print(kvkeep.load_detector().version)"
+    seeds = {"PYTHONHASHSEED": "1"}
+    other = subprocess.run([sys.executable, "-c", told], env=seeds, capture_output=True, check=True)
+    assert other.stdout.decode().strip() == kvkeep.load_detector().version
 
 
 def test_a_part_that_is_not_there_is_left_out() -> None:

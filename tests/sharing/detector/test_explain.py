@@ -26,6 +26,8 @@ class Everything:
     def spans(self, text: str) -> list[Span]:
         return [Span(0, len(text), "thing", "person", 0.5, "scorer")]
 
+    version = "fake"
+
     def combine(self, spans: Sequence[Span]) -> list[Span]:
         return [Span(0, 1, "combination", "person", 0.9, "context")]
 

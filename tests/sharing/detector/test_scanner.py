@@ -135,6 +135,8 @@ def test_invisible_characters_do_not_push_a_secret_out_of_the_carry() -> None:
 class Pairs:
     """A context that taints two spans of the last turns."""
 
+    version = "fake"
+
     def combine(self, spans: Sequence[Span]) -> list[Span]:
         if len(spans) < 2:
             return []

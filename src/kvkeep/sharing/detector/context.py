@@ -42,6 +42,11 @@ class ContextRules:
         if self.within_tokens < 1:
             raise ConfigError("within_tokens: give at least 1")
 
+    @property
+    def version(self) -> str:
+        """Return the parameters, spelled alike in every process."""
+        return f"{','.join(sorted(self.categories))} {self.needed} {self.within_tokens}"
+
     def combine(self, spans: Sequence[Span]) -> list[Span]:
         """Return one tainting span for each place where enough categories meet.
 

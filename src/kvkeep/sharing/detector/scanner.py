@@ -34,6 +34,10 @@ _LOG = logging.getLogger(__name__)
 class Context(Protocol):
     """Judges spans together."""
 
+    @property
+    def version(self) -> str:
+        """Return what tells its rules from others, the same in every process."""
+
     def combine(self, spans: Sequence[Span]) -> list[Span]:
         """Return what the spans of the last turns mean together; offsets stay absolute."""
 
@@ -81,7 +85,7 @@ class Detector:
     def version(self) -> str:
         """Return a name of all rules and weights; what was cleared under another may not be now."""
         parts = [str(getattr(part, "version", type(part).__name__)) for part in self.recognisers]
-        context = [] if self.context is None else [repr(self.context)]
+        context = [] if self.context is None else [self.context.version]
         organisation = [] if self.organisation is None else [self.organisation.version]
         whole = "\n".join([*parts, *context, *organisation])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
