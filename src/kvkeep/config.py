@@ -132,6 +132,12 @@ class Settings(BaseSettings):
     share_pinned: Path | None = Field(
         None, description="TOML file of prefixes public from the start"
     )
+    share_rules: Path | None = Field(
+        None, description="TOML file of the organisation's own rules for what stays private"
+    )
+    share_classifier: Path | None = Field(
+        None, description="local token classifier or GLiNER model that reads prompts too"
+    )
     share_gate: bool = Field(
         False, description="hold first tokens back for what young shared pages saved"
     )

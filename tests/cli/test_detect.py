@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvkeep.cli import run
+from tests.classifiers import save_classifier
 
 SECRET = "Dear [team],\nwrite to anna.berg@firma.de\n"
 
@@ -67,6 +68,19 @@ def test_an_organisation_s_rules_count(
     rules.write_text("[[allow]]\nword = []\n")
     assert run(["detect", letter, "--rules", str(rules)]) == 1
     assert "org.toml:2: no key 'word'; did you mean 'words'?" in capsys.readouterr().err
+
+
+def test_a_classifier_reads_beside_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("i live here")
+    assert run(["detect", str(text)]) == 0
+    model = save_classifier(tmp_path / "model")
+    assert run(["detect", str(text), "--classifier", str(model)]) == 3
+    assert "person_name" in capsys.readouterr().out
+    assert run(["detect", str(text), "--classifier", str(tmp_path / "none")]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
 
 
 def test_figures_on_labelled_passages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

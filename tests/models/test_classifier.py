@@ -1,42 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
-from kvkeep.errors import ModelNotFound
-from kvkeep.models.classifier import load_classifier
-from kvkeep.sharing.detector.adapters import LABELS, ModelRecogniser
-
-WORDS = ("[UNK]", "my", "name", "is", "anna", "and", "i", "live", "here")
+from kvkeep.errors import CheckpointError, ConfigError, ModelNotFound
+from kvkeep.models.classifier import GLINER, load_classifier, load_recogniser
+from tests.classifiers import save_classifier
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = Tokenizer(
-        models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        id2label={0: "O", 1: "B-PER"},
-        label2id={"O": 0, "B-PER": 1},
-    )
-    model = BertForTokenClassification(config)
-    with torch.no_grad():
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    return save_classifier(tmp_path)
 
 
 def test_every_token_that_is_something_becomes_an_entity(checkpoint: Path) -> None:
@@ -48,7 +24,7 @@ def test_every_token_that_is_something_becomes_an_entity(checkpoint: Path) -> No
 
 def test_long_text_is_read_in_pieces(checkpoint: Path) -> None:
     text = "my name is anna and i live here " * 50
-    spans = ModelRecogniser(load_classifier(checkpoint), LABELS).spans(text)
+    spans = load_recogniser(checkpoint).spans(text)
     assert {span.kind for span in spans} == {"person_name"}
     ends = {text.index(" ", at) for at in range(0, len(text) - 1, 32)}
     assert ends <= {span.end for span in spans}
@@ -56,12 +32,34 @@ def test_long_text_is_read_in_pieces(checkpoint: Path) -> None:
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="local folder"):
-        load_classifier(tmp_path / "none")
+        load_recogniser(tmp_path / "none")
 
 
 def test_labels_that_mean_nothing_are_left_out(checkpoint: Path) -> None:
-    model = BertForTokenClassification.from_pretrained(checkpoint)
-    with torch.no_grad():
-        model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
-    model.save_pretrained(checkpoint)
+    save_classifier(checkpoint, bias=-1.0)
     assert load_classifier(checkpoint)("my name is anna") == []
+
+
+def test_other_weights_are_another_version(checkpoint: Path, tmp_path: Path) -> None:
+    first = load_recogniser(checkpoint).version
+    assert load_recogniser(checkpoint).version == first
+    assert load_recogniser(save_classifier(checkpoint, bias=0.5)).version != first
+
+
+def test_a_model_without_labels_of_its_own_is_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    with pytest.raises(CheckpointError, match="no token classifier"):
+        load_recogniser(checkpoint)
+
+
+def test_a_folder_that_lacks_its_weights_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="can't be loaded"):
+        load_recogniser(checkpoint)
+
+
+def test_gliner_needs_its_package(tmp_path: Path) -> None:
+    (tmp_path / GLINER).write_text("{}")
+    with pytest.raises(ConfigError, match="pip install gliner"):
+        load_recogniser(tmp_path)

@@ -122,8 +122,18 @@ class Scans:
         return self._places
 
 
+class Fake:
+    version = "d1"
+
+    def __init__(self, *places: Place) -> None:
+        self._places = places
+
+    def scanner(self) -> Scans:
+        return Scans(*self._places)
+
+
 def test_a_detectors_grey_ends_what_is_clear_and_its_clear_does_not() -> None:
-    inspector = Detects(lambda: Scans(Place(90, 1), Place(10, 0), Place(130, 2)), "d1")
+    inspector = Detects(Fake(Place(90, 1), Place(10, 0), Place(130, 2)))
     assert inspector.version == "d1"
     text = "x" * 64
     assert (
@@ -133,7 +143,7 @@ def test_a_detectors_grey_ends_what_is_clear_and_its_clear_does_not() -> None:
     assert (
         cleared_units(Blocks(1, 2, 3).token_ids(), 64, lambda ids: "x" * len(ids), inspector) == 1
     )
-    assert Detects(Scans, "d1").first_doubt("text") is None
+    assert Detects(Fake()).first_doubt("text") is None
 
 
 def test_the_taints_kept_for_a_tenant_are_bounded() -> None:
@@ -186,7 +196,7 @@ def test_what_is_known_is_not_read_again_but_for_its_end() -> None:
 
 
 def test_what_begins_in_known_text_taints_it() -> None:
-    inspector = Detects(lambda: Scans(Place(60, 2)), "d1")
+    inspector = Detects(Fake(Place(60, 2)))
     tokens = Blocks(1, 2, 3, 4).token_ids()
     assert cleared_units(tokens, 64, lambda ids: "x" * len(ids), inspector, 2) == 1
 
@@ -197,5 +207,5 @@ def test_a_character_halved_by_the_cut_is_no_doubt() -> None:
     def halves(ids: Sequence[int]) -> str:
         return ("" if ids[0] == 1 else "\ufffd") + "x" * (len(ids) - 1)
 
-    assert cleared_units(tokens, 64, halves, Detects(Scans, "d1"), 3) == 4
-    assert cleared_units(tokens[64:], 64, halves, Detects(Scans, "d1")) == 0
+    assert cleared_units(tokens, 64, halves, Detects(Fake()), 3) == 4
+    assert cleared_units(tokens[64:], 64, halves, Detects(Fake())) == 0

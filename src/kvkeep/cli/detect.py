@@ -17,12 +17,22 @@ from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.evaluate import Evaluation, evaluate, read_cases
 from kvkeep.sharing.detector.explain import Explained, explain
 from kvkeep.sharing.detector.organisation import OrganisationFile
-from kvkeep.sharing.detector.spans import Verdict
+from kvkeep.sharing.detector.scanner import Detector
+from kvkeep.sharing.detector.spans import Recogniser, Verdict
 
 app = new_app("Find what in a text must stay private; exit code 0: clear, 3: not clear, 1: error.")
 
 NOT_CLEAR = 3
 SHOWN_CHARACTERS = 48
+
+
+def _detector(rules: Path | None, classifier: Path | None) -> Detector:
+    more: list[Recogniser] = []
+    if classifier is not None:
+        from kvkeep.models.classifier import load_recogniser
+
+        more.append(load_recogniser(classifier))
+    return load_detector(None if rules is None else OrganisationFile(rules), more=more)
 
 
 def _read(source: str) -> str:
@@ -106,11 +116,15 @@ def detect(
     rules: Annotated[
         Path | None, typer.Option("--rules", metavar="ORG.toml", help="the organisation's rules")
     ] = None,
+    classifier: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="local token classifier or GLiNER model beside the rest"),
+    ] = None,
 ) -> None:
     """Find what in a text must stay private."""
     if (source is None) == (labelled is None):
         raise ConfigError("FILE: name a file, or - for stdin, or --eval with a labelled file")
-    detector = load_detector(None if rules is None else OrganisationFile(rules))
+    detector = _detector(rules, classifier)
     if labelled is not None:
         _print_evaluation(evaluate(detector, read_cases(labelled)), as_lines=jsonl)
         return

@@ -54,6 +54,8 @@ def sharing_options(settings: Settings) -> SharingOptions:
         units_per_day=settings.share_units_per_day,
         state=_text(settings.share_state or beside),
         pinned=_text(settings.share_pinned),
+        rules=_text(settings.share_rules),
+        classifier=_text(settings.share_classifier),
         gate=settings.share_gate,
         audit_log=_text(settings.share_audit_log),
         webhook=settings.share_webhook,

@@ -32,7 +32,7 @@ from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
-from kvkeep.engine.sharing import Sharing, inspector_of
+from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.sizing import divide
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
@@ -46,6 +46,7 @@ from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.controller import ByLength, Controller, Fixed
 from kvkeep.quant.hack import Hack
+from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.shield.policy import NoShield
@@ -75,6 +76,8 @@ class Parts(msgspec.Struct, kw_only=True):
     """None: the one the options ask for."""
     inspector: Inspector | None = None
     """What reads prompts before they are shared; None clears nothing."""
+    rules: OrganisationFile | None = None
+    """The inspector's rules that may change while the engine runs."""
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
     backend: Backend | None = None
@@ -83,9 +86,11 @@ class Parts(msgspec.Struct, kw_only=True):
 
 def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
+    rules = rules_of(options.share)
     return Parts(
         techniques=Techniques(codec_of(options), NoShield(), KeepAll()),
-        inspector=inspector_of(options.share),
+        inspector=inspector_of(options.share, rules),
+        rules=rules,
     )
 
 
@@ -134,7 +139,7 @@ def build_core(
     spec = parts.techniques.codec.page_spec(shape)
     pool = _pool(options, backend, spec, shape, max_model_len)
     techniques = parts.techniques
-    sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector)
+    sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
     caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy)
     planner = parts.planner or _planner(options, backend, pool, model, threads)
     runner = ModelRunner(

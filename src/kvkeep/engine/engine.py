@@ -142,8 +142,7 @@ class EngineCore:
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
-        if self.sharing.gate is not None:
-            self.sharing.gate.end_epoch(now)
+        self.sharing.end_epoch(now)
         return self._caches.end_epoch(now)
 
     def reset_counters(self) -> None:

@@ -29,6 +29,10 @@ class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
     """File that carries votes over restarts."""
     pinned: str | None = None
     """TOML file of prefixes that are public from the start."""
+    rules: str | None = None
+    """TOML file of the organisation's own rules, looked at again at every epoch's end."""
+    classifier: str | None = None
+    """Folder of a token classifier or a GLiNER model that reads prompts beside the detector."""
     gate: bool = False
     """Hold first tokens back until computing what young shared pages saved would be over."""
     audit_log: str | None = None

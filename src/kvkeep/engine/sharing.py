@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -11,8 +12,11 @@ from kvkeep.cache.accounts import Retention
 from kvkeep.engine.api import SharingStats, TenantTerms
 from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.options import SharingOptions
+from kvkeep.errors import ConfigError
 from kvkeep.sharing.audit import AlertSink, AuditLog, NoSink, Webhook
 from kvkeep.sharing.detector.default import load_detector
+from kvkeep.sharing.detector.organisation import OrganisationFile
+from kvkeep.sharing.detector.spans import Recogniser
 from kvkeep.sharing.inspection import ClearsNothing, DecodeText, Detects, Inspector
 from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.monitor import Monitor
@@ -29,17 +33,42 @@ from kvkeep.sharing.rules import Rule
 from kvkeep.sharing.state import FileStore, NoStore
 from kvkeep.types import SharingPolicy
 
+log = logging.getLogger(__name__)
+
 _KEY_BYTES = 32
 _READ = ("selective", "dp", "safekv")
 """Policies that share what tenants send, so that it has to be read first."""
 
 
-def inspector_of(options: SharingOptions) -> Inspector:
+def rules_of(options: SharingOptions) -> OrganisationFile | None:
+    """Return the organisation's rules; raises `ConfigError` for a bad file, or a needless one."""
+    if options.rules is None:
+        return None
+    _check_read("share_rules", options)
+    try:
+        return OrganisationFile(Path(options.rules))
+    except ConfigError as error:
+        raise ConfigError(f"share_rules: {error}") from None
+
+
+def inspector_of(options: SharingOptions, rules: OrganisationFile | None = None) -> Inspector:
     """Return what reads prompts before they are shared: the shipped detector where it is needed."""
+    more: list[Recogniser] = []
+    if options.classifier is not None:
+        _check_read("share_classifier", options)
+        from kvkeep.models.classifier import load_recogniser  # noqa: PLC0415 - slow to import
+
+        more.append(load_recogniser(Path(options.classifier)))
     if options.policy not in _READ:
         return ClearsNothing()
-    detector = load_detector()
-    return Detects(detector.scanner, detector.version)
+    return Detects(load_detector(rules, more=more))
+
+
+def _check_read(field: str, options: SharingOptions) -> None:
+    if options.policy not in _READ:
+        raise ConfigError(
+            f"{field}: {options.policy!r} reads no prompts; leave it out, or share 'selective'"
+        )
 
 
 class EpochTimer:
@@ -72,14 +101,16 @@ class Sharing:
         decode: DecodeText,
         policy: SharingPolicy | None = None,
         inspector: Inspector | None = None,
+        rules: OrganisationFile | None = None,
     ) -> None:
-        """`policy` takes the place of the one the options name."""
+        """`policy` takes the place of the one the options name; `rules` are the inspector's."""
         self.epoch_s = options.epoch_s
         self.pins = Pins()
         self.directory = Directory()
         self._options = options
         self._decode = decode
         self._inspector = inspector or ClearsNothing()
+        self._rules = rules
         self._webhook = Webhook(options.webhook) if options.webhook else None
         self._audit = (
             AuditLog(Path(options.audit_log), self._webhook or NoSink())
@@ -161,6 +192,17 @@ class Sharing:
             alerts=alerts,
             alerts_failed=failed,
         )
+
+    def end_epoch(self, now: float) -> None:
+        """Take the organisation's rules if they changed, and end the gate's epoch at `now`."""
+        if self.gate is not None:
+            self.gate.end_epoch(now)
+        if self._rules is None:
+            return
+        known = self._rules.problem
+        self._rules.reload()
+        if self._rules.problem not in (None, known):
+            log.warning("share_rules: %s; the rules in force stay", self._rules.problem)
 
     def close(self) -> None:
         """End the scanning thread."""

@@ -53,16 +53,32 @@ class Scanner(Protocol):
         """Return what stands in the text so far."""
 
 
+class Reads(Protocol):
+    """A detector; its rules may change while it runs."""
+
+    @property
+    def version(self) -> str:
+        """Return a name of all rules and weights in force."""
+
+    def scanner(self) -> Scanner:
+        """Return a scanner at the start of a chain."""
+
+
 class Detects:
     """An inspector over a detector: grey is as good as tainted."""
 
-    def __init__(self, scanner: Callable[[], Scanner], version: str) -> None:
-        self._scanner = scanner
-        self.version = version
+    def __init__(self, detector: Reads) -> None:
+        self._detector = detector
+
+    @property
+    def version(self) -> str:
+        """Return the version of the rules in force now."""
+        return self._detector.version
 
     def first_doubt(self, text: str) -> int | None:
         """Return where the first span that is not clear begins."""
-        return min((s.start for s in self._scanner().feed(text) if s.verdict != 0), default=None)
+        found = self._detector.scanner().feed(text)
+        return min((s.start for s in found if s.verdict != 0), default=None)
 
 
 def cleared_units(

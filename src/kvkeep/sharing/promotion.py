@@ -23,7 +23,7 @@ from kvkeep.sharing.pins import Pins
 from kvkeep.sharing.rules import Rule
 from kvkeep.sharing.scans import ScanJob, ScanLimits, ScanQueue
 from kvkeep.sharing.snapshot import advance
-from kvkeep.sharing.state import StateStore, decode_state, encode_state
+from kvkeep.sharing.state import StateStore, decode_state, encode_state, renewed
 from kvkeep.sharing.worker import Worker, read_one
 from kvkeep.types import PAGE_TOKENS, Access, Chain, EpochDelta
 
@@ -158,7 +158,12 @@ class Promotion:
         self._parts.monitor.observe(access, self._parts.directory.voter(access.tenant))
 
     def end_epoch(self, now: float) -> EpochDelta:
-        """Count the votes of the epoch before this one and publish the next epoch's snapshot."""
+        """Count the votes of the epoch before this one and publish the next epoch's snapshot.
+
+        Where the inspector's rules have changed, nothing that was read under others stands.
+        """
+        old = self._state.snapshot
+        self._keep_to_the_rules()
         if self._worker is None:
             while read_one(self.scans, self._read):
                 pass
@@ -166,12 +171,12 @@ class Promotion:
             self._worker.ensure()
         closed = self._epoch
         self._epoch = max(closed + 1, int(now // self._limits.epoch_s))
-        ledger, old, rule = self._state.ledger, self._state.snapshot, self._parts.rule
+        ledger, rule = self._state.ledger, self._parts.rule
         period = rule.period_epochs(self._limits.epochs_per_day)
         ballots = self.scans.collect(closed - 1)
         changed = ledger.cast(ballots, closed, closed // period, self.units_per_period)
         decided = rule.decide(ledger.units, changed, closed, self._epoch)
-        snapshot = advance(old, decided, self._epoch)
+        snapshot = advance(self._state.snapshot, decided, self._epoch)
         ledger.expire(self._epoch - rule.life_epochs)
         self._state.snapshot = snapshot
         self._save()
@@ -190,6 +195,14 @@ class Promotion:
         """End the scanning thread."""
         if self._worker is not None:
             self._worker.close()
+
+    def _keep_to_the_rules(self) -> None:
+        """Drop offers, votes and the snapshot where others than the rules in force cleared them."""
+        version = self._parts.inspector.version
+        if version != self._state.version:
+            log.warning("the detector's rules changed: votes and shared pages begin anew")
+            self.scans.clear()
+            self._state = renewed(self._state, version)
 
     def _save(self) -> None:
         """Keep the state; where that fails, a restart begins with older votes or none."""

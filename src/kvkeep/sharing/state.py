@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from kvkeep.errors import ConfigError
-from kvkeep.sharing.ledger import Ledger
+from kvkeep.sharing.ledger import Ledger, Spending
 from kvkeep.sharing.snapshot import Snapshot
 
 
@@ -85,7 +85,8 @@ def encode_state(state: State) -> bytes:
 def decode_state(raw: bytes | None, version: str, unit_pages: int) -> State:
     """Return what was saved.
 
-    Nothing of it stands where it cannot be read, or another inspector or unit has made it.
+    Nothing of it stands where it cannot be read or is of other units; `renewed` of it does where
+    another inspector has made it.
     """
     empty = State(version, unit_pages, Ledger(), Snapshot())
     if raw is None:
@@ -94,4 +95,15 @@ def decode_state(raw: bytes | None, version: str, unit_pages: int) -> State:
         state = msgspec.msgpack.decode(raw, type=State)
     except msgspec.MsgspecError:
         return empty
-    return state if (state.version, state.unit_pages) == (version, unit_pages) else empty
+    if state.unit_pages != unit_pages:
+        return empty
+    return state if state.version == version else renewed(state, version)
+
+
+def renewed(state: State, version: str) -> State:
+    """Return what stands under another inspector: no vote, nothing public, all that was spent."""
+    voters = {
+        name: Spending(spent.period, spent.units) for name, spent in state.ledger.voters.items()
+    }
+    ledger = Ledger(voters=voters)
+    return State(version, state.unit_pages, ledger, Snapshot(state.snapshot.epoch))

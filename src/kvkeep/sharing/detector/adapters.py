@@ -48,6 +48,18 @@ LABELS: Final[Mapping[str, tuple[str, str]]] = {
     "PASSWORD": ("password", "credential"),
 }
 """Usual labels without their prefix, upper case, no separators."""
+GLINER_LABELS: Final = (
+    "person",
+    "address",
+    "organization",
+    "date of birth",
+    "disease",
+    "medication",
+    "email",
+    "phone",
+    "password",
+)
+"""What a GLiNER model is asked for."""
 OTHER: Final = ("entity", "identifier")
 """A label nobody mapped still counts."""
 
@@ -76,6 +88,8 @@ class ModelRecogniser:
     labels: Mapping[str, tuple[str, str]]
     size: int = 512
     overlap: int = 128
+    version: str = "model"
+    """What tells this model from others."""
 
     def __post_init__(self) -> None:
         """Refuse categories nobody knows and pieces that would not advance."""

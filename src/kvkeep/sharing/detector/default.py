@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
@@ -14,14 +15,19 @@ from kvkeep.sharing.detector.spans import Recogniser
 _PACKAGE: Final = "kvkeep.sharing.detector"
 
 
-def load_detector(organisation: Filter | None = None, *, rules_only: bool = False) -> Detector:
-    """Return a detector with everything the package ships and an organisation's rules."""
+def load_detector(
+    organisation: Filter | None = None,
+    *,
+    rules_only: bool = False,
+    more: Iterable[Recogniser] = (),
+) -> Detector:
+    """Return a detector with everything the package ships, an organisation's rules and `more`."""
     recognisers: list[Recogniser] = [RuleRecogniser(shipped_rules())]
     scorer = None if rules_only else optional_part("scorer", "LearnedScorer")
     if scorer is not None:
         recognisers.append(scorer)
     context = None if rules_only else optional_part("context", "ContextRules")
-    return Detector(recognisers, context, organisation)
+    return Detector([*recognisers, *more], context, organisation)
 
 
 def optional_part(module: str, name: str) -> Any:
