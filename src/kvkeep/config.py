@@ -27,6 +27,8 @@ ENV_PREFIX: Final = "KVKEEP_"
 DEFAULT_FILE: Final = Path("kvkeep.toml")
 UNSAFE_POLICIES: Final = ("safekv", "share_all")
 """Policies that need a word of confirmation."""
+CONSENT_PATH: Final = "/.well-known/kvkeep-audit-consent"
+"""Where a server says that it may be audited from another machine."""
 FORMER_POLICIES: Final = {"nothing": "isolate", "all": "share_all"}
 """Names of earlier versions."""
 DEMO_MODEL: Final = Path(__file__).parent / "demo"
@@ -152,6 +154,9 @@ class Settings(BaseSettings):
     admin_port: Port = Field(8001, description="admin port")
     admin_socket: Path | None = Field(None, description="admin Unix socket, in place of the port")
     admin_token_file: Path | None = Field(None, description="file that holds the admin token")
+    audit_consent_file: Path | None = Field(
+        None, description="file of a token shown to all: who repeats it may audit this server"
+    )
     keys: Path = Field(Path("kvkeep-keys.json"), description="API keys of the tenants")
     no_auth: bool = Field(False, description="no keys: loopback only, a tenant per connection")
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvkeep.cli import run
 from kvkeep.cli.engine import describe, engine_options
-from kvkeep.cli.serve import admin_token, announce, server_options
+from kvkeep.cli.serve import admin_token, announce, audit_consent, server_options
 from kvkeep.config import load
 from kvkeep.engine.api import ModelInfo
 from kvkeep.errors import ConfigError
@@ -142,6 +142,20 @@ def test_the_admin_token_comes_from_a_private_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't read"):
         admin_token(tmp_path / "gone")
     assert admin_token(None) != admin_token(None)
+
+
+def test_the_consent_to_audits_is_one_line_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "consent"
+    file.write_text("a-token-of-this-operator\n")
+    options = server_options(load({"audit_consent_file": file}))
+    assert options.audit_consent == "a-token-of-this-operator"
+    assert server_options(load()).audit_consent is None
+    for text in ("short", "two lines of\nsome length each"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"audit_consent_file: .*one line"):
+            audit_consent(file)
+    with pytest.raises(ConfigError, match=r"audit_consent_file: can't read .*gone"):
+        audit_consent(tmp_path / "gone")
 
 
 def test_no_keys_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

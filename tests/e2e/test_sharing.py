@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import httpx
 from openai import OpenAI
 
+from kvkeep.config import CONSENT_PATH
 from kvkeep.metrics import PUBLIC_UNITS, SAVED_TOKENS, SHARING_EPOCH, Metric
 from tests.servers import Server, serving
 
@@ -66,7 +68,11 @@ def epochs_later(server: Server, count: int) -> Callable[[], bool]:
 
 
 def test_what_k_others_sent_saves_computing_and_shows_in_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, SHARES, *OPTIONS, group="all") as server:
+    rules, consent = tmp_path / "org.toml", tmp_path / "consent"
+    rules.write_text('[[words]]\nwords = ["observatory"]\n')
+    consent.write_text("this operator consents\n")
+    files = ("--share-rules", str(rules), "--audit-consent-file", str(consent))
+    with serving(tmp_path, SHARES, *OPTIONS, *files, group="all") as server:
         cold = ask(server, SENDERS[0])
         assert cold.cached_tokens == 0
         wait_for(epochs_later(server, 3))
@@ -79,3 +85,11 @@ def test_what_k_others_sent_saves_computing_and_shows_in_nothing(tmp_path: Path)
             whole = cold.prompt_tokens // UNIT_TOKENS * UNIT_TOKENS
             assert gauge(server, SAVED_TOKENS) == (i + 1) * whole
         assert ask(server, READERS[0]).cached_tokens == cold.prompt_tokens
+
+        rules.write_text('[[words]]\nword = ["library"]\n')
+        wait_for(lambda: "the rules in force stay" in server.log.read_text())
+        assert f"share_rules: {rules}:2: " in server.log.read_text()
+        assert gauge(server, PUBLIC_UNITS) > 0
+        rules.write_text('[[words]]\nwords = ["library"]\n')
+        wait_for(lambda: gauge(server, PUBLIC_UNITS) == 0)
+        assert httpx.get(server.url + CONSENT_PATH).text == "this operator consents\n"

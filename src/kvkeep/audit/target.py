@@ -11,10 +11,9 @@ from typing import Final
 
 import httpx
 
-from kvkeep.config import is_loopback
+from kvkeep.config import CONSENT_PATH, is_loopback
 from kvkeep.errors import AuditError, ConfigError
 
-CONSENT_PATH: Final = "/.well-known/kvkeep-audit-consent"
 TIMEOUT_S: Final = 120.0
 
 

@@ -30,6 +30,7 @@ def server_options(settings: Settings) -> ServerOptions:
         no_auth=settings.no_auth,
         drain_s=settings.drain_s,
         deadline_s=settings.deadline_s,
+        audit_consent=audit_consent(settings.audit_consent_file),
         share_pool=settings.share_pool,
         share_by_salt=settings.share == "salt",
         share_always=settings.share in ("pinned", "salt", *UNSAFE_POLICIES)
@@ -55,6 +56,21 @@ def admin_token(file: Path | None) -> str:
         raise ConfigError(f"admin_token_file: {file} has mode {mode:04o}; run chmod 600 on it")
     if len(token) < MIN_TOKEN_CHARS:
         raise ConfigError(f"admin_token_file: needs at least {MIN_TOKEN_CHARS} characters")
+    return token
+
+
+def audit_consent(file: Path | None) -> str | None:
+    """Return the token with which the operator consents to audits from other machines."""
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"audit_consent_file: can't read {file} ({error})") from None
+    if len(token) < MIN_TOKEN_CHARS or not token.isprintable():
+        raise ConfigError(
+            f"audit_consent_file: {file} needs one line of at least {MIN_TOKEN_CHARS} characters"
+        )
     return token
 
 

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from kvkeep.config import CONSENT_PATH
 from kvkeep.engine.api import EngineClient, ModelInfo
 from kvkeep.server import frontend as state
 from kvkeep.server.body import read_body
@@ -53,7 +54,7 @@ def create_app(
 
     app = Starlette(
         routes=_routes(front),
-        middleware=[Middleware(Gate, front, front.identify, frozenset({"/health"}))],
+        middleware=[Middleware(Gate, front, front.identify, _open_paths(options))],
         exception_handlers={HTTPException: http_problem},
         lifespan=lifespan,
     )
@@ -84,9 +85,16 @@ async def http_problem(_request: Request, error: Exception) -> Response:
     return Response(problem.json(), problem.status, headers, "application/json")
 
 
+def _open_paths(options: ServerOptions) -> frozenset[str]:
+    """Return what is answered without a key."""
+    return frozenset({"/health"} if options.audit_consent is None else {"/health", CONSENT_PATH})
+
+
 def _routes(front: Frontend) -> list[Route]:
     chat, completions = "/v1/chat/completions", "/v1/completions"
+    consent = front.options.audit_consent
     return [
+        *([] if consent is None else [plain(CONSENT_PATH, "GET", partial(_consent, consent))]),
         plain("/health", "GET", partial(_health, front)),
         plain("/openapi.json", "GET", _openapi),
         plain("/v1/models", "GET", partial(_models, front)),
@@ -102,6 +110,10 @@ async def _health(front: Frontend, _request: Request) -> Response:
     """Tell whether requests can be served; nothing of the load."""
     health = front.health
     return reply(Health(status=health.value), 200 if health is state.Health.OK else 503)
+
+
+async def _consent(token: str, _request: Request) -> Response:
+    return Response(f"{token}\n", media_type="text/plain")
 
 
 async def _openapi(_request: Request) -> Response:

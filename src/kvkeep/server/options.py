@@ -58,6 +58,8 @@ class ServerOptions:
     """Whether a request's scope is its salts' alone, whoever sends it."""
     share_always: bool = False
     """Whether pages are shared without a group."""
+    audit_consent: str | None = None
+    """Token shown to everybody at `CONSENT_PATH`; None consents to no audit."""
     poll_s: float = 1.0
     """How often the tenant file and the engine are looked at."""
     text_workers: int = 2
