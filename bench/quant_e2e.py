@@ -112,11 +112,15 @@ def side_of(model: Path, like: str, codec: Codec, memory_bytes: int, threads: in
     return Side(Ours(model, threads=threads, kv_cache_bytes=memory_bytes, parts=parts))
 
 
+def model_in(folder: Path, like: str) -> Path:
+    """Return random weights of known shapes, made on first use."""
+    model = folder / like
+    return model if model.exists() else make.make(like, model, seed=0)
+
+
 def measure_case(case: Case, folder: Path, options: Options) -> tuple[Figure, Row]:
     """Measure steps in turn, the order alternating."""
-    model = folder / case.like
-    if not model.exists():
-        make.make(case.like, model, seed=0)
+    model = model_in(folder, case.like)
     kinds: tuple[tuple[Codec, int], ...] = (
         (Float(), case.memory_bytes),
         (Hack(Layout.K2V2), coded_bytes(case)),
@@ -172,7 +176,7 @@ def beside(peer: str, folder: Path, options: Options) -> list[tuple[Figure, Row]
     """Return what one request decodes on 2-bit pages beside a peer with eight bits."""
     if peer not in OPTIONS:
         raise ConfigError(f"peer: {peer!r} has no eight-bit cache; choose {', '.join(OPTIONS)}")
-    model = make.make(BESIDE.like, folder / BESIDE.like, seed=0)
+    model = model_in(folder, BESIDE.like)
     side = side_of(model, BESIDE.like, Hack(Layout.K2V2), coded_bytes(BESIDE), options.threads)
     found: list[tuple[Figure, Row]] = []
     fills: list[float] = []

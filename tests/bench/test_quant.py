@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ def tiny(dim: int = 64, context: int = 256) -> bench.Sides:
     plain, coded = (
         pages_of(layout, dim, context, cold_bytes=1 << 20) for layout in (Layout.BF16, Layout.K2V2)
     )
-    return bench.Sides((ops, plain), (ops, coded), (decoding_attention(available()[0], 1), coded))
+    floats, halves = (decoding_attention(available()[0], 1, halves=to) for to in (False, True))
+    return bench.Sides((ops, plain), (ops, coded), (floats, coded), (halves, coded))
 
 
 def test_sides_read_what_they_say() -> None:
@@ -34,7 +36,8 @@ def test_sides_read_what_they_say() -> None:
     coded = tile_bytes(Layout.K2V2, 64, first=True) + 3 * tile_bytes(Layout.K2V2, 64)
     assert bench.bytes_ratio(sides, q) == coded / (4 * tile_bytes(Layout.BF16, 64))
     assert sides.coded[0].decode_calls == 0
-    assert sides.widened[0].decode_calls > 0
+    assert sides.floats[0].decode_calls > 0
+    assert sides.halves[0].decode_calls > 0
 
 
 def test_a_cell_is_measured_and_its_row_says_how() -> None:
@@ -42,6 +45,12 @@ def test_a_cell_is_measured_and_its_row_says_how() -> None:
     assert found.over_plain.samples == found.over_widened.samples == 2
     assert found.row["codes"] == "K2V2"
     assert found.row["heads per group"] == 2
+
+
+def test_codes_are_held_against_the_faster_way_of_widening() -> None:
+    coded, slow, fast = np.full(10, 2.0), np.full(10, 9.0), np.full(10, 5.0)
+    assert bench.over_faster(coded, (slow, fast)).median == 2.5
+    assert bench.over_faster(coded, (fast, slow)).median == 2.5
 
 
 def test_figures_take_the_worst_group_over_widening() -> None:

@@ -81,24 +81,40 @@ def test_any_number_of_rows(queries: int) -> None:
         near(world, cpu_attention(path).attend(q, world.kv, plan), want)
 
 
-def test_codes_as_floats(path: CpuKernel) -> None:
-    """The baseline equals attention on what the codes stand for."""
-    heads = Heads(9, 1, 128)
-    world = make_coded_world(heads, Layout.F32, pages=8)
-    context = world.add(Layout.K2V2, 2, 0)
+@pytest.mark.parametrize(
+    ("model", "layout", "dim", "halves", "near_to"),
+    [
+        (Layout.F32, Layout.K2V2, 128, False, 1e-5),
+        (Layout.F32, Layout.K2V2, 128, True, 1e-5),
+        (Layout.BF16, Layout.K8V8, 64, True, 0.01),
+        *((Layout.BF16, Layout.K2V2, dim, True, 0.02) for dim in (16, 64, 80, 128, 256)),
+        *((Layout.BF16, x, 96, True, 0.02) for x in (Layout.K4V2, Layout.K4V4)),
+    ],
+)
+def test_widened_codes(
+    path: CpuKernel, model: Layout, layout: Layout, dim: int, *, halves: bool, near_to: float
+) -> None:
+    """The baselines equal attention on what the codes stand for."""
+    heads = Heads(9, 1, dim)
+    world = make_coded_world(heads, model, pages=8)
+    context = world.add(layout, 3, 0)
     codes = [page.codes for page in context.coded]
     k = torch.cat([x.k[0] * x.k_scale[0].float() + x.k_min[0].float() for x in codes])
+    parts = codes[0].v_scale.shape[1]
     scale, low = (
-        torch.cat([y.float().repeat_interleave(64, 0).T for y in ys])
+        torch.cat([y.float().repeat_interleave(dim // parts, 0).T for y in ys])
         for ys in ([x.v_scale[0] for x in codes], [x.v_min[0] for x in codes])
     )
     v = torch.cat([x.v[0] for x in codes]) * scale + low
     assert context.coded[0].sinks is not None
     k[:SINK_TOKENS], v[:SINK_TOKENS] = (x[0].float() for x in context.coded[0].sinks)
     q = world.tensor(1, heads.q, heads.dim)
-    got = decoding_attention(path, 1).attend(q, world.kv, coded_plan(world, [(context, [127])]))
-    exact = attention_oracle(q, k[:, None], v[:, None], np.ones((1, 1, 128), np.bool_))
-    np.testing.assert_allclose(got.out, exact.out, rtol=0, atol=1e-5 * np.abs(exact.out).max())
+    ops = decoding_attention(path, 1, halves=halves)
+    got = ops.attend(q, world.kv, coded_plan(world, [(context, [191])]))
+    exact = attention_oracle(q.float(), k[:, None], v[:, None], np.ones((1, 1, 192), np.bool_))
+    error = np.abs(got.out.float().numpy() - exact.out).max()
+    assert error < near_to * np.abs(exact.out).max()
+    assert ops.decode_calls > 0
 
 
 def exact_codes(world: CodedWorld, layout: Layout) -> Codes:

@@ -125,8 +125,13 @@ class Cache:
         coded: int,
     ) -> None: ...
 
+class Widen(Enum):
+    NO = 0
+    FLOATS = 1
+    HALVES = 2
+
 class Attention:
-    def __init__(self, backend: Backend, decode: bool) -> None: ...
+    def __init__(self, backend: Backend, widen: Widen) -> None: ...
     @property
     def bytes_read(self) -> int: ...
     @property

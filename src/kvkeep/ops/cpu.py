@@ -58,7 +58,7 @@ class DotPeak:
 
     def __init__(self, kernel: CpuKernel, threads: int) -> None:
         self._backend = _native.Backend(_ISAS[kernel], threads)
-        self._attention = _native.Attention(self._backend, decode=False)
+        self._attention = _native.Attention(self._backend, _native.Widen.NO)
 
     def measure_gflop_s(self, layout: _native.Layout = _native.Layout.BF16) -> float:
         """Return GFLOP/s of a layout's products, from registers alone, on every thread."""
@@ -73,9 +73,14 @@ def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:
     return Ops(kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend))
 
 
-def decoding_attention(kernel: CpuKernel, threads: int) -> CpuAttention:
-    """Return attention that widens codes to floats in registers: what benchmarks compare with."""
-    return CpuAttention(_backend(kernel, threads), decode=True)
+def decoding_attention(kernel: CpuKernel, threads: int, *, halves: bool = False) -> CpuAttention:
+    """Return attention that widens codes: what benchmarks compare with.
+
+    In registers to floats, or with `halves` and bfloat16 queries a tile at a time to bfloat16: so
+    far on AVX-512 and of two and four bits, elsewhere to floats.
+    """
+    widen = _native.Widen.HALVES if halves else _native.Widen.FLOATS
+    return CpuAttention(_backend(kernel, threads), widen=widen)
 
 
 def _backend(kernel: CpuKernel, threads: int) -> _native.Backend:

@@ -50,9 +50,12 @@ class CpuAttention:
     A plan is prepared once for all layers of a step: its arrays must not change in between.
     """
 
-    def __init__(self, backend: _native.Backend, *, decode: bool = False) -> None:
+    def __init__(
+        self, backend: _native.Backend, *, widen: _native.Widen = _native.Widen.NO
+    ) -> None:
+        """`widen`: coded tiles are widened instead, which benchmarks compare with."""
         self._backend = backend
-        self._native = _native.Attention(backend, decode)
+        self._native = _native.Attention(backend, widen)
         self._last: _Prepared | None = None
         self._last_slots: tuple[Int32Array | None, int] = (None, 0)
         self._caches: dict[tuple[int, Layout], tuple[LayerKV, _native.Cache]] = {}
@@ -74,7 +77,7 @@ class CpuAttention:
 
     @property
     def decode_calls(self) -> int:
-        """Return how often a coded tile was widened to floats: `decode` alone does it."""
+        """Return how often a coded tile was widened: attention that is told to alone does it."""
         return self._native.decoded
 
     @property

@@ -88,7 +88,8 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   job.bad_tile = &bad_tile;
   job.plan = prepared.plan;
   job.coded = prepared.coded;
-  job.decoded = decode_ ? &decoded_ : nullptr;
+  job.decoded = widen_ == Widen::kNo ? nullptr : &decoded_;
+  job.halves = widen_ == Widen::kHalves;
   const Kernels& kernel = kernels(prepared.layout);
   const int64_t wanted = kernel.scratch_bytes(prepared.dim, prepared.most_rows) +
                          kernel.scratch_bytes(prepared.dim, kPanel);

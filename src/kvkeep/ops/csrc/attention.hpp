@@ -67,8 +67,7 @@ struct NewRows {
 
 class Attention {
  public:
-  // With `decode`, coded tiles are widened to floats: the baseline of benchmarks.
-  Attention(Backend& backend, bool decode) : backend_(backend), decode_(decode) {}
+  Attention(Backend& backend, Widen widen) : backend_(backend), widen_(widen) {}
 
   void append(Layout layout, const Cache& cache, const NewRows& rows);
   void attend(const PreparedPlan& prepared, Job job);
@@ -79,14 +78,16 @@ class Attention {
 
   Backend& backend() const { return backend_; }
   uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
-  uint64_t decoded() const { return decoded_; }  // blocks of rows times tiles widened
+  uint64_t decoded() const {
+    return decoded_;
+  }  // tiles widened, for each block of rows if to floats
   uint64_t calls() const { return calls_.load(std::memory_order_relaxed); }
 
  private:
   const Kernels& kernels(Layout layout) const;
 
   Backend& backend_;
-  const bool decode_;
+  const Widen widen_;
   uint64_t decoded_ = 0;
   Buffer scratch_, states_, records_;
   std::atomic<uint64_t> bytes_read_{0};  // of K and V, by attend

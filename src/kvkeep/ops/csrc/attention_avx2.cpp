@@ -145,6 +145,7 @@ struct F32 {
   using B = float;
   using Loaded = V;
   static constexpr int kPair = 1;
+  static constexpr bool kLooksUp = false;
 
   static V load(const B* p) { return Isa::load(p); }
   static V load_first(const B* p) { return Isa::load(p); }
@@ -169,6 +170,7 @@ struct Bf16 {
     V even, odd;
   };
   static constexpr int kPair = 2;
+  static constexpr bool kLooksUp = false;
 
   static Loaded load(const B* p) {
     __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

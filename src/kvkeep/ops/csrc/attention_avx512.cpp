@@ -128,6 +128,7 @@ struct F32 {
   using B = float;
   using Loaded = V;
   static constexpr int kPair = 1;
+  static constexpr bool kLooksUp = false;
 
   static V load(const B* p) { return Isa::load(p); }
   static V load_first(const B* p) { return Isa::load(p); }
@@ -147,6 +148,48 @@ struct Bf16 {
   using B = uint16_t;
   using Loaded = __m512bh;
   static constexpr int kPair = 2;
+  static constexpr bool kLooksUp = true;
+
+  // What codes stand for, [count][2^kBits]: scale * code + low.
+  template <int kBits>
+  static void fill_table(B* to, const float* scale, const float* low, int count) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i which = _mm512_srli_epi32(lane, kBits);
+    const V code = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32((1 << kBits) - 1)));
+    for (int i = 0; i < count; i += 16 >> kBits) {
+      const V s = _mm512_permutexvar_ps(which, Isa::load(scale + i));
+      const V m = _mm512_permutexvar_ps(which, Isa::load(low + i));
+      store_out(to + (i << kBits), Isa::fma(code, s, m));
+    }
+  }
+
+  // The values of a line of codes, sixteen lanes of two neighbours along the sum at a time, each
+  // such pair `stride` values from the one before; the table is that of the line's first.
+  template <int kBits>
+  static void look_up(const uint8_t* line, const B* table, B* to, int64_t stride) {
+    constexpr int kLevels = 1 << kBits;
+    const __m512i raw = _mm512_loadu_si512(line);
+    const auto pair = [&]<int kField, int kHalf>(__m512i bytes) {
+      constexpr int kAlong = 4 * kField + 2 * kHalf, kFirst = kAlong * kLevels % 32;
+      const __m512i index = _mm512_ternarylogic_epi32(
+          _mm512_srli_epi16(bytes, kBits * kField), _mm512_set1_epi16(kLevels - 1),
+          _mm512_set1_epi32(kFirst | (kFirst + kLevels) << 16), 0xea);  // (a & b) | c
+      const __m512i held = _mm512_loadu_si512(table + kAlong * kLevels / 32 * 32);
+      _mm512_storeu_si512(to + kAlong / 2 * stride, _mm512_permutexvar_epi16(index, held));
+    };
+    const auto half = [&]<int kHalf>() {
+      constexpr char a = 2 * kHalf, b = 2 * kHalf + 1, none = -1;
+      const __m128i order = _mm_set_epi8(none, 12 + b, none, 12 + a, none, 8 + b, none, 8 + a, none,
+                                         4 + b, none, 4 + a, none, b, none, a);
+      const __m512i bytes = _mm512_shuffle_epi8(raw, _mm512_broadcast_i32x4(order));
+      pair.template operator()<0, kHalf>(bytes);
+      pair.template operator()<1, kHalf>(bytes);
+      if constexpr (kBits == 2) pair.template operator()<2, kHalf>(bytes);
+      if constexpr (kBits == 2) pair.template operator()<3, kHalf>(bytes);
+    };
+    half.template operator()<0>();
+    half.template operator()<1>();
+  }
 
   static __m512bh load(const B* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static __m512bh load_first(const B* p) {

@@ -69,6 +69,9 @@ struct Run {
   int32_t page_begin, page_count, first_position, layout;
 };
 
+// What becomes of codes: multiplied as they are, or widened as benchmarks compare with.
+enum class Widen { kNo, kFloats, kHalves };
+
 // kvkeep.ops.layout.AttentionPlan, less its groups; the arrays belong to the caller.
 struct Plan {
   const int32_t* positions;      // [T]
@@ -110,7 +113,8 @@ struct Job {
   float* lse2;              // [T, Hq]
   int group;                // G, query heads per KV head
   bool coded;               // some run's tiles are codes
-  uint64_t* decoded;        // not null: codes are widened to floats, and counted here
+  uint64_t* decoded;        // not null: codes are widened, and counted here
+  bool halves;              // widened to bf16 where the kernels look codes up, else to floats
   float scale;              // log2(e) / sqrt(D)
   Plan plan;
   Cache cache;

@@ -5,6 +5,7 @@
 #include "attention_fused.inl"
 #include "attention_rows.inl"
 #include "attention_coded.inl"
+#include "attention_halves.inl"
 #include "attention_walk.inl"
 #include "attention_between.inl"
 #include "attention_nest.inl"

@@ -45,19 +45,26 @@ inline void finish_row(float m, float l, const float* o, int dim, typename K::B*
   *lse2 = empty ? kEmpty : m + __builtin_log2f(l);
 }
 
+// Memory for a coded tile in bf16, then a table of the sixteen values that its codes may stand for.
+template <class K>
+constexpr int64_t halves_bytes(int dim) {
+  return K::kLooksUp ? int64_t{2} * (2 * kPage + 4 * 16) * dim : 0;
+}
+
 // An item's rows and working memory; scores and weights are held for a panel of rows at a time.
 template <class K>
 struct Panel {
   using A = typename K::A;
   A *q, *p;
   float *s, *wide, *codes, *memory;  // wide: queries as floats, where some tiles are codes
+  uint16_t* halves;  // a coded tile in bf16, where that is asked for
   int32_t *position, *query;
   int rows = 0, first = 0, last = 0;  // lowest and highest position
 
   static int64_t bytes(int dim, int rows) {
     const int64_t count = kPanel * kStep * (sizeof(A) + 4) +
                           rows * ((int64_t{sizeof(A)} + 4) * dim + 8) + CodeMemory::bytes(dim) +
-                          8 * state_floats(rows, dim) + 512;
+                          8 * state_floats(rows, dim) + halves_bytes<K>(dim) + 512;
     return (count + 63) / 64 * 64;
   }
 
@@ -71,6 +78,7 @@ struct Panel {
         reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(query + most) + 63) & ~uintptr_t{63});
     wide = codes + CodeMemory::bytes(dim) / 4;
     memory = wide + int64_t{most} * dim;
+    halves = reinterpret_cast<uint16_t*>(memory + 2 * state_floats(most, dim));
   }
 
   // Take in packed row `row` of the group.

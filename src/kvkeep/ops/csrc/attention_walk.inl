@@ -74,6 +74,22 @@ inline void soften_rows(const Panel<K>& panel, const Step& step, int begin, int 
   }
 }
 
+// A coded step as the bf16 tiles that it stands for, one after the other.
+template <class K, class Between>
+void attend_halved(const Job& job, const Panel<K>& panel, const Step& step, int from, int to,
+                   bool prefetches, const State& state, Between& between) {
+  for (int j = 0; j < 2; j++) {
+    if (!step.tile[j]) continue;
+    score_step(job, panel, halved(job, panel, step, j, true, prefetches), from, to, false, between);
+  }
+  soften_rows<K>(panel, step, from, to, panel.p, state, job.cache.dim);
+  for (int j = 0; j < 2; j++) {
+    if (!step.tile[j]) continue;
+    weigh_step(panel, halved(job, panel, step, j, false, prefetches), from, to, false, state.o,
+               job.cache.dim, between);
+  }
+}
+
 // Carry the rows' state over tokens [begin, end) of one span; return the bytes read.
 template <class K, class Between>
 uint64_t walk(const Job& job, const Item& item, const Panel<K>& panel, int begin, int end,
@@ -90,6 +106,10 @@ uint64_t walk(const Job& job, const Item& item, const Panel<K>& panel, int begin
     int first_row, end_row;
     trim(panel, position, first_row, end_row);
     in_panels(first_row, end_row, [&](int from, int to, bool prefetches) {
+      if constexpr (K::kLooksUp) {
+        if (job.halves && looks_up(step.layout))
+          return attend_halved(job, panel, step, from, to, prefetches, state, between);
+      }
       score_step(job, panel, step, from, to, prefetches, between);
       if (is_coded(step.layout)) {
         soften_rows<FloatWeights>(panel, step, from, to, panel.s, state, dim);

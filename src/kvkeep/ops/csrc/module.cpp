@@ -164,8 +164,12 @@ void bind_attention(nb::module_& m) {
           },
           "base"_a, "size"_a, "unit_bytes"_a, "table"_a, "page_slots"_a, "layers"_a, "layer"_a,
           "kv_heads"_a, "dim"_a, "coded"_a);
+  nb::enum_<Widen>(m, "Widen")
+      .value("NO", Widen::kNo)
+      .value("FLOATS", Widen::kFloats)
+      .value("HALVES", Widen::kHalves);
   nb::class_<Attention>(m, "Attention")
-      .def(nb::init<Backend&, bool>(), "backend"_a, "decode"_a, nb::keep_alive<1, 2>())
+      .def(nb::init<Backend&, Widen>(), "backend"_a, "widen"_a, nb::keep_alive<1, 2>())
       .def_prop_ro("decoded", &Attention::decoded)
       .def_prop_ro("bytes_read", &Attention::bytes_read)
       .def_prop_ro("calls", &Attention::calls)
@@ -195,6 +199,7 @@ void bind_attention(nb::module_& m) {
                                plan.group,
                                false,
                                nullptr,
+                               false,
                                scale,
                                {},
                                cache,
