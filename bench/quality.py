@@ -21,6 +21,8 @@ from bench.quality_run import Asked, Item, Machine, recorded, run
 from bench.quality_suite import TASKS, Context, Maker, digest, read
 from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
+from kvkeep.engine.build import codec_of
+from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
 from kvkeep.quant.baselines.blocks import Q4, Q8
@@ -71,6 +73,8 @@ CODECS: Final[dict[str, Make]] = {
 }
 ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512", "hack-paper-nearest")
 """Measured where they are asked for."""
+CALIBRATED: Final = "calibrated"
+"""The choice beside the checkpoint of `--model`, as `kvkeep model calibrate` wrote it."""
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 
 
@@ -98,11 +102,19 @@ def answered(machine: Machine, contexts: Sequence[Context], codec: Codec) -> Fou
 
 def chosen(options: Options) -> tuple[str, ...]:
     """Return the codecs to measure; raises `ConfigError` for one that there is not."""
+    known = (*CODECS, CALIBRATED)
     for name in options.only:
-        if name not in CODECS:
-            raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(CODECS)}")
+        if name not in known:
+            raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(known)}")
     whole = tuple(name for name in CODECS if name not in ABLATIONS)
     return options.only or (QUICK if options.quick else whole)
+
+
+def made(name: str, sample: Sample, model: Path) -> Codec:
+    """Return a codec by its name."""
+    if name == CALIBRATED:
+        return codec_of(EngineOptions(model=str(model), kv="calibrated"))
+    return CODECS[name](sample)
 
 
 def measure(options: Options) -> Report:
@@ -125,7 +137,7 @@ def measure(options: Options) -> Report:
     rows: list[Row] = []
     figures: list[Figure] = []
     for name in names:
-        found = answered(machine, contexts, CODECS[name](sample))
+        found = answered(machine, contexts, made(name, sample, machine.model))
         tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
         rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
         loss = quality_stats.overall(base.items, found.items, suite.weights)

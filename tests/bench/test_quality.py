@@ -111,6 +111,9 @@ def test_an_unknown_codec_is_refused_by_name() -> None:
         quality.chosen(Options(only=("k9",)))
     assert quality.chosen(Options(quick=True)) == quality.QUICK
     assert set(quality.QUICK) < set(quality.chosen(Options()))
+    assert quality.chosen(Options(only=("calibrated",))) == ("calibrated",)
+    with pytest.raises(ConfigError, match="run `kvkeep model calibrate` first"):
+        quality.made("calibrated", (), DEMO_MODEL)
 
 
 def shorter(context: Context) -> Context:
