@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
 from kvkeep.inspect.page import PageErrors
+from kvkeep.types import PAGE_TOKENS
 
 FORMATS: Final = (".svg", ".png", ".pdf")
 COLOURS: Final = "magma"
@@ -55,9 +56,10 @@ def draw(errors: PageErrors) -> Figure:
     rows = max(layers * heads * ROW_IN, 1.5)
     below = max(layers * ROW_IN, 1.2)
     figure = Figure((WIDTH_IN, 2 * rows + below + 2.6), layout="constrained")
+    last = errors.first_position + PAGE_TOKENS - 1
     figure.suptitle(
         f"{errors.codec} against {errors.dtype}: page {errors.page}, tokens"
-        f" {errors.first_position} to {errors.first_position + 63} of {errors.tokens}\n"
+        f" {errors.first_position} to {last} of {errors.tokens}\n"
         f"{errors.model}, digest {errors.digest[:16]}"
     )
     axes = figure.subplots(
