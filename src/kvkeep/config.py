@@ -86,6 +86,21 @@ class Settings(BaseSettings):
     kv_window_tokens: Count = Field(
         128, description="recent tokens that stay as computed where pages are coded, in 128s"
     )
+    guard_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="part of coded requests that run beside a 16-bit shadow; 0: none"
+    )
+    guard_samples: Count = Field(
+        8, description="shadowed requests of a tenant after which it may step back"
+    )
+    guard_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        0.05, description="mean nats between request and shadow above which a tenant steps back"
+    )
+    guard_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description="part of the memory for shadows and tenants that stepped back (not auto)"
+    )
+    guard_state: Path | None = Field(
+        None, description="file of steps back over restarts (default: beside the keys)"
+    )
     kv_cache_memory_bytes: ByteSize | None = Field(
         None, description="memory for pages, such as 4GiB (default: 4GiB or half of what is free)"
     )

@@ -81,6 +81,27 @@ TENANT_RUNNING = Metric(
 TENANT_WAITING = Metric(
     "tenant_requests_waiting", Kind.GAUGE, "Requests of a tenant waiting.", ("tenant",)
 )
+GUARD_SHADOWED = Metric(
+    "guard_shadowed_requests", Kind.COUNTER, "Requests compared with their shadow.", ("tenant",)
+)
+GUARD_UNSHADOWED = Metric(
+    "guard_unshadowed_requests",
+    Kind.COUNTER,
+    "Requests drawn for a shadow that was not compared.",
+    ("tenant",),
+)
+GUARD_COMPARED = Metric(
+    "guard_compared_tokens", Kind.COUNTER, "Next tokens compared with a shadow's.", ("tenant",)
+)
+GUARD_AGREED = Metric(
+    "guard_agreed_tokens", Kind.COUNTER, "Of these, those with the same most likely.", ("tenant",)
+)
+GUARD_KL = Metric(
+    "guard_kl_nats", Kind.COUNTER, "Their KL divergence from the shadow's, summed.", ("tenant",)
+)
+GUARD_BACK = Metric(
+    "guard_steps_back", Kind.GAUGE, "Forms of more bits that a tenant went back.", ("tenant",)
+)
 SHARING_EPOCH = Metric("sharing_epoch", Kind.GAUGE, "Number of the epoch that runs.", ("policy",))
 PUBLIC_UNITS = Metric("sharing_public_units", Kind.GAUGE, "Units of 256 tokens shared now.")
 PUBLIC_PAGES = Metric("sharing_public_pages", Kind.GAUGE, "Pages shared now.")

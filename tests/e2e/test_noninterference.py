@@ -29,7 +29,9 @@ Turn = tuple[str, int, int]
 class World:
     """One engine and what the attacker is told."""
 
-    def __init__(self, model: Path, policy: PolicyName, kv: KvName = "bf16") -> None:
+    def __init__(
+        self, model: Path, policy: PolicyName, kv: KvName = "bf16", guard_share: float = 0.0
+    ) -> None:
         share = SharingOptions(policy=policy, k=K)
         options = EngineOptions(
             model=str(model),
@@ -39,6 +41,9 @@ class World:
             share=share,
             kv=kv,
             kv_auto_tokens=400,
+            guard_share=guard_share,
+            guard_samples=1,
+            guard_kl=1e-9,
         )
         parts = Parts(techniques=default_parts(options).techniques, inspector=ClearsAll())
         self.core: EngineCore = build_core(options, parts=parts)
@@ -103,10 +108,13 @@ def script(seed: int) -> list[Turn]:
     return [*turns, ("v0", 0, 600), ("epoch", 0, 0), ("epoch", 0, 0), ("x0", 0, 600)]
 
 
-def same(model: Path, policy: PolicyName, seed: int, kv: KvName = "bf16") -> bool:
+def same(
+    model: Path, policy: PolicyName, seed: int, kv: KvName = "bf16", guard_share: float = 0.0
+) -> bool:
     turns = script(seed)
     without = [turn for turn in turns if not turn[0].startswith("v")]
-    return World(model, policy, kv).play(turns) == World(model, policy, kv).play(without)
+    worlds = [World(model, policy, kv, guard_share) for _ in range(2)]
+    return worlds[0].play(turns) == worlds[1].play(without)
 
 
 @pytest.mark.parametrize("policy", ["selective", "isolate", "dp"])
@@ -126,11 +134,28 @@ def test_an_attacker_is_told_the_same_of_coded_pages(
     assert same(model, "selective", 0, kv)
 
 
+def test_an_attacker_is_told_the_same_beside_shadows(tiny: dict[str, Path]) -> None:
+    """It steps back on the way, after what its own requests' shadows say."""
+    assert same(tiny["llama"], "selective", 0, "k2v2", guard_share=0.5)
+
+
+def test_tenants_step_back_in_that_test(tiny: dict[str, Path]) -> None:
+    world = World(tiny["llama"], "selective", "k2v2", guard_share=0.5)
+    world.play(script(0))
+    back = {use.tenant: use.steps_back for use in world.core.stats().guard}
+    assert back["x0"] == 1
+    assert set(back.values()) == {0, 1}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kv", ["bf16", "k2v2", "auto"])
-def test_an_attacker_is_told_the_same_at_length(tiny: dict[str, Path], kv: KvName) -> None:
-    assert all(same(tiny["llama"], "selective", seed, kv) for seed in range(50))
+@pytest.mark.parametrize(
+    ("kv", "guard_share"), [("bf16", 0.0), ("k2v2", 0.0), ("auto", 0.0), ("k2v2", 0.5)]
+)
+def test_an_attacker_is_told_the_same_at_length(
+    tiny: dict[str, Path], kv: KvName, guard_share: float
+) -> None:
+    assert all(same(tiny["llama"], "selective", seed, kv, guard_share) for seed in range(50))
 
 
 def test_an_attacker_is_told_more_where_everything_is_shared(tiny: dict[str, Path]) -> None:

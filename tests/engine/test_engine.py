@@ -193,3 +193,15 @@ def test_broken_weights_end_the_sequence_with_a_clear_error(tiny: dict[str, Path
     core._runner._parts.model.forward = forward  # type: ignore[method-assign]
     assert chunks[-1].finish is FinishReason.ERROR
     assert "weights" in (chunks[-1].error or "")
+
+
+def test_each_sequence_samples_from_its_own_row_beside_rows_of_a_prompt(
+    core: EngineCore,
+) -> None:
+    """Two siblings' first rows and one prompt's are as many as the step has."""
+    several = SamplingParams(max_tokens=4, temperature=1.0, seed=3, n=2, ignore_eos=True)
+    scored = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    asked = [request([9], scored, id="scored"), request(prompt_of(40, 5), several, id="n")]
+    alone = drive(core, asked[1:])["n"]
+    beside = drive(core, asked)["n"]
+    assert [tokens(beside, i) for i in (0, 1)] == [tokens(alone, i) for i in (0, 1)]

@@ -22,8 +22,19 @@ from kvkeep.quant.controller import ByLength, Fixed
 def test_long_requests_are_coded_unless_their_tenant_says_no(
     prompt: int, answer: int, may_code: bool, chosen: str
 ) -> None:
-    assert ByLength("kept", "k4v2", 1024).choose(prompt, answer, may_code=may_code) == chosen
+    assert ByLength(("k4v2", "kept"), 1024).choose(prompt, answer, may_code=may_code) == chosen
 
 
 def test_one_form_leaves_no_choice() -> None:
-    assert {Fixed("k2v2").choose(n, n, may_code=False) for n in (1, 10**6)} == {"k2v2"}
+    assert {Fixed(("k2v2",)).choose(n, n, may_code=False) for n in (1, 10**6)} == {"k2v2"}
+
+
+FORMS = ("k2v2", "k4v4", "kept")
+
+
+@pytest.mark.parametrize(("floor", "chosen"), list(enumerate([*FORMS, "kept", "kept"])))
+def test_a_tenant_that_stepped_back_has_so_many_more_bits(floor: int, chosen: str) -> None:
+    assert Fixed(FORMS).choose(9, 9, may_code=True, floor=floor) == chosen
+    by_length = ByLength(FORMS, 100)
+    assert by_length.choose(99, 9, may_code=True, floor=floor) == chosen
+    assert by_length.choose(9, 9, may_code=True, floor=floor) == "kept"

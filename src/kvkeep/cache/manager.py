@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kvkeep.cache.accounts import AccountUse, CacheStats, Forgotten, Retention
+from kvkeep.cache.accounts import CacheStats, Forgotten, Retention
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
@@ -61,6 +61,7 @@ class CacheManager:
         public_tag = tag_of(PUBLIC_SCOPE)
         self._matcher = Matcher(index, policy, tag_of, tier, pool.spec)
         self._closer = Closer(self._store, policy, public_tag)
+        self._tag_of = tag_of
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
         self._fetches: set[Fetch] = set()
@@ -89,13 +90,11 @@ class CacheManager:
 
     def room(self, account: str) -> int:
         """Return the new pages an account could hold now, evicting all it does not use."""
-        owner = self._store.accounts.get(account)
-        return 0 if owner is None else max(owner.room_pages, 0)
+        return max(self._store.share(account).room_pages, 0)
 
     def used(self, account: str) -> int:
         """Return the pages charged to an account, in use or cached."""
-        owner = self._store.accounts.get(account)
-        return 0 if owner is None else owner.used_pages
+        return self._store.share(account).used_pages
 
     def findable_pages(self, n_tokens: int) -> int:
         """Return how many whole pages of so many tokens can be found again."""
@@ -113,13 +112,7 @@ class CacheManager:
 
     def stats(self) -> CacheStats:
         """Return counts; they are global, so for the operator only."""
-        free = self.pool.free_pages
-        uses = {
-            name: AccountUse(a.quota_pages, a.used_pages, len(a.unreferenced), a.evicted_pages)
-            for name, a in self._store.accounts.items()
-        }
-        total = self.pool.num_pages
-        return CacheStats(total, total - free, free, len(self._held), uses)
+        return self._store.stats(len(self._held))
 
     # Matching and fetching
 
@@ -199,6 +192,19 @@ class CacheManager:
         view.length = min(full * PAGE_TOKENS + rows, prompt_len)
         self._held[view.id] = held
         self._observe(held, match, prompt_len, tuple(served), answer_tokens)
+        return view
+
+    def reserve_view(self, n_tokens: int, *, account: str, scope: str) -> View:
+        """Return an empty view with room for `n_tokens`, observed by nobody and never indexed.
+
+        Raises `QuotaExceeded` or `PoolExhausted`.
+        """
+        view = View(self._next_view, self._tag_of(scope), tainted_from=0)
+        pages = self._store.new_pages(account, view.tag, -(-n_tokens // PAGE_TOKENS), at=0)
+        self._next_view += 1
+        held = HeldView(view, account, pages, 0, offered=True, indexable=False)
+        held.set_slots()
+        self._held[view.id] = held
         return view
 
     def extend(self, view: View, n_tokens: int) -> None:
@@ -371,10 +377,8 @@ class CacheManager:
         served: tuple[bytes, ...],
         answer_tokens: int | None,
     ) -> None:
-        owner = self._store.accounts.get(held.account)
-        at = 0
-        if owner is not None:
-            at, owner.clock = owner.clock, owner.clock + 1
+        owner = self._store.share(held.account)
+        at, owner.clock = owner.clock, owner.clock + 1
         own = max(min(match.cached_tokens, prompt_len) - len(match.public) * PAGE_TOKENS, 0)
         self._policy.observe(
             Access(held.account, at, prompt_len, own, served, match.branch, answer_tokens)

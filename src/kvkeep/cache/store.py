@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from kvkeep.cache.accounts import Account
+from kvkeep.cache.accounts import Account, AccountUse, CacheStats
 from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
 from kvkeep.cache.tiers import Tier
@@ -48,6 +48,19 @@ class PageStore:
             account.quota_pages = wanted.get(name, 0)
             account.quota_first = first.get(name, 0) if self.pool.num_first else None
             self.trim(name)
+
+    def share(self, name: str) -> Account:
+        """Return an account, an empty one where it has no share."""
+        return self.accounts.get(name) or Account(name)
+
+    def stats(self, open_views: int) -> CacheStats:
+        """Return counts of all accounts and of the pool."""
+        free, total = self.pool.free_pages, self.pool.num_pages
+        uses = {
+            name: AccountUse(a.quota_pages, a.used_pages, len(a.unreferenced), a.evicted_pages)
+            for name, a in self.accounts.items()
+        }
+        return CacheStats(total, total - free, free, open_views, uses)
 
     def account(self, name: str) -> Account:
         """Return an account; raises `QuotaExceeded` where it has no share at all."""

@@ -32,6 +32,11 @@ MODEL_SETTINGS = (
     "kv_auto_codec",
     "kv_auto_memory",
     "kv_window_tokens",
+    "guard_share",
+    "guard_samples",
+    "guard_kl",
+    "guard_memory",
+    "guard_state",
     "kv_cache_memory_bytes",
     "prefix_caching",
     "attention_planner",
@@ -43,7 +48,6 @@ MODEL_SETTINGS = (
 
 def sharing_options(settings: Settings) -> SharingOptions:
     """Return how tenants share; votes are kept beside the keys unless told otherwise."""
-    beside = None if settings.no_auth else settings.keys.with_name(settings.keys.name + ".votes")
     return SharingOptions(
         policy=settings.share,
         k=settings.share_k,
@@ -52,7 +56,7 @@ def sharing_options(settings: Settings) -> SharingOptions:
         epoch_s=settings.share_epoch_s,
         life_epochs=settings.share_life_epochs,
         units_per_day=settings.share_units_per_day,
-        state=_text(settings.share_state or beside),
+        state=_text(settings.share_state or _beside_keys(settings, "votes")),
         pinned=_text(settings.share_pinned),
         rules=_text(settings.share_rules),
         classifier=_text(settings.share_classifier),
@@ -60,6 +64,12 @@ def sharing_options(settings: Settings) -> SharingOptions:
         audit_log=_text(settings.share_audit_log),
         webhook=settings.share_webhook,
     )
+
+
+def _beside_keys(settings: Settings, what: str) -> Path | None:
+    """Return the file for something kept over restarts; None where there are no keys."""
+    keys = settings.keys
+    return None if settings.no_auth else keys.with_name(f"{keys.name}.{what}")
 
 
 def _text(path: Path | None) -> str | None:
@@ -84,6 +94,11 @@ def engine_options(settings: Settings) -> EngineOptions:
         kv_auto_codec=settings.kv_auto_codec,
         kv_auto_memory=settings.kv_auto_memory,
         kv_window_tokens=settings.kv_window_tokens,
+        guard_share=settings.guard_share,
+        guard_samples=settings.guard_samples,
+        guard_kl=settings.guard_kl,
+        guard_memory=settings.guard_memory,
+        guard_state=_text(settings.guard_state or _beside_keys(settings, "guard")),
         kv_cache_bytes=settings.kv_cache_memory_bytes,
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,

@@ -199,6 +199,23 @@ class SharingStats(msgspec.Struct, frozen=True, kw_only=True):
     alerts_failed: int = 0
 
 
+class GuardUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the shadows of one tenant's requests have said, for the admin port only."""
+
+    tenant: str
+    shadowed: int
+    """Requests that were compared with their shadow."""
+    unshadowed: int
+    """Requests that were drawn and not: too large, ended by their client, or with nothing to lose.
+    """
+    compared_tokens: int
+    agreed_tokens: int
+    """Of these, those whose most likely next token was the same."""
+    kl_nats: float
+    """Summed over the compared tokens."""
+    steps_back: int
+
+
 class Histogram(msgspec.Struct, frozen=True, kw_only=True):
     """A cumulative histogram: counts per upper bound, +inf last."""
 
@@ -241,6 +258,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_s: Histogram
     tenants: tuple[TenantUse, ...]
     sharing: SharingStats
+    guard: tuple[GuardUse, ...] = ()
 
 
 class ChunkStream(Protocol):

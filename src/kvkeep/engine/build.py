@@ -26,14 +26,16 @@ from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.forms import Forms
 from kvkeep.engine.gate import PrefillCost
+from kvkeep.engine.guard import Guard, GuardLimits
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
-from kvkeep.engine.sizing import divide
+from kvkeep.engine.sizing import divide, kept_part
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models import hub, loader
@@ -49,6 +51,7 @@ from kvkeep.quant.hack import Hack
 from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
+from kvkeep.sharing.state import FileStore, NoStore
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
 
@@ -148,6 +151,7 @@ def build_core(
         )
     )
     info = _info(options, model, pool, kernels.name, max_model_len)
+    forms = _forms(options, techniques.codec, caches, sharing)
     core = EngineCore(
         info,
         caches,
@@ -155,7 +159,7 @@ def build_core(
         OutputFactory(text, info.vocab_size, info.eos_token_ids),
         _limits(options, coded=spec.window_tokens is not None),
         sharing,
-        _controller(options, techniques.codec),
+        forms,
         prefix_caching=options.prefix_caching,
     )
     _warm_up(core, tokens=8, answer=4)
@@ -166,6 +170,7 @@ def build_core(
             core, caches.of(techniques.codec.name), pinned_prompts(Path(options.share.pinned), text)
         )
         core.reset_counters()
+    forms.guard.asleep = False
     return core
 
 
@@ -185,9 +190,11 @@ def _caches(
 
     name = techniques.codec.name
     managers = {name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), parts.tier)}
-    if options.kv == "auto":
+    if kept_part(options):
         if options.share.pinned is not None:
-            raise ConfigError("share_pinned: pages of one form only; choose another kv than auto")
+            raise ConfigError(
+                "share_pinned: pages of one form only; choose another kv than auto, and no guard"
+            )
         kept = PoolPart(pool, Float().page_spec(shape))
         managers[KEPT] = CacheManager(
             kept, RadixIndex(digest), policy, tag_of(KEPT), parts.tier, first_view=_KEPT_VIEWS
@@ -195,10 +202,17 @@ def _caches(
     return Caches(managers, policy)
 
 
-def _controller(options: EngineOptions, codec: Codec) -> Controller:
+def _forms(options: EngineOptions, codec: Codec, caches: Caches, sharing: Sharing) -> Forms:
+    """Return what chooses between the forms that there is memory for."""
+    names = (codec.name, KEPT) if kept_part(options) else (codec.name,)
+    controller: Controller = Fixed(names)
     if options.kv == "auto":
-        return ByLength(KEPT, codec.name, options.kv_auto_tokens)
-    return Fixed(codec.name)
+        controller = ByLength(names, options.kv_auto_tokens)
+    limits = GuardLimits(options.guard_share, options.guard_samples, options.guard_kl)
+    state = options.guard_state
+    store = FileStore(Path(state), "guard_state") if state and options.guard_share else NoStore()
+    guard = Guard(limits, names[-1], len(names) - 1, store)
+    return Forms(controller, guard, caches, sharing.may_code)
 
 
 def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
@@ -267,6 +281,11 @@ def _pool(
     """Return the pool of the memory asked for, or of what is free."""
     if spec.layout != shape.layout and backend.ops.device.type != "cpu":
         raise ConfigError(f"kv: {options.kv} pages are attended on a CPU only; use bf16 there")
+    if spec.window_tokens is None and options.guard_share:
+        raise ConfigError(
+            f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
+            " can drift; choose another kv or leave it at 0"
+        )
     available = free_on(backend.ops.device) or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
     if wanted > available:

@@ -23,18 +23,20 @@ from kvkeep.engine.api import (
     TenantTerms,
 )
 from kvkeep.engine.branches import Beams
-from kvkeep.engine.held import BestOf, Held
+from kvkeep.engine.divergence import compare
+from kvkeep.engine.forms import Forms
+from kvkeep.engine.held import GOOD, BestOf, Held
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.prompt_logprobs import PromptLogprobs
 from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
-from kvkeep.engine.scheduler import Scheduler, SchedulerLimits, Work
+from kvkeep.engine.scheduler import Scheduler, SchedulerLimits
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
 from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
+from kvkeep.engine.work import Work
 from kvkeep.errors import EngineError, InvalidRequest
-from kvkeep.quant.controller import Controller
 from kvkeep.types import PAGE_TOKENS, EpochDelta
 
 
@@ -56,7 +58,7 @@ class EngineCore:
         outputs: OutputFactory,
         limits: SchedulerLimits,
         sharing: Sharing,
-        controller: Controller,
+        forms: Forms,
         *,
         prefix_caching: bool = True,
     ) -> None:
@@ -65,11 +67,13 @@ class EngineCore:
         self._prefix_caching = prefix_caching
         self.info = info
         self._caches = caches
-        self._controller = controller
+        self._forms = forms
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
-        self._scheduler = Scheduler(caches, limits, self._exhaust, runner, sharing.gate)
+        self._scheduler = Scheduler(
+            caches, limits, self._exhaust, runner, forms.settle, sharing.gate
+        )
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
@@ -91,6 +95,7 @@ class EngineCore:
         self._caches.set_shares(shares)
         for name in self._shares.keys() - shares.keys():
             self._caches.forget(name)
+            self._forms.guard.forget(name)
         for name in self.sharing.leaving(terms or {}):
             self._caches.forget_votes(name)
         self.sharing.settle(terms or {})
@@ -100,13 +105,8 @@ class EngineCore:
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
-        codec = self._controller.choose(
-            len(spec.prompt_ids),
-            spec.params.max_tokens,
-            may_code=self.sharing.may_code(spec.tenant),
-        )
         try:
-            check_request(spec, self.info, self._shares, self._caches, codec)
+            check_request(spec, self.info, self._shares, self._caches, self._forms.least(spec))
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -116,8 +116,8 @@ class EngineCore:
             spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        request = Request(spec, now, deadline, codec=codec)
-        self.counters.chosen[codec] += 1
+        request = Request(spec, now, deadline)
+        request.epoch, request.sample = self._forms.enter(spec)
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
         request.held = self._held(request)
@@ -178,6 +178,7 @@ class EngineCore:
                 self._scheduler,
                 self._runner,
                 self.sharing,
+                self._forms.guard,
                 self.info.max_model_len,
             ),
             self.counters,
@@ -207,21 +208,22 @@ class EngineCore:
 
     def _after(self, work: list[Work], stepped: Stepped) -> None:
         """Index what closed, take in prompt log-probabilities, sample and emit."""
-        for item in work:
-            view, tokens = item.sequence.view, item.sequence.tokens
-            assert view is not None
+        own = [item for item in work if not item.shadow]
+        for item in own:
+            view, tokens = item.view, item.sequence.tokens
             closes = view.length // PAGE_TOKENS > item.start // PAGE_TOKENS
             if closes or item.sequence.uncommitted:
                 self._caches.of_view(view).commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
         now = time.monotonic()
-        self._fail_unstored(work, stepped, now)
+        self._fail_unstored(own, stepped, now)
+        compare(work, stepped)
         row = 0
-        for item in work:
+        for item in own:
             prompt = item.sequence.output.prompt
             if prompt is not None:
                 row += self._take_prompt_rows(item, prompt, stepped, row)
-        sampling = [item.sequence for item in work if item.samples]
+        sampling = [item.sequence for item in own if item.samples]
         rows: list[int] = []
         sequences: list[Sequence] = []
         searches: dict[Request, Beams] = {}
@@ -254,7 +256,7 @@ class EngineCore:
         self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence], now: float
     ) -> None:
         """Choose each sequence's next token from its row of logits [R, V]."""
-        logits = logits[rows] if len(rows) != len(logits) else logits
+        logits = logits if rows == list(range(len(logits))) else logits[rows]
         sampled = self._sampler.sample(logits, [s.sampling for s in sequences])
         for sequence, token, scores, error in zip(sequences, *sampled, strict=True):
             if sequence.status is Status.FINISHED:
@@ -307,6 +309,7 @@ class EngineCore:
         if request.first_token_s is None:
             request.first_token_s = now
             self.counters.ttft.add(now - request.arrived_s)
+            self.counters.chosen[request.codec] += 1
             self.counters.cache_queries += len(request.spec.prompt_ids)
             self.counters.cache_hits += request.saved_tokens
             self.counters.saved_tokens += request.saved_tokens - (request.cached_tokens or 0)
@@ -367,6 +370,7 @@ class EngineCore:
             self.counters.tpot.add((now - request.first_token_s) / (sequence.generated - 1))
         if all(s.status is Status.FINISHED for s in request.sequences):
             self.counters.e2e.add(now - request.arrived_s)
+            self._forms.guard.settle(request.sample, counts=reason in GOOD)
             self._requests.pop(request.spec.id, None)
             for chunk in () if request.held is None else request.held.result():
                 self._emit(request.spec.id, chunk)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import EngineStats, FinishReason, TenantUse
+from kvkeep.engine.guard import Guard
 from kvkeep.engine.runner import ModelRunner
 from kvkeep.engine.scheduler import Scheduler
 from kvkeep.engine.sharing import Sharing
@@ -20,6 +21,7 @@ class Sources(NamedTuple):
     scheduler: Scheduler
     runner: ModelRunner
     sharing: Sharing
+    guard: Guard
     max_tokens: int
     """Of a prompt."""
 
@@ -53,6 +55,7 @@ def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> Eng
         step_s=c.step.snapshot(),
         tenants=tuple(tenants),
         sharing=of.sharing.stats(caches.public_pages, c.saved_tokens, of.max_tokens),
+        guard=of.guard.stats(),
     )
 
 

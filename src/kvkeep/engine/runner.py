@@ -15,9 +15,9 @@ from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
-from kvkeep.engine.scheduler import Work
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
+from kvkeep.engine.work import Work
 from kvkeep.errors import NonFiniteKV
 from kvkeep.models.host import HostedModel
 from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
@@ -29,7 +29,9 @@ class Stepped(NamedTuple):
     """What a step produced."""
 
     logits: torch.Tensor
-    """[R, V] for the work items that sample, in their order, after the rows of `prompt_rows`."""
+    """[R, V] for the work items that sample, in their order, after the rows of `prompt_rows`;
+    shadows' come last.
+    """
     prompt_rows: int
     """Leading rows of `logits` that belong to prompts asked for log-probabilities."""
     model_s: float
@@ -111,9 +113,7 @@ class ModelRunner:
         model_s = time.perf_counter() - begun
         kv.finish()
         for item in work:
-            view = item.sequence.view
-            assert view is not None
-            view.length = max(view.length, item.start + item.count)
+            item.view.length = max(item.view.length, item.start + item.count)
         self._staging.drop_encoded(step.geometry)
         self.read.encoded_pages += kv.encoded // parts.shape.num_layers
         return Stepped(logits, prompt_rows, model_s, kv.failed)
@@ -133,9 +133,8 @@ class ModelRunner:
         closing: list[Closing] = []
         row = 0
         for item in work:
-            view = item.sequence.view
-            assert view is not None
-            if view.evict is None:
+            view = item.view
+            if view.evict is None and not item.shadow:
                 view.evict = self._parts.techniques.evictor.new_state(self._spec)
             coded = self._coded == view.tag.codec
             end = item.start + item.count
@@ -146,7 +145,9 @@ class ModelRunner:
             target = staged[pages - staged_from] * PAGE_TOKENS + positions % PAGE_TOKENS
             target[positions < view.length] = -1
             slots.append(target.astype(np.int32))
-            for page in range(view.length // PAGE_TOKENS, (item.start + item.count) // PAGE_TOKENS):
+            for page in (
+                () if item.shadow else range(view.length // PAGE_TOKENS, end // PAGE_TOKENS)
+            ):
                 slot, written = int(view.slots[page]), int(staged[page - staged_from])
                 closing.append(Closing(slot, written if written != slot else -1, page, view))
             row += item.count
@@ -179,7 +180,8 @@ def _logit_rows(work: Sequence[Work]) -> tuple[np.ndarray[tuple[int], np.dtype[n
     row = 0
     for item in work:
         end = min(item.start + item.count, item.sequence.prompt_len)
-        if item.sequence.output.prompt is not None and end > item.start:
+        asked = item.sequence.output.prompt is not None and not item.shadow
+        if asked and end > item.start:
             prompt.append(np.arange(row, row + end - item.start))
         if item.samples:
             last.append(row + item.count - 1)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
-from kvkeep.engine.sequence import Sequence, Status
+from kvkeep.engine.sequence import Request, Sequence, Status
+from kvkeep.engine.shadows import Shadows, with_shadows
+from kvkeep.engine.work import Lane, Planned, ViewKeeper, Work
 from kvkeep.errors import CapacityError, ConfigError
-from kvkeep.types import PAGE_TOKENS, PageSpec, View
+from kvkeep.types import PAGE_TOKENS, PageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,6 @@ class SchedulerLimits:
     """Whether pages are coded: then no more sequences run than there are staged pages for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Rows of one sequence in one step: positions `start` to `start + count`."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Return whether the step reaches the sequence's last token."""
-        return self.start + self.count == len(self.sequence.tokens)
-
-
 @dataclass(slots=True)
 class _Tenant:
     """One tenant's queue, oldest first, and its running sequences in order of admission."""
@@ -52,16 +39,6 @@ class _Tenant:
     max_running: int
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
-
-
-class ViewKeeper(Protocol):
-    """Remembers something per view."""
-
-    def forget(self, view: View) -> None:
-        """Drop what is remembered of a view that ended."""
-
-    def fork(self, view: View, twin: View) -> None:
-        """Remember of a fork what is remembered of its source."""
 
 
 class Scheduler:
@@ -73,13 +50,19 @@ class Scheduler:
         limits: SchedulerLimits,
         exhausted: Callable[[Sequence], None],
         keeper: ViewKeeper,
+        settle: Callable[[Request], bool],
         gate: TtftGate | None = None,
     ) -> None:
-        """`exhausted` hears of sequences too large for their quota."""
+        """`exhausted` hears of sequences too large for their quota.
+
+        `settle` fixes the form of a request's pages, or tells that it must wait.
+        """
         self._caches = caches
         self._limits = limits
         self._exhausted = exhausted
         self._keeper = keeper
+        self._shadows = Shadows(caches, keeper)
+        self._settle = settle
         self._gate = gate
         self._tenants: dict[str, _Tenant] = {}
         self._robin = DeficitRoundRobin(limits.chunk_tokens)
@@ -194,20 +177,19 @@ class Scheduler:
         for name in sorted(self._tenants):
             self._admit(self._tenants[name])
         work = [w for name in sorted(self._tenants) for w in self._decodes(self._tenants[name])]
-        planned: dict[Sequence, int] = {}
+        planned: Planned = {}
         self._robin.spend(
             self._limits.max_num_batched_tokens,
-            lambda name: self._next_chunk(self._tenants[name], planned)[1],
+            lambda name: _cost(self._next_chunk(self._tenants[name], planned)),
             lambda name: self._take_chunk(self._tenants[name], planned),
         )
-        work.extend(
-            Work(s, s.next_position(), end - s.next_position()) for s, end in planned.items()
-        )
-        return work
+        return with_shadows(work + [lane.work(end) for lane, end in planned.items()])
 
     def _admit(self, tenant: _Tenant) -> None:
         while tenant.waiting and len(tenant.running) < tenant.max_running:
             sequence = tenant.waiting[0]
+            if not self._settle(sequence.request):
+                return
             if not self._open(sequence, alone=not tenant.running):
                 if sequence.status is Status.FINISHED:
                     continue
@@ -225,6 +207,8 @@ class Scheduler:
                 return False
             manager.end_fetch(sequence.fetch)
             sequence.fetch = None
+        if not alone and not self._shadows.fits(sequence):
+            return False
         match = manager.match(
             tokens[: self._reusable(sequence, manager.pool.spec)],
             account=sequence.account,
@@ -242,6 +226,9 @@ class Scheduler:
             manager.release(view, tokens[: view.length])
             if alone:
                 self._exhausted(sequence)
+            return False
+        if not self._shadows.cast(sequence, alone=alone):
+            manager.release(view, tokens[: view.length])
             return False
         if not spec.store:
             view.taint(0)
@@ -263,6 +250,7 @@ class Scheduler:
         return len(sequence.tokens) - (0 if pages.window_tokens is None else 1)
 
     def _decodes(self, tenant: _Tenant) -> list[Work]:
+        self._shadows.drop_served(tenant.running)
         work = []
         for sequence in list(tenant.running):
             if sequence.status is not Status.RUNNING or _prefills(sequence):
@@ -281,6 +269,8 @@ class Scheduler:
             except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
+                    if self._shadows.give_way(sequence):
+                        continue
                     self._exhausted(sequence)
                     return False
                 self._preempt(tenant, victim)
@@ -300,25 +290,35 @@ class Scheduler:
         if sequence.fetch is not None:
             self._caches.of(sequence.request.codec).end_fetch(sequence.fetch)
             sequence.fetch = None
+        self._shadows.drop(sequence)
         if sequence.view is not None:
             self._keeper.forget(sequence.view)
             view, sequence.view = sequence.view, None
             self._caches.of_view(view).release(view, sequence.tokens.ids(view.length))
 
-    def _next_chunk(
-        self, tenant: _Tenant, planned: dict[Sequence, int]
-    ) -> tuple[Sequence | None, int | None]:
-        """Return the tenant's first sequence with prefill left, and the rows to its next edge."""
+    def _next_chunk(self, tenant: _Tenant, planned: Planned) -> tuple[Lane, int] | None:
+        """Return what comes next of the tenant's first sequence with prefill left, and its rows."""
         for sequence in tenant.running:
-            begin = planned.get(sequence, sequence.next_position())
-            left = len(sequence.tokens) - begin
-            if left and (sequence in planned or _prefills(sequence)):
+            begin = planned.get(Lane(sequence), sequence.next_position())
+            if begin < len(sequence.tokens) and (Lane(sequence) in planned or _prefills(sequence)):
+                return self._piece(sequence, planned)
+        return None
+
+    def _piece(self, sequence: Sequence, planned: Planned) -> tuple[Lane, int] | None:
+        """Return a lane and its rows to the next edge.
+
+        The last row waits for the gate, and for the shadow to be as far.
+        """
+        last = len(sequence.tokens) - 1
+        own, shadow = Lane(sequence), Lane(sequence, shadow=True)
+        begin = {lane: planned.get(lane, lane.position) for lane in (own, shadow)}
+        behind = begin[shadow] < last
+        for lane, waits in ((own, behind or self._held_back(sequence)), (shadow, True)):
+            left = last + (not waits) - begin[lane]
+            if left > 0:
                 chunk = self._limits.chunk_tokens
-                rows = min(left, chunk - begin % chunk)
-                if self._held_back(sequence):
-                    rows = min(rows, left - 1)
-                return (sequence, rows) if rows else (None, None)
-        return None, None
+                return lane, min(left, chunk - begin[lane] % chunk)
+        return None
 
     def _held_back(self, sequence: Sequence) -> bool:
         """Tell whether a sequence must leave its last row: all that it can be timed by."""
@@ -326,18 +326,23 @@ class Scheduler:
             return False
         return not self._gate.is_open(sequence.opens_s)
 
-    def _take_chunk(self, tenant: _Tenant, planned: dict[Sequence, int]) -> None:
-        sequence, rows = self._next_chunk(tenant, planned)
-        assert sequence is not None
-        assert rows is not None
-        planned[sequence] = planned.get(sequence, sequence.next_position()) + rows
+    def _take_chunk(self, tenant: _Tenant, planned: Planned) -> None:
+        found = self._next_chunk(tenant, planned)
+        assert found is not None
+        lane, rows = found
+        planned[lane] = planned.get(lane, lane.position) + rows
+
+
+def _cost(chunk: tuple[Lane, int] | None) -> int | None:
+    return None if chunk is None else chunk[1]
 
 
 def _prefills(sequence: Sequence) -> bool:
-    """Tell whether a sequence waits its turn for the prefill.
+    """Tell whether a sequence waits its turn for the prefill, its own or its shadow's.
 
     One that the snapshot has brought to its last row does too, and one whose last row is held back:
     what others sent changes when a tenant's requests are answered, but not in which order.
     """
     waits = sequence.hidden_hit or sequence.opens_s is not None
-    return sequence.remaining() > 1 or (waits and not sequence.generated)
+    behind = sequence.shadow_position() < len(sequence.tokens) - 1
+    return behind or sequence.remaining() > 1 or (waits and not sequence.generated)

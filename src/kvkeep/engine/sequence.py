@@ -9,6 +9,7 @@ import numpy as np
 
 from kvkeep.cache.fetch import Fetch
 from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
 from kvkeep.engine.output import SequenceOutput
 from kvkeep.engine.sampling import SequenceSampling
@@ -67,7 +68,13 @@ class Request:
     cached_tokens: int | None = None
     """Prompt tokens found among its own and pinned pages when it was first admitted."""
     codec: str = "float"
-    """What stores its pages; chosen once, when it is submitted."""
+    """What stores its pages; fixed once, when it is first admitted."""
+    settled: bool = False
+    """Whether that has happened."""
+    epoch: int = 0
+    """Of its tenant's guard."""
+    sample: Sample | None = None
+    """What its shadow says, if it was drawn to carry one."""
     saved_tokens: int = 0
     """Prompt tokens that were not computed then, those of the snapshot among them."""
     first_token_s: float | None = None
@@ -86,6 +93,8 @@ class Sequence:
     output: SequenceOutput
     status: Status = Status.WAITING
     view: View | None = None
+    shadow: View | None = None
+    """Pages in the model's dtype that are fed the same tokens."""
     fetch: Fetch | None = None
     """Pages of its prefix on their way up, while `WAITING_FETCH`."""
     generated: int = 0
@@ -114,3 +123,8 @@ class Sequence:
     def remaining(self) -> int:
         """Return how many rows are left until the next token can be sampled (at least 1)."""
         return len(self.tokens) - self.next_position()
+
+    def shadow_position(self) -> int:
+        """Return the first position its shadow has to compute, or the last token's."""
+        last = len(self.tokens) - 1
+        return last if self.shadow is None else min(self.shadow.length, last)

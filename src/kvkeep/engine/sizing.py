@@ -34,11 +34,9 @@ def divide(
         staged_pages(spec.window_tokens, options),
         spec.tiles_per_page * staged_tile_bytes,
     )
-    kept = 0
-    if options.kv == "auto":
-        kept = _enough(
-            min(int(wanted_bytes * options.kv_auto_memory) // float_bytes, most), wanted_bytes, spec
-        )
+    kept, part = 0, kept_part(options)
+    if part:
+        kept = _enough(min(int(wanted_bytes * part) // float_bytes, most), wanted_bytes, spec)
     rest = wanted_bytes - (staged + kept) * float_bytes
     if rest < 2 * spec.page_bytes:
         raise ConfigError(
@@ -55,6 +53,13 @@ def divide(
     first = _first_pages(spec, low, options)
     beside = Beside(first, staged, staged_tile_bytes, kept)
     return Division(_enough(low, wanted_bytes, spec), beside)
+
+
+def kept_part(options: EngineOptions) -> float:
+    """Return the part of the memory for pages that are not coded, where others are."""
+    if options.kv == "auto":
+        return options.kv_auto_memory
+    return options.guard_memory if options.guard_share else 0.0
 
 
 def staged_pages(window_tokens: int, options: EngineOptions) -> int:

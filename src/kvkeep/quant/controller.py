@@ -12,35 +12,44 @@ ANSWER_TOKENS: Final = 512
 class Controller(Protocol):
     """Chooses among the codecs of an engine."""
 
-    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
+    def choose(
+        self, prompt_tokens: int, answer_tokens: int, *, may_code: bool, floor: int = 0
+    ) -> str:
         """Return a codec's name for a prompt and the longest answer that was asked for.
 
-        `may_code` is its tenant's setting. An answer's bits follow from the choice, so nothing that
-        others do, and nothing that happens to be cached, may enter it.
+        `may_code` is its tenant's setting, `floor` how many forms of more bits its tenant's guard
+        has stepped back. An answer's bits follow from the choice, so nothing that others do, and
+        nothing that happens to be cached, may enter it.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """All pages in one form."""
+    """All pages in one form, but for tenants that stepped back."""
 
-    codec: str
+    forms: tuple[str, ...]
+    """From the fewest bits to the most."""
 
-    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
-        """Return the one."""
-        return self.codec
+    def choose(
+        self, prompt_tokens: int, answer_tokens: int, *, may_code: bool, floor: int = 0
+    ) -> str:
+        """Return the first one, or what its tenant stepped back to."""
+        return self.forms[min(floor, len(self.forms) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class ByLength:
     """Short requests are not coded, where little memory is at stake; long ones are."""
 
-    kept: str
-    coded: str
+    forms: tuple[str, ...]
+    """From the fewest bits to the most; the last one is not coded."""
     bound_tokens: int
     """The longest request that is not coded: its prompt and up to `ANSWER_TOKENS` of answer."""
 
-    def choose(self, prompt_tokens: int, answer_tokens: int, *, may_code: bool) -> str:
+    def choose(
+        self, prompt_tokens: int, answer_tokens: int, *, may_code: bool, floor: int = 0
+    ) -> str:
         """Return the kept form for short requests, and for tenants that ask for it."""
         length = prompt_tokens + min(answer_tokens, ANSWER_TOKENS)
-        return self.coded if may_code and length > self.bound_tokens else self.kept
+        coded = may_code and length > self.bound_tokens
+        return self.forms[min(floor, len(self.forms) - 1)] if coded else self.forms[-1]

@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from kvkeep import metrics as m
-from kvkeep.engine.api import EngineStats, Histogram, SharingStats
+from kvkeep.engine.api import EngineStats, GuardUse, Histogram, SharingStats
 from kvkeep.server.frontend import Frontend, Health
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -102,6 +102,19 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
         (m.TENANT_USED, [(u.tenant, u.used_pages) for u in stats.tenants]),
         (m.TENANT_RUNNING, [(u.tenant, u.running) for u in stats.tenants]),
         (m.TENANT_WAITING, [(u.tenant, u.waiting) for u in stats.tenants]),
+    ):
+        yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
+    yield from _guard(stats.guard, model)
+
+
+def _guard(uses: tuple[GuardUse, ...], model: str) -> Iterator[Family]:
+    for metric, values in (
+        (m.GUARD_SHADOWED, [(u.tenant, u.shadowed) for u in uses]),
+        (m.GUARD_UNSHADOWED, [(u.tenant, u.unshadowed) for u in uses]),
+        (m.GUARD_COMPARED, [(u.tenant, u.compared_tokens) for u in uses]),
+        (m.GUARD_AGREED, [(u.tenant, u.agreed_tokens) for u in uses]),
+        (m.GUARD_KL, [(u.tenant, u.kl_nats) for u in uses]),
+        (m.GUARD_BACK, [(u.tenant, u.steps_back) for u in uses]),
     ):
         yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
 

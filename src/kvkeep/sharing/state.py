@@ -38,8 +38,10 @@ class NoStore:
 class FileStore:
     """One file, mode 0600, replaced as a whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str = "share_state") -> None:
+        """`setting` names the file in errors."""
         self._path = path
+        self._setting = setting
 
     def load(self) -> bytes | None:
         """Return the file's bytes; raises `ConfigError` where it is there and can't be read."""
@@ -49,7 +51,7 @@ class FileStore:
             return None
         except OSError as error:
             raise ConfigError(
-                f"share_state: can't read {self._path}: {error.strerror}; name another file"
+                f"{self._setting}: can't read {self._path}: {error.strerror}; name another file"
             ) from None
 
     def save(self, state: bytes) -> None:

@@ -1,0 +1,46 @@
+"""How far a request's next-token distribution is from its shadow's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvkeep.engine.runner import Stepped
+from kvkeep.engine.work import Work
+
+
+class Divergence(NamedTuple):
+    """Of one row."""
+
+    kl_nats: float
+    """KL(shadow || served), natural log."""
+    agrees: bool
+    """Whether the most likely token is the same."""
+
+
+def divergence(shadow: torch.Tensor, served: torch.Tensor) -> Divergence | None:
+    """Compare two rows of logits [V], in float64; None where one is not finite."""
+    if not (torch.isfinite(shadow).all() and torch.isfinite(served).all()):
+        return None
+    true, coded = (torch.log_softmax(row.double(), 0) for row in (shadow, served))
+    kl = float((true.exp() * (true - coded)).sum())
+    return Divergence(max(kl, 0.0), bool(true.argmax() == coded.argmax()))
+
+
+def compare(work: Sequence[Work], stepped: Stepped) -> None:
+    """Hand each sample the row that its request and its shadow computed in one step."""
+    if not any(item.shadow for item in work):
+        return
+    sampling = (item for item in work if item.samples)
+    rows = {
+        (item.sequence, item.shadow): row for row, item in enumerate(sampling, stepped.prompt_rows)
+    }
+    for (sequence, shadow), row in rows.items():
+        sample = sequence.request.sample
+        if not shadow or sample is None:
+            continue
+        found = divergence(stepped.logits[row], stepped.logits[rows[sequence, False]])
+        if found is not None:
+            sample.add(found.kl_nats, agrees=found.agrees)

@@ -1,0 +1,83 @@
+"""How each request's pages are stored: the controller's choice, and its tenant's guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvkeep.cache.caches import Caches
+from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.guard import Guard, Ticket
+from kvkeep.engine.sequence import Request
+from kvkeep.quant.controller import ANSWER_TOKENS, Controller
+from kvkeep.types import PAGE_TOKENS
+
+
+class Forms:
+    """Says what a request could take at once, and what it does once its tenant's floor is known."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        guard: Guard,
+        caches: Caches,
+        may_code: Callable[[str], bool],
+    ) -> None:
+        """`may_code` is a tenant's own setting."""
+        self.guard = guard
+        self._controller = controller
+        self._caches = caches
+        self._may_code = may_code
+
+    def least(self, spec: GenerateRequest) -> str:
+        """Return the form of a tenant that has not stepped back."""
+        return self._chosen(spec, 0)
+
+    def enter(self, spec: GenerateRequest) -> Ticket:
+        """Give a request its place in its tenant's history, once, as it is submitted.
+
+        What cannot drift is no part of it; a search, whose beams change places, has no shadow.
+        """
+        if self.least(spec) == self.guard.form:
+            return Ticket(0, None)
+        answer = _answer(spec)
+        length = len(spec.prompt_ids) + answer
+        fits = self._caches.of(self.guard.form).fits(spec.tenant, _pages(length))
+        can = fits and not spec.params.use_beam_search
+        return self.guard.enter(spec.tenant, length, max(1, answer), can=can)
+
+    def settle(self, request: Request) -> bool:
+        """Fix a request's form; False where what decides it is still running."""
+        if request.settled:
+            return True
+        spec = request.spec
+        floor = self.guard.floor(spec.tenant, request.epoch)
+        if floor is None:
+            return False
+        request.codec = self._fitting(spec, floor)
+        request.settled = True
+        if request.sample is not None and request.codec == request.sample.form:
+            request.sample.over = True
+        return True
+
+    def _fitting(self, spec: GenerateRequest, floor: int) -> str:
+        """Return the form with the most bits up to the floor's that the tenant's share holds."""
+        pages = _pages(len(spec.prompt_ids) + _answer(spec))
+        forms = (self._chosen(spec, steps) for steps in range(floor, 0, -1))
+        fitting = (form for form in forms if self._caches.of(form).fits(spec.tenant, pages))
+        return next(fitting, self.least(spec))
+
+    def _chosen(self, spec: GenerateRequest, floor: int) -> str:
+        return self._controller.choose(
+            len(spec.prompt_ids),
+            spec.params.max_tokens,
+            may_code=self._may_code(spec.tenant),
+            floor=floor,
+        )
+
+
+def _answer(spec: GenerateRequest) -> int:
+    return min(spec.params.max_tokens, ANSWER_TOKENS)
+
+
+def _pages(tokens: int) -> int:
+    return tokens // PAGE_TOKENS + 1
