@@ -6,11 +6,14 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops.codes import CODE_BITS, tile_bytes
 from kvkeep.ops.layout import AttentionPlan, LayerKV
-from kvkeep.types import PAGE_TOKENS, Layout
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
+
+Int64Array = NDArray[np.int64]
 
 _DIM_STEP: Final = 16
 
@@ -140,3 +143,41 @@ def coded_layouts(kv: LayerKV, plan: AttentionPlan, model: Layout) -> set[Layout
     if found - set(map(int, CODE_BITS)):
         raise KernelInputError("a run's layout is neither coded nor that of the queries' dtype")
     return {Layout(layout) for layout in found}
+
+
+def entry_bytes(plan: AttentionPlan, head_dim: int) -> Int64Array:
+    """Return the bytes [E] of one KV head's tile of each page entry, its sinks included."""
+    sizes = np.zeros(len(plan.pages), np.int64)
+    for begin, count, first, number in plan.runs.tolist():
+        layout = Layout(number)
+        sizes[begin : begin + count] = tile_bytes(layout, head_dim)
+        if count and not first:
+            sizes[begin] = tile_bytes(layout, head_dim, first=True)
+    return sizes
+
+
+def check_entries(kv: LayerKV, plan: AttentionPlan, sizes: Int64Array) -> None:
+    """Raise where a page with a live token has no tile of its `sizes` [E]."""
+    pages, private, masks = plan.pages, plan.private_tiles, plan.masks
+    for chosen, tiles in (
+        (pages >= 0, kv.tile_table[pages[pages >= 0]]),
+        (pages < 0, None if private is None else private[-1 - pages[pages < 0]]),
+    ):
+        if tiles is not None:
+            own = None if masks is None else masks[chosen]
+            check_tiles(kv, tiles, sizes[chosen][:, None, None], own)
+
+
+def check_tiles(
+    kv: LayerKV,
+    tiles: Int32Array,
+    sizes: Int64Array | np.int64,
+    masks: UInt64Array | None = None,
+) -> None:
+    """Raise where tiles [n, L, Hkv] with a live token do not lie in the pool."""
+    last = (kv.buffer.numel() - sizes) // kv.unit_bytes
+    bad = (tiles < 0) | (tiles > last)
+    if masks is not None:
+        bad &= masks != 0
+    if bad.any():
+        raise KernelInputError("the plan names a page without a tile in the pool")

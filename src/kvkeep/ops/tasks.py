@@ -1,21 +1,24 @@
 """Cut a plan into tasks for a device: which program attends which rows over which tiles.
 
-A task is a range of places and a list of visits (page entry, position of its first token). Rows of
-a task are (query, head in group), padded to one of `ROW_CLASSES`, one launch per class. A row with
-one task is stored at once; a row with more leaves one part per task, merged root to leaf and left
-to right. Long lists are split so that tasks times KV heads fill the device. A task never lists a
-page that none of its rows sees.
+A task is a range of places and a list of visits (page entry, position of its first token), all of
+one layout. Rows of a task are (query, head in group), padded to one of `ROW_CLASSES`, one launch
+per layout and class. A row with one task is stored at once; a row with more leaves one part per
+task, merged root to leaf and left to right. Long lists are split so that tasks times KV heads fill
+the device. A task never lists a page that none of its rows sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from kvkeep.errors import KernelInputError
+from kvkeep.ops.checks import coded_layouts
 from kvkeep.ops.layout import AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
@@ -30,8 +33,9 @@ _ONE_PART: Final = -1
 
 
 class Launch(NamedTuple):
-    """Tasks of one row class, idle ones last so that their number is a power of two."""
+    """Tasks of one layout and row class, idle ones last: their number is a power of two."""
 
+    layout: Layout
     rows: int
     begin: int
     end: int
@@ -58,13 +62,18 @@ class Tasks:
     merge_slots: Int32Array
     """Parts of each merged row, first to last."""
 
+    def num_visits(self, launch: Launch) -> int:
+        """Return how many tiles one KV head's tasks of a launch visit."""
+        return int(self.tasks[launch.begin : launch.end, 3].sum())
+
 
 class _Piece(NamedTuple):
-    """One task: places [begin, end) over `visits` [n, 2]."""
+    """One task: places [begin, end) over `visits` [n, 2] of one layout."""
 
     begin: int
     end: int
     visits: Int32Array
+    layout: int
 
 
 def cut_tasks(
@@ -72,14 +81,14 @@ def cut_tasks(
 ) -> Tasks:
     """Return the tasks of a validated plan for `group` query heads per KV head.
 
-    Raises `KernelInputError` where the plan is no forest over its rows or holds another layout.
+    Raises `KernelInputError` where the plan is no forest over its rows, or a layout is neither
+    coded nor `layout`, that of the queries' dtype.
     """
     if not 1 <= group <= ROW_CLASSES[-1]:
         raise KernelInputError(f"{group} query heads per KV head; at most 128 are supported")
     order = _order(plan)
     _check_forest(plan)
-    if np.any(plan.runs[:, 3] != int(layout)):
-        raise KernelInputError(f"a run's layout is not {layout.name}, that of the queries' dtype")
+    coded_layouts(plan, layout)
     whole = list(_row_chunks(plan, order, ROW_CLASSES[-1] // group))
     pieces = list(_split(whole, num_kv_heads, programs))
     return _assemble(pieces, order, group)
@@ -119,23 +128,30 @@ def _check_forest(plan: AttentionPlan) -> None:
 def _row_chunks(plan: AttentionPlan, order: Int32Array, most: int) -> Iterator[_Piece]:
     """Yield each group's rows in chunks of at most `most`, with the pages some row sees."""
     for begin, end, run_begin, run_end in plan.groups.tolist():
-        visits = _visits(plan.runs[run_begin:run_end])
-        if not len(visits):
-            continue
-        for first in range(begin, end, most):
+        listed = list(_by_layout(plan.runs[run_begin:run_end]))
+        for first in range(begin, end, most) if listed else ():
             last = min(first + most, end)
             top = plan.row_positions[order[first:last]].max()
-            seen = visits[visits[:, 1] <= top]
-            if len(seen):
-                yield _Piece(first, last, seen)
+            for layout, visits in listed:
+                seen = visits[visits[:, 1] <= top]
+                if len(seen):
+                    yield _Piece(first, last, seen, layout)
 
 
-def _visits(runs: Int32Array) -> Int32Array:
+def _by_layout(runs: Int32Array) -> Iterator[tuple[int, Int32Array]]:
+    """Yield (layout, visits) of runs, those of one layout that follow each other together."""
+    for layout, group in groupby(runs.tolist(), key=itemgetter(3)):
+        visits = _visits(group)
+        if len(visits):
+            yield layout, visits
+
+
+def _visits(runs: Iterable[list[int]]) -> Int32Array:
     parts = [
         np.stack((begin + np.arange(count), first + PAGE_TOKENS * np.arange(count)), axis=1).astype(
             np.int32
         )
-        for begin, count, first, _ in runs.tolist()
+        for begin, count, first, _ in runs
     ]
     return np.concatenate(parts) if parts else np.zeros((0, 2), np.int32)
 
@@ -151,7 +167,7 @@ def _split(pieces: list[_Piece], num_kv_heads: int, programs: int) -> Iterator[_
         count = len(piece.visits)
         step = _even(-(-count // -(-count // longest)))
         for begin in range(0, count, step):
-            yield _Piece(piece.begin, piece.end, piece.visits[begin : begin + step])
+            yield piece._replace(visits=piece.visits[begin : begin + step])
 
 
 def _even(pages: int) -> int:
@@ -173,7 +189,8 @@ def _assemble(pieces: list[_Piece], order: Int32Array, group: int) -> Tasks:
         (starts, sizes, np.cumsum(lengths) - lengths, lengths, target_begin)
     ):
         columns[:, i] = column
-    tasks, launches = _by_class(columns, group)
+    layouts = np.array([piece.layout for piece in pieces], np.int32)
+    tasks, launches = _by_class(columns, layouts, group)
     merged = np.flatnonzero(per_place != 1)
     bounds = np.concatenate([[0], np.cumsum(per_place[merged])])
     idle = _padded(len(merged)) - len(merged)
@@ -190,20 +207,22 @@ def _assemble(pieces: list[_Piece], order: Int32Array, group: int) -> Tasks:
     )
 
 
-def _by_class(columns: Int32Array, group: int) -> tuple[Int32Array, tuple[Launch, ...]]:
-    """Return tasks sorted into row classes, each padded with idle ones, and their launches."""
+def _by_class(
+    columns: Int32Array, layouts: Int32Array, group: int
+) -> tuple[Int32Array, tuple[Launch, ...]]:
+    """Return tasks by layout and row class, each padded with idle ones, and their launches."""
     of_task = np.searchsorted(ROW_CLASSES, columns[:, 1] * group)
     parts: list[Int32Array] = []
     launches: list[Launch] = []
     begin = 0
-    for index, rows in enumerate(ROW_CLASSES):
-        own = columns[of_task == index]
+    for layout, index in product(np.unique(layouts).tolist(), range(len(ROW_CLASSES))):
+        own = columns[(of_task == index) & (layouts == layout)]
         if not len(own):
             continue
         own = own[np.argsort(-own[:, 3], kind="stable")]
         end = begin + _padded(len(own))
         parts += [own, np.zeros((end - begin - len(own), TASK_FIELDS), np.int32)]
-        launches.append(Launch(rows, begin, end))
+        launches.append(Launch(Layout(layout), ROW_CLASSES[index], begin, end))
         begin = end
     return np.concatenate(parts) if parts else columns, tuple(launches)
 

@@ -1,7 +1,8 @@
 """Attention on a device: a plan becomes tasks once, every layer launches them.
 
-One launch per row class, then one merge of the rows that more than one task holds. On a CPU the
-kernels run through Triton's interpreter, where `TRITON_INTERPRET=1` was set before it was imported.
+One launch per layout and row class, then one merge of the rows that more than one task holds: there
+a row's coded pages and those in the model's dtype meet. On a CPU the kernels run through Triton's
+interpreter, where `TRITON_INTERPRET=1` was set before it was imported.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ import numpy as np
 import torch
 
 from kvkeep.errors import KernelInputError
+from kvkeep.ops import triton_codes as codes
 from kvkeep.ops import triton_kernels as kernels
-from kvkeep.ops.checks import check_appended, check_parts, check_pool, dense_rows, validate
-from kvkeep.ops.codes import tile_bytes
+from kvkeep.ops.checks import (
+    check_appended,
+    check_entries,
+    check_parts,
+    check_pool,
+    check_tiles,
+    check_unit,
+    coded_layouts,
+    dense_rows,
+    entry_bytes,
+    validate,
+)
+from kvkeep.ops.codes import CODE_BITS, coded_tile_bytes, partition_channels, tile_bytes
 from kvkeep.ops.layout import (
     ROW_LAYOUTS,
     Attended,
@@ -30,6 +43,9 @@ from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
 _PROGRAMS_PER_CORE: Final = 2
 _INTERPRETED_PROGRAMS: Final = 16
+
+_LEAST_COLUMNS: Final = 32
+"""Of a product of bytes."""
 
 _APPENDED: Final = 16
 """Tokens that one program appends."""
@@ -60,14 +76,28 @@ class _Prepared:
     tile_table: Int32Array
     query: tuple[torch.Size, torch.dtype, torch.device]
     tasks: Tasks
+    visit_bytes: np.ndarray[Any, np.dtype[np.int64]]
+    """[V] bytes of a visit's tile of one KV head."""
+    coded_visits: int
     arrays: _Arrays
 
-    def visits_read(self, kv: LayerKV) -> int:
-        """Return how many tiles one layer's tasks load: those with a live token."""
+    def bytes_read(self, kv: LayerKV) -> int:
+        """Return the bytes of the tiles one layer's tasks load: those with a live token."""
         masks = self.plan.masks
         if masks is None:
-            return len(self.tasks.visits) * kv.num_kv_heads
-        return int(np.count_nonzero(masks[self.tasks.visits[:, 0], kv.layer]))
+            return int(self.visit_bytes.sum()) * kv.num_kv_heads
+        live = np.count_nonzero(masks[self.tasks.visits[:, 0], kv.layer], axis=1)
+        return int(self.visit_bytes @ live)
+
+
+class _Kernels(NamedTuple):
+    """What attends tiles of one layout, and what it is told beside `_Told`'s arguments."""
+
+    node: Any
+    observe: Any
+    tiles: tuple[torch.Tensor, ...]
+    """The pool's buffer in the units the kernels load."""
+    fixed: dict[str, Any]
 
 
 class TritonAttention:
@@ -77,13 +107,19 @@ class TritonAttention:
     between.
     """
 
-    def __init__(self, device: torch.device, programs: int | None = None) -> None:
+    def __init__(
+        self, device: torch.device, programs: int | None = None, *, decode: bool = False
+    ) -> None:
+        """`decode`: widen codes to floats before they are multiplied, as a baseline."""
         self._device = device
+        self._decode = decode
         self._programs = programs or _programs_of(device)
         self.calls = 0
         """Number of `attend` calls so far."""
         self.bytes_read = 0
         """Bytes of K and V that `attend` has read so far, by the tasks launched."""
+        self.decode_calls = 0
+        """How often a coded tile was widened to floats: `decode` alone does it."""
         self._plan_upload = Uploader(device)
         self._slots_upload = Uploader(device)
         self._threshold_upload = Uploader(device)
@@ -128,19 +164,21 @@ class TritonAttention:
         part_lse2 = torch.empty(parts, dtype=torch.float32, device=self._device)
         arrays = prepared.arrays
         common = self._shape_arguments(q, kv, plan)
-        for row_class, tasks in self._launches(prepared, q, kv):
-            kernels.node_kernel[len(tasks), kv.num_kv_heads](
-                kv.buffer.view(q.dtype), arrays.table, tasks,
+        for layout, row_class, tasks in self._launches(prepared, q, kv):
+            chosen = self._kernels_of(layout, q, kv)
+            chosen.node[len(tasks), kv.num_kv_heads](
+                *chosen.tiles, arrays.table, tasks,
                 arrays.visits, arrays.targets, arrays.order, arrays.positions, arrays.pages,
                 arrays.private, arrays.masks, q, out, lse2, part_out, part_lse2,
-                **common, ROWS=row_class, num_warps=_warps(row_class),
+                **common, **chosen.fixed, ROWS=row_class, num_warps=_warps(row_class),
             )  # fmt: skip
         self._merge_into(
             part_out, part_lse2, arrays.merge_rows, arrays.merge_bounds, arrays.merge_slots,
             out, lse2,
         )  # fmt: skip
         self.calls += 1
-        self.bytes_read += prepared.visits_read(kv) * tile_bytes(ROW_LAYOUTS[q.dtype], dim)
+        self.bytes_read += prepared.bytes_read(kv)
+        self.decode_calls += prepared.coded_visits * kv.num_kv_heads * self._decode
         hits = None
         if observe is not None:
             hits = self._observe(q, kv, prepared, lse2, observe, common)
@@ -163,21 +201,24 @@ class TritonAttention:
 
     def _launches(
         self, prepared: _Prepared, q: torch.Tensor, kv: LayerKV
-    ) -> list[tuple[int, torch.Tensor]]:
-        """Return each launch's row class and tasks.
+    ) -> list[tuple[Layout, int, torch.Tensor]]:
+        """Return each launch's layout, row class and tasks.
 
         The first step of a shape launches an idle task of every class, so that all are compiled
         before a client waits for them.
         """
         plan, tasks = prepared.plan, prepared.arrays.tasks
         found = [
-            (launch.rows, tasks[launch.begin : launch.end]) for launch in prepared.tasks.launches
+            (launch.layout, launch.rows, tasks[launch.begin : launch.end])
+            for launch in prepared.tasks.launches
         ]
         heads = q.shape[1] // kv.num_kv_heads
-        shape = (q.dtype, heads, kv.head_dim, plan.private_tiles is None, plan.masks is None)
-        if shape not in self._compiled:
-            self._compiled.add(shape)
-            found += [(rows, self._idle) for rows in ROW_CLASSES]
+        for layout in {layout for layout, _, _ in found}:
+            told = (plan.private_tiles is None, plan.masks is None)
+            shape = (layout, q.dtype, heads, kv.head_dim, *told)
+            if shape not in self._compiled:
+                self._compiled.add(shape)
+                found += [(layout, rows, self._idle) for rows in ROW_CLASSES]
         return found
 
     def _merge_into(
@@ -211,11 +252,12 @@ class TritonAttention:
         thresholds = self._thresholds(observe, q.shape[0])
         words = torch.zeros((len(visits), kv.num_kv_heads), dtype=torch.int64, device=self._device)
         for launch in prepared.tasks.launches:
-            kernels.observe_kernel[launch.end - launch.begin, kv.num_kv_heads](
-                kv.buffer.view(q.dtype), arrays.table, arrays.tasks[launch.begin :],
+            chosen = self._kernels_of(launch.layout, q, kv)
+            chosen.observe[launch.end - launch.begin, kv.num_kv_heads](
+                *chosen.tiles, arrays.table, arrays.tasks[launch.begin :],
                 arrays.visits, arrays.order, arrays.positions, arrays.pages, arrays.private,
-                arrays.masks, q, lse2, thresholds, words, **common, ROWS=launch.rows,
-                num_warps=_warps(launch.rows),
+                arrays.masks, q, lse2, thresholds, words, **common, **chosen.fixed,
+                ROWS=launch.rows, num_warps=_warps(launch.rows),
             )  # fmt: skip
         hits = np.zeros((len(prepared.plan.pages), kv.num_kv_heads), np.uint64)
         np.bitwise_or.at(hits, visits[:, 0], words.cpu().numpy().view(np.uint64))
@@ -241,7 +283,7 @@ class TritonAttention:
         if top // PAGE_TOKENS >= len(kv.tile_table) or int(slots.min()) < -1:
             raise KernelInputError("a slot lies outside the tile table")
         written = np.unique(slots[slots >= 0] // PAGE_TOKENS)
-        _check_tiles(kv, layout, kv.tile_table[written])
+        check_tiles(kv, kv.tile_table[written], np.int64(tile_bytes(layout, kv.head_dim)))
         own = [] if kv.device_table is not None else [kv.tile_table]
         there, *copied = self._slots_upload([slots.astype(np.int32, copy=False), *own])
         table = copied[0] if kv.device_table is None else kv.device_table
@@ -261,8 +303,11 @@ class TritonAttention:
         _check_pool(kv, q, "q")
         validate(q, kv, plan)
         layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
+        for coded in coded_layouts(plan, layout):
+            check_unit(kv, coded)
         tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
-        _check_entries(kv, layout, plan)
+        sizes = entry_bytes(plan, kv.head_dim)
+        check_entries(kv, plan, sizes)
         nothing = np.zeros(1, np.int32)
         private, masks = plan.private_tiles, plan.masks
         arrays = [
@@ -276,8 +321,35 @@ class TritonAttention:
         there = _Arrays(*self._plan_upload(arrays))
         if kv.device_table is not None:
             there = there._replace(table=kv.device_table)
-        self._last = _Prepared(plan, kv.tile_table, query, tasks, there)
+        coded = sum(
+            tasks.num_visits(launch) for launch in tasks.launches if launch.layout != layout
+        )
+        self._last = _Prepared(
+            plan, kv.tile_table, query, tasks, sizes[tasks.visits[:, 0]], coded, there
+        )
         return self._last
+
+    def _kernels_of(self, layout: Layout, q: torch.Tensor, kv: LayerKV) -> _Kernels:
+        """Return the kernels of tiles of a layout."""
+        dim, buffer = kv.head_dim, kv.buffer
+        if layout not in CODE_BITS:
+            fixed = {"BLOCK_D": _block(dim), "UNIT": kv.unit_bytes // q.element_size()}
+            tiles = (buffer.view(q.dtype),)
+            return _Kernels(kernels.node_kernel, kernels.observe_kernel, tiles, fixed)
+        bits, channels = CODE_BITS[layout], partition_channels(dim)
+        fixed = {
+            "UNIT": kv.unit_bytes,
+            "NP": dim // channels,
+            "KP": channels,
+            "BLOCK": max(_LEAST_COLUMNS, _block(channels)),
+            "K_BITS": bits.k,
+            "V_BITS": bits.v,
+            "SINK_BYTE": coded_tile_bytes(layout, dim),
+            "WIDEN": self._decode,
+            "enable_fp_fusion": False,
+        }
+        tiles = (buffer, buffer.view(torch.int16))
+        return _Kernels(codes.coded_node_kernel, codes.coded_observe_kernel, tiles, fixed)
 
     @staticmethod
     def _shape_arguments(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> dict[str, Any]:
@@ -293,8 +365,6 @@ class TritonAttention:
             "G": heads // kv.num_kv_heads,
             "S": PAGE_TOKENS,
             "D": dim,
-            "BLOCK_D": _block(dim),
-            "UNIT": kv.unit_bytes // q.element_size(),
             "HAS_PRIVATE": plan.private_tiles is not None,
             "HAS_MASKS": plan.masks is not None,
         }
@@ -328,27 +398,3 @@ def _check_pool(kv: LayerKV, x: torch.Tensor, name: str) -> None:
     if x.device.type != kv.buffer.device.type:
         raise KernelInputError(f"{name} is on {x.device.type}, the pool on {kv.buffer.device.type}")
     check_pool(kv, ROW_LAYOUTS[x.dtype])
-
-
-def _check_entries(kv: LayerKV, layout: Layout, plan: AttentionPlan) -> None:
-    """Raise where a page with a live token has no tile."""
-    pages, private, masks = plan.pages, plan.private_tiles, plan.masks
-    shared = pages >= 0
-    _check_tiles(kv, layout, kv.tile_table[pages[shared]], None if masks is None else masks[shared])
-    if private is not None:
-        own = private[-1 - pages[~shared]]
-        _check_tiles(kv, layout, own, None if masks is None else masks[~shared])
-
-
-def _check_tiles(
-    kv: LayerKV,
-    layout: Layout,
-    tiles: Int32Array,
-    masks: np.ndarray[Any, np.dtype[np.uint64]] | None = None,
-) -> None:
-    last = (kv.buffer.numel() - tile_bytes(layout, kv.head_dim)) // kv.unit_bytes
-    bad = (tiles < 0) | (tiles > last)
-    if masks is not None:
-        bad &= masks != 0
-    if bad.any():
-        raise KernelInputError("the plan names a page without a tile in the pool")

@@ -46,33 +46,79 @@ def append_kernel(
 
 
 @triton.jit
-def load_rows(
-    task, order, positions, q, q_token, q_head, head,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+def find_rows(
+    task, order, positions, head,
+    G: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return a task's rows: query row, query head, whether used, position, queries [ROWS, D]."""
+    """Return a task's rows: query row, query head, whether used, position."""
     r = tl.arange(0, ROWS)
     used = r < tl.load(task + 1) * G
     row = tl.load(order + tl.load(task) + r // G, mask=used, other=0).to(tl.int64)
     at = tl.load(positions + row, mask=used, other=-1)
-    q_heads = head * G + r % G
-    d = tl.arange(0, BLOCK_D)
+    return row, head * G + r % G, used, at
+
+
+@triton.jit
+def load_channels(q, q_token, q_head, row, q_heads, used, d, inside):  # fmt: skip
+    """Return channels d of a task's queries, zeros where not `inside`."""
     where = q + row[:, None] * q_token + (q_heads * q_head)[:, None] + d[None, :]
-    queries = tl.load(where, mask=used[:, None] & (d < D)[None, :], other=0.0)
-    return row, q_heads, used, at, queries
+    return tl.load(where, mask=used[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def total_of(m, l):
+    """Return what a state's sums are divided by, and its log-sum-exp."""
+    safe = tl.where(l == 0.0, 1.0, l)
+    return safe, tl.where(l == 0.0, float("-inf"), m + tl.log2(safe))
+
+
+@triton.jit
+def find_targets(task, targets, row, q_heads, used, heads, G: tl.constexpr, ROWS: tl.constexpr):
+    """Return where rows are stored: in the result if `whole`, in a part if `part`."""
+    r = tl.arange(0, ROWS)
+    target = tl.load(targets + tl.load(task + 4) + r // G, mask=used, other=-1).to(tl.int64)
+    whole = used & (target < 0)
+    part = used & (target >= 0)
+    return whole, row * heads + q_heads, part, target * heads + q_heads
+
+
+@triton.jit
+def store_channels(
+    out, part_out, result, whole, at_out, part, at_part, d, inside, D: tl.constexpr
+):  # fmt: skip
+    """Store channels d of rows, rounded in the result and as they are in parts."""
+    wide = whole[:, None] & inside[None, :]
+    where = out + at_out[:, None] * D + d[None, :]
+    tl.store(where, result.to(out.dtype.element_ty), mask=wide)
+    wide = part[:, None] & inside[None, :]
+    tl.store(part_out + at_part[:, None] * D + d[None, :], result, mask=wide)
+
+
+@triton.jit
+def least_scores(lse2, thresholds, row, q_heads, used, heads):
+    """Return the score from which on a token gets 2^threshold of its row's weight."""
+    total = tl.load(lse2 + row * heads + q_heads, mask=used, other=0.0)
+    bound = tl.load(thresholds + row, mask=used, other=float("inf"))
+    return tl.where(total == float("-inf"), 0.0, total) + bound
+
+
+@triton.jit
+def word_of(scores, least, t):
+    """Return the bits of tokens t that some row scores at least so."""
+    hit = tl.max((scores >= least[:, None]).to(tl.int32), 0)
+    return tl.sum(tl.where(hit > 0, tl.full(t.shape, 1, tl.int64) << t.to(tl.int64), 0), 0)
 
 
 @triton.jit
 def find_tile(
-    visit, top, head, pages, table, private, masks, layer, num_layers, num_kv_heads,
-    S: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+    visit, top, t, head, pages, table, private, masks, layer, num_layers, num_kv_heads,
+    HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
-    """Return a visit's tile, its first position, and which tokens [S] some row may see."""
+    """Return a visit's tile, its first position, and which of its tokens t some row may see."""
     entry = tl.load(visit).to(tl.int64)
     first = tl.load(visit + 1)
     column = layer * num_kv_heads + head
     columns = num_layers * num_kv_heads
-    t = tl.arange(0, S)
     seen = first + t <= top
     if HAS_MASKS:
         live = tl.load(masks + entry * columns + column)
@@ -113,20 +159,19 @@ def node_kernel(
     head = tl.program_id(1)
     if tl.load(task + 1) == 0:
         return
-    row, q_heads, used, at, queries = load_rows(
-        task, order, positions, q, q_token, q_head, head, G, D, BLOCK_D, ROWS
-    )
+    row, q_heads, used, at = find_rows(task, order, positions, head, G, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    queries = load_channels(q, q_token, q_head, row, q_heads, used, d, d < D)
     top = tl.max(at, 0)
     t = tl.arange(0, S)
-    d = tl.arange(0, BLOCK_D)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     visit = visits + tl.load(task + 2) * VISIT_FIELDS
     for i in range(tl.load(task + 3)):
         tile, first, seen = find_tile(
-            visit + i * VISIT_FIELDS, top, head, pages, table, private, masks,
-            layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
+            visit + i * VISIT_FIELDS, top, t, head, pages, table, private, masks,
+            layer, num_layers, num_kv_heads, HAS_PRIVATE, HAS_MASKS,
         )  # fmt: skip
         scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D, UNIT)
         new_m = tl.maximum(m, tl.max(scores, 1))
@@ -139,21 +184,14 @@ def node_kernel(
         product = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         acc = acc * carried[:, None] + product
         m = new_m
-    safe = tl.where(l == 0.0, 1.0, l)
-    result = acc / safe[:, None]
-    total = tl.where(l == 0.0, float("-inf"), m + tl.log2(safe))
-    r = tl.arange(0, ROWS)
-    target = tl.load(targets + tl.load(task + 4) + r // G, mask=used, other=-1).to(tl.int64)
-    whole = used & (target < 0)
-    at_out = row * (num_kv_heads * G) + q_heads
+    safe, total = total_of(m, l)
+    whole, at_out, part, at_part = find_targets(
+        task, targets, row, q_heads, used, num_kv_heads * G, G, ROWS
+    )
     tl.store(lse2 + at_out, total, mask=whole)
-    wide = whole[:, None] & (d < D)[None, :]
-    tl.store(out + at_out[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=wide)
-    part = used & (target >= 0)
-    at_part = target * (num_kv_heads * G) + q_heads
     tl.store(part_lse2 + at_part, total, mask=part)
-    wide = part[:, None] & (d < D)[None, :]
-    tl.store(part_out + at_part[:, None] * D + d[None, :], result, mask=wide)
+    result = acc / safe[:, None]
+    store_channels(out, part_out, result, whole, at_out, part, at_part, d, d < D, D)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -169,24 +207,20 @@ def observe_kernel(
     head = tl.program_id(1)
     if tl.load(task + 1) == 0:
         return
-    row, q_heads, used, at, queries = load_rows(
-        task, order, positions, q, q_token, q_head, head, G, D, BLOCK_D, ROWS
-    )
+    row, q_heads, used, at = find_rows(task, order, positions, head, G, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    queries = load_channels(q, q_token, q_head, row, q_heads, used, d, d < D)
     top = tl.max(at, 0)
-    total = tl.load(lse2 + row * (num_kv_heads * G) + q_heads, mask=used, other=0.0)
-    total = tl.where(total == float("-inf"), 0.0, total)
-    bound = tl.load(thresholds + row, mask=used, other=float("inf"))
-    bit = tl.full((S,), 1, tl.int64) << tl.arange(0, S).to(tl.int64)
+    t = tl.arange(0, S)
+    least = least_scores(lse2, thresholds, row, q_heads, used, num_kv_heads * G)
     begin = tl.load(task + 2).to(tl.int64)
     for i in range(tl.load(task + 3)):
         tile, first, seen = find_tile(
-            visits + (begin + i) * VISIT_FIELDS, top, head, pages, table, private, masks,
-            layer, num_layers, num_kv_heads, S, HAS_PRIVATE, HAS_MASKS,
+            visits + (begin + i) * VISIT_FIELDS, top, t, head, pages, table, private, masks,
+            layer, num_layers, num_kv_heads, HAS_PRIVATE, HAS_MASKS,
         )  # fmt: skip
         scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D, UNIT)
-        hit = (scores - total[:, None] >= bound[:, None]).to(tl.int32)
-        word = tl.sum(tl.where(tl.max(hit, 0) > 0, bit, 0), 0)
-        tl.store(words + (begin + i) * num_kv_heads + head, word)
+        tl.store(words + (begin + i) * num_kv_heads + head, word_of(scores, least, t))
 
 
 @triton.jit
@@ -215,8 +249,7 @@ def merge_kernel(
             acc = acc * carried + values.to(tl.float32) * weight
             l = l * carried + weight
             m = new_m
-    safe = tl.where(l == 0.0, 1.0, l)
+    safe, total = total_of(m, l)
     at = row * num_heads + head
-    one = tl.arange(0, 1)
-    tl.store(lse2 + at + one, tl.where(l == 0.0, float("-inf"), m + tl.log2(safe)))
+    tl.store(lse2 + at + tl.arange(0, 1), total)
     tl.store(out + at * D + d, (acc / safe).to(out.dtype.element_ty), mask=d < D)
