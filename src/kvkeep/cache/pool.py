@@ -249,6 +249,13 @@ class TilePool:
             tiles[heads, : part.range.tile_bytes] = own
         return tiles
 
+    def tiles_there(self, slot: int, layer: int) -> torch.Tensor:
+        """Return a copy of one layer of a page, [Hkv, tile bytes] uint8, where the pool is."""
+        own = self._require(slot).range
+        tiles = self.buffer[own.first_byte : own.end_byte].view(own.num_tiles, own.tile_bytes)
+        numbers = own.numbers(self.tile_table[slot, layer]).astype(np.int64)
+        return tiles[torch.from_numpy(numbers).to(tiles.device)]
+
     def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:
         """Write one layer of a page as `read_tiles` returns it."""
         ids = self.tile_table[slot, layer]

@@ -14,7 +14,7 @@ from kvkeep.engine.turning import Turning
 from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
-from kvkeep.quant.codec import Codec, KVShape, Place, unpack_float_tiles
+from kvkeep.quant.codec import Codec, KVShape, Place, values_of
 from kvkeep.shield.policy import Shield
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
 
@@ -120,7 +120,7 @@ class BatchKV:
         """
         if page.view.id in self.failed:
             return False
-        k, v = unpack_float_tiles(self._pool.read_tiles(page.staged, layer), self._shape)
+        k, v = values_of(self._pool.tiles_there(page.staged, layer), self._shape)
         try:
             tiles = self._codec.encode(k, v, Place(layer, page.index == 0))
         except NonFiniteKV as error:

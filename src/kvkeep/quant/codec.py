@@ -56,6 +56,7 @@ class Codec(Protocol):
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
         """Return [N, tile bytes] for k, v [N, S, D], the KV heads of a layer.
 
+        Computes where k and v are; what it returns is in this machine's memory.
         Raises `NonFiniteKV` where a codec can't store a value.
         """
 
@@ -114,8 +115,13 @@ def pack_float_tiles(k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Tiles:
 
 def unpack_float_tiles(tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
     """Return k, v [N, S, D] of float tiles [N, tile_bytes]."""
+    return values_of(torch.from_numpy(np.ascontiguousarray(tiles)), shape)
+
+
+def values_of(tiles: torch.Tensor, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return k, v [N, S, D] of float tiles [N, tile_bytes] uint8, where these are."""
     n, d = len(tiles), shape.head_dim
-    values = torch.from_numpy(np.ascontiguousarray(tiles)).view(TORCH_DTYPE[shape.layout])
+    values = tiles.view(TORCH_DTYPE[shape.layout])
     k, v = values[:, : PAGE_TOKENS * d], values[:, PAGE_TOKENS * d :]
     if shape.layout == Layout.BF16:
         k = k.reshape(n, PAGE_TOKENS // 16, d // 2, 16, 2).permute(0, 1, 3, 2, 4)

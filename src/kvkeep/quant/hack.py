@@ -87,7 +87,7 @@ class Hack:
             sinks = [x[:, :SINK_TOKENS].to(torch.bfloat16) for x in (k, v)]
             _require_finite(*sinks)
             tiles = torch.cat([tiles, pack_sinks(*sinks)], 1)
-        return np.asarray(tiles.numpy())
+        return np.asarray(tiles.cpu().numpy())
 
     def decode(
         self, tiles: Tiles, shape: KVShape, place: Place
