@@ -20,8 +20,8 @@ ROW_LAYOUTS: Final = [Layout.ROWS_F32, Layout.ROWS_F16]
 class OnDevice:
     """`TritonAttention` that takes tensors of the host and gives its results back there."""
 
-    def __init__(self, programs: int = 16) -> None:
-        self.inner = TritonAttention(torch.device(DEVICE), programs)
+    def __init__(self, programs: int = 16, *, decode: bool = False) -> None:
+        self.inner = TritonAttention(torch.device(DEVICE), programs, decode=decode)
 
     @property
     def bytes_read(self) -> int:

@@ -14,8 +14,11 @@ from kvkeep.errors import KernelInputError
 from kvkeep.ops.layout import AttentionPlan, chains
 from kvkeep.ops.tasks import MIN_PAGES, ROW_CLASSES, Tasks, cut_tasks
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Layout
+from tests.coded import coded_plan, make_coded_world
 from tests.counts import examples
 from tests.forests import Asked, eager, geometry
+from tests.ops.coded_devices import plan_on_device
+from tests.oracles import Heads as HeadShape
 
 LAYOUT = Layout.ROWS_F16
 
@@ -109,6 +112,23 @@ def test_every_row_meets_each_of_its_tiles_once(
 ) -> None:
     for plan in (FlatPlanner().plan(step), eager(group).plan(step)):
         check(plan, group, heads, programs)
+
+
+def test_a_task_has_one_layout() -> None:
+    world = make_coded_world(HeadShape(2, 1, 16), Layout.BF16, pages=80)
+    parts = [(world.add(Layout.K2V2, 30, 200), [2100, 2000, 1900, 5])]
+    parts.append((world.add(Layout.K8V8, 4, 0), [200]))
+    plan = plan_on_device(world, coded_plan(world, parts))
+    cut = cut_tasks(plan, Layout.ROWS_BF16, 2, 1, 16)
+    assert met(cut, plan) == wanted(plan)
+    layouts = np.repeat(plan.runs[:, 3], plan.runs[:, 1])
+    visits = 0
+    for launch in cut.launches:
+        for _, _, begin, count, *_ in cut.tasks[launch.begin : launch.end].tolist():
+            assert (layouts[cut.visits[begin : begin + count, 0]] == launch.layout).all()
+        visits += cut.num_visits(launch)
+    assert {launch.layout for launch in cut.launches} == set(layouts.tolist())
+    assert visits == len(cut.visits)
 
 
 def test_a_lost_visit_is_caught() -> None:

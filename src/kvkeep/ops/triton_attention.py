@@ -29,7 +29,7 @@ from kvkeep.ops.checks import (
     entry_bytes,
     validate,
 )
-from kvkeep.ops.codes import CODE_BITS, coded_tile_bytes, partition_channels, tile_bytes
+from kvkeep.ops.codes import CODE_BITS, tile_bytes
 from kvkeep.ops.layout import (
     ROW_LAYOUTS,
     Attended,
@@ -43,9 +43,6 @@ from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
 _PROGRAMS_PER_CORE: Final = 2
 _INTERPRETED_PROGRAMS: Final = 16
-
-_LEAST_COLUMNS: Final = 32
-"""Of a product of bytes."""
 
 _APPENDED: Final = 16
 """Tokens that one program appends."""
@@ -303,8 +300,8 @@ class TritonAttention:
         _check_pool(kv, q, "q")
         validate(q, kv, plan)
         layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
-        for coded in coded_layouts(plan, layout):
-            check_unit(kv, coded)
+        for stored in coded_layouts(plan, layout):
+            check_unit(kv, stored)
         tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
         sizes = entry_bytes(plan, kv.head_dim)
         check_entries(kv, plan, sizes)
@@ -334,22 +331,15 @@ class TritonAttention:
         dim, buffer = kv.head_dim, kv.buffer
         if layout not in CODE_BITS:
             fixed = {"BLOCK_D": _block(dim), "UNIT": kv.unit_bytes // q.element_size()}
-            tiles = (buffer.view(q.dtype),)
-            return _Kernels(kernels.node_kernel, kernels.observe_kernel, tiles, fixed)
-        bits, channels = CODE_BITS[layout], partition_channels(dim)
-        fixed = {
-            "UNIT": kv.unit_bytes,
-            "NP": dim // channels,
-            "KP": channels,
-            "BLOCK": max(_LEAST_COLUMNS, _block(channels)),
-            "K_BITS": bits.k,
-            "V_BITS": bits.v,
-            "SINK_BYTE": coded_tile_bytes(layout, dim),
-            "WIDEN": self._decode,
-            "enable_fp_fusion": False,
-        }
-        tiles = (buffer, buffer.view(torch.int16))
-        return _Kernels(codes.coded_node_kernel, codes.coded_observe_kernel, tiles, fixed)
+            own = buffer.view(q.dtype)
+            return _Kernels(kernels.node_kernel, kernels.observe_kernel, (own,), fixed)
+        told = codes.coded_arguments(layout, dim, kv.unit_bytes, decode=self._decode)
+        return _Kernels(
+            codes.coded_node_kernel,
+            codes.coded_observe_kernel,
+            (buffer, buffer.view(torch.int16)),
+            {**told, "enable_fp_fusion": False},
+        )
 
     @staticmethod
     def _shape_arguments(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ With `WIDEN` codes become floats first, which is the baseline that others use.
 import triton
 import triton.language as tl
 
+from kvkeep.ops.codes import CODE_BITS, coded_tile_bytes, partition_channels
 from kvkeep.ops.triton_kernels import (
     TASK_FIELDS,
     VISIT_FIELDS,
@@ -28,6 +29,7 @@ from kvkeep.ops.triton_kernels import (
     total_of,
     word_of,
 )
+from kvkeep.types import Layout
 
 SINKS = tl.constexpr(4)
 """`SINK_TOKENS` of `ops/codes.py`."""
@@ -37,6 +39,27 @@ LEAST = tl.constexpr(2.0**-100)
 
 EVEN = tl.constexpr(12582912.0)
 """1.5 * 2^23: added and taken away again, it leaves the nearest integer, ties to even."""
+
+
+LEAST_COLUMNS = 32
+"""Of a product of bytes on matrix units."""
+
+
+def coded_arguments(
+    layout: Layout, dim: int, unit_bytes: int, *, decode: bool
+) -> dict[str, int | bool]:
+    """Return what the kernels are told of a layout, by its name there."""
+    bits, channels = CODE_BITS[layout], partition_channels(dim)
+    return {
+        "UNIT": unit_bytes,
+        "NP": dim // channels,
+        "KP": channels,
+        "BLOCK": max(LEAST_COLUMNS, 1 << (channels - 1).bit_length()),
+        "K_BITS": bits.k,
+        "V_BITS": bits.v,
+        "SINK_BYTE": coded_tile_bytes(layout, dim),
+        "WIDEN": decode,
+    }
 
 
 @triton.jit
@@ -265,9 +288,7 @@ def coded_node_kernel(
     d = tl.arange(0, BLOCK)
     for h in tl.static_range(NP):
         result = acc[h] / safe[:, None]
-        store_channels(
-            out, part_out, result, whole, at_out, part, at_part, h * KP + d, d < KP, D
-        )  # fmt: skip
+        store_channels(out, part_out, result, whole, at_out, part, at_part, h * KP + d, d < KP, D)
 
 
 @triton.jit(do_not_specialize=["layer"])
