@@ -86,9 +86,12 @@ def cell_of(
     return DeviceCell(tree, heads, laid.slots, laid.lengths, layers, step, q)
 
 
-def ours(cell: DeviceCell, plan: AttentionPlan) -> Pass:
-    """Return a pass of our kernels; each layer has its own table, and so its own attention."""
-    attentions = [(TritonAttention(cell.q.device), kv) for kv in cell.layers]
+def ours(cell: DeviceCell, plan: AttentionPlan, *, decode: bool = False) -> Pass:
+    """Return a pass of our kernels; each layer has its own table, and so its own attention.
+
+    `decode`: codes are widened to floats first.
+    """
+    attentions = [(TritonAttention(cell.q.device, decode=decode), kv) for kv in cell.layers]
 
     def once() -> None:
         for attention, kv in attentions:

@@ -42,7 +42,7 @@ def test_wheels_are_pinned_for_the_other_python() -> None:
 
 def test_every_step_runs_and_one_failure_shows() -> None:
     plan = check.steps(Path("out"), quick=True)
-    assert [step.name for step in plan] == ["wheels", "build", "tests", "greedy", "grid"]
+    assert [step.name for step in plan] == ["wheels", "build", "tests", "greedy", "grid", "codes"]
     run: list[Sequence[str]] = []
 
     def fake(command: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def test_every_step_runs_and_one_failure_shows() -> None:
         return int("tools.gpu.greedy" in command)
 
     found = check.check(plan, fake)
-    assert [outcome.passed for outcome in found] == [True, True, True, False, True]
+    assert [outcome.passed for outcome in found] == [True, True, True, False, True, True]
     assert run == [step.command for step in plan]
     assert "--quick" in run[-1]
 

@@ -2,8 +2,8 @@
 
 Builds from `.gpu-wheels/` without a network, runs the device's tests, serves a made checkpoint
 with `--device cuda` and compares its greedy tokens with transformers', then measures the attention
-grid. Every step runs even where an earlier one failed, but for the build; the table at the end
-says which held, and the exit status is 1 where one did not.
+grid, and attention on codes at 1K to 128K tokens. Every step runs even where an earlier one failed,
+but for the build; the table at the end says which held, and the exit status is 1 where one did not.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Final, NamedTuple
 
 from tools.gpu.wheels import FOLDER, NEEDED, ROOT
 
-TESTS: Final = ("tests/ops/test_triton_attention.py", "tests/ops/test_device.py",
-                "tests/ops/test_tasks.py", "tests/e2e/test_device.py",
-                "tests/bench/test_attention_gpu.py")  # fmt: skip
+TESTS: Final = ("tests/ops/test_triton_attention.py", "tests/ops/test_triton_codes.py",
+                "tests/ops/test_device.py", "tests/ops/test_tasks.py", "tests/e2e/test_device.py",
+                "tests/bench/test_attention_gpu.py",
+                "tests/bench/test_codes_gpu.py")  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -46,13 +47,17 @@ def steps(out: Path, *, quick: bool) -> list[Step]:
     python = sys.executable
     offline = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     pytest = [python, "-m", "pytest", "-m", "not ray", "-p", "no:cacheprovider"]
-    grid = ["--json", str(out / "attention_gpu.json"), *(["--quick"] if quick else [])]
+    grid, codes = (
+        ["--json", str(out / f"{name}.json"), *(["--quick"] if quick else [])]
+        for name in ("attention_gpu", "codes_gpu")
+    )
     return [
         Step("wheels", [*offline, "--find-links", str(FOLDER), *NEEDED], needed=True),
         Step("build", [*offline, "--no-build-isolation", "-e", str(ROOT)], needed=True),
         Step("tests", [*pytest, *TESTS]),
         Step("greedy", [python, "-m", "tools.gpu.greedy", "--out", str(out / "gpu_greedy.json")]),
         Step("grid", [python, "-m", "bench.attention_gpu", *grid]),
+        Step("codes", [python, "-m", "bench.codes_gpu", *codes]),
     ]
 
 
