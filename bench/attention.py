@@ -93,8 +93,7 @@ def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: in
     """Measure all ways of attending a cell in turn, `pairs` times; torch's a few times only."""
     flat, ours = FlatPlanner().plan(cell.step), planner.plan(cell.step)
     levels, by_head, torchs = two_level(cell), head_outer(machine, cell, flat), sdpa(cell)
-    group = cell.heads.q // cell.heads.kv
-    rules = by_rule(cell, fasttree(group)), by_rule(cell, pat(group))
+    rules = [by_rule(cell, rule(cell.heads.q // cell.heads.kv)) for rule in (fasttree, pat)]
     pages, all_pages = int(ours.runs[:, 1].sum()), flat_pages(cell.layout.slots)
     before = machine.ops.bytes_read
     attend_all(machine, cell, ours)

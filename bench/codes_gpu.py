@@ -29,7 +29,7 @@ from bench.attention_gpu import (
 from bench.attention_grids import Tree
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, run
 from bench.harness import estimate as estimate_of
-from bench.quant import sample_tiles
+from bench.quant_pages import sample_tiles
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.errors import ConfigError
 from kvkeep.ops.codes import tile_bytes

@@ -34,8 +34,7 @@ def test_prompts_begin_with_what_they_are_to_stand_behind() -> None:
 
 
 def test_the_shipped_detector_finds_nothing_in_most_prompts() -> None:
-    detector = load_detector()
-    inspector = Detects(detector.scanner, detector.version)
+    inspector = Detects(load_detector())
     made = maker(tokens=512)
     assert sum(inspector.first_doubt(made.text()) is None for _ in range(30)) >= 26
 

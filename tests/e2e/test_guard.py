@@ -21,7 +21,7 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.ops.layout import Attended, AttentionOps, AttentionPlan, LayerKV, Observe, chains
-from kvkeep.quant.codec import Codec, Float, Tiles
+from kvkeep.quant.codec import Codec, Float, Place, Tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import Layout
@@ -37,8 +37,8 @@ class Exact(EightBit):
 
     name = "exact"
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor, *, first: bool) -> Tiles:
-        return Float().encode(k, v, first=first)
+    def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
+        return Float().encode(k, v, place)
 
 
 class Drifting:

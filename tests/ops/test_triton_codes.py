@@ -78,7 +78,7 @@ def test_the_reference_agrees_at_length(layout: Layout, dim: int, group: int) ->
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("layout", CODED)
 def test_any_dim_and_any_class_of_rows(layout: Layout, dim: int) -> None:
-    world = make_coded_world(Heads(3, 1, dim), Layout.F32, pages=8)
+    world = make_coded_world(Heads(3, 1, dim), Layout.F32, pages=9)
     parts = [(world.add(layout, 2, 1), list(range(128 - rows, 129))) for rows in (1, 9, 40)]
     attend_and_check(world, coded_plan(world, parts))
 

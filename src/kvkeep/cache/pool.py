@@ -251,7 +251,7 @@ class TilePool:
 
     def tiles_there(self, slot: int, layer: int) -> torch.Tensor:
         """Return a copy of one layer of a page, [Hkv, tile bytes] uint8, where the pool is."""
-        own = self._require(slot).range
+        (own,) = {part.range for part, _ in self._require(slot).in_layer(layer)}
         tiles = self.buffer[own.first_byte : own.end_byte].view(own.num_tiles, own.tile_bytes)
         numbers = own.numbers(self.tile_table[slot, layer]).astype(np.int64)
         return tiles[torch.from_numpy(numbers).to(tiles.device)]

@@ -131,6 +131,17 @@ def _check_beginnings(plan: AttentionPlan) -> None:
         raise KernelInputError("a private tile begins a coded sequence: it has no sinks")
 
 
+def run_layouts(plan: AttentionPlan, model: Layout) -> set[Layout]:
+    """Return the layouts of a plan's runs other than that of the model's dtype.
+
+    Raises `KernelInputError` where one is neither that nor a coded one, the same for all heads.
+    """
+    found = set(np.unique(plan.runs[:, 3]).tolist()) - {int(model)}
+    if found - set(map(int, CODE_BITS)):
+        raise KernelInputError("a run's layout is neither coded nor that of the queries' dtype")
+    return {Layout(layout) for layout in found}
+
+
 def coded_layouts(kv: LayerKV, plan: AttentionPlan, model: Layout) -> set[Layout]:
     """Return the layouts of a plan's tiles in a layer other than that of the model's dtype.
 

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.checks import coded_layouts
+from kvkeep.ops.checks import run_layouts
 from kvkeep.ops.layout import AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
@@ -88,7 +88,7 @@ def cut_tasks(
         raise KernelInputError(f"{group} query heads per KV head; at most 128 are supported")
     order = _order(plan)
     _check_forest(plan)
-    coded_layouts(plan, layout)
+    run_layouts(plan, layout)
     whole = list(_row_chunks(plan, order, ROW_CLASSES[-1] // group))
     pieces = list(_split(whole, num_kv_heads, programs))
     return _assemble(pieces, order, group)

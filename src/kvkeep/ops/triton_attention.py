@@ -24,9 +24,9 @@ from kvkeep.ops.checks import (
     check_pool,
     check_tiles,
     check_unit,
-    coded_layouts,
     dense_rows,
     entry_bytes,
+    run_layouts,
     validate,
 )
 from kvkeep.ops.codes import CODE_BITS, tile_bytes
@@ -300,7 +300,7 @@ class TritonAttention:
         _check_pool(kv, q, "q")
         validate(q, kv, plan)
         layout, group = ROW_LAYOUTS[q.dtype], q.shape[1] // kv.num_kv_heads
-        for stored in coded_layouts(plan, layout):
+        for stored in run_layouts(plan, layout):
             check_unit(kv, stored)
         tasks = cut_tasks(plan, layout, group, kv.num_kv_heads, self._programs)
         sizes = entry_bytes(plan, kv.head_dim)
