@@ -13,6 +13,7 @@ from kvkeep.engine.api import (
     EngineStats,
     FinishReason,
     GenerateRequest,
+    GuardUse,
     Histogram,
     ModelInfo,
     Purged,
@@ -201,6 +202,17 @@ class FakeEngine:
                 eps_per_day=2.5,
                 scanned_bytes=(("acme", 512),),
                 alerts=(("probe share", "notify", 1),),
+            ),
+            guard=(
+                GuardUse(
+                    tenant="acme",
+                    shadowed=5,
+                    unshadowed=2,
+                    compared_tokens=40,
+                    agreed_tokens=38,
+                    kl_nats=0.5,
+                    steps_back=1,
+                ),
             ),
         )
 

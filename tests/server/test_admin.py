@@ -53,6 +53,12 @@ async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> 
         'kvkeep:sharing_epoch{model_name="tiny",policy="selective"} 7.0',
         'kvkeep:sharing_public_pages{model_name="tiny"} 12.0',
         'kvkeep:sharing_eps_per_day{model_name="tiny"} 2.5',
+        'kvkeep:guard_shadowed_requests_total{model_name="tiny",tenant="acme"} 5.0',
+        'kvkeep:guard_unshadowed_requests_total{model_name="tiny",tenant="acme"} 2.0',
+        'kvkeep:guard_compared_tokens_total{model_name="tiny",tenant="acme"} 40.0',
+        'kvkeep:guard_agreed_tokens_total{model_name="tiny",tenant="acme"} 38.0',
+        'kvkeep:guard_kl_nats_total{model_name="tiny",tenant="acme"} 0.5',
+        'kvkeep:guard_steps_back{model_name="tiny",tenant="acme"} 1.0',
         'kvkeep:sharing_scanned_bytes_total{model_name="tiny",tenant="acme"} 512.0',
         'kvkeep:sharing_alerts_total{action="notify",model_name="tiny",rule="probe share"} 1.0',
     ):
