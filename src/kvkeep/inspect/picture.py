@@ -106,7 +106,9 @@ def _name_rows(axes: Axes, layers: int, heads: int) -> None:
 def _bars(axes: Axes, stored: Grid, before: Grid, what: str) -> None:
     at = np.arange(len(stored))
     axes.barh(at, stored, height=0.8, color=STORED, label="as stored")
-    axes.barh(at, before, height=0.35, color=BEFORE, label="carried in: computed over coded pages")
+    axes.barh(
+        at, before, height=0.35, color=BEFORE, label="carried in:\nover coded pages,\nnot yet coded"
+    )
     axes.set(title=f"{what}, by head", xlabel="RMS error / RMS", yticks=[])
     axes.set_ylim(len(stored) - 0.5, -0.5)
     axes.set_xlim(0, max(float(stored.max()), float(before.max()), 1e-9) * 1.1)
@@ -127,7 +129,8 @@ def _attention(figure: Figure, axes: Axes, grid: Grid) -> None:
     figure.colorbar(image, ax=axes, extend="max", pad=0.01).set_label("error norm / norm")
     if grid.size <= LABELLED_CELLS:
         for (layer, head), value in np.ndenumerate(grid):
-            axes.text(head, layer, f"{value:.3f}", ha="center", va="center", color="white")
+            ink = "black" if value > 0.6 * image.get_clim()[1] else "white"
+            axes.text(head, layer, f"{value:.3f}", ha="center", va="center", color=ink)
 
 
 def _legend(axes: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> None:
