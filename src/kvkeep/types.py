@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -131,6 +132,14 @@ class PageSpec:
             raise ConfigError(
                 f"window_tokens is {window}; it must be a positive multiple of {WINDOW_STEP}"
             )
+
+    @property
+    def usual_layout(self) -> Layout:
+        """Return the layout of most tiles, what a cost model is measured on."""
+        if not self.forms:
+            return self.layout
+        found = Counter(form.layout for layer in self.forms for form in layer)
+        return max(found, key=lambda one: (found[one], one))
 
     @property
     def first_tile_bytes(self) -> int:

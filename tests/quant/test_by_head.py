@@ -47,6 +47,7 @@ def test_a_page_has_the_bytes_of_its_tiles() -> None:
     assert spec.page_bytes == 4 * few + 2 * many
     assert spec.first_page_bytes == spec.page_bytes + 6 * sinks
     assert (spec.layout, spec.tile_bytes) == (Layout.BY_HEAD, many)
+    assert spec.usual_layout is Layout.K2V2
     assert spec.tile_sizes().tolist() == [[many, few, many], [few] * 3]
     named = [spec.coded_layouts(layer) for layer in (0, 1)]
     assert [None if one is None else tuple(one) for one in named] == list(LAYOUTS)

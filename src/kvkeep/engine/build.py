@@ -237,7 +237,8 @@ def _planner(
         return FlatPlanner()
     spec, kernels = model.spec, backend.ops
     plain = kernels.layouts[spec.dtype]
-    layouts = (plain,) if pool.spec.layout == plain else (plain, pool.spec.layout)
+    coded = pool.spec.usual_layout
+    layouts = (plain,) if coded == plain else (plain, coded)
     if options.attention_cost_model is not None:
         costs = cost.load(Path(options.attention_cost_model), layouts)
     elif backend.costs is not None:
