@@ -114,7 +114,7 @@ class HeadByHead:
         for head in heads:
             part = slice(head * group, (head + 1) * group)
             one = replace(kv, tile_table=self._tables[head], num_kv_heads=1)
-            out[:, part], lse2[:, part], _ = self._inner.attend(q[:, part], one, plan)
+            out[:, part], lse2[:, part], *_ = self._inner.attend(q[:, part], one, plan)
         return Attended(out, lse2, None)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.errors import SealError
+from kvkeep.eviction.policy import empty_state
 from kvkeep.ops.layout import AttentionPlan, WeightFold
 from kvkeep.quant.codec import Float, KVShape, Place, Tiles
 from kvkeep.sharing.policy import Access
@@ -17,12 +18,13 @@ from kvkeep.types import (
     PAGE_TOKENS,
     BatchGeometry,
     EpochDelta,
-    EvictState,
+    Int32Array,
     PageSpec,
     SealContext,
     UInt64Array,
     View,
 )
+from kvkeep.watch import EvictState, Spans, Watch
 
 
 class WindowEvictor:
@@ -32,18 +34,22 @@ class WindowEvictor:
         self._window = window_tokens
         self.observed = 0
 
-    def new_state(self, spec: PageSpec) -> EvictState:
-        shape = (0, spec.num_layers, spec.num_kv_heads)
-        return EvictState(np.zeros(shape, np.uint64), np.zeros(shape, np.int32))
+    def watch(self, prompt_tokens: int) -> Watch:
+        return Watch(prompt_tokens, prompt_tokens)
+
+    def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
+        return empty_state(spec, watch, protected)
 
     def thresholds(self, state: EvictState, position: int) -> float:
         return -float(np.log2(position + 1))
 
-    def observe(self, state: EvictState, layer: int, hits: UInt64Array, position: int) -> None:
-        assert hits.any(), "some token always has at least the mean weight"
+    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+        assert stamps.max() >= state.watch.first, "some token always has at least the mean weight"
         self.observed += 1
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
+        if not state.watch.decides(position):
+            return state.masks
         pages = position // PAGE_TOKENS + 2
         at = np.arange(pages * PAGE_TOKENS)
         live = (at < 4) | (at > position - self._window)

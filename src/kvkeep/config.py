@@ -104,6 +104,18 @@ class Settings(BaseSettings):
     kv_cache_memory_bytes: ByteSize | None = Field(
         None, description="memory for pages, such as 4GiB (default: 4GiB or half of what is free)"
     )
+    evict: Literal["off", "corm", "corm-paper"] = Field(
+        "off", description="forget, per layer and KV head, tokens that recent queries ignore"
+    )
+    evict_window: Count | None = Field(None, description="latest queries that keep a token (w)")
+    evict_recent: Count | None = Field(None, description="latest tokens that always stay (r)")
+    evict_weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="times the mean weight from which a token counts as looked at (c)"
+    )
+    evict_cap: Count | None = Field(None, description="most tokens a layer's KV head keeps")
+    evict_observe_every: Count | None = Field(
+        None, description="observe one query in so many of an answer"
+    )
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")

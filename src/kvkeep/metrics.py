@@ -62,6 +62,15 @@ CACHE_INFO = Metric(
 )
 KV_CHOSEN = Metric("kv_requests", Kind.COUNTER, "Requests by the form of their pages.", ("kv",))
 ENCODED_PAGES = Metric("kv_encoded_pages", Kind.COUNTER, "Pages that the codec has stored.")
+EVICT_SEEN = Metric(
+    "evict_seen_tokens", Kind.COUNTER, "Tokens up to each row of requests that may lose some."
+)
+EVICT_LIVE = Metric("evict_live_tokens", Kind.COUNTER, "Of these, those that rows attended to.")
+EVICT_PROMPT = Metric("evict_prompt_tokens", Kind.COUNTER, "Tokens of these requests' prompts.")
+EVICT_KEPT = Metric("evict_prompt_kept_tokens", Kind.COUNTER, "Kept of them at prompts' ends.")
+EVICT_PACKED = Metric("evict_packed_views", Kind.COUNTER, "Times live tokens were moved together.")
+EVICT_FREED = Metric("evict_freed_bytes", Kind.COUNTER, "Bytes that requests gave back thereby.")
+EVICT_MASKED = Metric("evict_masked_only", Kind.COUNTER, "Times evicted tokens stayed in place.")
 FINISHED = Metric(
     "request_success", Kind.COUNTER, "Sequences ended, by reason.", ("finished_reason",)
 )

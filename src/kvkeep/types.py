@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
+from kvkeep.watch import EvictState, Packed
 
 PAGE_TOKENS = 64
 """S: tokens per page and per tile, everywhere."""
@@ -190,21 +191,6 @@ class PageSpec:
 
 
 @dataclass(slots=True)
-class EvictState:
-    """What a token evictor remembers of one view; copied by fork, preempt and resume."""
-
-    masks: UInt64Array
-    """[P, L, Hkv] live masks, one bit per token of the tile."""
-    last_hit: Int32Array
-    """[P * S, L, Hkv] absolute time at which a token was last looked at."""
-    seen_tokens: int = 0
-
-    def copy(self) -> EvictState:
-        """Return an independent copy."""
-        return EvictState(self.masks.copy(), self.last_hit.copy(), self.seen_tokens)
-
-
-@dataclass(slots=True)
 class View:
     """What one request attends to: page slots in order, the last of them possibly open."""
 
@@ -222,6 +208,7 @@ class View:
     evict: EvictState | None = None
     version: int = 0
     """How often pages it holds were replaced or dropped: appending pages leaves it alone."""
+    packed: Packed | None = None
 
     def push(self, slot: int) -> None:
         """Append one page slot."""
@@ -241,6 +228,11 @@ class View:
             self.slots = np.zeros(2 * len(slots), np.int32)
         self.slots[: len(slots)] = slots
         self.num_pages = len(slots)
+        self.version += 1
+
+    def pack(self, packed: Packed) -> None:
+        """Attend to what is left of leading pages instead of these."""
+        self.packed = packed
         self.version += 1
 
     def pages(self) -> Int32Array:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from kvkeep.attention.chains import Chain, chains_of
-from kvkeep.types import BatchGeometry, EvictState, Layout, PageTag, Segment, View
+from kvkeep.types import BatchGeometry, Layout, PageTag, Segment, View
+from kvkeep.watch import EvictState, Watch
 from tests.forests import Asked, geometry
 
 SLOTS = range(100, 140)
+NO_STAMPS = np.zeros((2, 0, 2, 64), np.int32)
 STAGED = range(500, 540)
 
 
@@ -58,12 +60,12 @@ def test_chains_follow_the_order_of_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["masks", "stamps"])
+@pytest.mark.parametrize("kind", ["masks", "watched"])
 def test_a_view_that_forgets_or_watches_shares_nothing(kind: str) -> None:
     step = geometry([Asked(SLOTS, 1000), Asked(SLOTS, 1000)], Layout.BF16)
     masks = np.full((20 if kind == "masks" else 0, 2, 2), 5, np.uint64)
-    hits = np.zeros((0 if kind == "masks" else 1280, 2, 2), np.int32)
-    step.segments[0].view.evict = EvictState(masks, hits)
+    watch = Watch(2000, 1500) if kind == "masks" else Watch(999, 999)
+    step.segments[0].view.evict = EvictState(masks, NO_STAMPS, watch)
     watched, other = chains_of(step)
     assert watched.shareable == 0
     assert other.shareable == 14
@@ -76,9 +78,8 @@ def test_a_view_that_forgets_or_watches_shares_nothing(kind: str) -> None:
 
 def test_an_evictor_that_has_not_looked_yet_shares() -> None:
     step = geometry([Asked(SLOTS, 1000)], Layout.BF16)
-    step.segments[0].view.evict = EvictState(
-        np.zeros((0, 2, 2), np.uint64), np.zeros((0, 2, 2), np.int32)
-    )
+    nothing = np.zeros((0, 2, 2), np.uint64)
+    step.segments[0].view.evict = EvictState(nothing, NO_STAMPS, Watch(1200, 1001))
     assert one(step).shareable == 14
 
 

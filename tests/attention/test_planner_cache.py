@@ -13,9 +13,12 @@ import pytest
 from kvkeep.attention.cost import SEED
 from kvkeep.attention.planner import FlatPlanner, TreePlanner
 from kvkeep.ops.layout import AttentionPlan, Run, chains
-from kvkeep.types import BatchGeometry, EvictState, Layout, View
+from kvkeep.types import BatchGeometry, Layout, View
+from kvkeep.watch import EvictState, Watch
 from tests.attention.test_planner import prefixed, same, shared_pages
 from tests.forests import Asked, covers, eager, geometry
+
+NO_STAMPS = np.zeros((2, 0, 2, 64), np.int32)
 
 
 def grown(asked: Sequence[Asked], by: int) -> list[Asked]:
@@ -98,14 +101,14 @@ def test_a_request_replaced_by_another_of_its_size_is_planned_afresh() -> None:
     assert same(plan, eager(2).plan(after))
 
 
-@pytest.mark.parametrize("kind", ["masks", "stamps"])
+@pytest.mark.parametrize("kind", ["masks", "watched"])
 def test_a_view_that_gets_masks_leaves_the_tree(kind: str) -> None:
     planner = eager(2)
     step = geometry(prefixed(4, 12), Layout.BF16)
     assert not same(planner.plan(step), FlatPlanner().plan(step))
     masks = np.full((14 if kind == "masks" else 0, 2, 2), 3, np.uint64)
-    hits = np.zeros((0 if kind == "masks" else 900, 2, 2), np.int32)
-    step.segments[2].view.evict = EvictState(masks, hits)
+    watch = Watch(5000, 5000) if kind == "masks" else Watch(100, 50)
+    step.segments[2].view.evict = EvictState(masks, NO_STAMPS, watch)
     plan = planner.plan(step)
     assert covers(plan, step)
     assert same(plan, eager(2).plan(step))
@@ -133,7 +136,7 @@ def test_masks_stand_beside_their_own_views_pages() -> None:
     step = geometry(prefixed(4, 12), Layout.BF16)
     for i in (1, 3):
         masks = np.full((14, 2, 2), i, np.uint64)
-        step.segments[i].view.evict = EvictState(masks, np.zeros((0, 2, 2), np.int32))
+        step.segments[i].view.evict = EvictState(masks, NO_STAMPS, Watch(1, 1))
     plan = eager(2).plan(step)
     assert plan.masks is not None
     assert plan.parents is not None

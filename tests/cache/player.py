@@ -13,10 +13,12 @@ from kvkeep.cache.pool import Beside, TilePool
 from kvkeep.cache.radix import Page, RadixIndex, TokenIds
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.cache.tiers import Tier
+from kvkeep.cache.views import OwnTiles
 from kvkeep.errors import CapacityError
 from kvkeep.sharing.policy import ShareNothing, SharingPolicy
 from kvkeep.types import (
     PAGE_TOKENS,
+    Int32Array,
     Layout,
     PageKind,
     PageSpec,
@@ -25,6 +27,7 @@ from kvkeep.types import (
     View,
     chain_hash,
 )
+from kvkeep.watch import Packed
 
 SPEC = PageSpec(Layout.F32, num_layers=2, num_kv_heads=2, head_dim=8, tile_bytes=4096)
 DIGEST = b"m" * 32
@@ -77,9 +80,10 @@ def fill(manager: CacheManager, view: View, tokens: TokenIds, first: int) -> Non
 
 
 def check_rows(manager: CacheManager, view: View, tokens: TokenIds) -> None:
-    """Check that every row the view claims holds what its tokens call for."""
-    marks = row_marks(tokens[: view.length])
-    stored = _rows(manager, view, 0, view.length)
+    """Check that every row the view claims holds what its tokens call for, packed ones aside."""
+    first = 0 if view.packed is None else view.packed.end * PAGE_TOKENS
+    marks = row_marks(tokens[: view.length])[first:]
+    stored = _rows(manager, view, first, view.length)
     assert (stored == marks[:, None]).all()
 
 
@@ -114,8 +118,9 @@ def check(manager: CacheManager) -> None:
     assert len(set(indexed)) == len(indexed), "a page is reachable twice"
     refs: Counter[Page] = Counter()
     for held in manager._held.values():
-        refs.update(held.pages)
-        assert [page.slot for page in held.pages] == held.view.pages().tolist()
+        refs.update(held.locked())
+        slots = held.view.pages().tolist()
+        assert [page.slot for page in held.locked()] == slots[:1] + slots[held.gone :]
     for fetch in manager._fetches:
         refs.update([entry.page for entry in fetch._incoming] + fetch._prefix)
     refs.update(manager._store._kept)
@@ -130,10 +135,13 @@ def check(manager: CacheManager) -> None:
             assert page.parent is not None
             assert page.hash == chain_hash(page.parent.hash, page.tag.digest(), page.key)
             assert (page.n_tokens == PAGE_TOKENS) == (page.parent.children.get(page.key) is page)
-    check_tiles(manager, pages)
+    tiles = {id(held.tiles): held.tiles for held in manager._held.values() if held.tiles}
+    check_tiles(manager, pages, list(tiles.values()))
+    per_page = manager.pool.spec.tiles_per_page
     for name, account in accounts.items():
         mine = {page for page in pages if page.account == name}
-        assert account.used_pages == len(mine)
+        own = sum(-(-len(t.ids) // per_page) for t in tiles.values() if t.account == name)
+        assert account.used_pages == len(mine) + own
         first = {page for page in mine if page.kind is PageKind.FIRST}
         assert account.used_first == len(first)
         assert account.unreferenced_first == sum(page.ref_count == 0 for page in first)
@@ -146,19 +154,23 @@ def check(manager: CacheManager) -> None:
                 assert place[child] < place[page], "a parent would be evicted before its child"
 
 
-def check_tiles(manager: CacheManager, pages: set[Page]) -> None:
-    """Check that every tile is free or in exactly one page."""
+def check_tiles(manager: CacheManager, pages: set[Page], tiles: list[OwnTiles]) -> None:
+    """Check that every tile is free, in exactly one page or in one view and its forks."""
     pool = pool_of(manager)
     slots = sorted({page.slot for page in pages})
     holders = Counter(page.slot for page in pages)
     assert all(pool._holders[slot] == n for slot, n in holders.items())
     for own in pool._classes:
         mine = [slot for slot in slots if 0 <= slot - own.first_slot < own.num_pages]
+        held = own is pool._class(PageKind.PLAIN)
+        private = np.concatenate([t.ids for t in tiles if held] or [np.zeros(0, np.int32)])
         for part in own.parts:
             owned = part.range.numbers(pool.tile_table[mine][:, part.where].ravel()).tolist()
+            owned += part.range.numbers(private[part.range.holds(private)]).tolist()
             free = part.tiles._stack[: len(part.tiles)].tolist()
             assert sorted(owned + free) == list(range(part.range.num_tiles))
-    assert len(slots) + pool.free_pages == pool.num_pages
+    taken = -(-sum(len(held.ids) for held in tiles) // pool.spec.tiles_per_page)
+    assert len(slots) + taken + pool.free_pages == pool.num_pages
     for page in pages:
         first = page.kind is PageKind.FIRST
         assert pool._require(page.slot) is pool._class(page.kind)
@@ -225,6 +237,22 @@ class Player:
         check_rows(self.manager, twin, run.tokens)
         self.running[run.account].append(Running(run.account, twin, run.tokens))
         self.note(run.account, "forked")
+
+    def pack(self, run: Running, end: int, need: Int32Array) -> None:
+        """Pack pages 1 to `end` - 1 into `need` [L, Hkv] tiles; without room nothing happens."""
+        view, packing = run.view, self.manager.packing
+        view.taint(view.length)
+        try:
+            packing.own_tail(view, end)
+            tiles = packing.resize(view, need)
+        except CapacityError as error:
+            self.note(run.account, "not packed", type(error).__name__)
+        else:
+            assert ((tiles >= 0).sum(0) == need).all()
+            packing.let_go(view, end)
+            view.pack(Packed(tiles, end))
+            self.note(run.account, "packed", len(tiles))
+        check_rows(self.manager, view, run.tokens)
 
     def release(self, run: Running, known: int) -> None:
         self.manager.release(run.view, run.tokens[:known])

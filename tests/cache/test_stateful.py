@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -73,6 +74,16 @@ class Machine(RuleBasedStateMachine):
     def taint(self, data: st.DataObject, back: int) -> None:
         view = self.choose(data).view
         view.taint(max(view.length - back, 0))
+
+    @precondition(lambda self: self.any_running())
+    @rule(data=st.data(), end=st.integers(1, 3), kept=st.lists(st.integers(0, 5), min_size=4))
+    def pack(self, data: st.DataObject, end: int, kept: list[int]) -> None:
+        run = self.choose(data)
+        held = self.manager._held[run.view.id]
+        end = min(2 * end, held.closed - held.closed % 2)
+        if end > held.gone:
+            need = np.minimum(np.reshape(kept[:4], (2, 2)), end - 1).astype(np.int32)
+            self.player.pack(run, end, need)
 
     @precondition(lambda self: self.any_running())
     @rule(data=st.data(), dropped=st.sampled_from([0, 0, 0, 1, 50, 10**6]))

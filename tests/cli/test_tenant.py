@@ -71,11 +71,13 @@ def test_sharing_is_told_at_the_start(keys: list[str], capsys: pytest.CaptureFix
         "--ttl-s",
         "60",
         "--no-coded",
+        "--no-evict",
     ]
     assert run(["tenant", "add", "acme", "--share", "0.5", *told, *keys]) == 0
     tenant = TenantFile(Path(keys[1])).list()[0]
     assert (tenant.group, tenant.contribute, tenant.consume) == ("team", False, True)
     assert (tenant.store, tenant.ttl_s, tenant.coded) == ("memory", 60.0, False)
+    assert not tenant.terms().evict
     capsys.readouterr()
     assert run(["tenant", "list", *keys]) == 0
     assert "team" in capsys.readouterr().out

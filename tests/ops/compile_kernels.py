@@ -18,7 +18,7 @@ HALF = {"tiles", "q", "k", "v", "out"}
 FLOATS = {"part_out", "part_lse2", "lse2", "thresholds"}
 WORDS = {"masks", "words"}
 INTS = {"table", "tasks", "visits", "targets", "order", "positions", "pages", "private", "slots",
-        "rows", "bounds"}  # fmt: skip
+        "rows", "bounds", "stamps"}  # fmt: skip
 STRIDES = {"q_token", "q_head", "k_token", "k_head", "v_token", "v_head"}
 
 
@@ -56,7 +56,7 @@ def main() -> str | None:
     ptx_of(kernels.merge_kernel, "bf16", D=128, BLOCK_D=128)
     odd = {"G": 7, "HAS_PRIVATE": True, "HAS_MASKS": True, "S": 64, "D": 80, "BLOCK_D": 128,
            "UNIT": 32}  # fmt: skip
-    ptx_of(kernels.observe_kernel, "bf16", ROWS=16, **odd)
+    ptx_of(kernels.observe_kernel, "bf16", ROWS=16, STAMPS=True, **odd)
     ptx_of(kernels.node_kernel, "fp32", ROWS=16, **odd)
     ones = {"num_layers": 1, "num_kv_heads": 1}  # as Triton specialises them
     ptx_of(kernels.append_kernel, "bf16", BLOCK_T=16, **ones, **tile)

@@ -34,7 +34,7 @@ class OnDevice:
         self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
     ) -> Attended:
         got = self.inner.attend(q.to(DEVICE), kv, plan, observe)
-        return Attended(got.out.cpu(), got.lse2.cpu(), got.hits)
+        return Attended(got.out.cpu(), got.lse2.cpu(), got.hits, got.stamps)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse2 = self.inner.merge(outs.to(DEVICE), lse2s.to(DEVICE))

@@ -236,6 +236,44 @@ def test_hits(path: Path, layout: Layout, threads: int) -> None:
     assert not hit.all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stamps_tell_the_last_row_that_looked(path: Path, layout: Layout, threads: int) -> None:
+    ops = ops_for(path, threads)
+    world = make_world(SMALL, layout, pages=60)
+    sizes, firsts = [1500, 640], [1500 - 150, 590]
+    requests = [world.add(ops, size) for size in sizes]
+    asked = [
+        (request.slots, list(range(first, size)))
+        for request, size, first in zip(requests, sizes, firsts, strict=True)
+    ]
+    plan = flat_plan(layout, asked)
+    rows = len(plan.row_positions)
+    thresholds = np.full(rows, -9.0, np.float32)
+    thresholds[::3] = np.inf
+    q = world.tensor(rows, SMALL.q, SMALL.dim)
+    got = ops.attend(q, world.kv, plan, Observe(thresholds, stamps=True))
+    assert got.stamps is not None
+    assert got.hits is not None
+    marked = (got.stamps >= 0).astype(np.uint64) << np.arange(64, dtype=np.uint64)
+    assert np.array_equal(marked.sum(2, dtype=np.uint64), got.hits)
+    row, entry = 0, 0
+    for request, size, first in zip(requests, sizes, firsts, strict=True):
+        at = list(range(first, size))
+        own = slice(row, row + len(at))
+        exact = attention_oracle(q[own], request.k, request.v, causal(SMALL, at, size))
+        margin = exact.weights2 - thresholds[own, None, None]
+        grouped = margin.reshape(len(at), SMALL.kv, 2, size).max(axis=2)
+        want = np.where(grouped >= 0, np.array(at)[:, None, None], -1).max(0)
+        pages = -(-size // 64)
+        found = got.stamps[entry : entry + pages].transpose(1, 0, 2).reshape(SMALL.kv, -1)
+        assert (found[:, size:] == -1).all()
+        sure = (np.abs(grouped) > 1e-3).all(0)
+        assert sure.mean() > 0.5
+        assert np.array_equal(found[:, :size][sure], want[sure])
+        assert len(np.unique(want)) > 10
+        row, entry = row + len(at), entry + pages
+
+
 def test_nothing_is_observed_unless_asked(path: Path) -> None:
     ops = ops_for(path)
     world = make_world(SMALL, Layout.F32, pages=2)

@@ -187,9 +187,8 @@ def test_hits(layout: Layout) -> None:
     positions = [699, 400, 64, 610]
     thresholds = np.array([-8.5, -8.0, np.inf, -11.0], np.float32)
     q = world.tensor(4, TINY.q, TINY.dim)
-    got = ops.attend(
-        q, world.kv, flat_plan(layout, [(request.slots, positions)]), Observe(thresholds)
-    )
+    plan = flat_plan(layout, [(request.slots, positions)])
+    got = ops.attend(q, world.kv, plan, Observe(thresholds, stamps=True))
     assert got.hits is not None
     exact = attention_oracle(q, request.k, request.v, causal(TINY, positions, 700))
     margin = exact.weights2 - thresholds[:, None, None]
@@ -201,6 +200,14 @@ def test_hits(layout: Layout) -> None:
     assert np.array_equal(hit[:, :700][sure], (grouped >= 0)[sure])
     assert hit.any()
     assert not hit.all()
+    assert got.stamps is not None
+    stamps = got.stamps.transpose(1, 0, 2).reshape(TINY.kv, -1)
+    assert np.array_equal(stamps >= 0, hit)
+    by_row = margin.reshape(4, TINY.kv, 2, 700).max(axis=2)
+    want = np.where(by_row >= 0, np.array(positions)[:, None, None], -1).max(0)
+    sure = (np.abs(by_row) > 2e-3).all(0)
+    assert np.array_equal(stamps[:, :700][sure], want[sure])
+    assert len(np.unique(stamps)) == 4
 
 
 def test_merged_parts_equal_the_whole() -> None:

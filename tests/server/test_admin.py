@@ -50,6 +50,8 @@ async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> 
     for line in (
         'kvkeep:kv_cache_info{kv="bf16",model_name="tiny",window_tokens="0"} 1.0',
         'kvkeep:kv_encoded_pages_total{model_name="tiny"} 0.0',
+        'kvkeep:evict_seen_tokens_total{model_name="tiny"} 0.0',
+        'kvkeep:evict_masked_only_total{model_name="tiny"} 0.0',
         'kvkeep:sharing_epoch{model_name="tiny",policy="selective"} 7.0',
         'kvkeep:sharing_public_pages{model_name="tiny"} 12.0',
         'kvkeep:sharing_eps_per_day{model_name="tiny"} 2.5',

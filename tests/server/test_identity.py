@@ -151,7 +151,14 @@ def test_a_malformed_salt_is_400(house: House, salt: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["authorization", "x-kvkeep-tenant", "x-kvkeep-subject", "x-cache-salt", "x-kvkeep-store"],
+    [
+        "authorization",
+        "x-kvkeep-tenant",
+        "x-kvkeep-subject",
+        "x-cache-salt",
+        "x-kvkeep-store",
+        "x-kvkeep-evict",
+    ],
 )
 def test_a_header_sent_twice_is_400(house: House, name: str) -> None:
     raw = [(b"authorization", f"Bearer {house.gateway}".encode()), (name.encode(), b"a")]
@@ -176,6 +183,14 @@ def test_what_must_not_be_stored_says_so_in_one_word(house: House) -> None:
     for word in ("", "Never", "no", "memory"):
         with pytest.raises(InvalidRequest, match="must be 'never'"):
             house.identify(house.plain, x_kvkeep_store=word)
+
+
+def test_who_must_lose_nothing_says_so_in_one_word(house: House) -> None:
+    assert house.identify(house.plain).evict
+    kept = house.identify(house.plain, x_kvkeep_evict="never")
+    assert (kept.evict, kept.store) == (False, True)
+    with pytest.raises(InvalidRequest, match="must be 'never'"):
+        house.identify(house.plain, x_kvkeep_evict="off")
 
 
 LOCAL = LoopbackAuthenticator(4)

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvkeep.ops.layout import STEP_TOKENS
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, UInt64Array
+from kvkeep.watch import Packed
 
 STEP_PAGES = STEP_TOKENS // PAGE_TOKENS
 
@@ -33,6 +34,14 @@ class Chain:
     scope: str
     masks: UInt64Array | None
     """[n, L, Hkv] live masks of the leading n pages."""
+    packed: Packed | None = None
+    """Tiles of the view's own in place of leading pages; its entries -1 - i name them."""
+
+    def page_at(self, entry: int) -> int:
+        """Return the place in the sequence of an entry of `pages`."""
+        if self.packed is None or entry <= len(self.packed.tiles):
+            return entry
+        return entry + self.packed.gap
 
 
 def chains_of(geometry: BatchGeometry) -> list[Chain]:
@@ -47,10 +56,14 @@ def chains_of(geometry: BatchGeometry) -> list[Chain]:
 def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, coded: int) -> Chain:
     view, first = segment.view, segment.first_position + begin
     pages = _pages(segment, coded, (segment.first_position + end - 1) // PAGE_TOKENS + 1)
-    evict = view.evict
+    evict, packed = view.evict, view.packed
+    if packed is not None:
+        own = -1 - np.arange(len(packed.tiles), dtype=np.int32)
+        pages = np.concatenate([pages[:1], own, pages[packed.end :]])
+        coded = coded and coded - packed.gap
     masks = evict.masks[: len(pages)] if evict is not None and evict.masks.size else None
     shareable = 0
-    if evict is None or (evict.masks.size == 0 and evict.last_hit.size == 0):
+    if evict is None or (not evict.masks.size and first + end - begin <= evict.watch.first):
         shareable = first // STEP_TOKENS * STEP_PAGES
         if geometry.window_of(segment) is not None:
             shareable = min(shareable, coded)
@@ -65,6 +78,7 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
         shareable - shareable % STEP_PAGES,
         view.tag.scope,
         masks,
+        packed,
     )
 
 

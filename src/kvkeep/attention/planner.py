@@ -187,14 +187,22 @@ def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) ->
     runs: list[tuple[int, int, int, int]] = []
     entries: list[Int32Array] = []
     masks: list[tuple[int, UInt64Array]] = []
-    total = 0
+    private: list[Int32Array] = []
+    total = num_private = 0
     for node in forest.nodes:
         held = chains[forest.order[node.first]]
         run_begin = len(runs)
         for begin, end, layout in _cut_by_layout(node.begin, node.end, held, geometry):
-            runs.append((total + begin - node.begin, end - begin, begin * PAGE_TOKENS, layout))
+            page = begin if held.packed is None else held.page_at(begin)
+            at = total + begin - node.begin
+            runs.append((at, end - begin, page * PAGE_TOKENS, layout))
         groups.append((bounds[node.first], bounds[node.last], run_begin, len(runs)))
-        entries.append(held.pages[node.begin : node.end])
+        pages = held.pages[node.begin : node.end]
+        if held.packed is not None:
+            pages = np.where(pages < 0, pages - num_private, pages)
+            private.append(held.packed.tiles)
+            num_private += len(held.packed.tiles)
+        entries.append(pages)
         if held.masks is not None:
             masks.append((total, held.masks))
         total += node.end - node.begin
@@ -204,6 +212,7 @@ def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) ->
         groups=np.array(groups, np.int32).reshape(-1, 4),
         runs=np.array(runs, np.int32).reshape(-1, 4),
         pages=np.concatenate(entries) if entries else np.zeros(0, np.int32),
+        private_tiles=np.concatenate(private) if private else None,
         masks=_stack_masks(masks, total),
         parents=_parents(forest),
         row_order=None if straight else _row_order(chains, forest.order),
@@ -213,12 +222,20 @@ def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) ->
 def _cut_by_layout(
     begin: int, end: int, held: Chain, geometry: BatchGeometry
 ) -> list[tuple[int, int, int]]:
-    """Return pages [begin, end) as ranges of one layout each."""
-    plain = int(geometry.layout)
-    if geometry.coded_layout == geometry.layout or held.coded <= begin:
-        return [(begin, end, plain)] if end > begin else []
-    coded_end = min(held.coded, end)
-    parts = [(begin, coded_end, int(geometry.coded_layout)), (coded_end, end, plain)]
+    """Return pages [begin, end) as ranges of one layout each, cut where pages are missing."""
+    if geometry.coded_layout == geometry.layout:
+        coded_end = begin
+    else:
+        coded_end = max(begin, min(held.coded, end))
+    coded, plain = int(geometry.coded_layout), int(geometry.layout)
+    parts = [(begin, coded_end, coded), (coded_end, end, plain)]
+    if held.packed is not None:
+        at = len(held.packed.tiles) + 1
+        parts = [
+            cut
+            for first, last, layout in parts
+            for cut in ((first, min(last, at), layout), (max(first, at), last, layout))
+        ]
     return [part for part in parts if part[1] > part[0]]
 
 

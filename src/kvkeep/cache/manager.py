@@ -19,6 +19,7 @@ from kvkeep.cache.accounts import CacheStats, Forgotten, Retention
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
+from kvkeep.cache.packing import Packing
 from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, path_to, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
@@ -64,6 +65,7 @@ class CacheManager:
         self._tag_of = tag_of
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
         self._held: dict[int, HeldView] = {}
+        self.packing = Packing(self._store, self._held)
         self._fetches: set[Fetch] = set()
         self._next_view = first_view
 
@@ -250,41 +252,37 @@ class CacheManager:
             copy = self._store.new_pages(held.account, view.tag, 1, at=full)[0]
             self.pool.copy_page(held.pages[full].slot, copy.slot)
             pages.append(copy)
-        for page in pages[:full]:
-            self._store.lock(page)
         twin = View(self._next_view, view.tag, length=view.length, tainted_from=view.tainted_from)
-        twin.evict = None if view.evict is None else view.evict.copy()
+        twin.evict, twin.packed = None if view.evict is None else view.evict.copy(), view.packed
         self._next_view += 1
         copy_held = HeldView(
             twin, held.account, pages, min(held.closed, full), 0, True, held.indexable
         )
+        self.packing.share(held, copy_held)
+        for page in copy_held.locked()[: -1 if rows else None]:
+            self._store.lock(page)
         copy_held.set_slots()
         self._held[twin.id] = copy_held
         return twin
 
     def release(self, view: View, tokens: TokenIds) -> None:
-        """End a view.
-
-        What `tokens` vouch for, from 0 on, stays cached, the open page as a partial leaf.
-        """
+        """End a view; what `tokens` vouch for stays cached, the open page as a partial leaf."""
         held = self._require(view)
         del self._held[view.id]
         if len(tokens) // PAGE_TOKENS > held.closed:
             self._closer.close_pages(held, tokens)
         self._closer.offer(held, tokens, ended=True)
         self._closer.keep_rows(held, tokens)
-        for page in reversed(held.pages):
+        for page in reversed(held.locked()):
             self._store.unlock(page)
         held.pages = []
+        self.packing.drop(held)
         self._store.trim(held.account)
 
     # Forgetting and sharing
 
     def drop_scope(self, account: str, scope: str) -> int:
-        """Drop every page of one scope.
-
-        Return how many. Views of it go on, but leave nothing behind.
-        """
+        """Drop every page of one scope; its views go on, but leave nothing behind."""
         return self._drop_trees(account, scope)
 
     def forget(self, account: str) -> Forgotten:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvkeep.cache.pool import TilePool
-from kvkeep.types import PageKind, PageSpec
+from kvkeep.cache.storage import Tiles
+from kvkeep.types import Int32Array, PageKind, PageSpec
 
 
 class PoolPart:
@@ -19,6 +20,7 @@ class PoolPart:
             pool.copy_page,
         )
         self.read, self.install = pool.read, pool.install
+        self.tile_table = pool.tile_table
         self._pool = pool
 
     @property
@@ -33,6 +35,22 @@ class PoolPart:
     def alloc_page(self, kind: PageKind = PageKind.PLAIN) -> int:
         """Return the slot of a zeroed page; raises `PoolExhausted` where none is free."""
         return self._pool.alloc_page(PageKind.KEPT)
+
+    def alloc_tiles(self, count: int) -> Int32Array:
+        """Return ids of zeroed tiles for a view of its own; raises `PoolExhausted`."""
+        return self._pool.alloc_tiles(count, kind=PageKind.KEPT)
+
+    def free_tiles(self, ids: Int32Array) -> None:
+        """Free tiles taken with `alloc_tiles`."""
+        self._pool.free_tiles(ids, PageKind.KEPT)
+
+    def read_ids(self, ids: Int32Array) -> Tiles:
+        """Return tiles by their ids; perhaps a view."""
+        return self._pool.read_ids(ids)
+
+    def write_ids(self, ids: Int32Array, tiles: Tiles) -> None:
+        """Write tiles by their ids."""
+        self._pool.write_ids(ids, tiles)
 
 
 Pages = TilePool | PoolPart

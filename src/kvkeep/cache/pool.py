@@ -201,24 +201,34 @@ class TilePool:
             part.tiles.give_back(part.range.numbers(self.tile_table[slot][part.where]))
         self.tile_table[slot] = -1
 
-    def alloc_tiles(self, count: int, layer: int = 0, head: int = 0) -> Int32Array:
+    def alloc_tiles(
+        self, count: int, layer: int = 0, head: int = 0, *, kind: PageKind = PageKind.PLAIN
+    ) -> Int32Array:
         """Return ids of zeroed tiles for a view of its own, of the size of a layer and head.
 
         Raises `PoolExhausted`.
         """
-        own = next(p for p in self._class(PageKind.PLAIN).parts if p.where[layer, head])
+        own = next(p for p in self._class(kind).parts if p.where[layer, head])
         ids = own.range.ids(own.tiles.take(count))
         self._storage.zero(own.place, ids)
         return ids
 
-    def free_tiles(self, ids: Int32Array) -> None:
+    def free_tiles(self, ids: Int32Array, kind: PageKind = PageKind.PLAIN) -> None:
         """Free tiles taken with `alloc_tiles`; raises `EngineError` where one is not in use."""
-        parts = self._class(PageKind.PLAIN).parts
+        parts = self._class(kind).parts
         held = [ids[part.range.holds(ids)] for part in parts]
         if sum(map(len, held)) != len(ids):
             raise EngineError("a tile was freed that is not in use")
         for part, own in zip(parts, held, strict=True):
             part.tiles.give_back(part.range.numbers(own))
+
+    def read_ids(self, ids: Int32Array) -> Tiles:
+        """Return tiles of one size by their ids; perhaps a view."""
+        return self._storage.read(self._place_of(ids), ids)
+
+    def write_ids(self, ids: Int32Array, tiles: Tiles) -> None:
+        """Write tiles of one size by their ids."""
+        self._storage.write(self._place_of(ids), ids, tiles)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy all bytes of one page to another of its kind."""
@@ -250,8 +260,12 @@ class TilePool:
         return tiles
 
     def tiles_there(self, slot: int, layer: int) -> torch.Tensor:
-        """Return a copy of one layer of a page, [Hkv, tile bytes] uint8, where the pool is."""
-        (own,) = {part.range for part, _ in self._require(slot).in_layer(layer)}
+        """Return a copy of one layer of a page, [Hkv, tile bytes] uint8, where the pool is.
+
+        Of a page whose tiles are of one size, as those in the model's dtype are.
+        """
+        (part,) = self._require(slot).parts
+        own = part.range
         tiles = self.buffer[own.first_byte : own.end_byte].view(own.num_tiles, own.tile_bytes)
         numbers = own.numbers(self.tile_table[slot, layer]).astype(np.int64)
         return tiles[torch.from_numpy(numbers).to(tiles.device)]
@@ -307,6 +321,14 @@ class TilePool:
 
     def _class(self, kind: PageKind) -> _Class:
         return self._classes[self._of[kind]]
+
+    def _place_of(self, ids: Int32Array) -> int:
+        """Return the range that tiles are of."""
+        for own in self._classes:
+            for part in own.parts:
+                if part.range.holds(ids).all():
+                    return part.place
+        raise EngineError("tiles of several sizes, or of none")
 
     def _require(self, slot: int) -> _Class:
         """Return the class of a page in use."""

@@ -10,7 +10,7 @@ from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
 from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageKind, PageState, PageTag
+from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, Int32Array, PageKind, PageState, PageTag
 
 PUBLIC_ACCOUNT = PUBLIC_SCOPE
 """The account that public pages are charged to."""
@@ -224,6 +224,18 @@ class PageStore:
         public.charge(page)
         page.account, page.pinned = PUBLIC_ACCOUNT, True
         return True
+
+    def take_tiles(self, account: str, count: int) -> Int32Array:
+        """Take tiles of no page; after a quota moved away, the account's own pages make way."""
+        owner = self.account(account)
+        per_page = self.pool.spec.tiles_per_page
+        while self.pool.free_pages * per_page < count and owner.unreferenced:
+            self.evict_pages(owner.name, 1)
+        return self.pool.alloc_tiles(count)
+
+    def make_room(self, account: str, count: int) -> None:
+        """Evict what an account must give up for `count` more pages; raises `QuotaExceeded`."""
+        self._make_room(self.account(account), count, first=False)
 
     def _make_room(self, owner: Account, count: int, *, first: bool) -> None:
         """Evict what an account must give up for `count` more pages, one of them a first one."""

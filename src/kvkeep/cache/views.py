@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from kvkeep.cache.matching import public_start
 from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.types import PAGE_TOKENS, PageTag, SharingPolicy, View
+from kvkeep.types import PAGE_TOKENS, Int32Array, PageTag, SharingPolicy, View
+
+
+@dataclass(slots=True)
+class OwnTiles:
+    """Tiles that a view and its forks hold instead of pages; charged once."""
+
+    account: str
+    ids: Int32Array
+    views: int = 1
 
 
 @dataclass(slots=True)
@@ -23,6 +32,13 @@ class HeldView:
     """Full pages of what the tenant sent; offered once they are all there."""
     offered: bool = False
     indexable: bool = True
+    gone: int = 1
+    """Pages 1 to `gone` - 1 were let go of; `tiles` hold what is left of them."""
+    tiles: OwnTiles | None = None
+
+    def locked(self) -> list[Page]:
+        """Return the pages that are held, in order."""
+        return self.pages[:1] + self.pages[self.gone :]
 
     def set_slots(self) -> None:
         """Write the pages' slots into the view."""
@@ -141,6 +157,8 @@ class Closer:
         clean = held.clean_tokens(len(tokens))
         full, rows = divmod(clean, PAGE_TOKENS)
         if not rows or self._spec.window_tokens is not None or full >= len(held.pages):
+            return
+        if held.gone > 1 and full <= held.gone:
             return
         page = held.pages[full]
         if page.attached or page.ref_count > 1:

@@ -64,6 +64,7 @@ def add(
     store: Annotated[str, typer.Option(help="never, memory or disk")] = "disk",
     ttl_s: Annotated[float | None, typer.Option(help="seconds unused pages stay")] = None,
     coded: Annotated[bool, typer.Option(help="its long requests are coded, with kv auto")] = True,
+    evict: Annotated[bool, typer.Option(help="its tokens may be evicted, with evict on")] = True,
 ) -> None:
     """Add a tenant and print its first key."""
     key = TenantFile(settings.keys).add(
@@ -73,7 +74,7 @@ def add(
         gateway=gateway,
         children=_children(child or []),
         expires_s=_seconds(expires_days),
-        sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s, coded),
+        sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s, coded, evict),
     )
     _show(name, key)
 

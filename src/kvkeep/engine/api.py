@@ -78,6 +78,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds from submission after which it ends with `deadline`."""
     store: bool = True
     """Whether anything of it may stay cached once it has ended."""
+    evict: bool = True
+    """Whether tokens of it may be evicted, where an engine does so."""
+    protected: tuple[tuple[int, int], ...] = ()
+    """Ranges of its prompt that are never evicted."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -129,6 +133,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str
     kv: str = "bf16"
     """How pages are stored; `bf16` stands for the model's dtype."""
+    evict: str = "off"
+    """Which tokens are forgotten: the preset's name."""
     window_tokens: int | None = None
     """Up to so many recent tokens are seen as they were computed; None: all."""
     kv_bytes: int = 0
@@ -161,6 +167,8 @@ class TenantTerms(msgspec.Struct, frozen=True, kw_only=True):
     consume: bool = True
     coded: bool = True
     """Whether its long requests are coded, where an engine can choose."""
+    evict: bool = True
+    """Whether tokens of its requests may be evicted, where an engine does so."""
     store: Literal["never", "memory", "disk"] = "disk"
     """How far down its cached pages may go."""
     ttl_s: float | None = None
@@ -224,6 +232,24 @@ class Histogram(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
+class EvictStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What eviction does; tokens are means over layers and KV heads."""
+
+    seen_tokens_total: float = 0.0
+    """Over all rows of requests that may lose tokens: tokens up to the row."""
+    live_tokens_total: float = 0.0
+    """Of these, those attended to."""
+    prompt_tokens_total: int = 0
+    prompt_kept_tokens_total: float = 0.0
+    """Tokens of prompts that were kept at their ends."""
+    packed_views_total: int = 0
+    """Times a request's live tokens were moved together."""
+    freed_bytes_total: int = 0
+    """By how much requests became smaller thereby."""
+    masked_only_total: int = 0
+    """Times evicted tokens stayed where they were: no room to move the others, or coded pages."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot for the admin port; names follow the metrics they feed."""
 
@@ -250,6 +276,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """(form of pages, requests)."""
     encoded_pages_total: int = 0
     """Pages that a codec has stored."""
+    evict: EvictStats = EvictStats()
     finished: tuple[tuple[str, int], ...]
     """(finish reason, count)."""
     ttft_s: Histogram

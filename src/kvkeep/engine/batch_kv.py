@@ -13,10 +13,11 @@ from kvkeep.cache.tiers import PageListener
 from kvkeep.engine.turning import Turning
 from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
-from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, chains
+from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, Run, chains
 from kvkeep.quant.codec import Codec, KVShape, Place, values_of
 from kvkeep.shield.policy import Shield
-from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, View
+from kvkeep.watch import EvictState
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class BatchKV:
         self._turning = turning
         self._listeners = listeners
         self._observe = self._thresholds()
+        self._watched_runs = self._watched()
         self.encoded = 0
         """Pages encoded so far, counted per layer."""
         self.failed: dict[int, NonFiniteKV] = {}
@@ -96,8 +98,8 @@ class BatchKV:
         """Return attention [T, Hq, D] of the step's rows over their views."""
         queries = self._turning.queries(self._shield.transform(q, "q"))
         attended = self._ops.attend(queries, self._layers[layer], self._step.plan, self._observe)
-        if attended.hits is not None:
-            self._hand_out(layer, attended.hits)
+        if attended.stamps is not None:
+            self._hand_out(layer, attended.stamps)
         return self._shield.restore(attended.out)
 
     def finish(self) -> None:
@@ -107,10 +109,10 @@ class BatchKV:
             if view.evict is None:
                 continue
             last = segment.first_position + segment.num_rows - 1
-            view.evict.seen_tokens = max(view.evict.seen_tokens, last + 1)
             masks = self._evictor.keep(view.evict, last)
             if masks.size and np.any(masks != np.iinfo(np.uint64).max):
                 view.taint(last + 1)
+            view.evict.pending |= masks is not view.evict.masks
             view.evict.masks = masks
 
     def _encode(self, page: Closing, layer: int) -> bool:
@@ -132,29 +134,38 @@ class BatchKV:
         return True
 
     def _thresholds(self) -> Observe | None:
-        """Return the observed rows' thresholds; only each segment's last row observes."""
-        values: list[tuple[int, float]] = []
-        for segment in self._step.geometry.segments:
-            if segment.view.evict is None:
-                continue
-            last = segment.first_position + segment.num_rows - 1
-            threshold = self._evictor.thresholds(segment.view.evict, last)
-            if threshold < float("inf"):
-                values.append((segment.first_row + segment.num_rows - 1, threshold))
-        if not values:
-            return None
+        """Return the thresholds of observed rows; None where there are none."""
         log2_thresholds = np.full(self._step.geometry.num_rows, np.inf, np.float32)
-        for row, threshold in values:
-            log2_thresholds[row] = threshold
-        return Observe(log2_thresholds)
-
-    def _hand_out(self, layer: int, hits: UInt64Array) -> None:
-        """Give each observed view the hits of what its last row saw; nobody else looked there."""
-        seen = {rows[-1]: runs for rows, runs in chains(self._step.plan)}
         for segment in self._step.geometry.segments:
-            if segment.view.evict is None:
+            state, begin = segment.view.evict, segment.first_position
+            if state is None:
                 continue
-            runs = seen[segment.first_row + segment.num_rows - 1]
-            own = [hits[run.page_begin : run.page_begin + run.page_count] for run in runs]
-            last = segment.first_position + segment.num_rows - 1
-            self._evictor.observe(segment.view.evict, layer, np.concatenate(own), last)
+            for position in range(max(begin, state.watch.first), begin + segment.num_rows):
+                row = segment.first_row + position - begin
+                log2_thresholds[row] = self._evictor.thresholds(state, position)
+        if np.isinf(log2_thresholds).all():
+            return None
+        return Observe(log2_thresholds, stamps=True)
+
+    def _watched(self) -> list[tuple[EvictState, list[Run]]]:
+        """Return whose rows are observed, and what they see; a view's rows may see several sets."""
+        if self._observe is None:
+            return []
+        observed = np.isfinite(self._observe.log2_thresholds)
+        owners = {
+            row: segment.view.evict
+            for segment in self._step.geometry.segments
+            for row in range(segment.first_row, segment.first_row + segment.num_rows)
+        }
+        found = []
+        for rows, runs in chains(self._step.plan):
+            state = owners[rows[0]] if observed[rows].any() else None
+            if state is not None:
+                found.append((state, runs))
+        return found
+
+    def _hand_out(self, layer: int, stamps: Int32Array) -> None:
+        """Give each observed view what its rows looked at; nobody else looked there."""
+        for state, runs in self._watched_runs:
+            own = [stamps[run.page_begin : run.page_begin + run.page_count] for run in runs]
+            self._evictor.observe(state, layer, own[0] if len(own) == 1 else np.concatenate(own))

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -37,7 +38,8 @@ from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.sizing import divide, kept_part
 from kvkeep.errors import ConfigError
-from kvkeep.eviction.policy import KeepAll
+from kvkeep.eviction.corm import PRESETS, Corm
+from kvkeep.eviction.policy import Evictor, KeepAll
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
@@ -91,7 +93,7 @@ def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     rules = rules_of(options.share)
     return Parts(
-        techniques=Techniques(codec_of(options), NoShield(), KeepAll()),
+        techniques=Techniques(codec_of(options), NoShield(), evictor_of(options)),
         inspector=inspector_of(options.share, rules),
         rules=rules,
     )
@@ -112,6 +114,24 @@ def codec_of(options: EngineOptions) -> Codec:
 
 def _coded_name(options: EngineOptions) -> str:
     return options.kv_auto_codec if options.kv == "auto" else options.kv
+
+
+def evictor_of(options: EngineOptions) -> Evictor:
+    """Return the evictor the options ask for: a preset with what they change of it."""
+    given = [
+        name
+        for name in ("window", "recent", "weight", "cap", "observe_every")
+        if getattr(options, f"evict_{name}") is not None
+    ]
+    if options.evict == "off":
+        if given:
+            raise ConfigError(f"evict_{given[0]} is given and evict is off; set evict to corm")
+        return KeepAll()
+    preset = PRESETS.get(options.evict)
+    if preset is None:
+        raise ConfigError(f"evict: {options.evict!r} is no preset; use off, corm or corm-paper")
+    chosen = {name: getattr(options, f"evict_{name}") for name in given}
+    return Corm(replace(preset, **chosen))
 
 
 def build_core(
@@ -318,6 +338,7 @@ def _info(
         bytes_per_token=pool.spec.bytes_per_token,
         kernel=kernel,
         kv=options.kv,
+        evict=options.evict,
         window_tokens=pool.spec.window_tokens,
         kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),
         staged_bytes=pool.bytes_of(PageKind.STAGED),
@@ -347,7 +368,12 @@ def _warm_up(core: EngineCore, *, tokens: int, answer: int) -> float:
     params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
     core.submit(
         GenerateRequest(
-            id=WARM_UP, tenant=WARM_UP, scope=WARM_UP, prompt_ids=(0,) * tokens, params=params
+            id=WARM_UP,
+            tenant=WARM_UP,
+            scope=WARM_UP,
+            prompt_ids=(0,) * tokens,
+            params=params,
+            evict=False,
         )
     )
     begun = time.perf_counter()

@@ -118,6 +118,7 @@ class EngineCore:
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         request = Request(spec, now, deadline)
         request.epoch, request.sample = self._forms.enter(spec)
+        request.watch = self._runner.watch(spec) if self.sharing.may_evict(spec) else None
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
         request.held = self._held(request)
@@ -127,8 +128,7 @@ class EngineCore:
 
     def cancel(self, request_id: str) -> None:
         """End a request without another word to its client; unknown ids are ignored."""
-        request = self._requests.get(request_id)
-        if request is not None:
+        if (request := self._requests.get(request_id)) is not None:
             self._end_request(request, FinishReason.CANCELLED)
 
     def purge(self, tenant: str) -> Purged:
@@ -215,6 +215,7 @@ class EngineCore:
             if closes or item.sequence.uncommitted:
                 self._caches.of_view(view).commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
+            self._scheduler.packs.pack(item.sequence)
         now = time.monotonic()
         self._fail_unstored(own, stepped, now)
         compare(work, stepped)

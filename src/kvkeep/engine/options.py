@@ -12,6 +12,9 @@ KvName = CodedName | Literal["bf16", "auto"]
 `calibrated` for bits per layer and KV head from a file beside the checkpoint.
 """
 
+EvictName = Literal["off", "corm", "corm-paper"]
+"""Which tokens are forgotten: none, by the preset tuned here, or as published."""
+
 PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
 
 
@@ -73,6 +76,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     guard_state: str | None = None
     """File that carries steps back over restarts."""
     kv_cache_bytes: int | None = None
+    evict: EvictName = "off"
+    evict_window: int | None = None
+    """Of these, None keeps the preset's."""
+    evict_recent: int | None = None
+    evict_weight: float | None = None
+    evict_cap: int | None = None
+    evict_observe_every: int | None = None
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"
     attention_share_across_tenants: Literal["public", "never"] = "public"

@@ -48,6 +48,7 @@ def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> Eng
         attention_read_bytes_total=of.runner.kernels.attention.bytes_read,
         kv_chosen=tuple(sorted(c.chosen.items())),
         encoded_pages_total=read.encoded_pages,
+        evict=of.runner.evict_stats(of.scheduler.packs.given_up),
         finished=tuple((reason.value, c.finished[reason]) for reason in FinishReason),
         ttft_s=c.ttft.snapshot(),
         tpot_s=c.tpot.snapshot(),

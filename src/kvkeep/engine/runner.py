@@ -11,10 +11,14 @@ import numpy as np
 import torch
 
 from kvkeep.attention.planner import AttentionPlanner
+from kvkeep.cache.packing import Packing
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
+from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
+from kvkeep.engine.evicted import EvictCounts
+from kvkeep.engine.packer import Packer
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
 from kvkeep.engine.work import Work
@@ -23,6 +27,7 @@ from kvkeep.models.host import HostedModel
 from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
 from kvkeep.quant.codec import KVShape
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, Segment, View
+from kvkeep.watch import Watch
 
 
 class Stepped(NamedTuple):
@@ -82,6 +87,8 @@ class ModelRunner:
             parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
         )
         self.read = Read()
+        self.packer = Packer(parts.shape, self._spec)
+        self._evicted = EvictCounts()
 
     @property
     def kernels(self) -> Ops:
@@ -111,16 +118,32 @@ class ModelRunner:
         )
         logits = parts.model.forward(ids_there, positions_there, kv, rows_there)
         model_s = time.perf_counter() - begun
+        self._evicted.take(step.geometry)
         kv.finish()
+        self._evicted.decided(step.geometry)
         for item in work:
             item.view.length = max(item.view.length, item.start + item.count)
         self._staging.drop_encoded(step.geometry)
         self.read.encoded_pages += kv.encoded // parts.shape.num_layers
         return Stepped(logits, prompt_rows, model_s, kv.failed)
 
+    def watch(self, spec: GenerateRequest) -> Watch | None:
+        """Return when a request's rows are observed and its tokens evicted; None: never."""
+        return self._parts.techniques.evictor.watch(len(spec.prompt_ids))
+
     def fork(self, view: View, twin: View) -> None:
         """Let a fork see the recent tokens of its source."""
         self._staging.fork(view, twin)
+
+    def pack(self, view: View, packing: Packing) -> None:
+        """Give back what a view's evicted tokens took; see `Packer.pack`."""
+        self.packer.pack(view, packing)
+
+    def evict_stats(self, unpacked: int) -> EvictStats:
+        """Return what eviction has done; `unpacked`: times there was no room to pack."""
+        packer = self.packer
+        masked = unpacked + packer.masked_views
+        return self._evicted.stats(packer.packed_views, packer.freed_bytes, masked)
 
     def forget(self, view: View) -> None:
         """Drop what planner and staging remember of a view that ended."""
@@ -133,9 +156,11 @@ class ModelRunner:
         closing: list[Closing] = []
         row = 0
         for item in work:
-            view = item.view
-            if view.evict is None and not item.shadow:
-                view.evict = self._parts.techniques.evictor.new_state(self._spec)
+            view, request = item.view, item.sequence.request
+            if view.evict is None and request.watch is not None and not item.shadow:
+                view.evict = self._parts.techniques.evictor.new_state(
+                    self._spec, request.watch, request.spec.protected
+                )
             coded = self._coded == view.tag.codec
             end = item.start + item.count
             staged, staged_from = self._staging.pages_of(view, end, coded=coded)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
+from kvkeep.engine.packs import Packs
 from kvkeep.engine.sequence import Request, Sequence, Status
 from kvkeep.engine.shadows import Shadows, with_shadows
 from kvkeep.engine.work import Lane, Planned, ViewKeeper, Work
@@ -67,6 +68,7 @@ class Scheduler:
         self._tenants: dict[str, _Tenant] = {}
         self._robin = DeficitRoundRobin(limits.chunk_tokens)
         self.preemptions = 0
+        self.packs = Packs(caches, keeper)
 
     def set_tenants(self, shares: Mapping[str, float]) -> None:
         """Set each tenant's part of the running sequences; tenants left out must have none."""
@@ -176,6 +178,8 @@ class Scheduler:
         """Return the next step's work: a row per decode, prefill chunks within the budget."""
         for name in sorted(self._tenants):
             self._admit(self._tenants[name])
+            for sequence in list(self._tenants[name].running):
+                self._pack(self._tenants[name], sequence)
         work = [w for name in sorted(self._tenants) for w in self._decodes(self._tenants[name])]
         planned: Planned = {}
         self._robin.spend(
@@ -244,10 +248,11 @@ class Scheduler:
 
     def _reusable(self, sequence: Sequence, pages: PageSpec) -> int:
         """Return how many leading tokens may come from the cache."""
-        spec = sequence.request.spec
+        spec, watch = sequence.request.spec, sequence.request.watch
         if spec.params.prompt_logprobs is not None and not sequence.generated:
             return 0
-        return len(sequence.tokens) - (0 if pages.window_tokens is None else 1)
+        most = len(sequence.tokens) - (0 if pages.window_tokens is None else 1)
+        return most if watch is None else min(most, watch.first)
 
     def _decodes(self, tenant: _Tenant) -> list[Work]:
         self._shadows.drop_served(tenant.running)
@@ -279,6 +284,18 @@ class Scheduler:
             else:
                 return True
 
+    def _pack(self, tenant: _Tenant, sequence: Sequence) -> None:
+        """Pack a sequence, preempting its tenant's youngest for room.
+
+        One that finds none even alone keeps its pages, masked: how it goes on depends on nothing
+        but its own tokens and its tenant's share.
+        """
+        while sequence in tenant.running and not self.packs.pack(sequence):
+            if len(tenant.running) == 1:
+                self.packs.give_up(sequence)
+            else:
+                self._preempt(tenant, tenant.running[-1])
+
     def _preempt(self, tenant: _Tenant, victim: Sequence) -> None:
         self.preemptions += 1
         tenant.running.remove(victim)
@@ -300,7 +317,8 @@ class Scheduler:
         """Return what comes next of the tenant's first sequence with prefill left, and its rows."""
         for sequence in tenant.running:
             begin = planned.get(Lane(sequence), sequence.next_position())
-            if begin < len(sequence.tokens) and (Lane(sequence) in planned or _prefills(sequence)):
+            left = begin < len(sequence.tokens) and sequence.to_edge(begin)
+            if left and (Lane(sequence) in planned or _prefills(sequence)):
                 return self._piece(sequence, planned)
         return None
 
@@ -317,7 +335,8 @@ class Scheduler:
             left = last + (not waits) - begin[lane]
             if left > 0:
                 chunk = self._limits.chunk_tokens
-                return lane, min(left, chunk - begin[lane] % chunk)
+                rows = min(left, chunk - begin[lane] % chunk)
+                return lane, rows if lane.shadow else min(rows, sequence.to_edge(begin[lane]))
         return None
 
     def _held_back(self, sequence: Sequence) -> bool:

@@ -14,6 +14,7 @@ from kvkeep.engine.held import Held
 from kvkeep.engine.output import SequenceOutput
 from kvkeep.engine.sampling import SequenceSampling
 from kvkeep.types import Int32Array, View
+from kvkeep.watch import Watch
 
 
 class Status(Enum):
@@ -71,6 +72,8 @@ class Request:
     """What stores its pages; fixed once, when it is first admitted."""
     settled: bool = False
     """Whether that has happened."""
+    watch: Watch | None = None
+    """When its rows are observed and its tokens evicted; None: nothing of it is."""
     epoch: int = 0
     """Of its tenant's guard."""
     sample: Sample | None = None
@@ -119,6 +122,14 @@ class Sequence:
         """Return the first position to compute: what is not stored, or the last token if all is."""
         assert self.view is not None
         return min(self.view.length, len(self.tokens) - 1)
+
+    def to_edge(self, begin: int) -> int:
+        """Return how many rows from `begin` on may be computed in the step under way.
+
+        At an edge tokens may be evicted, and later rows see what is left.
+        """
+        watch = self.request.watch
+        return len(self.tokens) if watch is None else watch.edge(self.next_position()) - begin
 
     def remaining(self) -> int:
         """Return how many rows are left until the next token can be sampled (at least 1)."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvkeep.cache.accounts import Retention
-from kvkeep.engine.api import SharingStats, TenantTerms
+from kvkeep.engine.api import GenerateRequest, SharingStats, TenantTerms
 from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.options import SharingOptions
 from kvkeep.errors import ConfigError
@@ -156,6 +156,11 @@ class Sharing:
         """Tell whether an account's pages may be coded, where an engine can choose."""
         term = self._terms.get(account)
         return term is None or term.coded
+
+    def may_evict(self, spec: GenerateRequest) -> bool:
+        """Tell whether tokens of a request may be evicted: by its own word and its account's."""
+        term = self._terms.get(spec.tenant)
+        return spec.evict and (term is None or term.evict)
 
     def _consumes(self, account: str) -> bool:
         return self.directory.consumer(account) is not None

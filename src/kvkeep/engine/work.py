@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from kvkeep.cache.packing import Packing
 from kvkeep.engine.sequence import Sequence
 from kvkeep.types import View
 
@@ -60,3 +61,6 @@ class ViewKeeper(Protocol):
 
     def fork(self, view: View, twin: View) -> None:
         """Remember of a fork what is remembered of its source."""
+
+    def pack(self, view: View, packing: Packing) -> None:
+        """Give back what a view's evicted tokens took; raises `CapacityError` without room."""

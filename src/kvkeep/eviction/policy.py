@@ -6,20 +6,27 @@ from typing import Protocol
 
 import numpy as np
 
-from kvkeep.types import EvictState, PageSpec, UInt64Array
+from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, UInt64Array
+from kvkeep.watch import EvictState, Spans, Watch
 
 
 class Evictor(Protocol):
-    """Watches which tokens queries look at and masks the others."""
+    """Watches which tokens queries look at and masks the others.
 
-    def new_state(self, spec: PageSpec) -> EvictState:
+    What it decides for a view follows from the view's own rows, in order of position.
+    """
+
+    def watch(self, prompt_tokens: int) -> Watch | None:
+        """Return when a view of such a prompt is watched; None: never, and nothing is evicted."""
+
+    def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
         """Return the state of a fresh view."""
 
     def thresholds(self, state: EvictState, position: int) -> float:
         """Return log2 of the weight that makes a hit at `position`; +inf: unobserved."""
 
-    def observe(self, state: EvictState, layer: int, hits: UInt64Array, position: int) -> None:
-        """Take in hits [P, Hkv] of one layer, seen by a query at `position`."""
+    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+        """Take in stamps [P, Hkv, S] of one layer: who looked last at each token, -1 for nobody."""
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
         """Return live masks [P, L, Hkv]; an empty array keeps everything."""
@@ -28,19 +35,35 @@ class Evictor(Protocol):
 class KeepAll:
     """Nothing is ever evicted: the baseline."""
 
-    def new_state(self, spec: PageSpec) -> EvictState:
+    def watch(self, prompt_tokens: int) -> Watch | None:
+        """Nobody is watched."""
+
+    def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
         """Return a state with no masks and no stamps."""
-        shape = (0, spec.num_layers, spec.num_kv_heads)
-        return EvictState(np.zeros(shape, np.uint64), np.zeros(shape, np.int32))
+        return empty_state(spec, watch, protected)
 
     def thresholds(self, state: EvictState, position: int) -> float:
         """No query is observed."""
         return float("inf")
 
-    def observe(self, state: EvictState, layer: int, hits: UInt64Array, position: int) -> None:
-        """Nothing is remembered beyond the tokens seen."""
-        state.seen_tokens = max(state.seen_tokens, position + 1)
+    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+        """Nothing is remembered."""
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
         """Everything stays live."""
         return state.masks
+
+
+def positions(state: EvictState, pages: int) -> Int32Array:
+    """Return [P, S] positions; those of packed tiles are lower than their tokens' own."""
+    index = np.arange(pages, dtype=np.int32)
+    index[state.packed_end :] += state.gap
+    found: Int32Array = (index[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).astype(np.int32)
+    return found
+
+
+def empty_state(spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
+    """Return a state that has seen nothing."""
+    layers, heads = spec.num_layers, spec.num_kv_heads
+    masks = np.zeros((0, layers, heads), np.uint64)
+    return EvictState(masks, np.zeros((layers, 0, heads, PAGE_TOKENS), np.int32), watch, protected)

@@ -164,6 +164,7 @@ class Attention:
         scale: float,
         thresholds: int,
         hits: int,
+        stamps: int,
     ) -> None: ...
     def merge(
         self,

@@ -28,7 +28,7 @@ from kvkeep.ops.layout import (
     LayerKV,
     Observe,
 )
-from kvkeep.types import Int32Array, Layout
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
 _NATIVE = {Layout.F32: _native.Layout.F32, Layout.BF16: _native.Layout.BF16}
 
@@ -121,12 +121,14 @@ class CpuAttention:
         q_token, q_head, _ = q.stride()
         out = torch.empty((rows, heads, dim), dtype=q.dtype)
         lse2 = torch.empty((rows, heads), dtype=torch.float32)
-        thresholds = hits = None
+        thresholds = hits = stamps = None
         if observe is not None:
             thresholds = np.ascontiguousarray(observe.log2_thresholds, np.float32)
             if len(thresholds) != rows:
                 raise KernelInputError(f"{len(thresholds)} thresholds for {rows} rows")
             hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
+            if observe.stamps:
+                stamps = np.full((*hits.shape, PAGE_TOKENS), -1, np.int32)
         cache = self._cache(kv, layout)
         try:
             self._native.attend(
@@ -140,10 +142,11 @@ class CpuAttention:
                 math.log2(math.e) / math.sqrt(dim),
                 _address(thresholds),
                 _address(hits),
+                _address(stamps),
             )
         except ValueError as error:
             raise KernelInputError(str(error)) from None
-        return Attended(out, lse2, hits)
+        return Attended(out, lse2, hits, stamps)
 
     def prepare(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
         """Cut a plan into work now; the step's first `attend` does so otherwise."""

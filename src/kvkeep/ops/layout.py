@@ -146,6 +146,8 @@ class Observe:
 
     log2_thresholds: FloatArray
     """[T]; +inf for rows that are not observed."""
+    stamps: bool = False
+    """Whether to tell which row looked last, where several rows of one view are observed."""
 
 
 class Attended(NamedTuple):
@@ -157,6 +159,8 @@ class Attended(NamedTuple):
     """[T, Hq] float32 log-sum-exp, base 2."""
     hits: UInt64Array | None
     """[E, Hkv] bit per token hit by an observed row and a head of its group, if asked."""
+    stamps: Int32Array | None = None
+    """[E, Hkv, S] the highest position of a row that hit a token, -1 where none; if asked."""
 
 
 class WeightFold(Protocol):

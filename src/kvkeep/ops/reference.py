@@ -62,7 +62,10 @@ class ReferenceAttention:
             check_pool(kv, stored)
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
-        hits = None if observe is None else np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
+        hits = stamps = None
+        if observe is not None:
+            hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
+            stamps = np.full((*hits.shape, PAGE_TOKENS), -1, np.int32) if observe.stamps else None
         for rows, runs in chains(plan):
             tokens = _GroupTokens(kv, plan, runs, layout, self._compute)
             self.bytes_read += tokens.bytes
@@ -73,7 +76,9 @@ class ReferenceAttention:
                 if observe is not None and hits is not None:
                     seen = weights2 >= float(observe.log2_thresholds[row])
                     tokens.mark(hits, seen.any(dim=1))
-        return Attended(out, lse2, hits)
+                    if stamps is not None:
+                        tokens.stamp(stamps, seen.any(dim=1), int(plan.row_positions[row]))
+        return Attended(out, lse2, hits, stamps)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq]; a part with lse2 = -inf is empty."""
@@ -184,6 +189,13 @@ class _GroupTokens:
             for head in range(len(seen)):
                 bits = seen[head, _rows(i)].tolist()  # [] beyond n
                 hits[entry, head] |= np.uint64(sum(1 << t for t, bit in enumerate(bits) if bit))
+
+    def stamp(self, stamps: Int32Array, seen: torch.Tensor, position: int) -> None:
+        """Raise stamps [E, Hkv, S] to `position` where seen [Hkv, n]."""
+        for i, entry in enumerate(self.entries):
+            own = seen[:, _rows(i)].numpy()
+            hit = stamps[entry, :, : own.shape[1]]
+            hit[own] = np.maximum(hit[own], position)
 
 
 def _rows(place: int) -> slice:

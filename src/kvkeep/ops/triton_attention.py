@@ -38,8 +38,9 @@ from kvkeep.ops.layout import (
     Observe,
 )
 from kvkeep.ops.tasks import ROW_CLASSES, TASK_FIELDS, Tasks, cut_tasks
+from kvkeep.ops.triton_observe import Looked
 from kvkeep.ops.upload import Uploader
-from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
+from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
 
 _PROGRAMS_PER_CORE: Final = 2
 _INTERPRETED_PROGRAMS: Final = 16
@@ -176,10 +177,9 @@ class TritonAttention:
         self.calls += 1
         self.bytes_read += prepared.bytes_read(kv)
         self.decode_calls += prepared.coded_visits * kv.num_kv_heads * self._decode
-        hits = None
-        if observe is not None:
-            hits = self._observe(q, kv, prepared, lse2, observe, common)
-        return Attended(out, lse2, hits)
+        if observe is None:
+            return Attended(out, lse2, None)
+        return Attended(out, lse2, *self._observe(q, kv, prepared, lse2, observe, common))
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; one with lse2 = -inf is empty."""
@@ -243,22 +243,21 @@ class TritonAttention:
         lse2: torch.Tensor,
         observe: Observe,
         common: dict[str, Any],
-    ) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """Return hits [E, Hkv]: the words of all tasks, joined on the host."""
+    ) -> tuple[UInt64Array, Int32Array | None]:
+        """Return hits [E, Hkv] and, if asked, stamps: what all tasks found, joined on the host."""
         visits, arrays = prepared.tasks.visits, prepared.arrays
         thresholds = self._thresholds(observe, q.shape[0])
-        words = torch.zeros((len(visits), kv.num_kv_heads), dtype=torch.int64, device=self._device)
+        found = Looked(visits, kv.num_kv_heads, self._device, stamps=observe.stamps)
         for launch in prepared.tasks.launches:
             chosen = self._kernels_of(launch.layout, q, kv)
             chosen.observe[launch.end - launch.begin, kv.num_kv_heads](
                 *chosen.tiles, arrays.table, arrays.tasks[launch.begin :],
                 arrays.visits, arrays.order, arrays.positions, arrays.pages, arrays.private,
-                arrays.masks, q, lse2, thresholds, words, **common, **chosen.fixed,
-                ROWS=launch.rows, num_warps=_warps(launch.rows),
+                arrays.masks, q, lse2, thresholds, found.words, found.stamps, **common,
+                **chosen.fixed, ROWS=launch.rows, STAMPS=observe.stamps,
+                num_warps=_warps(launch.rows),
             )  # fmt: skip
-        hits = np.zeros((len(prepared.plan.pages), kv.num_kv_heads), np.uint64)
-        np.bitwise_or.at(hits, visits[:, 0], words.cpu().numpy().view(np.uint64))
-        return hits
+        return found.joined(len(prepared.plan.pages))
 
     def _thresholds(self, observe: Observe, rows: int) -> torch.Tensor:
         """Return thresholds [T] on the device, kept from the layer before where they are its."""

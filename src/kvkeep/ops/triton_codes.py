@@ -23,6 +23,7 @@ from kvkeep.ops.triton_kernels import (
     find_rows,
     find_targets,
     find_tile,
+    latest_of,
     least_scores,
     load_channels,
     store_channels,
@@ -294,12 +295,12 @@ def coded_node_kernel(
 @triton.jit(do_not_specialize=["layer"])
 def coded_observe_kernel(
     tiles, halves, table, tasks, visits, order, positions, pages, private, masks,
-    q, lse2, thresholds, words,
+    q, lse2, thresholds, words, stamps,
     q_token, q_head, layer, num_layers, num_kv_heads, scale,
     G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     NP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINK_BYTE: tl.constexpr, WIDEN: tl.constexpr,
-    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr, STAMPS: tl.constexpr,
 ):  # fmt: skip
     """Write the words of coded visits, as `triton_kernels.observe_kernel` does."""
     task = tasks + tl.program_id(0) * TASK_FIELDS
@@ -323,4 +324,7 @@ def coded_observe_kernel(
             queries, codes_at, halves_at, seen, live, first, at, t, scale,
             S, D, NP, KP, BLOCK, K_BITS, SINK_BYTE, WIDEN,
         )  # fmt: skip
-        tl.store(words + (begin + i) * num_kv_heads + head, word_of(scores, least, t))
+        found = (begin + i) * num_kv_heads + head
+        tl.store(words + found, word_of(scores, least, t))
+        if STAMPS:
+            tl.store(stamps + found * S + t, latest_of(scores, least, at))

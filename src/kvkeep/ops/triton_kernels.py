@@ -110,6 +110,12 @@ def word_of(scores, least, t):
 
 
 @triton.jit
+def latest_of(scores, least, at):
+    """Return the highest position of a row that scores a token at least so, -1 for none."""
+    return tl.max(tl.where(scores >= least[:, None], at[:, None], -1), 0)
+
+
+@triton.jit
 def find_tile(
     visit, top, t, head, pages, table, private, masks, layer, num_layers, num_kv_heads,
     HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
@@ -197,12 +203,15 @@ def node_kernel(
 @triton.jit(do_not_specialize=["layer"])
 def observe_kernel(
     tiles, table, tasks, visits, order, positions, pages, private, masks,
-    q, lse2, thresholds, words,
+    q, lse2, thresholds, words, stamps,
     q_token, q_head, layer, num_layers, num_kv_heads, scale,
     G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_PRIVATE: tl.constexpr, HAS_MASKS: tl.constexpr, STAMPS: tl.constexpr,
 ):  # fmt: skip
-    """Write one word per (visit, KV head): the tokens some row gave 2^threshold of its weight."""
+    """Write one word per (visit, KV head): the tokens some row gave 2^threshold of its weight.
+
+    With STAMPS, the highest position of such a row beside each token, -1 where there is none.
+    """
     task = tasks + tl.program_id(0) * TASK_FIELDS
     head = tl.program_id(1)
     if tl.load(task + 1) == 0:
@@ -220,7 +229,10 @@ def observe_kernel(
             layer, num_layers, num_kv_heads, HAS_PRIVATE, HAS_MASKS,
         )  # fmt: skip
         scores = score_tile(queries, tiles, tile, seen, first, at, scale, S, D, BLOCK_D, UNIT)
-        tl.store(words + (begin + i) * num_kv_heads + head, word_of(scores, least, t))
+        found = (begin + i) * num_kv_heads + head
+        tl.store(words + found, word_of(scores, least, t))
+        if STAMPS:
+            tl.store(stamps + found * S + t, latest_of(scores, least, at))
 
 
 @triton.jit

@@ -42,6 +42,8 @@ class Identity:
     """From the header; one in the body narrows further."""
     store: bool = True
     """Whether what it sends may stay cached."""
+    evict: bool = True
+    """Whether tokens of it may be evicted."""
 
 
 class Headers(Protocol):
@@ -108,8 +110,9 @@ class Authenticator:
             )
         account, concurrency = _account(tenant, child)
         return Identity(
-            account, key.id, concurrency, subject, _header_salt(headers), _stores(headers)
-        )
+            account, key.id, concurrency, subject, _header_salt(headers),
+            store=_may(headers, "X-Kvkeep-Store"), evict=_may(headers, "X-Kvkeep-Evict"),
+        )  # fmt: skip
 
 
 class LoopbackAuthenticator:
@@ -134,8 +137,9 @@ class LoopbackAuthenticator:
                 "without authentication only a loopback host name is served", param="Host"
             )
         return Identity(
-            LOCAL, LOCAL, self._concurrency, connection, _header_salt(headers), _stores(headers)
-        )
+            LOCAL, LOCAL, self._concurrency, connection, _header_salt(headers),
+            store=_may(headers, "X-Kvkeep-Store"), evict=_may(headers, "X-Kvkeep-Evict"),
+        )  # fmt: skip
 
 
 def _account(tenant: Tenant, child: str | None) -> tuple[str, int]:
@@ -160,11 +164,11 @@ def _header_salt(headers: Headers) -> str | None:
     return None if value is None else check_salt(value, "X-Cache-Salt")
 
 
-def _stores(headers: Headers) -> bool:
-    """Return whether a request may be kept; a word that is not known must not be taken for yes."""
-    value = _single(headers, "x-kvkeep-store")
+def _may(headers: Headers, name: str) -> bool:
+    """Tell whether a header does not forbid; a word that is not known must not be taken for yes."""
+    value = _single(headers, name.lower())
     if value not in (None, "never"):
-        raise InvalidRequest("must be 'never'; leave it out to cache", param="X-Kvkeep-Store")
+        raise InvalidRequest("must be 'never'; leave the header out to allow it", param=name)
     return value is None
 
 

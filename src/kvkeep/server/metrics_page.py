@@ -85,6 +85,13 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
         (m.FLAT_BYTES, stats.attention_flat_bytes_total),
         (m.READ_BYTES, stats.attention_read_bytes_total),
         (m.ENCODED_PAGES, stats.encoded_pages_total),
+        (m.EVICT_SEEN, stats.evict.seen_tokens_total),
+        (m.EVICT_LIVE, stats.evict.live_tokens_total),
+        (m.EVICT_PROMPT, stats.evict.prompt_tokens_total),
+        (m.EVICT_KEPT, stats.evict.prompt_kept_tokens_total),
+        (m.EVICT_PACKED, stats.evict.packed_views_total),
+        (m.EVICT_FREED, stats.evict.freed_bytes_total),
+        (m.EVICT_MASKED, stats.evict.masked_only_total),
     )
     for metric, value in plain:
         yield _simple(metric, [((), float(value))], model)

@@ -25,7 +25,7 @@ from kvkeep.server.schemas import (
     TokenizeRequest,
 )
 from kvkeep.server.streaming import Answer, Events, UsageMode
-from kvkeep.server.text import TextModel
+from kvkeep.server.text import ChatMessage, TextModel
 from kvkeep.server.validation import (
     Wanted,
     check_chars,
@@ -92,7 +92,7 @@ def prepare_chat(context: Context, raw: bytes) -> Prepared:
     head = Head(f"chatcmpl-{context.id}", int(time.time()), request.model)
     logprobs = params.logprobs is not None
     return Prepared(
-        requests=_requests(context, request, [ids], [params]),
+        requests=_requests(context, request, [ids], [params], _system(context, messages, ids)),
         stream=bool(request.stream),
         answer=ChatAnswer(head, params.n, logprobs),
         events=ChatEvents(head, logprobs, UsageMode.of(request.stream_options)),
@@ -224,6 +224,20 @@ def _prompt_ids(context: Context, prompt: str | list[int]) -> list[int]:
     return ids
 
 
+def _system(
+    context: Context, messages: Sequence[ChatMessage], ids: list[int]
+) -> tuple[tuple[int, int], ...]:
+    """Return the span of a chat's system prompt where tokens are evicted: it stays."""
+    if context.info.evict == "off" or messages[0]["role"] != "system":
+        return ()
+    try:
+        alone = context.text.apply_chat(messages[:1], add_generation_prompt=False)
+    except InvalidRequest:
+        return ()
+    same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+    return ((0, same),) if same else ()
+
+
 def _echo(context: Context, prompt: str | list[int], ids: list[int]) -> Echo:
     text = prompt if isinstance(prompt, str) else context.text.decode(ids)
     return Echo(text, context.text.token_text(ids[0]))
@@ -234,6 +248,7 @@ def _requests(
     request: SamplingFields,
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
+    protected: tuple[tuple[int, int], ...] = (),
 ) -> tuple[GenerateRequest, ...]:
     identity = context.identity
     body_salt = None if request.cache_salt is UNSET else request.cache_salt
@@ -251,6 +266,8 @@ def _requests(
             params=param,
             deadline_s=context.options.deadline_s,
             store=identity.store,
+            evict=identity.evict,
+            protected=protected,
         )
         for i, (ids, param) in enumerate(zip(prompts, params, strict=True))
     )

@@ -42,6 +42,7 @@ class SharingTerms:
     store: Store = "disk"
     ttl_s: float | None = None
     coded: bool = True
+    evict: bool = True
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +80,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without use after which its pages go."""
     coded: bool = True
     """Whether its long requests are coded, under `kv = auto`."""
+    evict: bool = True
+    """Whether tokens of its requests may be evicted, where an engine does so."""
 
     def terms(self) -> TenantTerms:
         """Return what the engine needs to know beside the share."""
@@ -90,6 +93,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
             store=self.store,
             ttl_s=self.ttl_s,
             coded=self.coded,
+            evict=self.evict,
         )
 
 
@@ -245,6 +249,7 @@ class TenantFile:
                 store=terms.store,
                 ttl_s=terms.ttl_s,
                 coded=terms.coded,
+                evict=terms.evict,
             )
             cell.table = msgspec.structs.replace(cell.table, tenants=(*cell.table.tenants, tenant))
         return key

@@ -122,6 +122,7 @@ struct Job {
   int record_rows;          // T * G
   const float* thresholds;  // [T] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
+  int32_t* stamps;          // [E, Hkv, S] or null: only hits are asked for
   float* states;            // where pieces leave theirs
   int* bad_tile;            // set where a tile id lies outside the pool
 };

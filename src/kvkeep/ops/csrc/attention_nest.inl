@@ -134,19 +134,47 @@ void fold(const Job& job, const Item& item, char* scratch) {
   if (item.leaf) finish(job, panel, carried.total);
 }
 
-// Set the bits of the step's tokens that row `row`, of scores `s`, gives its threshold or more.
-template <class K>
-inline void mark_hits(const Job& job, const Panel<K>& panel, const Step& step, int row,
-                      const float* s, uint64_t (&hit)[2]) {
-  uint64_t seen[2];
-  seen_by(step, panel.position[row], seen);
-  const int token = panel.query[row] / (job.cache.kv_heads * job.group);
-  const float least = job.lse2[panel.query[row]] + job.thresholds[token];
-  for (int t = 0; t < kStep; t++) {
-    if (seen[t / kPage] >> (t % kPage) & 1 && s[t] >= least)
-      hit[t / kPage] |= uint64_t{1} << t % kPage;
+// The last position at which an observed row looked at each of a step's tokens; -1: none did.
+struct Looked {
+  int32_t at[kStep];
+
+  Looked() {
+    for (int t = 0; t < kStep; t++) at[t] = -1;
   }
-}
+
+  // Take in the tokens that row `row`, of scores `s`, gives its threshold or more.
+  template <class K>
+  void mark(const Job& job, const Panel<K>& panel, const Step& step, int row, const float* s) {
+    uint64_t seen[2];
+    seen_by(step, panel.position[row], seen);
+    const int token = panel.query[row] / (job.cache.kv_heads * job.group);
+    const float least = job.lse2[panel.query[row]] + job.thresholds[token];
+    const int32_t position = panel.position[row];
+    for (int t = 0; t < kStep; t++) {
+      const bool hit = seen[t / kPage] >> (t % kPage) & 1 && s[t] >= least;
+      at[t] = hit && position > at[t] ? position : at[t];
+    }
+  }
+
+  // Join tile j's tokens to what other items have found.
+  void hand_out(const Job& job, const Item& item, const Step& step, int j) const {
+    const int64_t tile = int64_t{step.entry[j]} * job.cache.kv_heads + item.head;
+    uint64_t hit = 0;
+    for (int t = 0; t < kPage; t++) {
+      const int32_t position = at[j * kPage + t];
+      if (position < 0) continue;
+      hit |= uint64_t{1} << t;
+      if (!job.stamps) continue;
+      int32_t* stamp = job.stamps + tile * kPage + t;
+      int32_t known = __atomic_load_n(stamp, __ATOMIC_RELAXED);
+      while (known < position &&
+             !__atomic_compare_exchange_n(stamp, &known, position, true, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED)) {
+      }
+    }
+    if (hit) __atomic_fetch_or(job.hits + tile, hit, __ATOMIC_RELAXED);
+  }
+};
 
 // Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2
 // is final by now.
@@ -166,18 +194,15 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
     Step step;
     if (!find_step(job, item, last, last, position, run, step)) continue;
     bytes += step.bytes(job.cache.dim, true);
-    uint64_t hit[2] = {0, 0};
+    Looked looked;
     Alone alone;
     in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
       score_step(job, panel, step, from, to, prefetches, alone);
       for (int r = from; r < to; r++)
-        mark_hits(job, panel, step, r, panel.s + (r - from) * kStep, hit);
+        looked.mark(job, panel, step, r, panel.s + (r - from) * kStep);
     });
-    for (int j = 0; j < 2; j++) {
-      if (!hit[j]) continue;
-      __atomic_fetch_or(job.hits + int64_t{step.entry[j]} * job.cache.kv_heads + item.head, hit[j],
-                        __ATOMIC_RELAXED);
-    }
+    for (int j = 0; j < 2; j++)
+      if (step.tile[j]) looked.hand_out(job, item, step, j);
   }
   return bytes;
 }

@@ -190,7 +190,7 @@ void bind_attention(nb::module_& m) {
           "attend",
           [](Attention& self, const PreparedPlan& plan, const Cache& cache, uintptr_t q,
              int64_t q_token, int64_t q_head, uintptr_t out, uintptr_t lse2, float scale,
-             uintptr_t thresholds, uintptr_t hits) {
+             uintptr_t thresholds, uintptr_t hits, uintptr_t stamps) {
             self.attend(plan, {at<void>(q),
                                q_token,
                                q_head,
@@ -207,10 +207,11 @@ void bind_attention(nb::module_& m) {
                                0,
                                at<float>(thresholds),
                                at<uint64_t>(hits),
+                               at<int32_t>(stamps),
                                nullptr});
           },
           "plan"_a, "cache"_a, "q"_a, "q_token"_a, "q_head"_a, "out"_a, "lse2"_a, "scale"_a,
-          "thresholds"_a, "hits"_a, nb::call_guard<nb::gil_scoped_release>())
+          "thresholds"_a, "hits"_a, "stamps"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "merge",
           [](Attention& self, Layout layout, uintptr_t outs, uintptr_t lse2s, int64_t parts,

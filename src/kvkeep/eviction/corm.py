@@ -1,0 +1,217 @@
+"""CORM: a head forgets what none of its recent queries gave more than its share (2404.15949).
+
+A token is important to a query that has seen t tokens if its weight is at least c / t. A KV head
+drops, for good, a token that was important to no query of its group among the last w, unless it is
+one of the r most recent ones. How much stays is an outcome, not a budget.
+
+The published form keeps w rows of bits per head. "No bit among the last w" is "last hit w or more
+positions ago", so one stamp per token says the same (derived; compared bit for bit in the tests).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvkeep.errors import ConfigError
+from kvkeep.eviction.policy import empty_state, positions
+from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, UInt64Array
+from kvkeep.watch import EvictState, Spans, Watch
+
+NEVER: Final = -(1 << 30)
+"""The stamp of a token that no query has looked at."""
+
+FOREVER: Final = 1 << 30
+"""The stamp of a protected token."""
+
+_SLACK: Final = 2e-5
+"""In log2, towards keeping: weights that are equal to the threshold but for rounding count."""
+
+_MAX_TOKENS: Final = 1 << 20
+_MAX_WEIGHT: Final = 1024.0
+_FIRST: Final = 1 << 60
+_FLOOR: Final = 0.2
+"""Of the mean head's tokens, what a capped head keeps at least (AdaKV's safeguard)."""
+
+Birth = Literal["unseen", "seen"]
+"""Whether a new token counts as looked at by its own query."""
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class CormOptions:
+    """The rule's parameters, in tokens unless said otherwise."""
+
+    window: int = 256
+    """w: a token stays while one of so many latest queries found it important."""
+    recent: int = 256
+    """r: so many latest tokens stay in any case."""
+    weight: float = 1.0
+    """c: a token is important from c times the mean weight on."""
+    birth: Birth = "unseen"
+    sinks: int = 4
+    """Leading tokens that stay for good."""
+    cap: int | None = None
+    """Live tokens of a layer's KV head, unless more are protected; None: what the rule keeps."""
+    observe_every: int = 1
+    """After the prompt, one query in so many is observed."""
+    decide_every: int = 1
+    """After the prompt, tokens are dropped when so many more have been seen."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("window", self.window, 1),
+            ("recent", self.recent, 1),
+            ("sinks", self.sinks, 0),
+            ("observe_every", self.observe_every, 1),
+            ("decide_every", self.decide_every, 1),
+        ):
+            if not least <= value <= _MAX_TOKENS:
+                raise ConfigError(
+                    f"evict_{name} is {value}; give a number from {least} to {_MAX_TOKENS}"
+                )
+        if not 0 < self.weight <= _MAX_WEIGHT:
+            raise ConfigError(
+                f"evict_weight is {self.weight}; give a number above 0, {_MAX_WEIGHT:g} at most"
+            )
+        if self.observe_every > self.window:
+            raise ConfigError(
+                f"evict_observe_every is {self.observe_every}: no query of a window of"
+                f" {self.window} might be observed; lower it or raise evict_window"
+            )
+        if self.cap is not None and self.cap < self.sinks + self.recent:
+            raise ConfigError(
+                f"evict_cap is {self.cap}; it must hold the {self.sinks} first and"
+                f" {self.recent} latest tokens: raise it to {self.sinks + self.recent} or more,"
+                " or lower evict_recent"
+            )
+
+
+PRESETS: Final = {
+    "corm-paper": CormOptions(),
+    "corm": CormOptions(window=512, weight=4.0, birth="seen", decide_every=16),
+}
+"""What is published, and the longer window with a higher threshold that keeps more answers at
+less memory.
+"""
+
+
+class Corm:
+    """The evictor; all state is the view's."""
+
+    def __init__(self, options: CormOptions) -> None:
+        self.options = options
+
+    def watch(self, prompt_tokens: int) -> Watch:
+        """Watch a prompt's last w rows and every later one.
+
+        Of a shorter prompt none: nothing could go at its end, and its pages may be reused.
+        """
+        window = self.options.window
+        first = prompt_tokens - window if prompt_tokens >= window else prompt_tokens
+        own = self.options
+        recent = max(own.recent, own.window) if own.birth == "seen" else own.recent
+        return Watch(prompt_tokens, first, own.decide_every, recent)
+
+    def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
+        """Return the state of a view that nobody has looked at."""
+        return empty_state(spec, watch, ((0, self.options.sinks), *protected))
+
+    def thresholds(self, state: EvictState, position: int) -> float:
+        """Return log2(c / t), less a rounding error; t counts all tokens seen, kept or not."""
+        watch, seen = state.watch, position + 1
+        skipped = seen > watch.prompt_tokens and seen % self.options.observe_every
+        if position < watch.first or skipped:
+            return math.inf
+        return math.log2(self.options.weight / seen) - _SLACK
+
+    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+        """Raise the layer's stamps [P, Hkv, S]."""
+        pages = len(stamps)
+        self._cover(state, pages)
+        own = state.last_hit[layer, :pages]
+        np.maximum(own, stamps, out=own)
+
+    def keep(self, state: EvictState, position: int) -> UInt64Array:
+        """Return the masks after the row at `position`; what is dropped once stays so."""
+        options, watch = self.options, state.watch
+        observed = position + 1 - watch.first
+        if not watch.decides(position) or observed < options.window:
+            return state.masks
+        pages = position // PAGE_TOKENS + 1 - state.gap
+        self._cover(state, pages)
+        stamps = state.last_hit[:, :pages]
+        at = positions(state, pages)
+        recent = at > position - options.recent
+        alive = unpack(state.masks, stamps.shape)
+        live = alive & ((position - stamps < options.window) | recent[:, None, :])
+        if options.cap is not None:
+            live = self._capped(live, alive, stamps, at.ravel() - position, options.cap)
+        return pack(live)
+
+    def _capped(
+        self, live: Bools, alive: Bools, stamps: Int32Array, ahead: Int32Array, cap: int
+    ) -> Bools:
+        """Return live tokens [L, P, Hkv, S] between each head's floor and cap.
+
+        What was looked at last stays first, of equals the later token. `ahead` [P * S]: by how much
+        a token's position exceeds the row's.
+        """
+        kept, there, stamp = (_by_head(x) for x in (live, alive, stamps))
+        index = np.arange(kept.shape[-1])
+        unborn = ahead > 0
+        order = stamp.astype(np.int64) * len(index) + index
+        order[(ahead > -self.options.recent) | (stamp >= FOREVER)] += _FIRST
+        order[~there | unborn] = -_FIRST
+        place = np.argsort(np.argsort(-order, axis=-1), axis=-1)
+        counts = (kept & ~unborn).sum(-1)
+        floors = np.ceil(_FLOOR * counts.mean(-1, keepdims=True))
+        chosen = there & (kept | (place < floors[..., None])) & (place < cap)
+        chosen |= unborn | (there & (stamp >= FOREVER))
+        return np.moveaxis(chosen.reshape(*chosen.shape[:2], -1, PAGE_TOKENS), 1, 2)
+
+    def _cover(self, state: EvictState, pages: int) -> None:
+        """Make room for stamps of so many pages; new tokens begin as the birth rule says."""
+        layers, known, heads, rows = state.last_hit.shape
+        if pages <= known:
+            return
+        total = max(pages, known + known // 2)
+        fresh = np.full((total - known, rows), NEVER, np.int32)
+        at = positions(state, total)[known:]
+        if self.options.birth == "seen":
+            fresh = at.copy()
+        for begin, end in state.protected:
+            fresh[(at >= begin) & (at < end)] = FOREVER
+        grown = np.empty((layers, total, heads, rows), np.int32)
+        grown[:, :known] = state.last_hit
+        grown[:, known:] = fresh[:, None, :]
+        state.last_hit = grown
+
+
+def unpack(masks: UInt64Array, shape: tuple[int, ...]) -> Bools:
+    """Return masks [P', L, Hkv] as live tokens of `shape` [L, P, Hkv, S]; beyond P' all live."""
+    layers, pages, heads, rows = shape
+    full = np.full((pages, layers, heads), ~np.uint64(0))
+    known = min(len(masks), pages)
+    full[:known] = masks[:known]
+    bits = np.unpackbits(
+        full.view(np.uint8).reshape(pages, layers, heads, 8), -1, bitorder="little"
+    )
+    return np.moveaxis(bits.view(np.bool_), 0, 1).reshape(shape[0], pages, heads, rows)
+
+
+def pack(live: Bools) -> UInt64Array:
+    """Return live tokens [L, P, Hkv, S] as masks [P, L, Hkv]."""
+    packed = np.packbits(live, -1, bitorder="little").view(np.uint64)[..., 0]
+    return np.ascontiguousarray(np.moveaxis(packed, 0, 1))
+
+
+def _by_head(tokens: NDArray[Any]) -> NDArray[Any]:
+    """Return [L, P, Hkv, S] as [L, Hkv, P * S]."""
+    layers, _, heads, _ = tokens.shape
+    return np.moveaxis(tokens, 2, 1).reshape(layers, heads, -1)

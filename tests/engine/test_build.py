@@ -1,0 +1,44 @@
+"""The techniques that options ask for."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from kvkeep.engine.build import evictor_of
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
+from kvkeep.eviction.corm import PRESETS, Corm
+from kvkeep.eviction.policy import KeepAll
+
+OFF = EngineOptions(model="m")
+
+
+def options(**changes: object) -> EngineOptions:
+    return msgspec.structs.replace(OFF, **changes)
+
+
+def test_presets_and_what_is_changed_of_them() -> None:
+    assert isinstance(evictor_of(OFF), KeepAll)
+    for name, preset in PRESETS.items():
+        found = evictor_of(options(evict=name))
+        assert isinstance(found, Corm)
+        assert found.options == preset
+    found = evictor_of(options(evict="corm", evict_window=300, evict_weight=2.0, evict_cap=900))
+    assert isinstance(found, Corm)
+    assert (found.options.window, found.options.weight, found.options.cap) == (300, 2.0, 900)
+    assert found.options.recent == PRESETS["corm"].recent
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"evict": "h2o"}, "use off, corm or corm-paper"),
+        ({"evict_cap": 900}, "evict_cap is given and evict is off; set evict to corm"),
+        ({"evict": "corm", "evict_window": 0}, "evict_window is 0"),
+        ({"evict": "corm", "evict_cap": 100}, "raise it to 260 or more"),
+    ],
+)
+def test_bad_options_are_refused_at_start(changes: dict[str, object], remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        evictor_of(options(**changes))
