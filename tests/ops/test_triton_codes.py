@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops import codes as coded
