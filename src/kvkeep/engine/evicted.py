@@ -63,4 +63,4 @@ def dropped_tokens(state: EvictState) -> float:
     if not pages:
         return 0.0
     bits = int(np.bitwise_count(state.masks).sum())
-    return (pages + state.gap) * PAGE_TOKENS - bits / (layers * heads)
+    return float((pages + state.gap) * PAGE_TOKENS - bits / (layers * heads))
