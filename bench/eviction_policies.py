@@ -40,7 +40,8 @@ class Seen:
 
     def grouped(self, by_head: Tensor) -> Tensor:
         """Return the mean over each group's heads of [..., Hq, T]."""
-        return by_head.unflatten(-2, (-1, self.group)).mean(-2)
+        *lead, _, tokens = by_head.shape
+        return by_head.reshape(*lead, -1, self.group, tokens).mean(-2)
 
 
 Policy = Callable[[Seen, float], Tensor]
@@ -68,7 +69,8 @@ def corm(seen: Seen, window: int, weight: float) -> Tensor:
     w = min(window, rows)
     least = weight / torch.arange(tokens - w + 1, tokens + 1)
     hit = seen.weights[:, rows - w :] >= least[None, :, None, None]
-    found = hit.any(1).unflatten(1, (-1, seen.group)).any(2)
+    by_head = hit.any(1)
+    found = by_head.reshape(len(by_head), -1, seen.group, tokens).any(2)
     return found | protected(tokens)
 
 
