@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,18 @@ import pytest
 from kvkeep.errors import CheckpointError, ConfigError, ModelNotFound
 from kvkeep.models.classifier import GLINER, load_classifier, load_recogniser
 from tests.classifiers import save_classifier
+
+STAND_IN = """
+class GLiNER:
+    @classmethod
+    def from_pretrained(cls, folder, local_files_only):
+        assert local_files_only
+        return cls()
+
+    def predict_entities(self, text, labels, threshold):
+        assert threshold == 0.3
+        return [{"start": 0, "end": 4, "label": labels[0], "score": 0.9}]
+"""
 
 
 @pytest.fixture
@@ -63,3 +76,18 @@ def test_gliner_needs_its_package(tmp_path: Path) -> None:
     (tmp_path / GLINER).write_text("{}")
     with pytest.raises(ConfigError, match="pip install gliner"):
         load_recogniser(tmp_path)
+
+
+def test_gliner_is_asked_for_what_the_detector_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that name stands in for it: what is loaded, and what it is asked."""
+    package, folder = tmp_path / "package", tmp_path / "model"
+    package.mkdir()
+    folder.mkdir()
+    (folder / GLINER).write_text("{}")
+    (package / "gliner.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(str(package))
+    (span,) = load_recogniser(folder).spans("anna is here")
+    assert (span.start, span.end, span.kind, span.score) == (0, 4, "person_name", 0.9)
+    monkeypatch.delitem(sys.modules, "gliner")
