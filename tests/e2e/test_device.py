@@ -20,9 +20,12 @@ from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.policy import KeepAll
+from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.codec import Float
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
+from tests.calibrated import LAYOUTS
 from tests.e2e.test_tree import GROUP, parts
 from tests.engines import core_for, drive, request, tokens
 from tests.forests import eager
@@ -59,6 +62,16 @@ def ask(name: str, tail: list[int], **params: object) -> GenerateRequest:
     settings = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True, **params}
     sampling = SamplingParams(**settings)  # type: ignore[arg-type]
     return request([*PREFIX, *tail], sampling, id=name, scope="s")
+
+
+def test_bits_that_differ_by_head_are_refused(start: Start) -> None:
+    chosen = Parts(
+        techniques=Techniques(ByHead(LAYOUTS), NoShield(), KeepAll()),
+        planner=FlatPlanner(),
+        policy=ShareNothing(),
+    )
+    with pytest.raises(ConfigError, match="kv: bits that differ by head"):
+        start(64, chosen, **DEVICE_OPTIONS)
 
 
 def said(chunks: dict[str, list[Chunk]]) -> dict[str, list[int]]:

@@ -44,7 +44,7 @@ from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
-from kvkeep.ops.layout import Ops, float_tile_bytes
+from kvkeep.ops.layout import LANE_LAYOUTS, Ops, float_tile_bytes
 from kvkeep.quant import calibration
 from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.codec import Codec, Float, KVShape
@@ -306,6 +306,10 @@ def _pool(
         raise ConfigError(
             f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
             " can drift; choose another kv or leave it at 0"
+        )
+    if spec.forms and shape.layout not in LANE_LAYOUTS.values():
+        raise ConfigError(
+            "kv: bits that differ by head are attended on a CPU only; choose one codec there"
         )
     available = free_on(backend.ops.device) or 2 * DEFAULT_KV_BYTES
     wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
