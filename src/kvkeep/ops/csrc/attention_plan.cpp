@@ -107,6 +107,7 @@ Weight weight_of(Layout layout) {
     case Layout::kK2V2:
       return {21, 8};
     case Layout::kK4V2:
+    case Layout::kByHead:  // two or four bits: which, differs by layer
       return {27, 8};
     case Layout::kK4V4:
       return {33, 8};
@@ -155,10 +156,9 @@ void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const
     check(node.leaf() || first >= node.end - 1, "a row does not see all of a shared group");
     const int32_t seen = std::max(std::min(last + 1, node.end), node.begin);
     const int64_t middle = (int64_t{first} + last) / 2 + 1;  // rows see less, the earlier they are
-    const int64_t cost =
-        kPage * weight_of(prepared.layout).of(end - begin) +
-        cost_of(arrays.plan, run_begin, run_end, end - begin, node.begin,
-                std::clamp<int64_t>(middle, node.begin, seen));
+    const int64_t cost = kPage * weight_of(prepared.layout).of(end - begin) +
+                         cost_of(arrays.plan, run_begin, run_end, end - begin, node.begin,
+                                 std::clamp<int64_t>(middle, node.begin, seen));
     prepared.most_rows = std::max(prepared.most_rows, end - begin);
     for (int head = 0; head < prepared.kv_heads; head++) {
       to.push_back({{row_begin, head, begin, end, run_begin, run_end, node.begin, seen, root,
