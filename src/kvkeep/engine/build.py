@@ -300,8 +300,6 @@ def _pool(
     options: EngineOptions, backend: Backend, spec: PageSpec, shape: KVShape, max_model_len: int
 ) -> TilePool:
     """Return the pool of the memory asked for, or of what is free."""
-    if spec.layout == Layout.BY_HEAD and backend.ops.device.type != "cpu":
-        raise ConfigError("kv: calibrated pages are attended on a CPU only; use k4v2 or k2v2 there")
     if spec.window_tokens is None and options.guard_share:
         raise ConfigError(
             f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
