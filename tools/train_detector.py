@@ -22,13 +22,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from kvkeep.sharing.detector import scorer
+from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
+from kvkeep.sharing.detector.rules import RuleRecogniser
+from kvkeep.sharing.detector.scanner import Detector
+from kvkeep.sharing.detector.spans import Verdict
 from tools.detector_data import training, validation
 from tools.detector_data.calibration import Judged, calibrate, plot
 from tools.detector_data.dataset import PROSE, Sizes, passages
 from tools.detector_data.lists import SEED
 from tools.detector_data.passages import KINDS, Passage
-from tools.detector_data.prose import Sources, read
+from tools.detector_data.prose import Prose, Sources, read
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 WEIGHTS: Final = ROOT / "src" / "kvkeep" / "sharing" / "detector" / "scorer.npz"
@@ -43,7 +47,7 @@ GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
 DROPPED: Final = 0.3
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.07
+UNKNOWN: Final = 0.1
 """Share of tokens hidden altogether: unseen wording looks like that."""
 UNKNOWN_VALUES: Final = 0.12
 """Share of values hidden as a whole: an unseen value looks like that, and the context is left."""
@@ -91,7 +95,7 @@ class Tagger(nn.Module):
 
     def forward(self, rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return logits `[T, classes]`; `real [T, 1]` is 0 for the gaps between passages."""
-        embedded = F.dropout(self.table(rows), 0.15, self.training)
+        embedded = F.dropout(self.table(rows), 0.2, self.training)
         near = F.relu(self.near(self.shifted(embedded, scorer.NEAR))) * real
         near = F.dropout(near, 0.1, self.training)
         wide = F.relu(self.wide(self.shifted(near, scorer.WIDE)))
@@ -200,21 +204,50 @@ def save(
 
 
 def judged(weights: scorer.Weights, examples: Sequence[Passage]) -> list[Judged]:
-    """Return each passage's largest log odds of each kind, and the kinds it holds."""
+    """Return each passage's largest log odds of each kind, the kinds it holds, what rules say."""
     tagger = scorer.LearnedScorer(weights)
+    rules = Detector([RuleRecogniser(shipped_rules())])
     return [
         Judged(
             tuple(tagger.odds(tokenise(p.text)).max(axis=0, initial=-30.0).tolist()),
             frozenset(label.kind for label in p.labels),
             p.target == PROSE,
+            any(span.verdict is not Verdict.CLEAR for span in rules.scan(p.text).spans),
         )
         for p in examples
     ]
 
 
+def kept(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, object]]:
+    """Return stored weights and what is told of them, the bounds left out."""
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    meta = json.loads(bytes(arrays.pop("meta")))
+    told = {name: meta[name] for name in ("kinds", "prose", "passages", "tokens")}
+    return arrays, told
+
+
 def flat(kinds: int) -> dict[str, list[float]]:
     """Return a calibration that changes nothing."""
     return {"slopes": [1.0] * kinds, "offsets": [0.0] * kinds}
+
+
+def trained(
+    prose: Prose, kinds: Sequence[tuple[str, str]], epochs: int, scale: float
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, object]]:
+    """Return new weights and what is told of them."""
+    begun = time.perf_counter()
+    classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
+    sizes = Sizes(int(450 * scale), int(3000 * scale), 1_000_000)
+    known = list(passages(training.world(), prose.seen, sizes, SEED))
+    examples = [encode(passage, classes) for passage in known]
+    tokens = sum(len(example.classes) for example in examples)
+    print(
+        f"{len(known)} passages, {tokens} tokens, {time.perf_counter() - begun:.0f} s", flush=True
+    )
+    model = train(examples, 1 + len(kinds), Plan(epochs), SEED)
+    meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
+    return arrays_of(model), meta
 
 
 def main() -> int:
@@ -226,21 +259,16 @@ def main() -> int:
     parser.add_argument("--manuals", type=Path, default=Path("/usr/share/man"))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of passages")
+    parser.add_argument("--keep", type=Path, help="fit bounds to these weights, train none")
     given = parser.parse_args()
     begun = time.perf_counter()
     sources = Sources(given.locales, given.manuals, Path(np.__file__).parents[1])
     prose = read(sources, count=int(1200 * given.scale))
     kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
-    classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
-    sizes = Sizes(int(450 * given.scale), int(3000 * given.scale), 1_000_000)
-    known = list(passages(training.world(), prose.seen, sizes, SEED))
-    print(f"{len(known)} passages, {time.perf_counter() - begun:.0f} s", flush=True)
-    examples = [encode(passage, classes) for passage in known]
-    tokens = sum(len(example.classes) for example in examples)
-    print(f"{tokens} tokens, {time.perf_counter() - begun:.0f} s", flush=True)
-    model = train(examples, 1 + len(kinds), Plan(given.epochs), SEED)
-    meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
-    arrays = arrays_of(model)
+    if given.keep:
+        arrays, meta = kept(given.keep)
+    else:
+        arrays, meta = trained(prose, kinds, given.epochs, given.scale)
     raw = save(given.out, arrays, meta | flat(len(kinds)))
     held = Sizes(100, 600, 1_000_000)
     found = judged(raw, list(passages(validation.world(), prose.unseen, held, SEED + 1)))

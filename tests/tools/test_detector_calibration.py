@@ -86,3 +86,11 @@ def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
     plot(found, fit, tmp_path / "a.svg")
     plot(found, fit, tmp_path / "b" / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b" / "b.svg").read_bytes()
+
+
+def test_the_budget_goes_on_what_rules_miss() -> None:
+    found = drawn(2000)
+    known = [one._replace(known="person_name" in one.kinds) for one in found]
+    fair, mindful = calibrate(found, KINDS, NONE), calibrate(known, KINDS, NONE)
+    place = KINDS.index("person_name")
+    assert mindful.offsets[place] < fair.offsets[place]

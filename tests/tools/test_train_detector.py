@@ -18,6 +18,7 @@ from tools.train_detector import (
     batches,
     encode,
     judged,
+    kept,
     save,
     train,
 )
@@ -92,3 +93,12 @@ def test_stored_weights_read_back_and_tell_calibrations_apart(
     assert other.slopes.tolist() == [2.0, 2.0]
     assert one.digest != other.digest
     assert one.kinds == tuple(KINDS)
+
+
+def test_kept_weights_come_without_their_bounds(model: Tagger, tmp_path: Path) -> None:
+    told = {"kinds": KINDS, "prose": "x", "passages": 3, "tokens": 9}
+    arrays = arrays_of(model)
+    save(tmp_path / "w.npz", arrays, told | {"slopes": [1.0] * 2, "offsets": [0.0] * 2})
+    same, meta_kept = kept(tmp_path / "w.npz")
+    assert meta_kept.keys() == told.keys()
+    assert all(np.array_equal(arrays[name], same[name]) for name in arrays)

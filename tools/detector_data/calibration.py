@@ -20,7 +20,7 @@ KIND_PRIOR: Final = 0.03
 NEVER: Final = -30.0
 """The offset of a kind that never scores."""
 BUDGET: Final = 0.02
-PROSE_BUDGET: Final = 0.01
+PROSE_BUDGET: Final = 0.012
 """Share of lookalikes, and of real prose, that may be flagged wrongly."""
 QUANTILES: Final = (
     *(0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03),
@@ -39,6 +39,8 @@ class Judged(NamedTuple):
     kinds: frozenset[str]
     prose: bool = False
     """Real text, not a lookalike."""
+    known: bool = False
+    """Flagged by the rules already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class _Bounds:
     """`[passages, kinds]` of those that hold nothing."""
     prose: npt.NDArray[np.bool_]
     held: Sequence[Array]
-    """The odds of each kind of passages that hold it."""
+    """The odds of each kind of passages that hold it and that the rules miss."""
     levels: Array
     """`[LEVELS, kinds]`: ever lower bounds."""
 
@@ -122,8 +124,9 @@ class _Bounds:
         )
 
     def recall(self, kind: int, level: int) -> float:
-        """Return the share of a kind's passages above its bound."""
-        return float((self.held[kind] > self.levels[level, kind]).mean())
+        """Return how many of a kind's passages are above its bound; 1: the most missed kind's."""
+        held = self.held[kind]
+        return float((held > self.levels[level, kind]).sum()) / max(1, *map(len, self.held))
 
     def search(self) -> Array:
         """Return bounds: again and again the step that finds most for what it flags wrongly."""
@@ -153,10 +156,11 @@ def calibrate(found: Sequence[Judged], kinds: Sequence[str], silent: frozenset[s
     odds = np.array([one.odds for one in found])[:, spoken]
     none = ~sensitive(found)
     holds = [np.array([kinds[place] in one.kinds for one in found]) for place in spoken]
+    missed = ~np.array([one.known for one in found])
     search = _Bounds(
         odds[none],
         np.array([one.prose for one in found])[none],
-        [odds[held, place] for place, held in enumerate(holds)],
+        [odds[held & missed, place] for place, held in enumerate(holds)],
         np.quantile(odds[none], 1 - np.array(QUANTILES), axis=0),
     )
     start = math.log(CLEAR_BELOW / (1 - CLEAR_BELOW))

@@ -133,7 +133,7 @@ def test_text_without_tokens_has_no_spans(scorer: LearnedScorer, text: str) -> N
     [
         ("J'habite au 12 rue Victor-Hugo, 21000 Dijon.", "location", "Victor-Hugo"),
         ("Paciente con fluoxetina 20 mg dos veces al día.", "health", "fluoxetina"),
-        ("Tomo fluoxetina todos los días.", "health", "fluoxetina"),
+        ("私の名前は田中美香です。", "person", "田中"),
         ("Soffro di sclerosi multipla.", "health", "sclerosi"),
         ("Abito in via Garibaldi 14, 40121 Bologna.", "location", "Garibaldi"),
         ("住所は東京都新宿区本町3-12-4です。", "location", "新宿区"),
@@ -154,7 +154,7 @@ def test_free_text_of_each_language_is_found(
     [
         ("Hello, my name is Patricia Holmes and I need help.", "person"),
         ("Mein Name ist Jürgen Schäfer.", "person"),
-        ("私の名前は田中美香です。", "person"),
+        ("Tomo fluoxetina todos los días.", "health"),
         ("Мене звати Оксана Ткачук.", "person"),
     ],
 )

@@ -18,6 +18,8 @@ import phonenumbers
 from stdnum import iban as stdnum_iban
 from stdnum.iso7064 import mod_11_2
 
+from kvkeep.sharing.detector.fillers import filled, person
+
 Check = Callable[[str], bool]
 
 _STDNUM: Final = (
@@ -311,8 +313,9 @@ def own_date(value: str) -> bool:
 def real_place(value: str) -> bool:
     """Tell whether an address is none of those that forms show as an example."""
     word = value.lower()
-    fillers = ("example", "sample", "muster", "placeholder", "123 main", "ejemplo", "esempio")
-    return not any(filler in word for filler in fillers)
+    fillers = ("example", "sample", "muster", "placeholder", "ejemplo", "esempio")
+    known = ("123 main", "1 main st", "10 downing", "1600 pennsyl")
+    return not any(part in word for part in (*fillers, *known))
 
 
 def placed(value: str) -> bool:
@@ -354,6 +357,8 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
                 four_digits,
                 own_date,
                 real_place,
+                person,
+                filled,
                 has_digit,
                 placed,
             )
