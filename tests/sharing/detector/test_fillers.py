@@ -10,7 +10,7 @@ def test_names_are_somebody(value: str) -> None:
     assert person(value)
 
 
-@pytest.mark.parametrize("value", ["Präsident", "Speaker", "Dear Customer", "John Doe", "张三", "Sir"])
+@pytest.mark.parametrize("value", ["Präsident", "Dear Customer", "John Doe", "张三", "Sir"])
 def test_offices_and_samples_are_nobody(value: str) -> None:
     assert not person(value)
 
