@@ -36,7 +36,7 @@ def test_only_adakv_lets_heads_differ(seen: Seen) -> None:
     assert [name for name, found in lengths.items() if len(found) > 1] == ["adakv"]
 
 
-@pytest.mark.parametrize(("window", "weight"), [(70, 1.0), (32, 4.0), (500, 2.0)])
+@pytest.mark.parametrize(("window", "weight"), [(70, 60.0), (32, 30.0), (500, 60.0)])
 def test_corm_keeps_what_a_recent_row_gave_its_share(
     seen: Seen, window: int, weight: float
 ) -> None:

@@ -159,7 +159,10 @@ def test_what_dies_later_is_packed_again_in_place(shape: KVShape) -> None:
     assert world.view.packed.end == 6
     reused = set(first.tiles.ravel()) & set(world.view.packed.tiles.ravel()) - {-1}
     assert reused, "tiles are used again where they are"
-    assert (world.state.last_hit[0, 1, 1] == NEVER).all()
+    own = world.state.last_hit[0, 1 : world.state.packed_end, 1].ravel()
+    count = int(world.live[0, 1, 64 : 6 * 64].sum())
+    assert (own[:count] >= 0).all()
+    assert (own[count:] == NEVER).all()
 
 
 def test_forks_hold_the_same_tiles_until_one_is_packed_again(shape: KVShape) -> None:
