@@ -243,8 +243,11 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         OnDevice().attend(q, kv, plan)
     with pytest.raises(KernelInputError, match="units of 192 bytes"):
         OnDevice().attend(q, replace(kv, unit_bytes=192), plan)
-    with pytest.raises(KernelInputError, match="neither coded"):
-        OnDevice().attend(q, kv, mixed)
+    by_head = replace(plan, runs=np.array([[0, 2, 0, int(Layout.BY_HEAD)]], np.int32))
+    of_head = replace(kv, coded=np.array([Layout.K2V2], np.int32))
+    for refused, there in ((mixed, kv), (by_head, of_head)):
+        with pytest.raises(KernelInputError, match="neither coded"):
+            OnDevice().attend(q, there, refused)
 
 
 @pytest.mark.gpu
