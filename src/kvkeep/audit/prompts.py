@@ -13,13 +13,13 @@ from typing import Final, NamedTuple
 
 _LEXICON: Final = """
 able aged also area away baby back band bank base bath bear beat been belt best blow blue boat
-body bomb bond book both burn bush busy cake call calm came camp card care case cash cast chat
-chip city coat code cold come cook cool cope copy core cost crew crop dark data date dawn days
-dead deal dear deep desk diet disc disk does done door down draw drop dual duke duty each earn
-ease east easy edge else even ever evil exit face fact fail fair fall farm fast fate fear feed
-feel feet fell felt file fill film find fine fire firm fish five flat flow food ford form fort
-four free from fuel full fund gain game gate gave gear gift give glad goal goes gold golf gone
-good gray great grew grey grow gulf half hard
+body book both burn bush busy cake call calm came camp card care case cash cast chat chip city
+coat code cold come cook cool cope copy core crew crop dark data date dawn days dead deal dear
+deep desk diet disc disk does done door down draw drop dual duke duty each earn ease easy edge
+else even ever evil exit face fact fail fair fall farm fast fate fear feed feel feet fell felt
+file fill film find fine fire firm fish five flat flow food ford form fort four free from fuel
+full fund gain game gate gave gear gift give glad goal goes gold gone good great grew grow gulf
+half hard
 """
 WORDS: Final = tuple(_LEXICON.split())
 """Plain words, no names and nothing of health: what a detector keeps private hides a leak."""
