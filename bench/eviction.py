@@ -93,12 +93,10 @@ def measure(options: Options) -> Report:
     model = loader.load(path, dtype="float32", ops=kernels)
     reader = Reader(model, text)
     asked, learnt = (
-        [
-            c
-            for c in Maker(read(), text, model.spec.vocab_size, reseed=seed).contexts(quick=True)
-            if c.kind in KINDS
-        ]
-        for seed in (0, DEVELOPMENT)
+        [c for c in maker.contexts(quick=options.quick) if c.kind in KINDS]
+        for maker in (
+            Maker(read(), text, model.spec.vocab_size, reseed=seed) for seed in (0, DEVELOPMENT)
+        )
     )
     if options.quick:
         asked, learnt = asked[::2], learnt[::3]
@@ -149,7 +147,8 @@ def _figures(protocol: str, rule: str, found: Found, others: Sequence[str]) -> l
     removed = harness.estimate([1 - kept for kept in found[rule][0]])
     ours = loss_of(found, rule)
     best = min((loss_of(found, name) for name in others), key=lambda loss: loss.median)
-    margin = Estimate(best.median - ours.median, best.low - ours.high, best.high - ours.low, 1)
+    items = len(found[rule][1])
+    margin = Estimate(best.median - ours.median, best.low - ours.high, best.high - ours.low, items)
     return [
         Figure(f"removed_at_end_{label}", removed, Goal(">=", goal)),
         Figure(f"loss_{label}", ours, Goal("<=", MOST_LOSS)),

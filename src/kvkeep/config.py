@@ -112,7 +112,9 @@ class Settings(BaseSettings):
     evict_weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="times the mean weight from which a token counts as looked at (c)"
     )
-    evict_cap: Count | None = Field(None, description="most tokens a layer's KV head keeps")
+    evict_cap: Count | None = Field(
+        None, description="most tokens a layer's KV head keeps, once w rows were observed"
+    )
     evict_observe_every: Count | None = Field(
         None, description="observe one query in so many of an answer"
     )

@@ -33,6 +33,12 @@ def test_the_most_likely_token_tells_whether_they_agree() -> None:
     assert not found.agrees
 
 
+def test_a_token_that_is_ruled_out_adds_nothing() -> None:
+    row = torch.tensor([1.0, float("-inf"), 2.0])
+    assert divergence(row, row) == (0.0, True)
+    assert divergence(torch.zeros(3), row) is None, "not what the shadow gives weight to"
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_row_that_is_not_finite_is_not_compared(value: float) -> None:
     good, bad = torch.zeros(4), torch.tensor([0.0, value, 0.0, 0.0])

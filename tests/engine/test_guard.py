@@ -144,6 +144,30 @@ def test_steps_are_carried_over_a_restart_and_forgotten_with_their_tenant(
     assert floors(again, [GOOD]) == floors(guard_of(store=store), [GOOD]) == [0]
 
 
+def test_rows_that_say_nothing_end_a_shadow_too() -> None:
+    _, sample = enter(guard_of())
+    for _ in range(4):
+        assert sample.wanted
+        sample.skip()
+    assert not sample.wanted
+    assert sample.compared == 0
+
+
+class FullDisk:
+    def load(self) -> bytes | None:
+        return None
+
+    def save(self, state: bytes) -> None:
+        raise OSError("no space left")
+
+
+def test_a_step_that_cannot_be_saved_is_taken_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert floors(guard_of(store=FullDisk()), [BAD] * 5)[-1] == 1
+    assert "guard: steps back could not be saved: OSError" in caplog.text
+
+
 def test_a_file_that_cannot_be_read_stops_the_start_and_one_of_nonsense_counts_for_nothing(
     tmp_path: Path,
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_a_late_scan_holds_back_its_own_tenants_ballots_alone() -> None:
     assert [len(ballot.units) for ballot in queue.collect(3)] == [0], "not waited for any longer"
     queue.finish(slow, 1)
     assert [len(ballot.units) for ballot in queue.collect(4)] == [1], "it counts when it ends"
+
+
+def test_a_reading_does_not_clear_what_is_known_to_be_tainted() -> None:
+    queue = ScanQueue(ScanLimits())
+    queue.put(replace(job("a", units=3), tainted=1))
+    taken = queue.take()
+    assert taken is not None
+    queue.finish(taken, 3)
+    (ballot,) = queue.collect(1)
+    assert ballot.units == taken.units[:1]
+    assert ballot.tainted == taken.units[1]
 
 
 def test_nothing_that_was_dropped_comes_back() -> None:

@@ -305,6 +305,10 @@ def _pool(
             f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
             " can drift; choose another kv or leave it at 0"
         )
+    if options.guard_share and options.evict != "off":
+        raise ConfigError(
+            "guard_share: a guard does not see what eviction costs yet; leave evict off, or it at 0"
+        )
     if spec.forms and shape.layout not in LANE_LAYOUTS.values():
         raise ConfigError(
             "kv: bits that differ by head are attended on a CPU only; choose one codec there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,11 +22,17 @@ class Divergence(NamedTuple):
 
 
 def divergence(shadow: torch.Tensor, served: torch.Tensor) -> Divergence | None:
-    """Compare two rows of logits [V], in float64; None where one is not finite."""
-    if not (torch.isfinite(shadow).all() and torch.isfinite(served).all()):
-        return None
+    """Compare two rows of logits [V], in float64; None where that is no number.
+
+    A token that is ruled out, at -inf, adds nothing.
+    """
     true, coded = (torch.log_softmax(row.double(), 0) for row in (shadow, served))
-    kl = float((true.exp() * (true - coded)).sum())
+    if true.isnan().any() or coded.isnan().any():
+        return None
+    weights = true.exp()
+    kl = float(torch.where(weights > 0, weights * (true - coded), 0.0).sum())
+    if not math.isfinite(kl):
+        return None
     return Divergence(max(kl, 0.0), bool(true.argmax() == coded.argmax()))
 
 
@@ -42,5 +49,7 @@ def compare(work: Sequence[Work], stepped: Stepped) -> None:
         if not shadow or sample is None:
             continue
         found = divergence(stepped.logits[row], stepped.logits[rows[sequence, False]])
-        if found is not None:
+        if found is None or sample.settled:
+            sample.skip()
+        else:
             sample.add(found.kl_nats, agrees=found.agrees)

@@ -41,6 +41,8 @@ class Sample:
     """Of prompt and answer."""
     limit: int
     """Rows that are compared at most."""
+    rows: int = 0
+    """That its shadow has had to compare, whatever came of it: these fill what was reserved."""
     compared: int = 0
     agreed: int = 0
     """Of the rows, those whose most likely token is the same."""
@@ -53,13 +55,18 @@ class Sample:
     @property
     def wanted(self) -> bool:
         """Tell whether the request is to carry a shadow."""
-        return not self.over and self.compared < self.limit
+        return not self.over and self.rows < self.limit
 
     def add(self, kl_nats: float, *, agrees: bool) -> None:
         """Take in one row."""
+        self.skip()
         self.compared += 1
         self.agreed += agrees
         self.kl_nats += kl_nats
+
+    def skip(self) -> None:
+        """Count a row that says nothing: it took its place in what was reserved."""
+        self.rows += 1
 
     def void(self) -> None:
         """Drop what was said: how much was depends on when its request was ended."""
@@ -229,7 +236,10 @@ class Guard:
         self._save()
 
     def _save(self) -> None:
-        self._store.save(msgspec.json.encode(self._back))
+        try:
+            self._store.save(msgspec.json.encode(self._back))
+        except OSError as error:
+            log.warning("guard: steps back could not be saved: %s", type(error).__name__)
 
 
 def _draw(tenant: str, number: int) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from kvkeep.cache.packing import Packing
+from kvkeep.engine.evicted import dropped_tokens
 from kvkeep.eviction.packing import Survivors, repack, survivors
 from kvkeep.quant.codec import KVShape, pack_float_tiles, unpack_float_tiles
 from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, View
@@ -46,7 +47,7 @@ class Packer:
             view.pack(Packed(tiles, found.end))
             self.packed_views += 1
             self.freed_bytes += (held - int(found.need.sum())) * packing.pool.spec.tile_bytes
-        elif self._coded and view.length == state.watch.prompt_tokens:
+        elif self._coded and view.length == state.watch.prompt_tokens and dropped_tokens(state):
             self.masked_views += 1
         state.pending = False
 

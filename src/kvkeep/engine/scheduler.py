@@ -274,8 +274,6 @@ class Scheduler:
             except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
-                    if self._shadows.give_way(sequence):
-                        continue
                     self._exhausted(sequence)
                     return False
                 self._preempt(tenant, victim)

@@ -63,14 +63,6 @@ class Shadows:
             self._keeper.forget(view)
             self._caches.of_view(view).release(view, sequence.tokens.ids(0))
 
-    def give_way(self, sequence: Sequence) -> bool:
-        """End a shadow whose sequence needs the room; False where there is none."""
-        if sequence.shadow is None or sequence.request.sample is None:
-            return False
-        sequence.request.sample.over = True
-        self.drop(sequence)
-        return True
-
     def drop_served(self, sequences: Iterable[Sequence]) -> None:
         """Give back the pages of shadows that have said all they had to."""
         for sequence in sequences:

@@ -21,7 +21,7 @@ class Staging:
     def pages_of(self, view: View, end: int, *, coded: bool) -> tuple[Int32Array, int]:
         """Return (slots, first page) that hold tokens before `end` in the model's dtype."""
         if not coded:
-            return view.slots, 0
+            return view.pages(), 0
         staged = self._staged.setdefault(view.id, {})
         first = min(staged, default=view.length // PAGE_TOKENS)
         last = (end - 1) // PAGE_TOKENS

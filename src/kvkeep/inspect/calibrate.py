@@ -81,7 +81,7 @@ class Trial:
     def __init__(self, options: EngineOptions) -> None:
         self._stored = Stored(Hack(MANY))
         own = msgspec.structs.replace(
-            options, kv="bf16", max_num_seqs=OWN_TEXTS, share=SharingOptions()
+            options, kv="bf16", max_num_seqs=OWN_TEXTS, share=SharingOptions(), guard_share=0.0
         )
         self._core = build_core(
             own,

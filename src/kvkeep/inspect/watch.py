@@ -122,7 +122,7 @@ def watch(options: EngineOptions, codec: Codec, ids: Sequence[int], page: int) -
     backend = choose(options, options.threads or len(os.sched_getaffinity(0)))
     attention, watched = WatchedAttention(backend.ops.attention), WatchedCodec(codec, page)
     core = build_core(
-        msgspec.structs.replace(options, max_num_seqs=1, share=SharingOptions()),
+        msgspec.structs.replace(options, max_num_seqs=1, share=SharingOptions(), guard_share=0.0),
         parts=Parts(
             techniques=Techniques(watched, NoShield(), KeepAll()),
             planner=FlatPlanner(),

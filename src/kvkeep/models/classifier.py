@@ -82,8 +82,8 @@ def load_gliner(folder: Path) -> Classify:
 def digest(folder: Path) -> str:
     """Return what tells a folder's files from others."""
     h = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        h.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        h.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 h.update(block)

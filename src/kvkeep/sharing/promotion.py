@@ -149,7 +149,8 @@ class Promotion:
             return
         units = units[: tainted + 1]  # what lies below a taint stays private, whatever it says
         tokens = chain.token_ids()[: len(units) * step * PAGE_TOKENS].copy()
-        job = ScanJob(member.voter, member.group, self._epoch, units, tokens, known)
+        limit = tainted if tainted < count else None
+        job = ScanJob(member.voter, member.group, self._epoch, units, tokens, known, limit)
         if self.scans.put(job) and self._worker is not None:
             self._worker.ensure()
 

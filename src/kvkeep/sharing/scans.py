@@ -33,6 +33,8 @@ class ScanJob:
     units: tuple[UnitRef, ...]
     token_ids: Int32Array
     known: int
+    tainted: int | None = None
+    """The first unit known to be tainted, which no reading of it clears."""
 
     @property
     def cost_bytes(self) -> int:
@@ -112,6 +114,8 @@ class ScanQueue:
 
     def finish(self, job: ScanJob, cleared: int) -> None:
         """Say how many leading units of a job are clear; 0 for any doubt."""
+        if job.tainted is not None:
+            cleared = min(cleared, job.tainted)
         tainted = job.units[cleared] if cleared < len(job.units) else None
         ballot = Ballot(job.voter, job.group, job.units[:cleared], tainted)
         with self._ready:

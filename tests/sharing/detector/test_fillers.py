@@ -4,13 +4,16 @@ import pytest
 
 from kvkeep.sharing.detector.fillers import filled, person
 
+SOMEBODY = ["Orla Whitfield", "Orla", "欧阳晓", "Остап Лозинський", "Le Goff", "La Rosa", "Minh Le"]
+NOBODY = ["Präsident", "Dear Customer", "John Doe", "张三", "Sir", "der Kunde", "Madame", "the"]
 
-@pytest.mark.parametrize("value", ["Orla Whitfield", "Orla", "欧阳晓", "Остап Лозинський"])
+
+@pytest.mark.parametrize("value", [*SOMEBODY, "Professor Lindqvist", "der Allianz"])
 def test_names_are_somebody(value: str) -> None:
     assert person(value)
 
 
-@pytest.mark.parametrize("value", ["Präsident", "Dear Customer", "John Doe", "张三", "Sir"])
+@pytest.mark.parametrize("value", NOBODY)
 def test_offices_and_samples_are_nobody(value: str) -> None:
     assert not person(value)
 

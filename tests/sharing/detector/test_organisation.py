@@ -84,6 +84,14 @@ def test_own_spans_say_where_they_come_from_and_taint() -> None:
     assert found.verdict is Verdict.TAINT
 
 
+RULE = """[[rule]]
+id = "a"
+kind = "ticket"
+category = "identifier"
+pattern = "a"
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
@@ -99,7 +107,10 @@ def test_own_spans_say_where_they_come_from_and_taint() -> None:
         ("[categories]\nlocation = 1\n", 2, "must be true or false"),
         ("\n[[allow]]\npatterns = ['(a)\\1']\n", 3, "patterns: .*back-references"),
         ('[[allow]]\nword = ["a"]\n', 2, "did you mean 'words'"),
+        ('[[words]]\nwords = ["a"]\ncategory = ["person"]\n', 3, "category: one of"),
         ("[[rule]]\nid = 'a'\n", 1, "a rule needs 'pattern'"),
+        (RULE + "deny = true\n", 6, "deny: must be a list of words"),
+        (RULE + "context = 3\n", 6, "context: must be a list of words"),
     ],
 )
 def test_a_broken_file_names_line_and_reason(text: str, line: int, reason: str) -> None:

@@ -126,9 +126,10 @@ def _convert(key: str, value: Any, lists: Mapping[str, Sequence[str]]) -> Any:
     """Return a rule's value in its type, or raise with the reason."""
     kind = str(_FIELDS[key].type)
     if kind.startswith("tuple"):
-        value = (value,) if isinstance(value, str) else tuple(value)
-        if not all(isinstance(word, str) and word for word in value):
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
             raise ConfigError("must be a list of words")
+        value = tuple(words)
     elif kind == "str" and not isinstance(value, str):
         raise ConfigError("must be text")
     elif kind in {"float", "int"} and (

@@ -208,10 +208,26 @@ _SAMPLES: Final = frozenset(
 )
 
 
+_BEFORE: Final = frozenset(
+    [
+        *("the", "das", "der", "die", "la", "le", "el", "il", "los", "les", "gli"),
+        *("professor", "doktor", "direktor", "monsieur", "madame", "señor", "señora", "signora"),
+        *("signore", "judge"),
+    ]
+)
+"""Of those, articles and titles that stand before a name; articles end some names too."""
+
+
 def person(value: str) -> bool:
     """Tell whether a name is neither an office, a form of address nor a form's sample."""
     words = value.casefold().split()
-    return words[0] not in _NOBODY and words[-1] not in _NOBODY and " ".join(words) not in _SAMPLES
+    while words and words[0] in _BEFORE:
+        words = words[1:]
+    while len(words) > 1 and words[-1] in _BEFORE:
+        words = words[:-1]
+    if not words or words[0] in _NOBODY or words[-1] in _NOBODY:
+        return False
+    return " ".join(words) not in _SAMPLES
 
 
 def filled(value: str) -> bool:

@@ -123,7 +123,7 @@ def _words(document: RuleFile) -> Iterable[_Words]:
         if not words:
             raise document.refuse("words: name at least one word", "words", "words", index)
         category, score = given.get("category", "identifier"), given.get("score", 1.0)
-        if category not in CATEGORIES:
+        if not isinstance(category, str) or category not in CATEGORIES:
             reason = f"category: one of {', '.join(sorted(CATEGORIES))}"
             raise document.refuse(reason, "category", "words", index)
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
@@ -194,6 +194,9 @@ class OrganisationFile:
             self._rules = self._read()
         except ConfigError as error:
             self.problem = str(error)
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever a file holds, the old rules stay
+            self.problem = f"{self._path}: cannot be used ({type(error).__name__})"
             return False
         self.problem = None
         return True
