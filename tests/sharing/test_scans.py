@@ -221,3 +221,12 @@ def test_a_character_halved_by_the_cut_is_no_doubt() -> None:
 
     assert cleared_units(tokens, 64, halves, Detects(Fake()), 3) == 4
     assert cleared_units(tokens[64:], 64, halves, Detects(Fake())) == 0
+
+
+def test_what_one_reading_taints_no_other_of_the_same_epoch_votes_for() -> None:
+    """Of a unit that two prompts go on from, a secret at its end shows in one of them alone."""
+    top = UnitRef((b"t",), None, 0)
+    below = UnitRef((b"b",), b"t", 1)
+    ledger = Ledger()
+    ledger.cast([Ballot("a", "g", (top, below)), Ballot("a", "g", (top,), below)], 0, 0, 99)
+    assert [key[1] for key, unit in ledger.units.items() if unit.votes] == [top.name]

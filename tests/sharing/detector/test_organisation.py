@@ -143,6 +143,11 @@ def test_a_changed_file_is_taken_and_a_broken_one_is_not(tmp_path: Path) -> None
     assert "did you mean 'words'" in str(rules.problem)
     assert watched.scan("the eagle").verdict is Verdict.TAINT
 
+    touch(path, "x = " + "[" * 9999 + "]" * 9999, 4)
+    assert not rules.reload()
+    assert "cannot be used (RecursionError)" in str(rules.problem)
+    assert watched.scan("the eagle").verdict is Verdict.TAINT
+
     path.unlink()
     assert not rules.reload()
     assert "cannot be read" in str(rules.problem)
