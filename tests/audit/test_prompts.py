@@ -36,7 +36,7 @@ def test_prompts_begin_with_what_they_are_to_stand_behind() -> None:
 def test_the_shipped_detector_finds_nothing_in_most_prompts() -> None:
     inspector = Detects(load_detector())
     made = maker(tokens=512)
-    assert sum(inspector.first_doubt(made.text()) is None for _ in range(30)) >= 24
+    assert sum(inspector.first_doubt(made.text()) is None for _ in range(30)) >= 26
 
 
 def test_texts_that_look_empty_part_too() -> None:
@@ -88,4 +88,4 @@ def test_a_seed_repeats_everything_but_templates_do_not_move_it() -> None:
 
 
 def test_words_are_distinct() -> None:
-    assert len(set(WORDS)) == len(WORDS) > 130
+    assert len(set(WORDS)) == len(WORDS) > 150

@@ -53,7 +53,7 @@ def test_a_budget_goes_to_the_heads_that_two_bits_cost_most(tiny: dict[str, Path
 def test_a_trial_is_the_codec_that_is_named_and_finds_nothing_cached(
     tiny: dict[str, Path],
 ) -> None:
-    trial = Trial(options(tiny["llama"]))
+    trial = Trial(options(tiny["llama"], guard_share=1.0))
     plain, again = (trial.logprobs(Float(), [IDS]) for _ in range(2))
     coded = trial.logprobs(Hack(Layout.K2V2), [IDS])
     after = trial.logprobs(Float(), [IDS])

@@ -32,6 +32,15 @@ def test_pages_in_the_models_dtype_are_stored_as_computed(tiny: dict[str, Path])
     assert torch.equal(whole.out, seen.out)
 
 
+def test_a_servers_guard_does_not_look_on(tiny: dict[str, Path]) -> None:
+    plain, guarded = (
+        watch(options(tiny["qwen2"], kv="k2v2", guard_share=share), Hack(Layout.K2V2), IDS, 1)
+        for share in (0.0, 1.0)
+    )
+    watch(options(tiny["qwen2"], guard_share=1.0), Float(), IDS, 1)
+    assert torch.equal(plain.stored_k, guarded.stored_k)
+
+
 @pytest.mark.parametrize("page", [0, 3])
 def test_what_is_stored_is_what_the_codec_makes_of_the_page(
     tiny: dict[str, Path], page: int

@@ -19,7 +19,9 @@ deep desk diet disc disk does done door down draw drop dual duke duty each earn 
 else even ever evil exit face fact fail fair fall farm fast fate fear feed feel feet fell felt
 file fill film find fine fire firm fish five flat flow food ford form fort four free from fuel
 full fund gain game gate gave gear gift give glad goal goes gold gone good great grew grow gulf
-half hard
+half hard into item join just keep kept kind knew know lane last late left less like line list
+long look made main make many mean meet mode more most move much near need next nice note open
+over pace page pair part past plan plus post read real rest
 """
 WORDS: Final = tuple(_LEXICON.split())
 """Plain words, no names and nothing of health: what a detector keeps private hides a leak."""

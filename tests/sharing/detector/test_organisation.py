@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import cache
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import ConfigError
+from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.organisation import OrganisationFile, parse_organisation
 from kvkeep.sharing.detector.scanner import Detector
@@ -118,6 +120,26 @@ def test_a_broken_file_names_line_and_reason(text: str, line: int, reason: str) 
         parse_organisation("org.toml", text)
 
 
+VALUES = ["true", "3", "-1.5", '""', '"x"', "[]", "[1]", '["a"]', "[[]]", "{ a = 1 }", "1979-05-27"]
+
+
+@pytest.mark.parametrize("table", ["rule", "words", "allow"])
+def test_a_value_of_any_type_under_any_key_is_taken_or_refused(table: str) -> None:
+    """What ends a reload in another error would end the engine."""
+    keys = {field.name for field in dataclasses.fields(Rule)} | {"words", "patterns", "kinds"}
+    refused = []
+    for key in sorted(keys):
+        for value in VALUES:
+            others = (line for line in RULE.splitlines()[1:] if not line.startswith(f"{key} ="))
+            own = "\n".join(others) if table == "rule" else ""
+            try:
+                parse_organisation("org.toml", f"[[{table}]]\n{own}\n{key} = {value}\n")
+            except ConfigError as error:
+                refused.append(str(error))
+    assert len(refused) > len(keys)
+    assert all(sentence.startswith("org.toml") for sentence in refused)
+
+
 def touch(path: Path, text: str, at: int) -> None:
     path.write_text(text, encoding="utf-8")
     os.utime(path, ns=(at, at))
@@ -145,7 +167,7 @@ def test_a_changed_file_is_taken_and_a_broken_one_is_not(tmp_path: Path) -> None
 
     touch(path, "x = " + "[" * 9999 + "]" * 9999, 4)
     assert not rules.reload()
-    assert "cannot be used (RecursionError)" in str(rules.problem)
+    assert "nested too deep" in str(rules.problem)
     assert watched.scan("the eagle").verdict is Verdict.TAINT
 
     path.unlink()

@@ -62,6 +62,8 @@ class RuleFile:
             self.values: dict[str, Any] = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{name}: {error}") from None
+        except RecursionError:
+            raise ConfigError(f"{name}: lists or tables are nested too deep") from None
 
     def refuse(self, reason: str, key: str = "", table: str = "", index: int = 0) -> ConfigError:
         """Return the error for a key of the index-th `[[table]]` (of the file: table is empty)."""

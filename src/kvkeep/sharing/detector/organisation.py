@@ -195,9 +195,6 @@ class OrganisationFile:
         except ConfigError as error:
             self.problem = str(error)
             return False
-        except Exception as error:  # noqa: BLE001 - whatever a file holds, the old rules stay
-            self.problem = f"{self._path}: cannot be used ({type(error).__name__})"
-            return False
         self.problem = None
         return True
 
