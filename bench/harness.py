@@ -23,7 +23,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from kvkeep.cli.console import NOTES, OUT, make_table
+from kvkeep.cli.console import NOTES, OUT, print_wide
 
 MIN_PAIRS: Final = 10
 RESAMPLES: Final = 10_000
@@ -232,11 +232,11 @@ def print_tables(report: Report, console: Console) -> None:
     for row in report.rows:
         groups.setdefault(tuple(row), []).append([_shown(cell) for cell in row.values()])
     for columns, rows in groups.items():
-        console.print(make_table(columns, rows, title=report.name))
+        print_wide(console, columns, rows, title=report.name)
     figures = [[_shown(cell) for cell in figure.row().values()] for figure in report.figures]
     if figures:
         columns = tuple(report.figures[0].row())
-        console.print(make_table(columns, figures, title=f"{report.name}: summary"))
+        print_wide(console, columns, figures, title=f"{report.name}: summary")
 
 
 def deliver(report: Report, options: Options) -> None:

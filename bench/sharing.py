@@ -29,6 +29,7 @@ from bench.sharing_attack import (
     control_figures,
 )
 from bench.sharing_replay import CLIENTS, Player, Replay, counter, replay, tenant_name
+from bench.sharing_scan import LIKE as SCANNED
 from bench.sharing_scan import scan_share
 from bench.sharing_server import POLICIES, QUICK_POLICIES, Policy, epochs_of, served
 from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
@@ -204,6 +205,7 @@ def measure(options: Options) -> Report:
         "threads": options.threads,
         "quick": options.quick,
         "parts": ", ".join(parts),
+        "scan_model": f"random weights of {SCANNED}" if "scan" in parts else None,
         "tenants": shape.tenants,
         "templates": f"{shape.templates} of {shape.template_tokens} tokens, Zipf(1)",
         "suffix_tokens": f"{shape.suffix_tokens[0]} to {shape.suffix_tokens[1]}",

@@ -39,7 +39,10 @@ BYSTANDERS: Final = tuple(f"bystander-{i}" for i in range(K + 1))
 AUDITED: Final = CAST | dict.fromkeys(BYSTANDERS, 0.02)
 BEHIND: Final = public_prompts(1)[0][:1200]
 """Some 300 tokens that are public before an audit begins."""
-AUDIT_PAGES: Final = 8192
+AUDIT_PAGES: Final = 16384
+"""So many that what one turn of every channel plants is still there when it is asked for: a victim
+whose prompts were evicted would tell nothing, and the audit would praise the policy for it."""
+BATCH: Final = 32
 PRIVATE: Final = frozenset({"isolate", "selective", "dp"})
 """Policies that promise to tell nothing."""
 
@@ -75,7 +78,7 @@ def attacked(
         seconds=10.0 if quick else 3600.0 if patient else 120.0,
         least_pairs=0 if quick else 128,
         settle_s=settle_s,
-        batch=128 if settle_s and not quick else 4,
+        batch=BATCH if settle_s and not quick else 4,
         per_second=1000.0,
         prompt_tokens=512,
         seed=seed,

@@ -59,8 +59,10 @@ def text_of(body: Mapping[str, Any]) -> str:
 
 
 def tokens_of(text: str) -> tuple[str, ...]:
-    """Return words; a text without any is counted by characters."""
-    return tuple(text) if text[:1] in BLANKS else tuple(text.split())
+    """Return words; a text without any, and a word that nobody uses, by characters."""
+    if text[:1] in BLANKS:
+        return tuple(text)
+    return tuple(piece for word in text.split() for piece in (word if len(word) > 99 else [word]))
 
 
 def is_cut(tokens: tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from kvkeep.audit import Options, Report, audit
 from kvkeep.audit.prober import Clock
 from kvkeep.errors import AuditError, ConfigError
-from tests.audit.fakes import CAST, MODEL, URL, FakeServer
+from tests.audit.fakes import CAST, MODEL, URL, FakeServer, text_of
 
 BASE = Options(
     URL,
@@ -52,6 +52,16 @@ async def test_prompts_grow_until_own_hits_are_clear() -> None:
     assert quiet.prompt_tokens == 128
     assert noisy.prompt_tokens > 128
     assert noisy.verdict == "clean"
+
+
+async def test_a_public_text_of_many_tokens_shortens_no_prompt() -> None:
+    """Else a secret part would be too short to show, and the audit blind."""
+    server = FakeServer()
+    behind = "x" * 300
+    await seen(server, replace(BASE, behind=behind))
+    texts = [text_of(body) for body in server.bodies if behind in text_of(body)]
+    assert texts
+    assert {len(text.removeprefix(behind).split()) for text in texts} == {128}
 
 
 async def test_a_verdict_that_time_does_not_allow_is_void() -> None:

@@ -39,7 +39,7 @@ class Twins(NamedTuple):
 
 
 class PromptMaker:
-    """Makes prompts of about `tokens` tokens from a seed, behind a text that all begin with."""
+    """Makes prompts of about `tokens` tokens from a seed, after a text that all begin with."""
 
     def __init__(self, seed: int, behind: str = "") -> None:
         self._seed = seed

@@ -159,7 +159,7 @@ class Audit:
         """Learn the endpoint and how many tokens a word has; both keys must be good."""
         maker, cast = stage.maker, stage.cast
         maker.tokens = self._options.prompt_tokens
-        text = maker.text()
+        text = maker.bare_twins().first  # what all stand behind may have other words
         reply = await stage.prober.choose_endpoint(cast.attacker, text)
         if reply.prompt_tokens:
             maker.tokens_per_word = reply.prompt_tokens / len(text.split())

@@ -44,6 +44,34 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
     return table
 
 
+def print_wide(
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = ""
+) -> None:
+    """Print a table whole: one that is wider than the terminal in parts, the first column in each.
+
+    For tables whose cells are figures, which a narrow column would cut.
+    """
+    shown = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[index]) for row in [list(columns), *shown]) for index in range(len(columns))]
+    for part in _parts(widths, console.width):
+        picked = [[row[index] for index in part] for row in shown]
+        console.print(make_table([columns[index] for index in part], picked, title))
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Return which columns stand beside each other, each part led by the first column."""
+    between = 3  # a space on both sides and a line
+    parts = [[0]]
+    left = room - 1 - between - widths[0]
+    for index, width in enumerate(widths[1:], start=1):
+        if width + between > left and len(parts[-1]) > 1:
+            parts.append([0])
+            left = room - 1 - between - widths[0]
+        parts[-1].append(index)
+        left -= width + between
+    return parts
+
+
 @contextmanager
 def loading_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for (done, total) bytes; silent where stderr is no terminal."""
