@@ -92,8 +92,8 @@ class Measured:
 def measure_cell(machine: Machine, cell: CellOf, planner: TreePlanner, pairs: int) -> Measured:
     """Measure all ways of attending a cell in turn, `pairs` times; torch's a few times only."""
     flat, ours = FlatPlanner().plan(cell.step), planner.plan(cell.step)
-    levels, by_head, torchs = two_level(cell), head_outer(machine, cell, flat), sdpa(cell)
-    rules = [by_rule(cell, rule(cell.heads.q // cell.heads.kv)) for rule in (fasttree, pat)]
+    levels, by_head, torchs = two_level(cell.step), head_outer(machine, cell, flat), sdpa(cell)
+    rules = [by_rule(cell.step, rule(cell.heads.q // cell.heads.kv)) for rule in (fasttree, pat)]
     pages, all_pages = int(ours.runs[:, 1].sum()), flat_pages(cell.layout.slots)
     before = machine.ops.bytes_read
     attend_all(machine, cell, ours)

@@ -172,19 +172,19 @@ def sdpa(cell: CellOf) -> Callable[[], float]:
     return once
 
 
-def two_level(cell: CellOf) -> AttentionPlan:
+def two_level(step: BatchGeometry) -> AttentionPlan:
     """Return the plan that shares root nodes alone."""
-    chains = chains_of(cell.step)
+    chains = chains_of(step)
     forest = build_forest(chains)
     bounds = row_bounds(chains, forest.order)
     kept = contract(forest, bounds, lambda node, _children, _bounds: node.begin == 0)
-    return plan_of(cell.step, chains, kept)
+    return plan_of(step, chains, kept)
 
 
-def by_rule(cell: CellOf, leaves: Leaves) -> AttentionPlan:
+def by_rule(step: BatchGeometry, leaves: Leaves) -> AttentionPlan:
     """Return the plan of a published rule, which knows nothing of this machine."""
-    chains = chains_of(cell.step)
-    return plan_of(cell.step, chains, without_edges(build_forest(chains), chains, leaves))
+    chains = chains_of(step)
+    return plan_of(step, chains, without_edges(build_forest(chains), chains, leaves))
 
 
 def ceiling_s(cell: CellOf, pages: int, gb_s: float, gflop_s: float) -> float:

@@ -1,9 +1,11 @@
 """The attention grids on a CUDA device: ours, flat and as a tree, beside torch and FlashInfer.
 
-Ours reads tiles through Triton's kernels; flat is one reading per request, the tree one per node.
-torch's SDPA runs request by request over K and V that lie contiguous. FlashInfer's paged decode
-and, where a tree has two levels, its cascade run where the package is there. Layers are cycled so
-that a cell does not stay in the device's cache. Times are of queued passes, by events.
+Ours reads tiles through Triton's kernels; flat is one reading per request, the tree one per node,
+two levels one per root; the plans of FastTree's and PAT's rules run on the same kernels. Costs are
+measured on the device, once for each shape of heads. torch's SDPA runs request by request over K
+and V that lie contiguous. FlashInfer's paged decode and, where a tree has two levels, its cascade
+run where the package is there. Layers are cycled so that a cell does not stay in the device's
+cache. Times are of queued passes, by events.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from typing import Final
 import numpy as np
 import torch
 
+from bench.attention_cells import by_rule, two_level
 from bench.attention_grids import FASTTREE, PAT, UNSHARED, Tree, codec, flat_pages, laid_out
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, run
 from bench.harness import estimate as estimate_of
-from kvkeep.attention.cost import DEVICE_SEED
+from kvkeep.attention.cost import DEVICE_SEED, CostModel
+from kvkeep.attention.edges import fasttree, pat
 from kvkeep.attention.planner import FlatPlanner, TreePlanner
+from kvkeep.attention.profile import Bench, on_device, profile
 from kvkeep.errors import ConfigError
+from kvkeep.ops.device import programs_of
 from kvkeep.ops.layout import ROW_LAYOUTS, AttentionPlan, LayerKV, float_tile_bytes
 from kvkeep.ops.triton_attention import TritonAttention
 from kvkeep.types import PAGE_TOKENS, BatchGeometry
@@ -36,6 +42,12 @@ COLD_BYTES: Final = 256 << 20
 MOST_LAYERS: Final = 8
 POOL_BYTES: Final = 24 << 30
 PASSES: Final = 5
+
+WAYS: Final = (
+    "flat", "two_level", "fasttree_rule", "pat_rule",
+    "torch_sdpa", "flashinfer_decode", "flashinfer_cascade",
+)  # fmt: skip
+"""Of attending a cell otherwise: a column each, empty where a package is not there."""
 
 Pass = Callable[[], None]
 """Queues the attention of one step, in all layers of a cell."""
@@ -155,12 +167,28 @@ class Found:
     over_cascade: Estimate | None
 
 
-def measure_cell(cell: DeviceCell, pairs: int) -> Found:
+def costs_of(cell: DeviceCell) -> CostModel:
+    """Return the costs an engine of these heads would start with."""
+    device, kv, layout = cell.q.device, cell.layers[0], ROW_LAYOUTS[cell.q.dtype]
+    if device.type != "cuda":
+        return DEVICE_SEED
+    attention, programs = TritonAttention(device), programs_of(device)
+    return profile(Bench(attention, kv, layout, layout, cell.heads.q, programs, on_device(device)))
+
+
+def measure_cell(cell: DeviceCell, costs: CostModel, pairs: int) -> Found:
     """Measure all ways of attending a cell in turn, `pairs` times."""
-    device = cell.q.device
+    device, step = cell.q.device, cell.step
     group = cell.heads.q // cell.heads.kv
-    flat, tree = FlatPlanner().plan(cell.step), TreePlanner(DEVICE_SEED, group).plan(cell.step)
-    passes = {"flat": ours(cell, flat), "tree": ours(cell, tree), **peers_of(cell)}
+    flat, tree = FlatPlanner().plan(step), TreePlanner(costs, group).plan(step)
+    plans = {
+        "flat": flat,
+        "tree": tree,
+        "two_level": two_level(step),
+        "fasttree_rule": by_rule(step, fasttree(group)),
+        "pat_rule": by_rule(step, pat(group)),
+    }
+    passes = {name: ours(cell, plan) for name, plan in plans.items()} | peers_of(cell)
     times = {name: np.zeros(pairs) for name in passes}
     for i in range(pairs):
         for name, once in passes.items():
@@ -178,7 +206,7 @@ def measure_cell(cell: DeviceCell, pairs: int) -> Found:
         "tree_gb_s": read_bytes / tree_s / 1e9,
         "planned_as_tree": tree.parents is not None,
     }
-    for name in ("flat", "torch_sdpa", "flashinfer_decode", "flashinfer_cascade"):
+    for name in WAYS:
         row[f"over_{name}"] = gains[name].median if name in gains else None
     return Found(
         row, gains["flat"], gains.get("flashinfer_decode"), gains.get("flashinfer_cascade")
@@ -219,16 +247,20 @@ def measure(options: Options) -> Report:
     device = torch.device("cuda")
     pairs = 3 if options.quick else MIN_PAIRS
     found = []
+    costs: dict[Heads, CostModel] = {}
     for tree, heads in grid(quick=options.quick):
         cell = cell_of(tree, heads, torch.bfloat16, device, POOL_BYTES)
         if cell is not None:
-            found.append(measure_cell(cell, pairs))
+            if heads not in costs:
+                costs[heads] = costs_of(cell)
+            found.append(measure_cell(cell, costs[heads], pairs))
     params: dict[str, Cell] = {
         "device": torch.cuda.get_device_name(device),
         "quick": options.quick,
         "dtype": "bfloat16",
         "page_tokens": PAGE_TOKENS,
         "codec_tokens": CODEC_TOKENS,
+        "costs": "; ".join(f"{heads}: {model}" for heads, model in costs.items()),
     }
     return Report("attention_gpu", params, figures_of(found), [one.row for one in found])
 

@@ -200,13 +200,17 @@ def meta(params: Mapping[str, Cell]) -> dict[str, object]:
     }
 
 
-def parse(name: str, arguments: Sequence[str]) -> Options:
-    """Read the flags that every benchmark takes."""
-    parser = argparse.ArgumentParser(prog=f"kvkeep bench {name}")
+def parse(name: str, arguments: Sequence[str], description: str | None = None) -> Options:
+    """Read the flags that every benchmark takes; `--help` prints them below the description."""
+    parser = argparse.ArgumentParser(
+        prog=f"kvkeep bench {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="end within a minute")
     parser.add_argument("--json", metavar="FILE|-", help="write the report as JSON")
     parser.add_argument("--peer", action="append", default=[], help="measure beside this peer")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the kernels (default: 2)")
     parser.add_argument("--only", action="append", default=[], help="measure this part alone")
     parser.add_argument("--model", metavar="DIR", help="measure this checkpoint")
     given = parser.parse_args(list(arguments))
@@ -250,7 +254,7 @@ def deliver(report: Report, options: Options) -> None:
 
 
 def run(name: str, arguments: Sequence[str], measure: Callable[[Options], Report]) -> int:
-    """Be a benchmark's `main`: parse, measure, report."""
-    options = parse(name, arguments)
+    """Be a benchmark's `main`: parse, measure, report; `measure` lies in the described module."""
+    options = parse(name, arguments, sys.modules[measure.__module__].__doc__)
     deliver(measure(options), options)
     return 0

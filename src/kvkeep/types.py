@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ WINDOW_STEP = 128
 
 ALL_LIVE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 """A tile's live mask when nothing was evicted."""
+
+Kernel = Literal["auto", "avx512", "avx2", "portable", "reference", "triton"]
+"""A path of kernels by name; 'auto': the fastest that the machine runs."""
 
 Int32Array = NDArray[np.int32]
 UInt64Array = NDArray[np.uint64]

@@ -9,16 +9,19 @@ import msgspec
 import pytest
 
 from kvkeep.attention.cost import (
+    DEVICE_SEED,
     MERGE_BOUNDS,
     MIN_ROWS,
     SEED,
     CostModel,
     Sample,
+    believable,
     fit,
     load,
     merge_cost,
     padded,
     save,
+    scaled,
 )
 from kvkeep.errors import ConfigError
 from kvkeep.types import Layout
@@ -86,6 +89,38 @@ def test_merging_that_was_measured_well_is_believed() -> None:
 )
 def test_merging_is_not_believed_where_it_is_no_cost_or_all_noise(ns: float, error: float) -> None:
     assert merge_cost(ns, error) == SEED.a_merge
+
+
+def test_merging_on_a_device_is_held_against_its_own_seed() -> None:
+    assert merge_cost(2_000.0, 10.0, 300.0) == 2_000.0
+    assert merge_cost(3_001.0, 10.0, 300.0) == 300.0
+    assert merge_cost(29.0, 1.0, 300.0) == 300.0
+
+
+def test_a_seed_in_another_unit_decides_alike() -> None:
+    other = scaled(DEVICE_SEED, 3.5)
+    assert other.a_mem == 3.5
+    for rows, tokens in ((1, 64), (64, 4096), (512, 256)):
+        ratio = other.ns(rows, tokens, merges=True) / DEVICE_SEED.ns(rows, tokens, merges=True)
+        assert ratio == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize(
+    ("a_mem", "a_row", "believed"),
+    [
+        (30.0, 0.15, True),  # 200 rows cost as much as reading, as the seed's do
+        (30.0, 1.5, True),
+        (30.0, 1.6, False),
+        (30.0, 0.015, True),
+        (30.0, 0.014, False),
+        (0.0, 0.15, False),
+        (30.0, 0.0, False),
+    ],
+)
+def test_a_devices_costs_are_believed_within_bounds(
+    a_mem: float, a_row: float, *, believed: bool
+) -> None:
+    assert believable(CostModel(2_000.0, a_mem, a_row), DEVICE_SEED) is believed
 
 
 MODELS = {Layout.BF16: CostModel(1.5, 0.1 + 0.2, 3.0e-7, 0.0), Layout.K2V2: PLANTED}

@@ -39,9 +39,10 @@ def test_a_cell_is_measured_and_its_row_says_how() -> None:
     cell = tiny_cell()
     assert len({int(kv.tile_table[0, 0, 0]) for kv in cell.layers}) > 1
     one = bench.DeviceCell(**{**vars(cell), "layers": cell.layers[:1]})
-    found = bench.measure_cell(one, 2)
+    found = bench.measure_cell(one, bench.costs_of(one), 2)
     assert found.row["requests"] == 3
-    assert found.row["over_torch_sdpa"] is not None
+    ours = ("flat", "two_level", "fasttree_rule", "pat_rule", "torch_sdpa")
+    assert all(found.row[f"over_{name}"] is not None for name in ours)
     assert found.gain.samples == 2
     assert float(np.float64(found.row["tree_gb_s"])) > 0
 

@@ -17,11 +17,13 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.eviction.policy import KeepAll
+from kvkeep.ops.cpu import CpuKernel, available
 from kvkeep.ops.layout import AttentionPlan
 from kvkeep.quant.codec import Float
 from kvkeep.sharing.policy import ShareAll
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import BatchGeometry, Layout, View
+from tests.e2e.test_coded import poison
 from tests.engines import core_for, drive, request
 from tests.forests import ALWAYS, Asked, covers, eager, geometry
 
@@ -167,6 +169,7 @@ def start(tiny: dict[str, Path]) -> Start:
 
 
 COUNT = 40
+LONG_COUNT = 300
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,26 @@ def test_the_engines_own_planner_gives_the_same_bits(
     core = start(None, dtype)
     assert isinstance(core._runner._parts.planner, TreePlanner)
     assert live(core, 1, COUNT) == flat(dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_hundreds_of_requests_give_the_same_bits_with_trees(
+    start: Start, dtype: str, seed: int
+) -> None:
+    """Thousands of steps, hundreds of preemptions; an eager planner and one that weighs."""
+    flat = start(FlatPlanner(), dtype)
+    want = live(flat, seed, LONG_COUNT)
+    assert flat.stats().steps_total > 1000
+    assert flat.stats().preemptions_total > 100
+    for inner in (eager(GROUP), TreePlanner(SEED, GROUP)):
+        planner = Checked(inner)
+        core = start(planner, dtype)
+        assert live(core, seed, LONG_COUNT) == want
+        assert planner.trees > 100
+        assert core.stats().preemptions_total > 100
 
 
 def test_a_planner_that_weighs_costs_gives_the_same_bits(
@@ -260,3 +283,28 @@ def test_sequences_of_one_request_read_its_prompt_together(start: Start, beams: 
     got = bits(drive(core, [request(ids, params)]))
     assert planner.largest == 4
     assert got == bits(drive(start(FlatPlanner(), "bfloat16"), [request(ids, params)]))
+
+
+@pytest.mark.parametrize("kernel", available())
+def test_scores_that_are_not_finite_fail_their_request_alone(
+    start: Start, kernel: CpuKernel
+) -> None:
+    """It reads a prefix together with others, whose bits stay; its error says what to look at."""
+    prefix = np.random.default_rng(6).integers(1, 200, 300).tolist()
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=2)
+    tails = {"good": [3, 4], "bad": [5, 250, 6, 7], "other": [8]}
+
+    def asked(*names: str) -> list[GenerateRequest]:
+        return [request([*prefix, *tails[name]], params, id=name) for name in names]
+
+    want = bits(drive(start(FlatPlanner(), "float32", kernel=kernel), asked("good", "other")))
+    planner = Checked(eager(GROUP))
+    core = start(planner, "float32", kernel=kernel)
+    poison(core, 250)
+    drive(core, [request(prefix, SamplingParams(max_tokens=1), id="first")])
+    got = drive(core, asked(*tails))
+    (failed,) = got.pop("bad")
+    assert failed.finish is FinishReason.ERROR
+    assert "infinite or not a number" in (failed.error or "")
+    assert bits(got) == want
+    assert planner.largest == 3, "they were not read together"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvkeep.attention import cost
+from kvkeep.attention.profile import ON_CPU
 from kvkeep.cache.storage import DeviceTiles, HostTiles
 from kvkeep.engine.backend import choose
 from kvkeep.engine.options import EngineOptions
@@ -21,22 +22,32 @@ def test_a_cpus_kernels_read_host_memory_and_measure_their_costs() -> None:
     assert backend.ops.device == torch.device("cpu")
     assert backend.storage is HostTiles
     assert backend.costs is None
-    assert backend.torch_threads == 1
+    assert (backend.torch_threads, backend.parallel) == (1, 2)
+    assert backend.timing is ON_CPU
     ids = np.arange(3)
     assert backend.upload([ids])[0].data_ptr() == ids.ctypes.data
 
 
 def test_the_reference_runs_torch_on_all_threads() -> None:
     backend = choose(EngineOptions(model="m", kernel="reference"), 2)
-    assert (backend.torch_threads, backend.costs) == (2, cost.SEED)
+    assert (backend.torch_threads, backend.parallel, backend.costs) == (2, 2, cost.SEED)
 
 
-def test_a_devices_tiles_arrays_and_costs_are_its_own() -> None:
-    backend = choose(EngineOptions(model="m", kernel="triton", device=DEVICE), 2)
+@pytest.mark.skipif(DEVICE == "cuda", reason="this machine has a CUDA device")
+def test_an_interpreted_devices_tiles_and_arrays_are_its_own() -> None:
+    backend = choose(EngineOptions(model="m", kernel="triton"), 2)
     assert isinstance(backend.storage, partial)
     assert backend.storage.func is DeviceTiles
     assert isinstance(backend.upload, Uploader)
-    assert backend.costs == cost.DEVICE_SEED
+    assert backend.parallel >= 16
+    assert backend.costs == cost.DEVICE_SEED, "the interpreter's time is nobody's"
+
+
+@pytest.mark.gpu
+def test_a_gpus_costs_are_measured() -> None:
+    backend = choose(EngineOptions(model="m", kernel="triton", device="cuda"), 2)
+    assert backend.costs is None
+    assert backend.timing.wait is not None
 
 
 @pytest.mark.parametrize(("rows", "shared"), [(64, 4096), (16, 16_384)])

@@ -205,8 +205,10 @@ def plan_of(asked: list[Asked], layout: Layout, **changes: object) -> AttentionP
     "fault", ["orphan", "rows", "previous", "step", "order", "short", "parents"]
 )
 def test_plans_that_are_no_forest_are_refused(
-    layout: Layout, pools: dict[Layout, Filled], fault: str
+    path: Path, layout: Layout, pools: dict[Layout, Filled], fault: str
 ) -> None:
+    if fault == "step" and path == "reference":
+        pytest.skip("the reference has no steps: it sums a row's tokens at once")
     asked = [Asked([*range(6), 20 + i], 6 * PAGE_TOKENS + 9) for i in range(4)]
     good = plan_of(asked, layout)
     assert good.parents is not None
@@ -229,7 +231,7 @@ def test_plans_that_are_no_forest_are_refused(
     plan = plan_of(asked, layout, groups=groups, parents=parents, runs=runs, **changes)
     pool = pools[layout]
     with pytest.raises(KernelInputError):
-        ops_for(PATHS[-1]).attend(pool.queries(4), pool.world.kv, plan)
+        ops_for(path).attend(pool.queries(4), pool.world.kv, plan)
 
 
 @pytest.mark.parametrize("kernel", available())

@@ -181,3 +181,18 @@ def test_arrays_go_up_in_one_transfer_and_outgrow_the_buffer() -> None:
         assert got[2].shape == (0,)
         assert all(tensor.data_ptr() % 16 == 0 for tensor in got)
     assert upload.transfers == 2
+
+
+def test_arrays_that_grow_within_their_place_lie_where_they_did() -> None:
+    upload = Uploader(THERE)
+
+    def places(*sizes: int) -> list[int]:
+        got = upload([np.full(size, size, np.int32) for size in sizes])
+        assert [np.unique(one.cpu().numpy()).tolist() for one in got] == [[size] for size in sizes]
+        return [one.data_ptr() for one in got]
+
+    first = places(1000, 5, 70)
+    assert all(places(1000 + grown, 5 + grown, 70 + grown) == first for grown in range(1, 25))
+    assert places(1025, 5, 70) != first
+    large = (1 << 18) + 1
+    assert np.diff(places(large, 5))[0] == 2 << 20, "a mebibyte at a time"

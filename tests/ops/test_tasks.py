@@ -48,8 +48,11 @@ def merged(cut: Tasks) -> dict[int, list[int]]:
 
 
 def met(cut: Tasks, plan: AttentionPlan) -> dict[int, list[tuple[int, int]]]:
-    """Follow every task as the kernels do: what each row sees, joined in the order of merging."""
-    by_part: dict[int, list[tuple[int, int]]] = {}
+    """Follow every task as the kernels do: what each row sees, joined in the order of merging.
+
+    Another row's part says nothing of this one, though it be over the same tiles.
+    """
+    by_part: dict[int, tuple[int, list[tuple[int, int]]]] = {}
     found: dict[int, list[tuple[int, int]]] = {}
     for place, rows, begin, count, target, *_ in cut.tasks.tolist():
         visits = [(entry, at) for entry, at in cut.visits[begin : begin + count].tolist()]
@@ -61,11 +64,12 @@ def met(cut: Tasks, plan: AttentionPlan) -> dict[int, list[tuple[int, int]]]:
                 found[row] = own
             else:
                 assert part not in by_part, "two tasks store one part"
-                by_part[part] = own
+                by_part[part] = row, own
     assert sorted(by_part) == list(range(cut.num_parts))
     for row, parts in merged(cut).items():
         assert row not in found
-        found[row] = [visit for part in parts for visit in by_part[part]]
+        own_parts = [by_part[part][1] for part in parts if by_part[part][0] == row]
+        found[row] = [visit for part in own_parts for visit in part]
     return found
 
 
@@ -136,6 +140,25 @@ def test_a_lost_visit_is_caught() -> None:
     cut = cut_tasks(plan, LAYOUT, 1, 1, 1)
     broken = replace(cut, visits=np.roll(cut.visits, 1, axis=0))
     assert met(broken, plan) != wanted(plan)
+
+
+def with_the_wrong_partial(cut: Tasks) -> Tasks:
+    """Return the tasks with the published builder's fault: what a row merges first is found by its
+    distance from the row before it, not from its parent's first row.
+    """
+    slots, begins = cut.merge_slots.copy(), cut.merge_bounds[: int((cut.merge_rows >= 0).sum())]
+    slots[begins[1:]] = cut.merge_slots[begins[0]] + 1
+    return replace(cut, merge_slots=slots)
+
+
+@pytest.mark.parametrize(("leaves", "wrong"), [(2, 0), (3, 1), (4, 2), (8, 6), (16, 14), (32, 30)])
+def test_another_rows_part_of_the_same_node_is_caught(leaves: int, wrong: int) -> None:
+    """Every part lies over the right tiles: that a query is not another one must show."""
+    asked = [Asked([*range(4), 9 + i], 4 * PAGE_TOKENS + 1 + i) for i in range(leaves)]
+    plan = eager(1).plan(geometry(asked, LAYOUT))
+    cut, want = check(plan, 1, 1, 1), wanted(plan)
+    got = met(with_the_wrong_partial(cut), plan)
+    assert sum(got[row] != want[row] for row in want) == wrong
 
 
 def test_one_task_per_row_leaves_nothing_to_merge() -> None:

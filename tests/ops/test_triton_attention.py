@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from kvkeep.attention.planner import FlatPlanner
-from kvkeep.ops.layout import TORCH_DTYPE, LayerKV, Observe
+from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, LayerKV, Observe
 from kvkeep.types import PAGE_TOKENS, Layout
 from tests.forests import Asked, Filled, covers, eager, filled, geometry
 from tests.ops.devices import DEVICE, ROW_LAYOUTS, OnDevice, world_of
@@ -326,6 +327,52 @@ def test_a_table_kept_on_the_device_is_used(layout: Layout) -> None:
     world.kv = kept
     world.add(ops, 200)
     attend_and_check(world, ops, [199, 20])
+
+
+def test_growing_requests_keep_grids_and_places(pools: dict[Layout, Filled]) -> None:
+    """What a captured graph holds fixed changes with a page at most, not with a token."""
+    pool, ops = pools[Layout.ROWS_F32], OnDevice()
+    q, before = pool.queries(6).to(DEVICE), ops.inner.transfers
+    found = []
+    for grown in range(2 * PAGE_TOKENS):
+        asked = [
+            Asked([*range(4), 10 + i, 16 + i % 6, 22], 4 * PAGE_TOKENS + 1 + i + grown)
+            for i in range(6)
+        ]
+        plan = eager(2).plan(geometry(asked, Layout.ROWS_F32))
+        found.append(ops.inner.prepare(q, pool.world.kv, plan))
+    assert ops.inner.transfers - before == len(found), "one upload a step"
+    changes = [one != other for one, other in pairwise(found)]
+    assert 0 < sum(changes) <= 4
+    places = {kept[-1] for kept in found}
+    assert 1 < len(places) <= 4
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_attends_the_plans_that_come_after() -> None:
+    layout, count = Layout.ROWS_BF16, 20
+    pool = filled(OnDevice(), Heads(8, 2, 128), layout, 60, device=DEVICE)
+    kv, attention = pool.world.kv, OnDevice(programs=264).inner
+
+    def plan(grown: int) -> AttentionPlan:
+        asked = [Asked([*range(32), 33 + i], 32 * PAGE_TOKENS + 1 + grown) for i in range(count)]
+        return eager(4).plan(geometry(asked, layout))
+
+    q = pool.queries(count).to(DEVICE)
+    attention.attend(q, kv, plan(0))
+    first = plan(0)
+    kept = attention.prepare(q, kv, first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attention.attend(q, kv, first)
+    for grown in range(1, 40):
+        later = plan(grown)
+        assert attention.prepare(q, kv, later) == kept
+        q.copy_(pool.queries(count))
+        graph.replay()
+        want = OnDevice(programs=264).inner.attend(q, kv, later)
+        assert torch.equal(got.out, want.out)
+        assert torch.equal(got.lse2, want.lse2)
 
 
 @pytest.mark.gpu

@@ -19,9 +19,11 @@ from typing import Final, NamedTuple
 
 from tools.gpu.wheels import FOLDER, NEEDED, ROOT
 
-TESTS: Final = ("tests/ops/test_triton_attention.py", "tests/ops/test_triton_codes.py",
-                "tests/ops/test_device.py", "tests/ops/test_tasks.py", "tests/e2e/test_device.py",
-                "tests/bench/test_attention_gpu.py",
+TESTS: Final = ("tests/ops/test_checks.py", "tests/ops/test_triton_attention.py",
+                "tests/ops/test_triton_codes.py", "tests/ops/test_triton_refused.py",
+                "tests/ops/test_device.py", "tests/ops/test_tasks.py",
+                "tests/attention/test_profile.py", "tests/engine/test_backend.py",
+                "tests/e2e/test_device.py", "tests/bench/test_attention_gpu.py",
                 "tests/bench/test_codes_gpu.py")  # fmt: skip
 
 

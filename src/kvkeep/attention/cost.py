@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +57,16 @@ class CostModel:
 SEED = CostModel(c0=800.0, a_mem=12.0, a_row=1.5, a_merge=40.0)
 """Before anything is measured: head_dim 64 to 128 in bfloat16 on a server core."""
 
-MERGE_BOUNDS = (SEED.a_merge / 10, SEED.a_merge * 10)
-"""Nanoseconds a row; a measurement outside them is not one of merging."""
+BELIEVED = 10
+"""Times a seed's, or this part of it: what a measurement further off shows is something else."""
+
+MERGE_BOUNDS = (SEED.a_merge / BELIEVED, SEED.a_merge * BELIEVED)
+"""Nanoseconds a row on a CPU; a measurement outside them is not one of merging."""
 
 DEVICE_SEED = CostModel(c0=128.0, a_mem=1.0, a_row=0.005, a_merge=2.0)
 """For a GPU, in units of one token's reading: a launch costs 128, 200 rows as much as reading, a
-part of a row 2. Derived from a data sheet's bandwidth and peak; not yet measured on a device.
+part of a row 2. Derived from a data sheet's bandwidth and peak; taken where a device's kernels
+can't be measured.
 """
 
 
@@ -110,11 +114,28 @@ def fit(samples: Sequence[Sample]) -> CostModel:
     return CostModel(c0, a_mem, a_row, SEED.a_merge)
 
 
-def merge_cost(ns: float, error: float) -> float:
+def merge_cost(ns: float, error: float, seed: float = SEED.a_merge) -> float:
     """Return a_merge as measured where that is plausible and clear of noise, otherwise the seed's.
 
     A state of 64 to 128 numbers is read and written in a few nanoseconds from the nearest cache, in
     some hundred from memory.
     """
-    plausible = MERGE_BOUNDS[0] <= ns <= MERGE_BOUNDS[1] and error < ns / 2
-    return ns if plausible else SEED.a_merge
+    plausible = seed / BELIEVED <= ns <= seed * BELIEVED and error < ns / 2
+    return ns if plausible else seed
+
+
+def scaled(model: CostModel, a_mem: float) -> CostModel:
+    """Return a model in another unit: the one in which reading a token costs `a_mem`."""
+    unit = a_mem / model.a_mem
+    return CostModel(*(unit * getattr(model, f.name) for f in fields(CostModel)))
+
+
+def believable(model: CostModel, seed: CostModel) -> bool:
+    """Tell whether the rows that cost as much as reading are as many as a seed's, within bounds.
+
+    They are not where a launch took so long that neither reading nor rows could be seen.
+    """
+    if not model.a_mem or not model.a_row:
+        return False
+    ratio = model.a_mem / model.a_row / (seed.a_mem / seed.a_row)
+    return 1 / BELIEVED <= ratio <= BELIEVED

@@ -1,16 +1,30 @@
-"""Measure the kernels of this machine for the cost model, at start: 50 to 80 ms a layout."""
+"""Measure the kernels of this machine for the cost model, at start: 50 to 80 ms a layout.
+
+A device's calls are queued: several are timed together, each with work enough to hide what the
+host takes to launch it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
-from kvkeep.attention.cost import SEED, CostModel, Sample, fit, merge_cost
+from kvkeep.attention.cost import (
+    DEVICE_SEED,
+    SEED,
+    CostModel,
+    Sample,
+    believable,
+    fit,
+    merge_cost,
+    scaled,
+)
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.layout import STEP_TOKENS, TORCH_DTYPE, AttentionOps, AttentionPlan, LayerKV
 from kvkeep.types import PAGE_TOKENS, Layout
@@ -18,9 +32,6 @@ from kvkeep.types import PAGE_TOKENS, Layout
 BUDGET_S = 0.05
 _PAGES = 16
 """Of a measured item: 1,024 tokens."""
-
-_COLD_BYTES = 64 << 20
-"""Read once, these are not in a last-level cache the next time."""
 
 _STEP_PAGES = STEP_TOKENS // PAGE_TOKENS
 _CUTS = 4
@@ -45,6 +56,32 @@ _POINTS = (_Shape(1, 1), _Shape(1, _PAGES, fresh=True), _Shape(2, _PAGES), _Shap
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """How a machine's kernels are timed."""
+
+    seed: CostModel
+    """Where nothing can be measured."""
+    cold_bytes: int
+    """Read once, these are not in a last-level cache the next time."""
+    wait: Callable[[], object] | None = None
+    """Returns once all that is queued is done; None: a call returns when it is done."""
+    calls: int = 1
+    """Queued between two readings of the clock."""
+    least_pages: int = 0
+    """That a thread or program visits in a call."""
+    now: Callable[[], float] = time.perf_counter
+
+
+ON_CPU: Final = Timing(SEED, 64 << 20)
+
+
+def on_device(device: torch.device) -> Timing:
+    """Return how a CUDA device is timed."""
+    wait = partial(torch.cuda.synchronize, device)
+    return Timing(DEVICE_SEED, 256 << 20, wait, calls=4, least_pages=64)
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """What is measured: one layer's tiles of a pool that nothing uses yet."""
 
@@ -56,6 +93,8 @@ class Bench:
     """Of the tiles that are attended: the same, or a codec's."""
     num_heads: int
     threads: int
+    """Or programs that a device runs at once."""
+    timing: Timing = ON_CPU
 
     @property
     def pages(self) -> int:
@@ -78,8 +117,8 @@ class Bench:
         """
         once = self._timed(_Shape(queries, pages, fresh))
         times: list[float] = []
-        begun = time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - begun < BUDGET_S / len(_POINTS) / 2:
+        now, begun = self.timing.now, self.timing.now()
+        while len(times) < 3 or now() - begun < BUDGET_S / len(_POINTS) / 2:
             times.append(once())
         return Sample(queries * self.group, pages * PAGE_TOKENS, fresh, min(times))
 
@@ -98,8 +137,8 @@ class Bench:
             for nodes in (_CUTS, 1)
         ]
         turns: list[list[float]] = []
-        begun = time.perf_counter()
-        while len(turns) < _LEAST_TURNS or time.perf_counter() - begun < BUDGET_S / 5:
+        now, begun = self.timing.now, self.timing.now()
+        while len(turns) < _LEAST_TURNS or now() - begun < BUDGET_S / 5:
             turns.append([once() for once in ways])
         (many, whole, few, few_whole), second = np.sort(np.array(turns), axis=0)[:2]
         rows = (_CUTS - 1) * (queries[0] - queries[1]) * self.group
@@ -111,33 +150,55 @@ class Bench:
 
         It has run once.
         """
-        heads = self.kv.num_kv_heads
-        wanted = _COLD_BYTES // (self._tile_bytes * heads) if shape.fresh else shape.pages
+        heads, timing = self.kv.num_kv_heads, self.timing
+        wanted = timing.cold_bytes // (self._tile_bytes * heads) if shape.fresh else shape.pages
         distinct = min(max(wanted, shape.pages), self.pages) // shape.pages
-        chains = max(distinct, -(-4 * self.threads // heads))
+        each = max(4, timing.least_pages // shape.pages)
+        chains = max(distinct, -(-each * self.threads // heads))
         units = self._tile_bytes // self.kv.unit_bytes
         table = _table(distinct * shape.pages, heads) * np.int32(units)
-        kv = replace(self.kv, tile_table=table, layer=0)
+        kv = replace(self.kv, tile_table=table, layer=0, device_table=None)
         plan = _plan(chains, shape, distinct, self.stored)
         size = (chains * shape.queries, self.num_heads, self.kv.head_dim)
-        q = torch.zeros(size, dtype=TORCH_DTYPE[self.layout])
-        items = chains * heads / self.threads
+        q = torch.zeros(size, dtype=TORCH_DTYPE[self.layout], device=self.kv.buffer.device)
+        items = timing.calls * chains * heads / self.threads
 
         def once() -> float:
-            at = time.perf_counter()
-            self.ops.attend(q, kv, plan)
-            return (time.perf_counter() - at) / items * 1e9
+            at = timing.now()
+            for _ in range(timing.calls):
+                self.ops.attend(q, kv, plan)
+            if timing.wait is not None:
+                timing.wait()
+            return (timing.now() - at) / items * 1e9
 
         once()
         return once
 
 
 def profile(bench: Bench) -> CostModel:
-    """Return the cost model of this machine's kernels; the seed where the pool is too small."""
+    """Return the cost model of this machine's kernels.
+
+    The seed where the pool is too small, or where a device's figures are none that a device has.
+    """
+    seed = bench.timing.seed
     if bench.pages < _PAGES:
-        return SEED
+        return seed
     model = fit([bench.sample(p.queries, p.pages, fresh=p.fresh) for p in _POINTS])
-    return replace(model, a_merge=merge_cost(*bench.merging()))
+    if seed is DEVICE_SEED:
+        if not believable(model, seed):
+            return seed
+        seed = scaled(seed, model.a_mem)
+    return replace(model, a_merge=merge_cost(*bench.merging(), seed.a_merge))
+
+
+def profile_all(benches: Sequence[Bench]) -> tuple[CostModel, ...]:
+    """Return the cost models of several layouts of tiles, all in one unit.
+
+    A seed is in none: where one layout can't be measured, none is.
+    """
+    models = tuple(profile(bench) for bench in benches)
+    seeds = [m for m, bench in zip(models, benches, strict=True) if m is bench.timing.seed]
+    return (seeds[0],) * len(models) if seeds else models
 
 
 def _table(pages: int, heads: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.int32]]:

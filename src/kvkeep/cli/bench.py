@@ -24,20 +24,34 @@ def checkout() -> Path:
 
 
 def names(root: Path) -> list[str]:
-    """Return the benchmarks of a checkout: the files in `bench/` that have a `main`."""
+    """Return the benchmarks of a checkout: the files in `bench/` whose `main` takes arguments."""
     files = (root / "bench").glob("*.py")
-    return sorted(p.stem for p in files if "\ndef main(" in p.read_text(encoding="utf-8"))
+    return sorted(p.stem for p in files if "\ndef main(arguments" in p.read_text(encoding="utf-8"))
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@app.command(
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": [],
+    }
+)
 def bench(
-    context: typer.Context, name: Annotated[str, typer.Argument(help="benchmark")] = ""
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="benchmark")] = "",
+    *,
+    told: Annotated[
+        bool, typer.Option("--help", help="After a name: what it measures, and its flags.")
+    ] = False,
 ) -> None:
     """Run a benchmark; its own flags follow its name: [--quick] [--json FILE|-] [--peer P]."""
     root = checkout()
+    if told and not name:
+        typer.echo(f"{context.get_help()}\n\nBenchmarks: {', '.join(names(root))}")
+        return
     if name not in names(root):
         known = ", ".join(names(root)) or "none yet"
         raise ConfigError(f"name: there is no benchmark {name!r}; there are: {known}")
     sys.path.insert(0, str(root))
     main = importlib.import_module(f"bench.{name}").main
-    raise typer.Exit(main(context.args))
+    raise typer.Exit(main([*context.args, "--help"] if told else context.args))

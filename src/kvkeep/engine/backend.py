@@ -13,9 +13,10 @@ import torch
 from kvkeep import ops
 from kvkeep.attention import cost
 from kvkeep.attention.cost import CostModel
+from kvkeep.attention.profile import ON_CPU, Timing, on_device
 from kvkeep.cache.storage import DeviceTiles, HostTiles, StorageMaker
 from kvkeep.engine.options import EngineOptions
-from kvkeep.ops.device import TRITON
+from kvkeep.ops.device import TRITON, programs_of
 from kvkeep.ops.upload import Uploader
 
 Upload = Callable[[Sequence[np.ndarray[Any, np.dtype[Any]]]], list[torch.Tensor]]
@@ -32,6 +33,10 @@ class Backend:
     torch_threads: int
     costs: CostModel | None
     """The planner's costs where they are not measured at start."""
+    parallel: int
+    """Threads, or programs of a device, that attend at once."""
+    timing: Timing = ON_CPU
+    """How the kernels are timed where they are."""
 
 
 def choose(options: EngineOptions, threads: int) -> Backend:
@@ -40,10 +45,13 @@ def choose(options: EngineOptions, threads: int) -> Backend:
     if kernels.name == TRITON:
         there = kernels.device
         storage = partial(DeviceTiles, device=there)
-        return Backend(kernels, storage, Uploader(there), 1, cost.DEVICE_SEED)
+        programs, upload = programs_of(there), Uploader(there)
+        if there.type == "cuda":
+            return Backend(kernels, storage, upload, 1, None, programs, on_device(there))
+        return Backend(kernels, storage, upload, 1, cost.DEVICE_SEED, programs)
     if kernels.name == "reference":
-        return Backend(kernels, HostTiles, _as_tensors, threads, cost.SEED)
-    return Backend(kernels, HostTiles, _as_tensors, 1, None)
+        return Backend(kernels, HostTiles, _as_tensors, threads, cost.SEED, threads)
+    return Backend(kernels, HostTiles, _as_tensors, 1, None, threads)
 
 
 def _as_tensors(arrays: Sequence[np.ndarray[Any, np.dtype[Any]]]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from kvkeep.attention import cost
 from kvkeep.attention.planner import CACHED_BYTES, AttentionPlanner, FlatPlanner, TreePlanner
-from kvkeep.attention.profile import Bench, profile
+from kvkeep.attention.profile import Bench, profile_all
 from kvkeep.cache.caches import Caches
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.parts import PoolPart
@@ -164,7 +164,7 @@ def build_core(
     techniques = parts.techniques
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
     caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy)
-    planner = parts.planner or _planner(options, backend, pool, model, threads)
+    planner = parts.planner or _planner(options, backend, pool, model)
     runner = ModelRunner(
         RunnerParts(
             model, pool, kernels, backend.upload, planner, techniques, shape, parts.listeners
@@ -250,7 +250,7 @@ def _decode(text: TextModel) -> DecodeText:
 
 
 def _planner(
-    options: EngineOptions, backend: Backend, pool: TilePool, model: HostedModel, threads: int
+    options: EngineOptions, backend: Backend, pool: TilePool, model: HostedModel
 ) -> AttentionPlanner:
     """Return the planner asked for; a tree's costs are read or measured on the unused pool."""
     if options.attention_planner == "flat":
@@ -264,11 +264,12 @@ def _planner(
     elif backend.costs is not None:
         costs = (backend.costs,)
     else:
-        costs = tuple(
-            profile(
-                Bench(kernels.attention, pool.layer_kv(0), plain, stored, spec.num_heads, threads)
-            )
-            for stored in layouts
+        attention, kv, timing = kernels.attention, pool.layer_kv(0), backend.timing
+        costs = profile_all(
+            [
+                Bench(attention, kv, plain, stored, spec.num_heads, backend.parallel, timing)
+                for stored in layouts
+            ]
         )
     across = options.attention_share_across_tenants == "public"
     cached = CACHED_BYTES * spec.num_layers // pool.spec.bytes_per_token

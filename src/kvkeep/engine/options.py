@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from kvkeep.types import Kernel
+
 CodedName = Literal["k8v8", "k4v4", "k4v2", "k2v2", "calibrated"]
 KvName = CodedName | Literal["bf16", "auto"]
 """How pages are stored; `bf16` stands for the model's dtype, `auto` for a choice by request,
@@ -49,7 +51,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     served_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["float", "int8"] = "float"
-    kernel: Literal["auto", "avx512", "avx2", "portable", "reference", "triton"] = "auto"
+    kernel: Kernel = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
     max_model_len: int | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from kvkeep.errors import ConfigError
 from kvkeep.ops.checks import validate
 from kvkeep.ops.cpu import available, cpu_ops
@@ -24,6 +22,7 @@ from kvkeep.ops.layout import (
 from kvkeep.ops.reference import ReferenceAttention
 from kvkeep.ops.reference_leaf import ReferenceLeaf
 from kvkeep.ops.reference_sample import ReferenceSample
+from kvkeep.types import Kernel
 
 __all__ = [
     "Attended",
@@ -44,8 +43,6 @@ __all__ = [
     "select",
     "validate",
 ]
-
-Kernel = Literal["auto", "avx512", "avx2", "portable", "reference", "triton"]
 
 
 def select(kernel: Kernel, threads: int, device: Device = "cpu") -> Ops:

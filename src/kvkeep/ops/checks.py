@@ -16,6 +16,7 @@ from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
 Int64Array = NDArray[np.int64]
 
 _DIM_STEP: Final = 16
+_LAST_POSITION: Final = np.iinfo(np.int32).max
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -87,13 +88,17 @@ def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
 
     Queries may hold anything: what is not finite concerns the rows it is in, not their step.
     """
+    if q.dim() != 3:
+        raise KernelInputError(f"q has {q.dim()} dimensions; pass [T, Hq, D]")
     rows, heads, dim = q.shape
-    if dim != kv.head_dim or heads % kv.num_kv_heads:
+    if dim != kv.head_dim or not heads or heads % kv.num_kv_heads:
         raise KernelInputError(
             f"q has {heads} heads of {dim}; the pool has {kv.num_kv_heads} of {kv.head_dim}"
         )
-    if len(plan.row_positions) != rows:
+    if plan.row_positions.shape != (rows,):
         raise KernelInputError(f"plan has {len(plan.row_positions)} rows, q has {rows}")
+    if plan.groups.shape[1:] != (4,) or plan.runs.shape[1:] != (4,) or plan.pages.ndim != 1:
+        raise KernelInputError("a plan's groups and runs must be [n, 4], its pages [E]")
     _check_pages(kv, plan)
     if plan.parents is not None and plan.parents.shape != plan.groups.shape[:1]:
         raise KernelInputError("parents and groups differ in length")
@@ -105,22 +110,55 @@ def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:
 
 
 def _check_pages(kv: LayerKV, plan: AttentionPlan) -> None:
-    """Raise where runs, pages and masks do not fit each other or the tile table."""
+    """Raise where runs, pages, masks and tiles do not fit each other or the tile table."""
+    a_page = kv.tile_table.shape[1:]
+    if plan.private_tiles is not None and plan.private_tiles.shape[1:] != a_page:
+        raise KernelInputError(f"private tiles must be [n, L, Hkv]: {a_page} for each page")
+    if plan.masks is not None and plan.masks.shape != (len(plan.pages), *a_page):
+        raise KernelInputError(f"live masks must be [E, L, Hkv]: {a_page} for each page")
     if len(plan.pages):
         private = 0 if plan.private_tiles is None else len(plan.private_tiles)
         low, high = int(plan.pages.min()), int(plan.pages.max())
         if high >= len(kv.tile_table) or low < -private:
             raise KernelInputError("plan names a page outside the pool's tile table")
     if len(plan.runs):
-        ends = plan.runs[:, 0] + plan.runs[:, 1]
-        if int(ends.max()) > len(plan.pages) or int(plan.runs.min()) < 0:
+        begins, counts, positions = plan.runs[:, :3].T.astype(np.int64)
+        if int((begins + counts).max()) > len(plan.pages) or int(plan.runs.min()) < 0:
             raise KernelInputError("a run reaches outside the plan's pages")
+        if int((positions + counts * PAGE_TOKENS).max()) > _LAST_POSITION:
+            raise KernelInputError("a run reaches beyond the last position there is")
         if np.any(plan.runs[:, 2] % PAGE_TOKENS):
             raise KernelInputError("a run starts inside a page")
         if plan.private_tiles is not None:
             _check_beginnings(plan)
-    if plan.masks is not None and plan.masks.shape[0] != len(plan.pages):
-        raise KernelInputError("live masks and pages differ in length")
+
+
+def check_forest(plan: AttentionPlan) -> None:
+    """Raise unless parents come first and hold their children, and leaves hold every row once.
+
+    What the native kernels check themselves; for all others, after `validate`.
+    """
+    rows, groups, count = len(plan.row_positions), plan.groups, len(plan.groups)
+    order, parents = plan.row_order, np.full(count, -1, np.int64)
+    if order is not None and not np.array_equal(np.sort(order), np.arange(rows)):
+        raise KernelInputError("the order of rows does not name every row once")
+    if plan.parents is not None:
+        parents = plan.parents.astype(np.int64)
+    if np.any(groups[:, 0] > groups[:, 1]) or np.any(groups[:, 2] > groups[:, 3]):
+        raise KernelInputError("a group's rows or runs end before they begin")
+    if count and (int(groups.min()) < 0 or np.any(parents >= np.arange(count))):
+        raise KernelInputError("a group comes before its parent")
+    held = parents >= 0
+    above = groups[np.where(held, parents, 0)] if count else groups
+    if np.any(held & ((groups[:, 0] < above[:, 0]) | (groups[:, 1] > above[:, 1]))):
+        raise KernelInputError("a group has rows that its parent lacks")
+    leaves = np.ones(count, np.bool_)
+    leaves[parents[held]] = False
+    covered = np.zeros(rows + 1, np.int64)
+    np.add.at(covered, groups[leaves, 0], 1)
+    np.add.at(covered, groups[leaves, 1], -1)
+    if count and np.any(np.cumsum(covered)[:rows] != 1):
+        raise KernelInputError("leaf groups do not hold every row once")
 
 
 def _check_beginnings(plan: AttentionPlan) -> None:

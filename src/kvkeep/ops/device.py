@@ -18,6 +18,9 @@ Device = Literal["cpu", "cuda"]
 TRITON: Final = "triton"
 """The kernel's name."""
 
+_PROGRAMS_PER_CORE: Final = 2
+_INTERPRETED_PROGRAMS: Final = 16
+
 
 def device_ops(device: Device) -> Ops:
     """Return Triton's kernels on a device; raises `ConfigError` where they can't run."""
@@ -44,6 +47,14 @@ def device_ops(device: Device) -> Ops:
         there,
         ROW_LAYOUTS,
     )
+
+
+def programs_of(device: torch.device) -> int:
+    """Return how many (task, KV head) programs keep a device busy."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS_PER_CORE * cores
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.checks import check_pool, coded_layouts, validate
+from kvkeep.ops.checks import check_forest, check_pool, coded_layouts, validate
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.layout import (
     LANE_LAYOUTS,
@@ -57,6 +57,7 @@ class ReferenceAttention:
         """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
         self.calls += 1
         validate(q, kv, plan)
+        check_forest(plan)
         layout = _layout_of(q.dtype)
         for stored in (layout, *coded_layouts(kv, plan, layout)):
             check_pool(kv, stored)

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.checks import run_layouts
+from kvkeep.ops.checks import check_forest, run_layouts
 from kvkeep.ops.layout import AttentionPlan
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout
 
@@ -62,6 +62,11 @@ class Tasks:
     merge_slots: Int32Array
     """Parts of each merged row, first to last."""
 
+    @property
+    def part_slots(self) -> int:
+        """Return how many parts there is room for: a power of two."""
+        return _padded(max(1, self.num_parts))
+
     def num_visits(self, launch: Launch) -> int:
         """Return how many tiles one KV head's tasks of a launch visit."""
         return int(self.tasks[launch.begin : launch.end, 3].sum())
@@ -86,43 +91,14 @@ def cut_tasks(
     """
     if not 1 <= group <= ROW_CLASSES[-1]:
         raise KernelInputError(f"{group} query heads per KV head; at most 128 are supported")
-    order = _order(plan)
-    _check_forest(plan)
+    check_forest(plan)
+    order = np.arange(len(plan.row_positions), dtype=np.int32)
+    if plan.row_order is not None:
+        order = np.ascontiguousarray(plan.row_order, np.int32)
     run_layouts(plan, layout)
     whole = list(_row_chunks(plan, order, ROW_CLASSES[-1] // group))
     pieces = list(_split(whole, num_kv_heads, programs))
     return _assemble(pieces, order, group)
-
-
-def _order(plan: AttentionPlan) -> Int32Array:
-    rows = len(plan.row_positions)
-    if plan.row_order is None:
-        return np.arange(rows, dtype=np.int32)
-    order = np.ascontiguousarray(plan.row_order, np.int32)
-    if not np.array_equal(np.sort(order), np.arange(rows)):
-        raise KernelInputError("the order of rows does not name every row once")
-    return order
-
-
-def _check_forest(plan: AttentionPlan) -> None:
-    """Raise unless parents come first and hold their children, and leaves hold every row once."""
-    rows, groups, count = len(plan.row_positions), plan.groups, len(plan.groups)
-    parents = np.full(count, -1, np.int64) if plan.parents is None else plan.parents
-    if np.any(groups[:, 0] > groups[:, 1]) or np.any(groups[:, 2] > groups[:, 3]):
-        raise KernelInputError("a group's rows or runs end before they begin")
-    if count and (int(groups.min()) < 0 or np.any(parents >= np.arange(count))):
-        raise KernelInputError("a group comes before its parent")
-    held = parents >= 0
-    above = groups[np.where(held, parents, 0)] if count else groups
-    if np.any(held & ((groups[:, 0] < above[:, 0]) | (groups[:, 1] > above[:, 1]))):
-        raise KernelInputError("a group has rows that its parent lacks")
-    leaves = np.ones(count, np.bool_)
-    leaves[parents[held]] = False
-    covered = np.zeros(rows + 1, np.int64)
-    np.add.at(covered, groups[leaves, 0], 1)
-    np.add.at(covered, groups[leaves, 1], -1)
-    if count and np.any(np.cumsum(covered)[:rows] != 1):
-        raise KernelInputError("leaf groups do not hold every row once")
 
 
 def _row_chunks(plan: AttentionPlan, order: Int32Array, most: int) -> Iterator[_Piece]:

@@ -30,6 +30,7 @@ from kvkeep.ops.checks import (
     validate,
 )
 from kvkeep.ops.codes import CODE_BITS, tile_bytes
+from kvkeep.ops.device import programs_of
 from kvkeep.ops.layout import (
     ROW_LAYOUTS,
     Attended,
@@ -41,9 +42,6 @@ from kvkeep.ops.tasks import ROW_CLASSES, TASK_FIELDS, Tasks, cut_tasks
 from kvkeep.ops.triton_observe import Looked
 from kvkeep.ops.upload import Uploader
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
-
-_PROGRAMS_PER_CORE: Final = 2
-_INTERPRETED_PROGRAMS: Final = 16
 
 _APPENDED: Final = 16
 """Tokens that one program appends."""
@@ -79,6 +77,12 @@ class _Prepared:
     coded_visits: int
     arrays: _Arrays
 
+    @property
+    def fixed(self) -> tuple[object, ...]:
+        """Return what a captured graph keeps: grids, rooms, and where the arrays lie."""
+        tasks, places = self.tasks, tuple(array.data_ptr() for array in self.arrays)
+        return tasks.launches, len(tasks.merge_rows), tasks.part_slots, places
+
     def bytes_read(self, kv: LayerKV) -> int:
         """Return the bytes of the tiles one layer's tasks load: those with a live token."""
         masks = self.plan.masks
@@ -111,7 +115,7 @@ class TritonAttention:
         """`decode`: widen codes to floats before they are multiplied, as a baseline."""
         self._device = device
         self._decode = decode
-        self._programs = programs or _programs_of(device)
+        self._programs = programs or programs_of(device)
         self.calls = 0
         """Number of `attend` calls so far."""
         self.bytes_read = 0
@@ -132,6 +136,13 @@ class TritonAttention:
         """Return the uploads so far: one per plan, step's slots and step's thresholds."""
         uploads = (self._plan_upload, self._slots_upload, self._threshold_upload)
         return sum(upload.transfers for upload in uploads)
+
+    def prepare(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> tuple[object, ...]:
+        """Cut a plan into work and upload it now; the step's first `attend` does so otherwise.
+
+        Return what a graph captured of `attend` keeps: for equal ones, it attends this plan.
+        """
+        return self._prepare(q, kv, plan).fixed
 
     def append(self, kv: LayerKV, k: torch.Tensor, v: torch.Tensor, slots: Int32Array) -> None:
         """Write k, v [T, Hkv, D] at `slots` [T] = page slot * S + row; -1 skips a row."""
@@ -157,7 +168,7 @@ class TritonAttention:
         q = dense_rows(q)
         out = torch.empty((rows, heads, dim), dtype=q.dtype, device=self._device)
         lse2 = torch.empty((rows, heads), dtype=torch.float32, device=self._device)
-        parts = (max(1, prepared.tasks.num_parts), heads)
+        parts = (prepared.tasks.part_slots, heads)
         part_out = torch.empty((*parts, dim), dtype=torch.float32, device=self._device)
         part_lse2 = torch.empty(parts, dtype=torch.float32, device=self._device)
         arrays = prepared.arrays
@@ -357,14 +368,6 @@ class TritonAttention:
             "HAS_PRIVATE": plan.private_tiles is not None,
             "HAS_MASKS": plan.masks is not None,
         }
-
-
-def _programs_of(device: torch.device) -> int:
-    """Return how many (task, KV head) programs keep a device busy."""
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return _PROGRAMS_PER_CORE * cores
 
 
 def _warps(rows: int) -> int:

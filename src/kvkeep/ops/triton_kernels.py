@@ -253,7 +253,7 @@ def merge_kernel(
     for i in range(tl.load(bounds + index), tl.load(bounds + index + 1)):
         part = tl.load(slots + i).to(tl.int64) * num_heads + head
         part_total = tl.load(part_lse2 + part)
-        if part_total > float("-inf"):
+        if part_total != float("-inf"):  # what is not a number stays so
             new_m = tl.maximum(m, part_total)
             carried = tl.exp2(m - new_m)
             weight = tl.exp2(part_total - new_m)

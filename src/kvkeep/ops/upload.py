@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 _ALIGN: Final = 256
 _FIRST_BYTES: Final = 1 << 16
+_MOST_ROOM: Final = 1 << 20
+"""Bytes up to which an array's place is a power of two; a larger one's is a multiple of it."""
+
 _DTYPES: Final = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
@@ -23,6 +26,8 @@ class Uploader:
     """Packs arrays into one page-locked buffer that stays, and copies it at once.
 
     What a call returned is overwritten by the next one: use one uploader per kind of step data.
+    An array lies where it did as long as no array has outgrown its place: kernels in a captured
+    graph find the next step's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +45,7 @@ class Uploader:
         starts, size = [], 0
         for array in dense:
             starts.append(size)
-            size += -(-max(array.nbytes, 1) // _ALIGN) * _ALIGN
+            size += _place(array.nbytes)
         if self._copied is not None:
             self._copied.synchronize()
         if size > self._host.numel():
@@ -60,6 +65,13 @@ class Uploader:
     def _reserve(self, size: int) -> None:
         self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._copied is not None)
         self._there = torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+def _place(size: int) -> int:
+    """Return the bytes kept for an array of `size`, with room to grow."""
+    if size > _MOST_ROOM:
+        return -(-size // _MOST_ROOM) * _MOST_ROOM
+    return max(_ALIGN, 1 << (max(size, 1) - 1).bit_length())
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:

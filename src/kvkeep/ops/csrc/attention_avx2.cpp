@@ -42,9 +42,9 @@ struct Isa {
   }
 
   // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
-  // = 1 exactly.
+  // = 1 exactly. What is not a number stays so.
   static V exp2(V x) {
-    x = _mm256_max_ps(x, set1(-127.0f));
+    x = _mm256_max_ps(set1(-127.0f), x);
     V whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     V rest = sub(x, whole);
     V y = set1(1.326474252e-03f);

@@ -224,9 +224,17 @@ struct FloatWeights {
   }
 };
 
+// Whether a row sees a score that is not a number.
+inline bool sees_nan(const float* s, const uint64_t (&seen)[2]) {
+  for (int t = 0; t < kStep; t++)
+    if (s[t] != s[t] && seen[t / kPage] >> (t % kPage) & 1) return true;
+  return false;
+}
+
 // One row's online-softmax step over scores s [kStep]: weights to p, state (m, l, o) carried on.
 // Tokens whose bit in `seen` is clear get a weight of exactly 0. The guard on -inf keeps a row that
-// sees nothing as it was.
+// sees nothing as it was. A score that is not a number makes l one that is not: that row's result
+// shows it, whatever the others in its step are.
 template <class K>
 inline void soften(const float* s, const uint64_t (&seen)[2], typename K::A* p, float& m, float& l,
                    float* o, int dim) {
@@ -243,6 +251,7 @@ inline void soften(const float* s, const uint64_t (&seen)[2], typename K::A* p, 
   const float peak = Isa::reduce_max(top);
   const float now = peak > m ? peak : m;
   if (now == -__builtin_inff()) {
+    if (sees_nan(s, seen)) m = 0.0f, l = __builtin_nanf("");
     __builtin_memset(p, 0, sizeof(*p) * kStep);
     return;
   }

@@ -40,9 +40,9 @@ struct Isa {
   }
 
   // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
-  // = 1 exactly.
+  // = 1 exactly. What is not a number stays so.
   static V exp2(V x) {
-    x = max(x, set1(-127.0f));
+    x = max(set1(-127.0f), x);
     const V shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     V whole = (x + shift) - shift;
     V rest = x - whole;
