@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak results
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -90,6 +90,9 @@ peers: ## build each peer's own environment under .peers/
 clients: setup ## lm-eval and guidellm, each in its own environment, against a running server
 	$(BIN)/python -m tools.clients.build
 	$(BIN)/python -m tools.clients.run
+
+results: setup ## write the tables of docs/benchmarks.md and README.md from bench/results/
+	$(BIN)/python -m tools.render_benchmarks
 
 figure-fanout: setup ## draw docs/figures/fanout.svg from bench/results/fanout*.json
 	$(BIN)/python -m tools.figures.fanout

@@ -4,7 +4,7 @@ Each policy gets a server of its own on the demo model, the same requests in the
 same number of clients, and a pool of 30 % of what isolation would need. Requests of epochs 1 and 2
 warm up. Then the leak audit runs against a fresh server of the same policy, once per seed, on the
 channels that the index could leak by; its worst channel counts. Of `selective` it also attacks what
-k accounts sent, which must be seen.
+k accounts sent, which must be seen. With `--peer vllm` another engine takes the policies' place.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-import numpy as np
-
-from bench import harness, sharing_trace
+from bench import harness, sharing_peers, sharing_trace
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Report, Row, estimate
 from bench.sharing_attack import (
     AUDIT_PAGES,
     AUDITED,
     PRIVATE,
+    SEEDS,
     attack_figures,
     attack_rows,
     attacked,
@@ -28,21 +27,27 @@ from bench.sharing_attack import (
     certain,
     control_figures,
 )
-from bench.sharing_replay import CLIENTS, Player, Replay, counter, replay, tenant_name
+from bench.sharing_replay import (
+    OURS,
+    Player,
+    Replay,
+    played_params,
+    policy_row,
+    replay,
+    tenant_name,
+)
 from bench.sharing_scan import LIKE as SCANNED
 from bench.sharing_scan import scan_share
 from bench.sharing_server import POLICIES, QUICK_POLICIES, Policy, epochs_of, served
-from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
+from bench.sharing_target import Ours
+from bench.sharing_trace import Ask, Shape, Texts
 from kvkeep import metrics
 from kvkeep.audit import Report as AuditReport
 from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
-from tests.servers import Server
 
-POOL_SHARE: Final = 0.3
-SEEDS: Final = (1, 2, 3)
 EPOCH_S: Final = 10.0
 AUDIT_EPOCH_S: Final = 2.0
 """Short, since an audit waits for two epochs' ends again and again."""
@@ -73,9 +78,8 @@ class Bench:
 
     def attempt(self, policy: Policy, arguments: Sequence[str]) -> Tried:
         """Play the trace under one policy, then let it be attacked."""
-        least = self.shape.tenants * (-(-self.shape.longest // sharing_trace.PAGE) + 2)
-        needed = sharing_trace.isolation_pages(self.trace, self.shape)
-        pages = max(int(POOL_SHARE * needed), least)
+        least = sharing_trace.least_pages(self.shape)
+        pages = sharing_trace.pool_pages(self.trace, self.shape)
         shares = {tenant_name(n): 1 / self.shape.tenants for n in range(self.shape.tenants)}
         pool = ("--share-pool", f"{1 - least / pages:.4f}")
         if self.quick:
@@ -83,19 +87,19 @@ class Bench:
             both = {name: part / 2 for name, part in (shares | AUDITED).items()}
             arguments = (*arguments, *epochs_of(QUICK_EPOCH_S))
             with served(policy, both, max(2 * pages, AUDIT_PAGES), *arguments, *pool) as server:
-                alone = self._replay(server, policy, QUICK_EPOCH_S)
-                return Tried(alone, [self._attack(server, policy, SEEDS[0], QUICK_EPOCH_S)])
+                alone = self._replay(Ours(server), policy, QUICK_EPOCH_S)
+                return Tried(alone, [self._attack(Ours(server), policy, SEEDS[0], QUICK_EPOCH_S)])
         played: Replay | None = None
         reports: list[AuditReport] = []
         if "replay" in self.parts:
             told = (*arguments, *epochs_of(EPOCH_S), *pool)
             pins = self.shape.templates
             with served(policy, shares, pages, *told, pins=pins) as server:
-                played = self._replay(server, policy, EPOCH_S)
+                played = self._replay(Ours(server), policy, EPOCH_S)
         for seed in SEEDS if "audit" in self.parts and not policy.pins else ():
             told = (*arguments, *epochs_of(AUDIT_EPOCH_S))
             with served(policy, AUDITED, AUDIT_PAGES, *told) as server:
-                reports.append(self._attack(server, policy, seed, AUDIT_EPOCH_S))
+                reports.append(self._attack(Ours(server), policy, seed, AUDIT_EPOCH_S))
         return Tried(played, reports, self._control(policy, arguments))
 
     def _control(self, policy: Policy, arguments: Sequence[str]) -> AuditReport | None:
@@ -103,17 +107,19 @@ class Bench:
             return None
         told = (*arguments, *epochs_of(AUDIT_EPOCH_S))
         with served(policy, AUDITED, AUDIT_PAGES, *told) as server:
-            return attacked_by_enough(server, SEEDS[0], settle_s=policy.settle_s(AUDIT_EPOCH_S))
+            return attacked_by_enough(
+                Ours(server), SEEDS[0], settle_s=policy.settle_s(AUDIT_EPOCH_S)
+            )
 
-    def _replay(self, server: Server, policy: Policy, epoch_s: float) -> Replay:
-        player = Player(server, self.texts, self.shape)
+    def _replay(self, target: Ours, policy: Policy, epoch_s: float) -> Replay:
+        player = Player(target, self.texts, self.shape)
         return replay(player, self.trace, policy.settle_s(epoch_s))
 
-    def _attack(self, server: Server, policy: Policy, seed: int, epoch_s: float) -> AuditReport:
+    def _attack(self, target: Ours, policy: Policy, seed: int, epoch_s: float) -> AuditReport:
         patient = policy.name in PRIVATE
         settle_s = policy.settle_s(epoch_s)
-        report = attacked(server, seed, settle_s=settle_s, quick=self.quick, patient=patient)
-        saved = counter(server, metrics.SAVED_TOKENS)
+        report = attacked(target, seed, settle_s=settle_s, quick=self.quick, patient=patient)
+        saved = target.counter(metrics.SAVED_TOKENS)
         NOTES.print(
             f"{policy.name}, seed {seed}: {report.verdict} after {report.seconds:.0f} s, "
             f"{saved:.0f} tokens read from others"
@@ -145,21 +151,6 @@ def ratios(found: Mapping[str, Replay]) -> list[Figure]:
     return figures
 
 
-def policy_row(policy: str, played: Replay, worst: Estimate | None) -> Row:
-    """Return a policy's row: what it costs and what it tells."""
-    ttft = [sample.ttft_s for sample in played.samples]
-    return {
-        "engine": "kvkeep",
-        "policy": policy,
-        "ttft_median_ms": float(np.median(ttft)) * 1e3,
-        "ttft_p90_ms": float(np.percentile(ttft, 90)) * 1e3,
-        "tokens_per_s": float(np.median(played.window_rates())),
-        "hit_ratio": played.hit_ratio,
-        "attack_auc": worst.median if worst else None,
-        "attack_auc_halfwidth": (worst.high - worst.low) / 2 if worst else None,
-    }
-
-
 def asked(options: Options) -> tuple[list[str], list[Policy]]:
     """Return the parts and policies to measure: all, or those that `--only` names."""
     names = [policy.name for policy in POLICIES]
@@ -176,6 +167,8 @@ def asked(options: Options) -> tuple[list[str], list[Policy]]:
 
 def measure(options: Options) -> Report:
     """Play the trace and run the audits under every policy, or the parts that are asked for."""
+    if options.peers:
+        return sharing_peers.measure(options)
     parts, policies = asked(options)
     shape = sharing_trace.QUICK if options.quick else sharing_trace.FULL
     trace = sharing_trace.make(shape) if options.quick else sharing_trace.read()
@@ -190,7 +183,7 @@ def measure(options: Options) -> Report:
         tried = bench.attempt(policy, threads)
         if tried.played is not None:
             played[policy.name] = tried.played
-        attacks += attack_rows(policy.name, tried.reports)
+        attacks += attack_rows(OURS, policy.name, tried.reports)
         told = attack_figures(policy.name, tried.reports)
         if told:
             seen[policy.name] = told[0].estimate
@@ -199,20 +192,14 @@ def measure(options: Options) -> Report:
             figures += control_figures(policy.name, tried.control)
     if "scan" in parts:
         figures.append(scan_share(options.threads))
-    rows += [policy_row(name, one, seen.get(name)) for name, one in played.items()]
+    rows += [policy_row(OURS, name, one, seen.get(name)) for name, one in played.items()]
     params: dict[str, Cell] = {
         "model": "demo",
         "threads": options.threads,
         "quick": options.quick,
         "parts": ", ".join(parts),
         "scan_model": f"random weights of {SCANNED}" if "scan" in parts else None,
-        "tenants": shape.tenants,
-        "templates": f"{shape.templates} of {shape.template_tokens} tokens, Zipf(1)",
-        "suffix_tokens": f"{shape.suffix_tokens[0]} to {shape.suffix_tokens[1]}",
-        "answer_tokens": shape.answer_tokens,
-        "requests_measured": len([ask for ask in trace if ask.epoch >= MEASURED_FROM]),
-        "clients": CLIENTS,
-        "pool": f"{POOL_SHARE:.0%} of what isolation needs",
+        **played_params(trace, shape),
     }
     return Report("sharing", params, [*ratios(played), *figures], [*rows, *attacks])
 

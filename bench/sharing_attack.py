@@ -15,13 +15,14 @@ from typing import Final
 import httpx
 
 from bench.harness import Estimate, Figure, Goal, Row
+from bench.load import TIMEOUT_S
 from bench.public_prompts import public_prompts
+from bench.sharing_target import Target
 from bench.sharing_trace import K
 from kvkeep.audit import Options, Report, audit, cast_of
 from kvkeep.audit.prober import Clock, Prober
 from kvkeep.audit.prompts import WORDS
 from kvkeep.audit.target import Account
-from tests.servers import Server
 
 INDEX_CHANNELS: Final = (
     "ttft",
@@ -43,18 +44,23 @@ AUDIT_PAGES: Final = 16384
 """So many that what one turn of every channel plants is still there when it is asked for: a victim
 whose prompts were evicted would tell nothing, and the audit would praise the policy for it."""
 BATCH: Final = 32
+SEEDS: Final = (1, 2, 3)
 PRIVATE: Final = frozenset({"isolate", "selective", "dp"})
 """Policies that promise to tell nothing."""
+APART: Final = PRIVATE | {"vllm_salted"}
+"""And a peer's that the same is asked of: how narrow the intervals are counts there."""
 
 
-def make_public(server: Server, settle_s: float) -> None:
+def make_public(target: Target, settle_s: float) -> None:
     """Let every bystander send what the audit's prompts begin with, and wait for epochs to end."""
 
     async def send() -> None:
-        async with httpx.AsyncClient(base_url=server.url) as client:
+        async with httpx.AsyncClient(
+            base_url=target.url, transport=target.transport(), timeout=TIMEOUT_S
+        ) as client:
             prober = Prober(client, "demo", per_second=1000.0, clock=Clock())
             for name, word in zip(BYSTANDERS, WORDS, strict=False):
-                account = Account(name, server.keys[name])
+                account = Account(name, target.keys[name])
                 await prober.choose_endpoint(account, f"{BEHIND} {word}")
 
     asyncio.run(send())
@@ -62,16 +68,16 @@ def make_public(server: Server, settle_s: float) -> None:
 
 
 def attacked(
-    server: Server, seed: int, *, settle_s: float, quick: bool, patient: bool = True
+    target: Target, seed: int, *, settle_s: float, quick: bool, patient: bool = True
 ) -> Report:
     """Return the audit of a server by its index channels.
 
     Not `patient`: of one that promises nothing, with little time for channels that show nothing.
     """
-    make_public(server, settle_s)
+    make_public(target, settle_s)
     told = Options(
-        server.url,
-        cast_of([f"{name}={server.keys[name]}" for name in CAST]),
+        target.url,
+        cast_of([f"{name}={target.keys[name]}" for name in CAST]),
         channels=INDEX_CHANNELS[:QUICK_CHANNELS] if quick else INDEX_CHANNELS,
         behind=BEHIND,
         margin=0.2 if quick else 0.03,
@@ -83,16 +89,16 @@ def attacked(
         prompt_tokens=512,
         seed=seed,
     )
-    return asyncio.run(audit(told))
+    return asyncio.run(audit(told, transport=target.transport()))
 
 
-def attacked_by_enough(server: Server, seed: int, *, settle_s: float) -> Report:
+def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
     """Return the audit of what k accounts sent, the victim the last of them: it must be seen."""
-    make_public(server, settle_s)
+    make_public(target, settle_s)
     accounts = (*CAST, BYSTANDERS[0])
     told = Options(
-        server.url,
-        cast_of([f"{name}={server.keys[name]}" for name in accounts]),
+        target.url,
+        cast_of([f"{name}={target.keys[name]}" for name in accounts]),
         channels=("sybils",),
         margin=0.03,
         seconds=300.0,
@@ -104,11 +110,14 @@ def attacked_by_enough(server: Server, seed: int, *, settle_s: float) -> Report:
         behind=BEHIND,
         seed=seed,
     )
-    return asyncio.run(audit(told))
+    return asyncio.run(audit(told, transport=target.transport()))
 
 
 def attack_figures(policy: str, reports: Sequence[Report]) -> list[Figure]:
-    """Return the worst channel's AUC over all seeds, its half-width, and if chance is inside."""
+    """Return the worst channel's AUC over all seeds, its half-width, and if chance is inside.
+
+    Goals are ours alone: what is measured of a peer is reported.
+    """
     weighed = [
         finding.evidence
         for report in reports
@@ -122,12 +131,13 @@ def attack_figures(policy: str, reports: Sequence[Report]) -> list[Figure]:
     name = f"attack_auc_private_{policy}"
     goal = Goal(">=", 0.95) if policy == "share_all" else None
     figures = [Figure(name, Estimate(worst.value, worst.low, worst.high, pairs), goal)]
-    if policy in PRIVATE:
+    if policy in APART:
+        ours = policy in PRIVATE
         width = max(evidence.auc.halfwidth for evidence in weighed)
         inside = float(all(evidence.auc.holds_chance for evidence in weighed))
         figures += [
-            Figure(f"{name}_halfwidth", certain(width, pairs), Goal("<=", 0.03)),
-            Figure(f"{name}_holds_chance", certain(inside, pairs), Goal(">=", 1.0)),
+            Figure(f"{name}_halfwidth", certain(width, pairs), Goal("<=", 0.03) if ours else None),
+            Figure(f"{name}_holds_chance", certain(inside, pairs), Goal(">=", 1) if ours else None),
         ]
     return figures
 
@@ -146,7 +156,7 @@ def control_figures(policy: str, report: Report) -> list[Figure]:
     ]
 
 
-def attack_rows(policy: str, reports: Sequence[Report]) -> list[Row]:
+def attack_rows(engine: str, policy: str, reports: Sequence[Report]) -> list[Row]:
     """Return every channel of every audit as a row."""
     rows: list[Row] = []
     for report in reports:
@@ -154,6 +164,7 @@ def attack_rows(policy: str, reports: Sequence[Report]) -> list[Row]:
             evidence = finding.evidence
             rows.append(
                 {
+                    "engine": engine,
                     "policy": policy,
                     "seed": report.seed,
                     "channel": finding.facts.name,

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import httpx
 import numpy as np
 
+from bench.harness import Cell, Estimate, Row
 from bench.load import TIMEOUT_S
-from bench.sharing_trace import MEASURED_FROM, Ask, Shape, Texts
-from kvkeep import metrics
-from kvkeep.metrics import Metric
-from tests.servers import Server
+from bench.sharing_target import Target
+from bench.sharing_trace import MEASURED_FROM, POOL_SHARE, Ask, Shape, Texts
 
+OURS: Final = "kvkeep"
 CLIENTS: Final = 4
 WINDOWS: Final = 12
 """Parts of the measured requests, for intervals of rates."""
@@ -55,36 +52,11 @@ class Replay:
         return rates
 
 
-def counter(server: Server, metric: Metric) -> float:
-    """Return the sum of a counter on the admin port's metrics page."""
-    page = server.admin("/metrics").text
-    name = re.escape(f"{metric.full_name}_total")
-    found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
-    if not found:
-        raise RuntimeError(f"the metrics page has no {metric.full_name}_total")
-    return sum(map(float, found))
-
-
-class Counted(NamedTuple):
-    """A server's counters at one moment."""
-
-    found_tokens: float
-    asked_tokens: float
-    scan_s: float
-    processor_s: float
-
-    @classmethod
-    def of(cls, server: Server) -> Counted:
-        """Read them."""
-        found, asked = (counter(server, m) for m in (metrics.PREFIX_HITS, metrics.PREFIX_QUERIES))
-        return cls(found, asked, counter(server, metrics.SCAN_SECONDS), cpu_seconds(server))
-
-
 class Player:
     """Plays a trace to one server."""
 
-    def __init__(self, server: Server, texts: Texts, shape: Shape, model: str = "demo") -> None:
-        self.server = server
+    def __init__(self, target: Target, texts: Texts, shape: Shape, model: str = "demo") -> None:
+        self.target = target
         self._model = model
         self._texts = texts
         self._shape = shape
@@ -93,7 +65,9 @@ class Player:
         """Send requests in order, `CLIENTS` under way at a time."""
         left = iter(enumerate(numbered))
         samples: dict[int, Sample] = {}
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(
+            base_url=self.target.url, timeout=TIMEOUT_S, transport=self.target.transport()
+        ) as client:
 
             async def work() -> None:
                 for place, (number, ask) in left:
@@ -114,7 +88,7 @@ class Player:
             "ignore_eos": True,
             "stream": True,
         }
-        headers = {"Authorization": f"Bearer {self.server.keys[tenant_name(ask.tenant)]}"}
+        headers = {"Authorization": f"Bearer {self.target.keys[tenant_name(ask.tenant)]}"}
         begun, first = time.perf_counter(), None
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
             response.raise_for_status()
@@ -133,25 +107,41 @@ def tenant_name(number: int) -> str:
 
 def replay(player: Player, trace: Sequence[Ask], settle_s: float) -> Replay:
     """Play the whole trace; measure from `MEASURED_FROM` on."""
-    server = player.server
+    target = player.target
     numbered = list(enumerate(trace))
     for epoch in range(1, MEASURED_FROM):
         asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
         time.sleep(settle_s)
-    before, begun = Counted.of(server), time.perf_counter()
+    before, begun = target.counted(), time.perf_counter()
     measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
     samples = asyncio.run(player.play(measured))
-    after = Counted.of(server)
-    return Replay(
-        tuple(samples),
-        begun,
-        (after.found_tokens - before.found_tokens) / (after.asked_tokens - before.asked_tokens),
-        (after.scan_s - before.scan_s) / (after.processor_s - before.processor_s),
-    )
+    grown = target.counted().since(before)
+    return Replay(tuple(samples), begun, grown.hit_ratio, grown.scan_share)
 
 
-def cpu_seconds(server: Server) -> float:
-    """Return the processor time of the server's processes."""
-    stats = (Path(f"/proc/{pid}/stat").read_text() for pid in server.tree())
-    fields = (stat.rpartition(")")[2].split() for stat in stats)
-    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+def played_params(trace: Sequence[Ask], shape: Shape) -> dict[str, Cell]:
+    """Return what a report says of the trace and how it was played."""
+    return {
+        "tenants": shape.tenants,
+        "templates": f"{shape.templates} of {shape.template_tokens} tokens, Zipf(1)",
+        "suffix_tokens": f"{shape.suffix_tokens[0]} to {shape.suffix_tokens[1]}",
+        "answer_tokens": shape.answer_tokens,
+        "requests_measured": len([ask for ask in trace if ask.epoch >= MEASURED_FROM]),
+        "clients": CLIENTS,
+        "pool": f"{POOL_SHARE:.0%} of what isolation needs",
+    }
+
+
+def policy_row(engine: str, policy: str, played: Replay, worst: Estimate | None) -> Row:
+    """Return a policy's row: what it costs and what it tells."""
+    ttft = [sample.ttft_s for sample in played.samples]
+    return {
+        "engine": engine,
+        "policy": policy,
+        "ttft_median_ms": float(np.median(ttft)) * 1e3,
+        "ttft_p90_ms": float(np.percentile(ttft, 90)) * 1e3,
+        "tokens_per_s": float(np.median(played.window_rates())),
+        "hit_ratio": played.hit_ratio,
+        "attack_auc": worst.median if worst else None,
+        "attack_auc_halfwidth": (worst.high - worst.low) / 2 if worst else None,
+    }

@@ -14,6 +14,7 @@ from bench import sharing_trace
 from bench.harness import Estimate, Figure, Goal
 from bench.sharing_replay import Player, replay, tenant_name
 from bench.sharing_server import POLICIES, epochs_of, served
+from bench.sharing_target import Ours
 from bench.sharing_trace import PAGE, Shape, Texts
 from kvkeep.models import make
 from kvkeep.models.text import TextModel
@@ -36,7 +37,7 @@ def scan_share(threads: int) -> Figure:
         model = make.make(LIKE, Path(folder) / LIKE, seed=0)
         texts = Texts(TextModel.load(model), SHAPE)
         with served(selective, shares, pages, *told, *pool, model=model) as server:
-            player = Player(server, texts, SHAPE, model.name)
+            player = Player(Ours(server), texts, SHAPE, model.name)
             played = replay(player, trace, selective.settle_s(EPOCH_S))
     value, count = played.scan_share, len(played.samples)
     return Figure("scan_share", Estimate(value, value, value, count), Goal("<=", 0.02))

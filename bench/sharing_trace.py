@@ -24,6 +24,8 @@ K: Final = 4
 """Voters besides the reader that make a page public."""
 MEASURED_FROM: Final = 3
 """The first epoch whose requests count."""
+POOL_SHARE: Final = 0.3
+"""Of what isolation would hold at the end."""
 
 
 class Ask(NamedTuple):
@@ -94,6 +96,16 @@ def isolation_pages(trace: Sequence[Ask], shape: Shape) -> int:
     held = {(ask.tenant, ask.template) for ask in trace}
     own = sum(-(-(ask.suffix_tokens + shape.answer_tokens) // PAGE) for ask in trace)
     return len(held) * (shape.template_tokens // PAGE) + own
+
+
+def least_pages(shape: Shape) -> int:
+    """Return the pages without which some tenant could not send one request."""
+    return shape.tenants * (-(-shape.longest // PAGE) + 2)
+
+
+def pool_pages(trace: Sequence[Ask], shape: Shape) -> int:
+    """Return the pages that every engine is given."""
+    return max(int(POOL_SHARE * isolation_pages(trace, shape)), least_pages(shape))
 
 
 class Texts:

@@ -1,7 +1,7 @@
-"""Write the tables of docs/benchmarks.md from bench/results/*.json.
+"""Write the tables of docs/benchmarks.md and README.md from bench/results/*.json.
 
-Each table stands between `<!-- results: FILE -->` and `<!-- end -->`; with `--check` nothing is
-written and the exit code says whether the page was current.
+A table stands between `<!-- results: FILE -->`, or `<!-- table: NAME -->`, and `<!-- end -->`. With
+`--check` nothing is written and the exit code says whether the pages were current.
 """
 
 from __future__ import annotations
@@ -10,13 +10,33 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from tools import sharing_results
+from tools.sharing_results import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-BLOCK = re.compile(r"(<!-- results: (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>results|table): (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+NOT_MEASURED: Final = "not measured"
+TOLD: Final[Mapping[str, tuple[str, str]]] = {
+    "isolate": ("`isolate`", "untold"),
+    "selective": ("`selective`, the default", "untold unless k others sent it, cleared"),
+    "dp": ("`dp`", "untold but for odds of e^eps"),
+    "pinned": ("`pinned`", "untold: the operator says what is shared"),
+    "salt": ("`salt`", "told by timing to all of one salt"),
+    "safekv": ("`safekv`", "told where the detector misses"),
+    "share_all": ("`share_all`", "told by timing"),
+    "vllm": ("vLLM, as it comes", "told by timing"),
+    "vllm_salted": ("vLLM, a salt per tenant", "untold while salts are secret"),
+}
+"""How each policy is named, and what one tenant is told of another's prompt, by design."""
 
 
 def cell(value: object) -> str:
@@ -51,12 +71,41 @@ def block(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def policy_cells(policy: Policy) -> dict[str, str]:
+    """Return a policy as a row of the README's table."""
+    cost, leak = policy.cost, policy.leak
+    named, told = TOLD[policy.name]
+    version = cost.engine.partition(" ")[2] if cost else ""
+    return {
+        "policy": f"{named} ({version})" if version else named,
+        "first token, median": f"{cost.ttft_ms:.0f} ms" if cost else NOT_MEASURED,
+        "tokens per second": f"{cost.tokens_per_s:,.0f}" if cost else NOT_MEASURED,
+        "of prompts found": f"{cost.hit_ratio:.0%}" if cost else NOT_MEASURED,
+        "attack's AUC": f"{leak.auc:.2f} ± {leak.halfwidth:.2f}" if leak else NOT_MEASURED,
+        "another tenant's prompt": told,
+    }
+
+
+def sharing_table() -> str:
+    """Return the policies beside each other, and of which commits they are."""
+    found = {p.name: p for p in sharing_results.read(sorted(RESULTS.glob("sharing*.json")))}
+    rows = [policy_cells(found.get(name, Policy(name, None, None))) for name in TOLD]
+    said = "; ".join(sharing_results.provenance([*found.values()]))
+    return "\n".join([*table(rows), "", f"{said[:1].upper()}{said[1:]}.", ""])
+
+
+TABLES: Final[Mapping[str, Callable[[], str]]] = {"sharing": sharing_table}
+
+
 def render(page: str) -> str:
     """Return the page with every block made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        document = json.loads((RESULTS / found["file"]).read_text(encoding="utf-8"))
-        return f"{found[1]}\n{block(document)}\n{found[3]}"
+        if found["kind"] == "table":
+            made = TABLES[found["name"]]()
+        else:
+            made = block(json.loads((RESULTS / found["name"]).read_text(encoding="utf-8")))
+        return f"{found[1]}\n{made}\n{found[4]}"
 
     return BLOCK.sub(fill, page)
 
@@ -66,11 +115,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args(arguments)
-    page = PAGE.read_text(encoding="utf-8")
-    made = render(page)
+    pages = {path: path.read_text(encoding="utf-8") for path in (PAGE, README)}
+    made = {path: render(page) for path, page in pages.items()}
     if given.check:
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
+        return int(made != pages)
+    for path, page in made.items():
+        path.write_text(page, encoding="utf-8")
     return 0
 
 

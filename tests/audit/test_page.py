@@ -65,6 +65,7 @@ async def test_the_page_stands_alone_and_holds_every_plot() -> None:
     assert checked.plots == 4  # two controls, two channels with pairs
     assert "leak" in page
     assert "told the attacker" in page
+    assert "One tenant can learn what another one sent." in page
 
 
 async def test_no_key_and_no_prompt_is_in_a_report() -> None:

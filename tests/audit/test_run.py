@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -69,6 +70,17 @@ async def test_a_verdict_that_time_does_not_allow_is_void() -> None:
     assert report.verdict == "void"
     assert "raise --seconds" in report.channels[0].reason
     assert report.seconds < 2.0
+
+
+async def test_a_long_audit_says_now_and_then_how_far_it_is() -> None:
+    server, notes = FakeServer(saved_ms=10.0), list[str]()
+    options = replace(BASE, seconds=200.0, margin=0.01)
+    clock = server.time.clock()
+    await audit(options, transport=server.transport(), clock=clock, note=notes.append)
+    told = [note for note in notes if note.endswith("channels are done")]
+    times = [float(note.split(" s of 200 at most")[0]) for note in told]
+    assert 4 <= len(times) <= 7
+    assert all(later - earlier >= 30 for earlier, later in pairwise(times))
 
 
 async def test_channels_without_time_say_so() -> None:

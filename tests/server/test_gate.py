@@ -87,6 +87,15 @@ async def test_a_request_id_comes_back_where_it_is_well_formed(
             assert len(answer.headers["x-kvkeep-request-id"]) == 32
 
 
+async def test_a_request_id_tells_nothing_of_other_requests(start: Start) -> None:
+    async with start() as server, server.client() as http:
+        answers = [await http.get("/v1/models") for _ in range(16)]
+    ids = [answer.headers["x-kvkeep-request-id"] for answer in answers]
+    assert len({*ids}) == 16
+    assert ids not in (sorted(ids), sorted(ids, reverse=True)), "they count nothing"
+    assert len({one[:8] for one in ids}) == len({one[-8:] for one in ids}) == 16
+
+
 async def test_one_log_line_per_request_says_who_and_how_long(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,48 +1,60 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tools.figures import drawing, fanout, leak
-from tools.figures.drawing import Figure, Rows
+from tests.tools.test_sharing_results import cost, leak, results
+from tools.figures import drawing, fanout
+from tools.figures import leak as leak_figure
+from tools.figures.drawing import Figure
 
-Draw = Callable[[Rows], Figure | None]
-
-ROW = {
-    "engine": "kvkeep",
-    "policy": "isolate",
-    "ttft_median_ms": 300.0,
-    "tokens_per_s": 5.0,
-    "attack_auc": 0.51,
-    "attack_auc_halfwidth": 0.03,
-}
+Draw = Callable[[Sequence[Path]], Figure | None]
 
 
-def test_rows_without_an_attack_are_no_points() -> None:
-    rows = [ROW, ROW | {"attack_auc": None}, {"figure": "x", "median": 1.0}]
-    assert leak.points(rows) == [leak.Point("kvkeep", "isolate", 300.0, 0.51, 0.03)]
+def test_what_was_audited_has_an_interval_and_what_was_not_is_named_so(tmp_path: Path) -> None:
+    replays = [cost("isolate", 300.0), cost("dp", 400.0), cost("vllm", 90.0, "vllm 1.2")]
+    replay = results(tmp_path / "a.json", *replays)
+    audits = [leak("isolate", 0.5), leak("vllm", 1.0), leak("pinned", 0.5)]
+    audit = results(tmp_path / "b.json", *audits, commit="b" * 40)
+    figure = leak_figure.draw([replay, audit])
+    assert figure is not None
+    above, below = figure.axes
+    _, named = above.get_legend_handles_labels()
+    assert named == ["chance ± 0.03", "isolate", "vllm 1.2, as it comes"]
+    assert [text.get_text() for text in below.get_yticklabels()] == ["dp"]
+    assert "no audit recorded" in below.get_title(loc="left")
+    (caption,) = (text.get_text() for text in below.texts)
+    assert "replay: commit aaaaaaaa" in caption
+    assert "audit: commit bbbbbbbb" in caption
+    assert "for want of a replay: pinned" in caption
+    drawing.plt.close(figure)
 
 
-def test_every_policy_is_named_in_the_figure(tmp_path: Path) -> None:
-    results, out = tmp_path / "sharing.json", tmp_path / "figures" / "leak.svg"
-    other = ROW | {"engine": "other", "policy": "share_all", "attack_auc": 1.0}
-    results.write_text(json.dumps({"rows": [ROW, other]}))
-    assert drawing.run([str(results)], "sharing", out, leak.draw) == 0
-    drawn = out.read_text()
-    assert "isolate" in drawn
-    assert "share_all" in drawn
+def test_results_of_two_machines_make_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = results(tmp_path / "a.json", cost("dp", 1.0))
+    other = results(tmp_path / "b.json", leak("dp", 1.0), machine={"cpu": "x", "cores": 8})
+    assert leak_figure.main([str(one), str(other)]) == 1
+    assert "several machines" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("bench", "draw"), [("sharing", leak.draw), ("fanout", fanout.draw)])
+def test_the_committed_results_draw_the_leak(tmp_path: Path) -> None:
+    out = tmp_path / "leak.svg"
+    assert drawing.run([], "sharing", out, leak_figure.draw) == 0
+    assert out.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("bench", "draw"), [("sharing", leak_figure.draw), ("fanout", fanout.draw)]
+)
 def test_without_rows_a_figure_says_what_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: str, draw: Draw
 ) -> None:
-    results, out = tmp_path / "results.json", tmp_path / "figure.svg"
-    results.write_text('{"rows": []}')
-    assert drawing.run([str(results)], bench, out, draw) == 1
+    empty, out = results(tmp_path / "results.json"), tmp_path / "figure.svg"
+    assert drawing.run([str(empty)], bench, out, draw) == 1
     assert f"kvkeep bench {bench}" in capsys.readouterr().err
     assert not out.exists()
 

@@ -16,7 +16,7 @@ mpl.rcParams["svg.hashsalt"] = "kvkeep"
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.figure import Figure  # noqa: E402
 
-__all__ = ["FIGURES", "Figure", "Rows", "plt", "run"]
+__all__ = ["FIGURES", "Figure", "Rows", "plt", "rows_of", "run"]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FIGURES: Final = ROOT / "docs" / "figures"
@@ -24,13 +24,20 @@ FIGURES: Final = ROOT / "docs" / "figures"
 Rows = Sequence[dict[str, Any]]
 
 
+def rows_of(paths: Sequence[Path]) -> Rows:
+    """Return the rows of all these result files."""
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
 def run(
-    arguments: Sequence[str], bench: str, out: Path, draw: Callable[[Rows], Figure | None]
+    arguments: Sequence[str],
+    bench: str,
+    out: Path,
+    draw: Callable[[Sequence[Path]], Figure | None],
 ) -> int:
     """Draw from the given result files, or from all of `bench/results/<bench>*.json`."""
     found = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob(f"{bench}*.json"))
-    rows = [row for path in found for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    figure = draw(rows)
+    figure = draw(found)
     if figure is None:
         sys.stderr.write(
             f"no results: run `kvkeep bench {bench} --json bench/results/{bench}.json`\n"

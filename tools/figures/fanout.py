@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tools.figures.drawing import FIGURES, Figure, Rows, plt, run
+from tools.figures.drawing import FIGURES, Figure, Rows, plt, rows_of, run
 
 OUT: Final = FIGURES / "fanout.svg"
 
@@ -78,8 +79,9 @@ def panel(axes: Axes, title: str, lines: Sequence[Line]) -> None:
     axes.legend(fontsize=7)
 
 
-def draw(rows: Rows) -> Figure | None:
+def draw(paths: Sequence[Path]) -> Figure | None:
     """Return the figure of all panels that have curves."""
+    rows = rows_of(paths)
     panels = [
         ("One process, one prefix of 4,096 tokens", engine_lines(rows)),
         ("Servers in turn, one prefix of 4,096 tokens", server_lines(rows)),

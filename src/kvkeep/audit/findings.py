@@ -132,10 +132,10 @@ def conclude(channels: Sequence[Finding], rates: Rates) -> tuple[Verdict, str]:
         if f.outcome == "void" and f.facts.observable is Observable.TTFT
     ]
     if blind:
-        return "void", f"no verdict on {', '.join(blind)}; see their reasons"
+        return "void", f"no verdict on {', '.join(blind)}; their reasons are in the table"
     clean = names("clean")
     if not clean:
-        return "void", "no channel could be tried; see their reasons"
+        return "void", "no channel could be tried; their reasons are in the table"
     aside = f"; void: {', '.join(names('void'))}" if names("void") else ""
     return "clean", f"{len(clean)} channels within {rates.margin:g} of chance{aside}"
 

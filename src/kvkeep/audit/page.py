@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Final
 
-from kvkeep.audit.findings import Finding, Report
+from kvkeep.audit.findings import Finding, Report, Verdict
 from kvkeep.audit.svg import HIT, MISS, histogram
 
 COLOURS: Final = {
@@ -15,9 +16,17 @@ COLOURS: Final = {
     "skipped": "#6b7280",
     "seen": "#0f766e",
 }
+MEANING: Final[Mapping[Verdict, str]] = {
+    "leak": "One tenant can learn what another one sent.",
+    "clean": "Nothing was seen by which one tenant could learn what another one sent.",
+    "void": "This audit says nothing, neither that the target leaks nor that it does not.",
+}
 LEGEND: Final = (
-    "AUC is the probability that a prompt which the victim had sent answers first; chance is 0.5. "
-    "Intervals hold for all channels together. KS is the one-sided Kolmogorov-Smirnov test."
+    "AUC is the probability that a prompt which the victim had sent answers before a fresh one; "
+    "won, the share of pairs in which it did. Chance is 0.5 in both. Intervals hold for all "
+    "channels together. A channel is clean where both hold 0.5, AUC within the half-width asked "
+    "for and won within twice that. KS p is the one-sided Kolmogorov-Smirnov test; it decides "
+    "nothing."
 )
 CONTROLS: Final = (
     "The attacker asks for prompts of its own. Where these do not show, nothing else counts."
@@ -26,11 +35,14 @@ COLOUR_KEY: Final = (
     '<span class="hit">&#9632; sent before</span> <span class="miss">&#9632; never sent</span>'
 )
 STYLE: Final = f"""
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 60rem;
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 64rem;
         margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+table.facts {{ width: auto; }}
 th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e7eb;
           vertical-align: top; }}
+td.n {{ white-space: nowrap; }}
+small {{ color: #6b7280; }}
 svg {{ width: 100%; height: auto; font: 11px system-ui, sans-serif; }}
 b.tag {{ color: white; border-radius: .3rem; padding: .1rem .5rem; }}
 .hit {{ color: {HIT}; }} .miss {{ color: {MISS}; }}
@@ -44,14 +56,15 @@ def html(report: Report) -> str:
         ("model", report.model),
         ("prompts", f"{report.prompt_tokens} tokens"),
         ("requests", f"{report.requests:,} in {report.seconds:.0f} s"),
-        ("false alarms", f"{report.rates.alpha:g} over {report.rates.channels} channels"),
-        ("half-width asked for", f"{report.rates.margin:g}"),
+        ("false alarm", f"probability {report.rates.alpha:g}, all channels together"),
+        ("half-width asked for", f"± {report.rates.margin:g}"),
         ("seed", str(report.seed)),
     ]
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts)
     body = [
-        f"<h1>Leak audit: {_tag(report.verdict)}</h1><p>{escape(report.reason)}.</p>",
-        f"<table>{rows}</table>",
+        f"<h1>Leak audit: {_tag(report.verdict)}</h1>",
+        f"<p><b>{MEANING[report.verdict]}</b></p><p>{escape(_sentence(report.reason))}</p>",
+        f'<table class="facts">{rows}</table>',
         "<h2>Channels</h2>",
         _table(report.channels),
         f"<p>{LEGEND}</p><h2>Controls</h2><p>{CONTROLS}</p>",
@@ -73,22 +86,29 @@ def _tag(outcome: str) -> str:
     return f'<b class="tag" style="background:{COLOURS[outcome]}">{outcome}</b>'
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _table(findings: tuple[Finding, ...]) -> str:
-    head = "".join(f"<th>{h}</th>" for h in ("channel", "", "AUC", "pairs", "KS p", "why"))
+    heads = ("channel", "verdict", "AUC", "won", "pairs", "KS p", "why")
+    head = "".join(f"<th>{h}</th>" for h in heads)
     return f"<table><tr>{head}</tr>{''.join(map(_row, findings))}</table>"
 
 
 def _row(finding: Finding) -> str:
-    auc = pairs = ks = ""
+    numbers = ("", "", "", "")
     if finding.evidence is not None:
-        auc = f"{finding.evidence.auc.value:.3f} &plusmn; {finding.evidence.auc.halfwidth:.3f}"
-        pairs, ks = str(finding.evidence.pairs), f"{finding.evidence.ks.p:.2g}"
-    figures = ", ".join(f"{k} {v:.3g}" for k, v in finding.figures.items())
-    why = f"{escape(finding.facts.about)}: {escape(finding.reason)}" + (
-        f"<br><small>{escape(figures)}</small>" if figures else ""
-    )
-    cells = (escape(finding.facts.name), _tag(finding.outcome), auc, pairs, ks, why)
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        evidence = finding.evidence
+        auc, won = (
+            f"{one.value:.3f} &plusmn; {one.halfwidth:.3f}" for one in (evidence.auc, evidence.won)
+        )
+        numbers = (auc, won, str(evidence.pairs), f"{evidence.ks.p:.2g}")
+    name = f"{escape(finding.facts.name)}<br><small>{escape(finding.facts.about)}</small>"
+    figures = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in finding.figures.items())
+    why = escape(finding.reason) + (f"<br><small>{escape(figures)}</small>" if figures else "")
+    cells = "".join(f'<td class="n">{cell}</td>' for cell in (_tag(finding.outcome), *numbers))
+    return f"<tr><td>{name}</td>{cells}<td>{why}</td></tr>"
 
 
 def _plot(finding: Finding, prefix: str) -> str:

@@ -32,6 +32,8 @@ CLEAR_AUC: Final = 0.8
 TRY_PAIRS: Final = 16
 MIN_EQUAL_SHARE: Final = 0.25
 """Of trials, below which a channel's prompts are not alike to the target."""
+PROGRESS_S: Final = 30.0
+"""Between two notes of how far an audit has come."""
 UNEQUAL: Final = "the target counts the tokens of like prompts differently"
 SEEN: Final = "own hits show"
 BLIND: Final = "own hits do not show, so nothing that this observable says counts"
@@ -114,7 +116,7 @@ class Audit:
         self._client = client
         self._clock = clock
         self._note = note
-        self._begun = clock.now()
+        self._begun = self._told = clock.now()
         self._seed = secrets.randbits(32) if options.seed is None else options.seed
         self._controls: dict[Observable, Finding] = {}
 
@@ -247,6 +249,18 @@ class Audit:
             failed = next((one for one in ended if isinstance(one, BaseException)), None)
             if failed is not None:
                 raise failed
+            self._tell(courses)
+
+    def _tell(self, courses: Sequence[_Course]) -> None:
+        """Say now and then how far the audit has come."""
+        if self._clock.now() - self._told < PROGRESS_S:
+            return
+        self._told = self._clock.now()
+        decided = sum(course.outcome is not None for course in courses)
+        self._note(
+            f"{self._elapsed():.0f} s of {self._options.seconds:.0f} at most: "
+            f"{decided} of {len(courses)} channels are done"
+        )
 
     def _over(self) -> bool:
         return self._elapsed() >= self._options.seconds
@@ -285,8 +299,7 @@ class Audit:
             return Finding(facts, "void", "no time was left; raise --seconds")
         evidence = weigh(*_columns(course.pairs), rates.level)
         reason = (
-            f"half-width {evidence.halfwidth:.3f} after {evidence.pairs} pairs; "
-            f"{rates.margin:g} was asked for: raise --seconds"
+            f"time was up at ± {evidence.halfwidth:.3f}, not ± {rates.margin:g}; raise --seconds"
         )
         return Finding(facts, "void", reason, evidence, tuple(course.pairs), self._figures(course))
 

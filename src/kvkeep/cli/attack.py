@@ -33,21 +33,20 @@ Channels = Annotated[str, typer.Option(help="comma-separated: " + ", ".join(CHAN
 def row(finding: Finding) -> tuple[str, ...]:
     """Return a finding as a row of the terminal's table."""
     if finding.evidence is None:
-        return finding.facts.name, finding.outcome, "", "", "", finding.reason
-    auc, ks = finding.evidence.auc, finding.evidence.ks
+        return finding.facts.name, finding.outcome, "", "", finding.reason
+    auc = finding.evidence.auc
     return (
         finding.facts.name,
         finding.outcome,
         f"{auc.value:.3f} ± {auc.halfwidth:.3f}",
         str(finding.evidence.pairs),
-        f"{ks.p:.1e}",
         finding.reason,
     )
 
 
 def show(report: Report) -> None:
     """Print the tables and the verdict."""
-    columns = ("channel", "verdict", "AUC", "pairs", "KS p", "why")
+    columns = ("channel", "verdict", "AUC", "pairs", "why")
     controls = [("control: " + name, *rest) for name, *rest in map(row, report.controls)]
     OUT.print(make_table(columns, [*controls, *map(row, report.channels)], title=report.target))
     OUT.print(
