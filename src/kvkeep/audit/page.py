@@ -63,7 +63,7 @@ def html(report: Report) -> str:
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts)
     body = [
         f"<h1>Leak audit: {_tag(report.verdict)}</h1>",
-        f"<p><b>{MEANING[report.verdict]}</b></p><p>{escape(_sentence(report.reason))}</p>",
+        f"<p><b>{MEANING[report.verdict]}</b></p><p>{escape(report.reason)}.</p>",
         f'<table class="facts">{rows}</table>',
         "<h2>Channels</h2>",
         _table(report.channels),
@@ -86,12 +86,8 @@ def _tag(outcome: str) -> str:
     return f'<b class="tag" style="background:{COLOURS[outcome]}">{outcome}</b>'
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 def _table(findings: tuple[Finding, ...]) -> str:
-    heads = ("channel", "verdict", "AUC", "won", "pairs", "KS p", "why")
+    heads = ("channel, and what it looks for", "verdict", "AUC", "won", "pairs", "KS p", "why")
     head = "".join(f"<th>{h}</th>" for h in heads)
     return f"<table><tr>{head}</tr>{''.join(map(_row, findings))}</table>"
 

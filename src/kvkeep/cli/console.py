@@ -52,7 +52,9 @@ def print_wide(
     For tables whose cells are figures, which a narrow column would cut.
     """
     shown = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[index]) for row in [list(columns), *shown]) for index in range(len(columns))]
+    widths = [
+        max(len(row[index]) for row in [list(columns), *shown]) for index in range(len(columns))
+    ]
     for part in _parts(widths, console.width):
         picked = [[row[index] for index in part] for row in shown]
         console.print(make_table([columns[index] for index in part], picked, title))
