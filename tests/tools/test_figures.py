@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -41,10 +42,16 @@ def test_results_of_two_machines_make_no_figure(
     assert "several machines" in capsys.readouterr().err
 
 
-def test_the_committed_results_draw_the_leak(tmp_path: Path) -> None:
+def test_the_committed_leak_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
     out = tmp_path / "leak.svg"
     assert drawing.run([], "sharing", out, leak_figure.draw) == 0
-    assert out.stat().st_size
+    assert described(out)
+    assert described(leak_figure.OUT) == described(out), "run make figure-leak"
+
+
+def described(path: Path) -> str:
+    found = ET.parse(path).find(".//{http://purl.org/dc/elements/1.1/}description")
+    return "" if found is None else str(found.text)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ def run(
     out: Path,
     draw: Callable[[Sequence[Path]], Figure | None],
 ) -> int:
-    """Draw from the given result files, or from all of `bench/results/<bench>*.json`."""
+    """Draw from the given result files, or from all of `bench/results/<bench>*.json`.
+
+    A figure's label, where it has one, goes into the file as its description.
+    """
     found = [Path(a) for a in arguments] or sorted((ROOT / "bench/results").glob(f"{bench}*.json"))
     figure = draw(found)
     if figure is None:
@@ -45,6 +48,6 @@ def run(
         return 1
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
+    figure.savefig(out, metadata={"Date": None, "Description": figure.get_label() or None})
     plt.close(figure)
     return 0

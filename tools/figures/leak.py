@@ -109,11 +109,13 @@ def draw(paths: Sequence[Path]) -> Figure | None:
     draw_audited(places[0, 0], policies)
     if unaudited:
         draw_unaudited(places[1, 0], policies)
+    told = caption(policies)
+    figure.set_label(told)
     last = places[-1, 0]
     last.set_xlim(0, 1.1 * max(p.cost.ttft_ms for p in timed if p.cost))
     last.set_xlabel("median time to first token, ms")
     last.annotate(
-        caption(policies),
+        told,
         (0, 0),
         xytext=(0, -34),
         xycoords="axes fraction",
