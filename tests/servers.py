@@ -96,12 +96,22 @@ def serving(
     All are of one `group`; `command` goes before the interpreter. Raises `RuntimeError` with the
     log where the server ends before it is ready.
     """
-    file, token, log = TenantFile(folder / "keys.json"), folder / "token", folder / "serve.log"
-    terms = SharingTerms(group=group)
+    file, terms = TenantFile(folder / "keys.json"), SharingTerms(group=group)
     keys = {
         name: file.add(name, share=share, concurrency=concurrency, sharing=terms).text
         for name, share in tenants.items()
     }
+    with started(file, keys, *arguments, command=command) as server:
+        yield server
+
+
+@contextmanager
+def started(
+    file: TenantFile, keys: Mapping[str, str], *arguments: str, command: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Serve those of a tenant file, whose keys are known; what else is kept stands beside it."""
+    folder = file.path.parent
+    token, log = folder / "token", folder / "serve.log"
     token.write_text(ADMIN_TOKEN)
     token.chmod(0o600)
     ports = ["--port", "0", "--admin-port", "0", "--admin-token-file", str(token)]

@@ -323,9 +323,11 @@ class Access:
     public_chain: tuple[bytes, ...]
     """The public pages it was served."""
     branch: bytes = b""
-    """Stands for how the prompt goes on after what was found; equal for equal continuations."""
+    """Stands for the prompt's next page after `node`; equal for equal continuations."""
     answer_tokens: int | None = None
     """The longest answer it asked for, where known."""
+    node: bytes = b""
+    """The last page of the prompt that others made public, served from there or from its own."""
 
 
 class SharingPolicy(Protocol):

@@ -11,19 +11,23 @@ import pytest
 from tokenizers import Tokenizer
 
 from kvkeep.engine.api import Purged, SamplingParams, TenantTerms
-from kvkeep.engine.build import Parts, build_core, default_parts
+from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions, SharingOptions
 from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.text import TextModel
+from kvkeep.quant.codec import Float
 from kvkeep.sharing.policies.isolate import ShareNothing
 from kvkeep.sharing.policies.pinned import SharePinned
 from kvkeep.sharing.policies.safekv import SafeKV
 from kvkeep.sharing.policies.salt import ShareBySalt
 from kvkeep.sharing.policies.share_all import ShareAll
 from kvkeep.sharing.promotion import Promotion
+from kvkeep.shield.policy import NoShield
 from kvkeep.types import SharingPolicy
 from tests.engines import GREEDY, drive, request, tokens
 
@@ -46,8 +50,8 @@ def built(model: Path, **options: object) -> tuple[EngineCore, list[int]]:
     """Return an engine with six tenants of one group, and a prompt of more than 512 tokens."""
     share = SharingOptions(**{"policy": "selective", "units_per_day": 64} | options)  # type: ignore[arg-type]
     engine = EngineOptions(model=str(model), threads=2, kv_cache_bytes=64 << 20, share=share)
-    parts = default_parts(engine)
-    core = build_core(engine, parts=Parts(techniques=parts.techniques, inspector=ClearsAll()))
+    techniques = Techniques(Float(), NoShield(), KeepAll())
+    core = build_core(engine, parts=Parts(techniques=techniques, inspector=ClearsAll()))
     core.set_tenants(dict.fromkeys(NAMES, 0.1), terms())
     return core, TextModel.load(model).encode(TEMPLATE)[:600]
 

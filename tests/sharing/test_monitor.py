@@ -33,7 +33,7 @@ def make(**limits: int) -> tuple[Monitor, Sink, Clock]:
 
 
 def probe(monitor: Monitor, page: bytes = PAGE, branch: bytes = b"", answer: int = 1) -> None:
-    monitor.observe(Access("eve", 0, 100, 0, (page,), branch, answer), "eve")
+    monitor.observe(Access("eve", 0, 100, 0, (page,), branch, answer, page), "eve")
 
 
 def novel(monitor: Monitor, i: int) -> None:
@@ -41,7 +41,8 @@ def novel(monitor: Monitor, i: int) -> None:
 
 
 def fan(monitor: Monitor, i: int) -> None:
-    probe(monitor, branch=b"%d" % i)
+    """Guess how a public prefix goes on, the prefix being among its own pages."""
+    monitor.observe(Access("eve", 0, 100, 64, (), b"%d" % i, 1, PAGE), "eve")
 
 
 def often(monitor: Monitor, i: int) -> None:
@@ -79,7 +80,7 @@ def test_an_honest_tenant_hears_nothing() -> None:
         clock.now += 20
         answer = 200 if i % 3 else 1
         public = (b"%d" % (i % 8),) if i % 2 else ()
-        monitor.observe(Access("alice", i, 900, 0, public, b"%d" % i, answer), "alice")
+        monitor.observe(Access("alice", i, 900, 0, public, b"%d" % i, answer, PAGE), "alice")
         monitor.observe(Access("unknown", i, 900, 0, (), b"", None), "unknown")
     assert sink.alerts == []
     monitor.forget("nobody")

@@ -86,6 +86,8 @@ class Setting:
 
 
 Make = Callable[[Setting], SharingPolicy]
+Managing = Callable[[int, SharingPolicy], CacheManager]
+"""Makes a manager of so many pages."""
 
 
 def isolate(setting: Setting) -> SharingPolicy:
@@ -131,8 +133,11 @@ class Op:
 class World:
     """A cache with its policy, driven by operations."""
 
-    def __init__(self, make: Make, tenants: Sequence[str]) -> None:
+    def __init__(
+        self, make: Make, tenants: Sequence[str], managing: Managing = make_manager
+    ) -> None:
         self.make = make
+        self.managing = managing
         self.tenants = (*tenants, *BYSTANDERS)
         self.setting = Setting()
         self.setting.directory.set({name: Member(name, "all") for name in self.tenants})
@@ -142,7 +147,7 @@ class World:
     def _start(self) -> Player:
         """Start with nothing but pins in memory; the bystanders make their template public."""
         size = QUOTA * len(self.tenants) + PUBLIC
-        manager = make_manager(size, self.make(self.setting))
+        manager = self.managing(size, self.make(self.setting))
         self.player = Player(manager, {}, self.seen)
         self._pin(manager)
         manager.set_quotas(dict.fromkeys(self.tenants, QUOTA), PUBLIC)

@@ -379,7 +379,9 @@ class CacheManager:
         at, owner.clock = owner.clock, owner.clock + 1
         own = max(min(match.cached_tokens, prompt_len) - len(match.public) * PAGE_TOKENS, 0)
         self._policy.observe(
-            Access(held.account, at, prompt_len, own, served, match.branch, answer_tokens)
+            Access(
+                held.account, at, prompt_len, own, served, match.branch, answer_tokens, match.node
+            )
         )
 
     def _drop_trees(self, account: str, scope: str | None) -> int:

@@ -39,8 +39,10 @@ class Match:
     """What `public`, `own` and `partial` hold: the same whatever others have sent."""
     snapshot: tuple[Page, ...] = ()
     """Pages of the epoch's snapshot that continue `own`; the view gets copies of its own."""
+    node: bytes = b""
+    """The last page of the prompt that others made public, among them or among `own`."""
     branch: bytes = b""
-    """Stands for the tokens of the page after them."""
+    """Stands for the tokens of the page after it."""
 
     def attached(self) -> list[Page]:
         """Return the matched pages up to the first that has left the index since."""
@@ -124,11 +126,11 @@ class Matcher:
 
     def _with_snapshot(self, match: Match, readable: tuple[Page, ...], raw: bytes) -> Match:
         """Add the readable pages that go on where the match ends."""
-        known = len(match.public) + len(match.own)
-        pages = max(known, len(readable))
+        known, pages = len(match.public) + len(match.own), len(readable)
         rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
         branch = hashlib.blake2b(rest, digest_size=8, person=b"kvkeep-branch").digest()
-        return replace(match, snapshot=readable[known:], branch=branch)
+        node = readable[-1].hash if readable and not readable[-1].pinned else b""
+        return replace(match, snapshot=readable[known:], node=node, branch=branch)
 
     def _with_pending(self, match: Match, raw: bytes, tier: Tier) -> Match:
         """Add the next pages that the tier holds."""

@@ -37,7 +37,7 @@ from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.engine.work import Work
 from kvkeep.errors import EngineError, InvalidRequest
-from kvkeep.types import PAGE_TOKENS, EpochDelta
+from kvkeep.types import EpochDelta
 
 
 class Output(NamedTuple):
@@ -72,7 +72,7 @@ class EngineCore:
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
         self._scheduler = Scheduler(
-            caches, limits, self._exhaust, runner, forms.settle, sharing.gate
+            caches, limits, self._exhaust, runner, forms.settle, sharing.reads, sharing.gate
         )
         self._requests: dict[str, Request] = {}
         self._shares: dict[str, float] = {}
@@ -211,8 +211,7 @@ class EngineCore:
         own = [item for item in work if not item.shadow]
         for item in own:
             view, tokens = item.view, item.sequence.tokens
-            closes = view.length // PAGE_TOKENS > item.start // PAGE_TOKENS
-            if closes or item.sequence.uncommitted:
+            if item.commits:
                 self._caches.of_view(view).commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
             self._scheduler.packs.pack(item.sequence)

@@ -10,7 +10,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvkeep.cache.caches import Caches
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.matching import Match
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.packs import Packs
@@ -52,11 +56,13 @@ class Scheduler:
         exhausted: Callable[[Sequence], None],
         keeper: ViewKeeper,
         settle: Callable[[Request], bool],
+        reads: Callable[[str], bool],
         gate: TtftGate | None = None,
     ) -> None:
         """`exhausted` hears of sequences too large for their quota.
 
-        `settle` fixes the form of a request's pages, or tells that it must wait.
+        `settle` fixes the form of a request's pages, or tells that it must wait. `reads` tells of
+        an account whether others' pages may serve it.
         """
         self._caches = caches
         self._limits = limits
@@ -64,6 +70,7 @@ class Scheduler:
         self._keeper = keeper
         self._shadows = Shadows(caches, keeper)
         self._settle = settle
+        self._reads = reads
         self._gate = gate
         self._tenants: dict[str, _Tenant] = {}
         self._robin = DeficitRoundRobin(limits.chunk_tokens)
@@ -218,6 +225,8 @@ class Scheduler:
             account=sequence.account,
             scope=spec.scope,
         )
+        if not alone and self._awaited(sequence, match, manager):
+            return False
         if match.pending and sequence.status is Status.WAITING:
             sequence.fetch = manager.begin_fetch(match, tokens)
             if sequence.fetch is not None:
@@ -237,7 +246,8 @@ class Scheduler:
         if not spec.store:
             view.taint(0)
         sequence.view = view
-        sequence.uncommitted = sequence.hidden_hit = view.length > match.cached_tokens
+        sequence.hidden_hit = view.length > match.cached_tokens
+        sequence.uncommitted = sequence.hidden_hit or self._reads(sequence.account)
         sequence.status = Status.RUNNING
         if self._gate is not None and sequence.opens_s is None:
             sequence.opens_s = self._gate.opens_s(match, len(tokens), account=sequence.account)
@@ -245,6 +255,26 @@ class Scheduler:
             sequence.request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
             sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
         return True
+
+    def _awaited(self, sequence: Sequence, match: Match, manager: CacheManager) -> bool:
+        """Tell whether a prompt before it is computing pages that it could use.
+
+        It waits for the whole of that prompt, so that what it finds tells nothing of the pace.
+        """
+        tokens = sequence.tokens.ids()[: self._reusable(sequence, manager.pool.spec)]
+        found = len(match.public) + len(match.own)
+        for other in self._tenants[sequence.account].running:
+            view = other.view
+            if view is None or view.tag != match.tag:
+                continue
+            if not other.uncommitted and view.length >= other.prompt_len:
+                continue
+            known = other.tokens.ids(view.tainted_from)[: len(tokens)]
+            differ = np.flatnonzero(tokens[: len(known)] != known)
+            same = int(differ[0]) if len(differ) else len(known)
+            if manager.findable_pages(same) > found:
+                return True
+        return False
 
     def _reusable(self, sequence: Sequence, pages: PageSpec) -> int:
         """Return how many leading tokens may come from the cache."""
@@ -309,7 +339,8 @@ class Scheduler:
         if sequence.view is not None:
             self._keeper.forget(sequence.view)
             view, sequence.view = sequence.view, None
-            self._caches.of_view(view).release(view, sequence.tokens.ids(view.length))
+            known = 0 if sequence.uncommitted else view.length
+            self._caches.of_view(view).release(view, sequence.tokens.ids(known))
 
     def _next_chunk(self, tenant: _Tenant, planned: Planned) -> tuple[Lane, int] | None:
         """Return what comes next of the tenant's first sequence with prefill left, and its rows."""

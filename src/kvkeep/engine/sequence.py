@@ -102,7 +102,7 @@ class Sequence:
     """Pages of its prefix on their way up, while `WAITING_FETCH`."""
     generated: int = 0
     uncommitted: bool = False
-    """Whether its view holds pages of a snapshot that its scope does not list yet."""
+    """Whether its scope finds nothing more of it until its prompt is whole."""
     opens_s: float | None = None
     """Before that, its first token is held back; None: it is not."""
     hidden_hit: bool = False

@@ -162,6 +162,10 @@ class Sharing:
         term = self._terms.get(spec.tenant)
         return spec.evict and (term is None or term.evict)
 
+    def reads(self, account: str) -> bool:
+        """Tell whether an account may be served what others sent, without being told."""
+        return isinstance(self.policy, Promotion) and self._consumes(account)
+
     def _consumes(self, account: str) -> bool:
         return self.directory.consumer(account) is not None
 

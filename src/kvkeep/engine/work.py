@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from kvkeep.cache.packing import Packing
 from kvkeep.engine.sequence import Sequence
-from kvkeep.types import View
+from kvkeep.types import PAGE_TOKENS, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,17 @@ class Work:
     def samples(self) -> bool:
         """Return whether the step reaches the sequence's last token."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def commits(self) -> bool:
+        """Tell, once its rows are stored, whether its scope is to find them: a page is full.
+
+        What others may have made faster is found when the prompt is whole, as if it had not been.
+        """
+        sequence, length = self.sequence, self.view.length
+        if sequence.uncommitted:
+            return length >= sequence.prompt_len
+        return length // PAGE_TOKENS > self.start // PAGE_TOKENS
 
 
 class Lane(NamedTuple):

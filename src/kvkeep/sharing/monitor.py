@@ -72,11 +72,11 @@ class Monitor:
             if share > limits.probe_share:
                 watch.probes.clear()
                 self._act(tenant, watch, "probe share", share, limits.probe_share, now)
+        if tiny and access.node:
+            self._branch(tenant, watch, access.node, access.branch, now)
         if access.public_chain:
             last = access.public_chain[-1]
             self._novel(tenant, watch, last, now)
-            if tiny:
-                self._branch(tenant, watch, last, access.branch, now)
             for reused in self._diversity.observe(last, tenant, now):
                 self._tell(reused.tenant, reused.rule, NOTIFY, reused.value, reused.limit, now)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvkeep.errors import ConfigError
 from kvkeep.sharing.inspection import DecodeText, Inspector, cleared_units
@@ -155,7 +155,10 @@ class Promotion:
             self._worker.ensure()
 
     def observe(self, access: Access) -> None:
-        """Pass what a prompt hit on to the monitor."""
+        """Pass what a prompt hit on to the monitor; what the operator pinned is nobody's secret."""
+        chain = access.public_chain
+        if self._parts.pins.leading(chain) == len(chain):
+            access = replace(access, public_chain=())
         self._parts.monitor.observe(access, self._parts.directory.voter(access.tenant))
 
     def end_epoch(self, now: float) -> EpochDelta:

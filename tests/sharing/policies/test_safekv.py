@@ -1,18 +1,12 @@
-"""The published policy, and the six mistakes published with it: here, and absent from ours."""
+"""The published policy, its mistakes among it; `test_mistakes.py` holds that ours has none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import pytest
-
-from kvkeep.sharing.inspection import ClearsNothing, cleared_units
 from kvkeep.sharing.members import Member
 from kvkeep.sharing.policies.safekv import SafeKV
 from kvkeep.types import Access
-from tests.cache.player import Player, prompt
 from tests.sharing import worlds as w
-from tests.sharing.nodes import SIX, Blocks, end_epochs, readers, sharing
+from tests.sharing.nodes import Blocks
 
 
 def safekv(token: int = 5000) -> SafeKV:
@@ -94,115 +88,6 @@ def test_forgetting_an_account_leaves_its_pages_to_nobody() -> None:
     policy.offer(Blocks(w.TAINT), "alice")
     assert policy.forget("alice") == 1
     assert policy.public_len(Blocks(w.TAINT), "alice") == 0
-
-
-# The six published mistakes must not happen with ours.
-
-
-def opened(player: Player, account: str, tokens: list[int]) -> tuple[object, object]:
-    player.open(account, f"{account}/0", tokens)
-    player.end_views()
-    note = player.seen[account][-4]
-    assert isinstance(note, tuple)
-    assert note[0] == "open"
-    return note[1], note[2]
-
-
-def player_of(make: w.Make = w.selective) -> Player:
-    return w.World(make, ["alice", "eve"]).player
-
-
-def test_a_second_tenants_insert_takes_nothing_from_the_first() -> None:
-    player = player_of()
-    player.open("alice", "alice/0", prompt(1, 2))
-    player.end_views()
-    player.open("eve", "eve/0", prompt(1, 3))
-    player.end_views()
-    match = player.manager.match(prompt(1, 2), account="alice", scope="alice/0")
-    assert match.cached_tokens == 128
-
-
-@pytest.mark.parametrize("wrong", [0, 30, 63])
-def test_one_wrong_token_in_a_page_is_no_hit(wrong: int) -> None:
-    player = player_of()
-    tokens = prompt(*w.TEMPLATE)
-    tokens[64 + wrong] += 1
-    match = player.manager.match(tokens, account="eve", scope="eve/0")
-    assert len(match.snapshot) == 1
-
-
-def test_a_missed_secret_is_never_hit() -> None:
-    player = player_of()
-    player.open("alice", "alice/0", prompt(1, 2))
-    player.end_views()
-    for _ in range(40):
-        match = player.manager.match(prompt(1, 2), account="eve", scope=f"eve/{_}")
-        assert match.snapshot == ()
-        player.manager.end_epoch(0.0)
-
-
-def test_a_victim_and_the_attacker_are_no_crowd() -> None:
-    _, policy = sharing()
-    for _ in range(40):
-        policy.offer(Blocks(1), "a")
-        policy.offer(Blocks(1), "b")
-        end_epochs(policy)
-        assert set(readers(policy, Blocks(1)).values()) == {0}
-
-
-def test_nobodys_hits_take_a_shared_prefix_from_others() -> None:
-    _, policy = sharing()
-    for name in SIX:
-        policy.offer(Blocks(1), name)
-    end_epochs(policy, 2)
-    for i in range(1000):
-        policy.observe(Access("a", i, 64, 0, tuple(Blocks(1)), b"%d" % i, 1))
-    assert readers(policy, Blocks(1)) == {"a": 0, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1}
-    end_epochs(policy)
-    assert policy.public_len(Blocks(1), "b") == 1
-
-
-def test_without_an_identity_there_is_nothing_to_read() -> None:
-    _, policy = sharing()
-    for name in SIX:
-        policy.offer(Blocks(1), name)
-    end_epochs(policy, 2)
-    for nobody in ("", "none", "local"):
-        assert policy.public_len(Blocks(1), nobody) == 0
-
-
-def text_of(ids: Sequence[int]) -> str:
-    return "".join("" if i == 1 else "\ufffd" if i == 2 else "benign text " for i in ids)
-
-
-def test_empty_and_undecodable_text_clears_nothing_and_there_is_no_magic_word() -> None:
-    tokens = Blocks(7, 1, 7).token_ids()
-    assert cleared_units(tokens, 64, text_of, w.Finds()) == 1
-    assert cleared_units(Blocks(7, 2, 7).token_ids(), 64, text_of, w.Finds()) == 1
-    assert cleared_units(Blocks(1).token_ids(), 64, text_of, w.Finds()) == 0
-    assert cleared_units(Blocks(7, 7).token_ids(), 64, text_of, w.Finds()) == 2
-    for magic in ("Assistant", "<|im_end|>"):
-        hides = cleared_units(
-            Blocks(3, 4).token_ids(),
-            64,
-            lambda ids, word=magic: "".join(word if i == 3 else "secret" for i in ids),  # type: ignore[misc]
-            Secret(),
-        )
-        assert hides == 1
-
-
-class Secret:
-    """Finds one word."""
-
-    version = "secret"
-
-    def first_doubt(self, text: str) -> int | None:
-        at = text.find("secret")
-        return None if at < 0 else at
-
-
-def test_without_a_detector_nothing_is_cleared() -> None:
-    assert cleared_units(Blocks(7).token_ids(), 64, text_of, ClearsNothing()) == 0
 
 
 def test_members_read_by_their_own_account() -> None:
