@@ -307,4 +307,4 @@ def test_scores_that_are_not_finite_fail_their_request_alone(
     assert failed.finish is FinishReason.ERROR
     assert "infinite or not a number" in (failed.error or "")
     assert bits(got) == want
-    assert planner.largest == 3, "they were not read together"
+    assert planner.largest >= 3, "they were not read together"

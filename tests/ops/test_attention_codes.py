@@ -249,3 +249,22 @@ def test_a_tile_whose_sinks_lie_outside_is_refused(path: CpuKernel) -> None:
             continue
         with pytest.raises(KernelInputError, match="without a tile"):
             cpu_attention(path).attend(q, world.kv, plan)
+
+
+@pytest.mark.parametrize("tail", [0, 30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("layout", [Layout.K2V2, Layout.K8V8])
+def test_a_query_that_is_not_finite_shows_in_its_own_row(
+    path: CpuKernel, layout: Layout, value: float, tail: int
+) -> None:
+    """On coded pages alone and where float ones follow: no other row or head changes a bit."""
+    heads = Heads(4, 2, 64)
+    world = make_coded_world(heads, Layout.BF16, pages=12)
+    plan = coded_plan(world, [(world.add(layout, 4, tail), [200 + tail, 201 + tail, 255 + tail])])
+    q = world.tensor(3, heads.q, heads.dim)
+    want = cpu_attention(path).attend(q, world.kv, plan)
+    q[1, 1, 5] = value
+    got = cpu_attention(path).attend(q, world.kv, plan)
+    assert torch.equal(got.out[[0, 2]], want.out[[0, 2]])
+    assert torch.equal(got.out[1, 0], want.out[1, 0])
+    assert not bool(torch.isfinite(got.out[1, 1]).all())

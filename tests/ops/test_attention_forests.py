@@ -16,6 +16,7 @@ from kvkeep.attention.chains import STEP_PAGES, Chain, chains_of
 from kvkeep.attention.contraction import contract
 from kvkeep.attention.planner import FlatPlanner, plan_of, row_bounds
 from kvkeep.attention.tree import Forest, Node, build_forest
+from kvkeep.ops.cpu import CpuKernel, available
 from kvkeep.ops.layout import Attended, AttentionPlan
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Layout
 from tests.counts import examples
@@ -55,13 +56,14 @@ def pool_of(layout: Layout, scores: Scores) -> Filled:
 def forest_of_requests(rng: np.random.Generator) -> list[Asked]:
     """Return chains, duplicates, several roots, one-token leaves and whole last pages."""
     long = bool(rng.random() < 0.25)
-    spine = list(range(140 if long else int(rng.integers(4, 40))))
+    spine = list(range(148 if long else int(rng.integers(4, 40))))
     other = list(range(60, 60 + int(rng.integers(4, 20))))
     free = iter(rng.permutation(LEAVES).tolist())
     asked: list[Asked] = []
     for _ in range(int(rng.integers(3, 12))):
         trunk = other if rng.random() < 0.2 and not long else spine
-        cut = len(trunk) if rng.random() < 0.4 else int(rng.integers(1, len(trunk) + 1))
+        most = 12 if long else len(trunk)
+        cut = len(trunk) if rng.random() < 0.4 else int(rng.integers(1, most + 1))
         slots = [*trunk[:cut], *(next(free) for _ in range(int(rng.integers(0, 4))))]
         if rng.random() < 0.3:
             slots = slots[: len(slots) // 2 * 2] or slots
@@ -201,20 +203,27 @@ def test_those_forests_hold_what_they_should() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("scores", ["root", "leaf"])
-@pytest.mark.parametrize("count", COUNTS)
-def test_a_node_of_many_requests_meets_the_oracle(
-    path: Path, layout: Layout, scores: Scores, count: int
-) -> None:
-    pool = pool_of(layout, scores)
+@cache
+def many(layout: Layout, scores: Scores, count: int) -> Step:
+    """Return the step of `count` requests on one prefix: one for all paths."""
+    leaves = [LEAVES[i % len(LEAVES)] for i in range(count)]
     asked = [
-        Asked([*range(4), LEAVES[i % len(LEAVES)]], 4 * PAGE_TOKENS + 1 + i % 64)
-        for i in range(count)
+        Asked([*range(4), leaf], 4 * PAGE_TOKENS + 1 + i % 64) for i, leaf in enumerate(leaves)
     ]
-    step, made = geometry(asked, layout), exact(pool, asked)
+    return exact(pool_of(layout, scores), asked)
+
+
+@pytest.mark.parametrize("scores", ["root", pytest.param("leaf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kernel", available())
+def test_a_node_of_many_requests_meets_the_oracle(
+    kernel: CpuKernel, layout: Layout, scores: Scores, count: int
+) -> None:
+    made = many(layout, scores, count)
+    step = geometry(made.asked, layout)
     plan = eager(2).plan(step) if count > 1 else below_nothing_plan(step)
     assert plan.parents is not None
-    made.check(ops_for(path, 2).attend(made.q, pool.world.kv, plan))
+    made.check(ops_for(kernel, 2).attend(made.q, pool_of(layout, scores).world.kv, plan))
 
 
 def below_nothing_plan(step: BatchGeometry) -> AttentionPlan:
