@@ -224,7 +224,7 @@ def test_withdrawn_pages_go_at_once_or_with_their_last_view(held: bool) -> None:
     if held:
         player.open("b", "b/1", TOKENS)
         seen = replace(policy.seen[-1], branch=b"")
-        assert seen == Access("b", 0, len(TOKENS), 0, policy.chain)
+        assert seen == Access("b", 0, len(TOKENS), 0, policy.chain, node=policy.chain[-1])
     manager.end_epoch(2.0)
     check(manager)
     assert len(manager.match(TOKENS, account="b", scope="b/2").snapshot) == 1
