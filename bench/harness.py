@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -253,8 +255,19 @@ def deliver(report: Report, options: Options) -> None:
         Path(options.json).write_text(document + "\n", encoding="utf-8")
 
 
+@contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the servers that a benchmark started end with it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(name: str, arguments: Sequence[str], measure: Callable[[Options], Report]) -> int:
     """Be a benchmark's `main`: parse, measure, report; `measure` lies in the described module."""
     options = parse(name, arguments, sys.modules[measure.__module__].__doc__)
-    deliver(measure(options), options)
+    with unwound_by_sigterm():
+        deliver(measure(options), options)
     return 0

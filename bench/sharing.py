@@ -18,6 +18,8 @@ from bench.harness import Cell, Estimate, Figure, Goal, Options, Report, Row, es
 from bench.sharing_attack import (
     AUDIT_PAGES,
     AUDITED,
+    IMPATIENT_S,
+    PATIENT_S,
     PRIVATE,
     SEEDS,
     attack_figures,
@@ -116,9 +118,9 @@ class Bench:
         return replay(player, self.trace, policy.settle_s(epoch_s))
 
     def _attack(self, target: Ours, policy: Policy, seed: int, epoch_s: float) -> AuditReport:
-        patient = policy.name in PRIVATE
+        seconds = PATIENT_S if policy.name in PRIVATE else IMPATIENT_S
         settle_s = policy.settle_s(epoch_s)
-        report = attacked(target, seed, settle_s=settle_s, quick=self.quick, patient=patient)
+        report = attacked(target, seed, settle_s=settle_s, quick=self.quick, seconds=seconds)
         saved = target.counter(metrics.SAVED_TOKENS)
         NOTES.print(
             f"{policy.name}, seed {seed}: {report.verdict} after {report.seconds:.0f} s, "

@@ -45,6 +45,10 @@ AUDIT_PAGES: Final = 16384
 whose prompts were evicted would tell nothing, and the audit would praise the policy for it."""
 BATCH: Final = 32
 SEEDS: Final = (1, 2, 3)
+PATIENT_S: Final = 3600.0
+IMPATIENT_S: Final = 120.0
+"""Of what promises nothing: little time for channels that show nothing."""
+QUICK_S: Final = 10.0
 PRIVATE: Final = frozenset({"isolate", "selective", "dp"})
 """Policies that promise to tell nothing."""
 APART: Final = PRIVATE | {"vllm_salted"}
@@ -67,13 +71,8 @@ def make_public(target: Target, settle_s: float) -> None:
     time.sleep(settle_s)
 
 
-def attacked(
-    target: Target, seed: int, *, settle_s: float, quick: bool, patient: bool = True
-) -> Report:
-    """Return the audit of a server by its index channels.
-
-    Not `patient`: of one that promises nothing, with little time for channels that show nothing.
-    """
+def attacked(target: Target, seed: int, *, settle_s: float, quick: bool, seconds: float) -> Report:
+    """Return the audit of a server by its index channels, within so many seconds."""
     make_public(target, settle_s)
     told = Options(
         target.url,
@@ -81,7 +80,7 @@ def attacked(
         channels=INDEX_CHANNELS[:QUICK_CHANNELS] if quick else INDEX_CHANNELS,
         behind=BEHIND,
         margin=0.2 if quick else 0.03,
-        seconds=10.0 if quick else 3600.0 if patient else 120.0,
+        seconds=QUICK_S if quick else seconds,
         least_pairs=0 if quick else 128,
         settle_s=settle_s,
         batch=BATCH if settle_s and not quick else 4,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,21 @@ def test_flags() -> None:
     assert parse("toy", ["--quick", "--peer", "a", "--peer", "b"]) == Options(
         quick=True, peers=("a", "b")
     )
+
+
+def test_a_benchmark_that_is_told_to_end_ends_what_it_started() -> None:
+    ended: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def measured(_: Options) -> Report:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ended.append("server")
+        return a_report()
+
+    with pytest.raises(SystemExit) as ending:
+        run("toy", [], measured)
+    assert ending.value.code == 143
+    assert ended == ["server"]
+    assert signal.getsignal(signal.SIGTERM) is before
