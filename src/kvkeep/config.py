@@ -87,7 +87,7 @@ class Settings(BaseSettings):
         128, description="recent tokens that stay as computed where pages are coded, in 128s"
     )
     guard_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="part of coded requests that run beside a 16-bit shadow; 0: none"
+        0.0, description="part of coded or evicting requests that run beside a shadow"
     )
     guard_samples: Count = Field(
         8, description="shadowed requests of a tenant after which it may step back"

@@ -108,8 +108,14 @@ GUARD_AGREED = Metric(
 GUARD_KL = Metric(
     "guard_kl_nats", Kind.COUNTER, "Their KL divergence from the shadow's, summed.", ("tenant",)
 )
+GUARD_RECALLED = Metric(
+    "guard_recalled_tokens", Kind.COUNTER, "Planted tokens that shadows told.", ("tenant",)
+)
+GUARD_FORGOTTEN = Metric(
+    "guard_forgotten_tokens", Kind.COUNTER, "Of these, those not told without.", ("tenant",)
+)
 GUARD_BACK = Metric(
-    "guard_steps_back", Kind.GAUGE, "Forms of more bits that a tenant went back.", ("tenant",)
+    "guard_steps_back", Kind.GAUGE, "Steps to no eviction and more bits taken.", ("tenant",)
 )
 SHARING_EPOCH = Metric("sharing_epoch", Kind.GAUGE, "Number of the epoch that runs.", ("policy",))
 PUBLIC_UNITS = Metric("sharing_public_units", Kind.GAUGE, "Units of 256 tokens shared now.")

@@ -177,6 +177,19 @@ class PageSpec:
             return None
         return np.array([form.layout for form in self.forms[layer]], np.int32)
 
+    def layout_at(self, layer: int, head: int) -> Layout:
+        """Return the layout of a layer's and head's tiles."""
+        return self.forms[layer][head].layout if self.forms else self.layout
+
+    def alike(self) -> list[NDArray[np.bool_]]:
+        """Return [L, Hkv] each: where tiles are of one size."""
+        sizes = self.tile_sizes()
+        return [sizes == size for size in np.unique(sizes)]
+
+    def pages_of(self, tiles: NDArray[np.bool_]) -> int:
+        """Return the pages that as many tiles as in [n, L, Hkv] are part of at least."""
+        return max(-(-int((tiles & own).sum()) // int(own.sum())) for own in self.alike())
+
     @property
     def tiles_per_page(self) -> int:
         """Return L * Hkv."""

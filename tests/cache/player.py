@@ -27,7 +27,6 @@ from kvkeep.types import (
     View,
     chain_hash,
 )
-from kvkeep.watch import Packed
 
 SPEC = PageSpec(Layout.F32, num_layers=2, num_kv_heads=2, head_dim=8, tile_bytes=4096)
 DIGEST = b"m" * 32
@@ -177,6 +176,13 @@ def check_tiles(manager: CacheManager, pages: set[Page], tiles: list[OwnTiles]) 
         assert first == (pool.num_first > 0 and page.index == 0) or not page.attached
 
 
+def _staying(view: View, need: Int32Array) -> Int32Array:
+    """Return `need` [L, Hkv] tiles as `Packing.resize` takes them: the first ones as they were."""
+    held = np.zeros_like(need) if view.packed is None else (view.packed.tiles >= 0).sum(0)
+    at = np.arange(need.max(initial=0), dtype=np.int32)[:, None, None]
+    return np.where(at < need, np.where(at < held, at, -1), -2).astype(np.int32)
+
+
 @dataclass
 class Running:
     """One view with the tokens whose K and V it holds."""
@@ -243,15 +249,19 @@ class Player:
         view, packing = run.view, self.manager.packing
         view.taint(view.length)
         try:
-            packing.own_tail(view, end)
-            tiles = packing.resize(view, need)
+            stays = _staying(view, need)
+            every = stays >= -1
+            odd = every & (np.arange(len(stays))[:, None, None] % 2 == 1)
+            cuts = [(max(end // 2, 1), odd), (1, every)]
+            moving = packing.begin(view, end, stays, cuts)
         except CapacityError as error:
             self.note(run.account, "not packed", type(error).__name__)
         else:
-            assert ((tiles >= 0).sum(0) == need).all()
-            packing.let_go(view, end)
-            view.pack(Packed(tiles, end))
-            self.note(run.account, "packed", len(tiles))
+            for begin, wanted in cuts:
+                packing.take(moving, wanted)
+                packing.let_go(moving, begin)
+            view.pack(packing.finish(moving, end))
+            self.note(run.account, "packed", len(moving.table))
         check_rows(self.manager, view, run.tokens)
 
     def release(self, run: Running, known: int) -> None:

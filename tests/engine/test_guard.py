@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvkeep.engine.guard import Guard, GuardLimits, Sample
+from kvkeep.engine.guard import Guard, GuardLimits, Sample, Ticket
 from kvkeep.errors import ConfigError
 from kvkeep.sharing.state import FileStore, NoStore, StateStore
 
@@ -134,14 +134,52 @@ def test_steps_are_carried_over_a_restart_and_forgotten_with_their_tenant(
     store = FileStore(tmp_path / "guard", "guard_state")
     with caplog.at_level(logging.WARNING):
         floors(guard_of(store=store), [BAD] * 5)
-    assert (
-        "tenant a steps back to more bits, step 1 of 3: 0.5000 nats and 0.000 of 8" in caplog.text
-    )
+    assert "tenant a steps back, step 1 of 3: 0.5000 nats and 0.000 of 8 next" in caplog.text
     again = guard_of(store=store)
     assert floors(again, [GOOD] * 6) == [1] * 6
     assert floors(guard_of(steps=0, store=store), [GOOD]) == [0]
     again.forget("a")
     assert floors(again, [GOOD]) == floors(guard_of(store=store), [GOOD]) == [0]
+
+
+def planted(guard: Guard, beside: Sample, epoch: int, *, told: int, forgotten: int) -> None:
+    probe = guard.plant(Ticket(epoch, beside), 120, 4)
+    assert probe is not None
+    for i in range(told):
+        probe.recall(served=i >= forgotten)
+    end(guard, probe, GOOD)
+
+
+@pytest.mark.parametrize(("told", "forgotten", "back"), [(20, 5, 1), (20, 4, 0), (15, 15, 0)])
+def test_planted_tokens_that_are_forgotten_take_a_tenant_back(
+    told: int, forgotten: int, back: int
+) -> None:
+    guard = guard_of()
+    for said in ((told // 2, 0), (told - told // 2, forgotten)):
+        epoch, sample = enter(guard)
+        end(guard, sample, GOOD)
+        planted(guard, sample, epoch, told=said[0], forgotten=said[1])
+    for _ in range(2):
+        end(guard, enter(guard)[1], GOOD)
+    assert guard.floor("a", enter(guard)[0]) == back
+    assert guard.stats()[0].forgotten_tokens > 0
+
+
+def test_a_probe_belongs_to_its_requests_epoch_and_does_not_lengthen_it() -> None:
+    guard = guard_of()
+    first, second = enter(guard), enter(guard)
+    planted(guard, second[1], second[0], told=4, forgotten=0)
+    assert enter(guard)[0] == 1
+    waiting = guard.plant(Ticket(*first), 120, 4)
+    assert waiting is not None
+    for _, sample in (first, second):
+        end(guard, sample, BAD)
+    enter(guard)
+    epoch, _ = enter(guard)
+    assert guard.floor("a", epoch) is None, "the probe still runs"
+    end(guard, waiting, BAD)
+    assert guard.floor("a", epoch) == 1
+    assert guard.plant(Ticket(0, None), 120, 4) is None
 
 
 def test_rows_that_say_nothing_end_a_shadow_too() -> None:

@@ -33,15 +33,18 @@ def shape(request: pytest.FixtureRequest) -> KVShape:
 class World:
     """One view of random keys and values, and which of them live."""
 
-    def __init__(self, shape: KVShape, quota: int = 30, keep: float = 0.3) -> None:
+    def __init__(
+        self, shape: KVShape, quota: int = 30, keep: float = 0.3, tokens: list[int] = TOKENS
+    ) -> None:
         self.shape = shape
         spec = Float().page_spec(shape)
-        self.manager: CacheManager = make_manager(40, spec=spec)
+        self.manager: CacheManager = make_manager(max(40, quota), spec=spec)
+        length = len(tokens)
         self.manager.set_quotas({"a": quota}, 0)
-        self.packer = Packer(shape, spec)
-        match = self.manager.match(TOKENS, account="a", scope="a")
-        self.view = self.manager.open_view(match, LENGTH)
-        self.manager.extend(self.view, LENGTH)
+        self.packer = Packer(shape)
+        match = self.manager.match(tokens, account="a", scope="a")
+        self.view = self.manager.open_view(match, length)
+        self.manager.extend(self.view, length)
         self.rng = np.random.default_rng(0)
         rows = self.rng.standard_normal((2, LAYERS, HEADS, self.room, DIM), np.float32)
         self.kv = torch.from_numpy(rows).to(TORCH_DTYPE[shape.layout])
@@ -50,14 +53,14 @@ class World:
                 k, v = self.kv[:, layer, :, page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
                 tiles = pack_float_tiles(k, v, shape.layout)
                 pool_of(self.manager).write_tiles(int(self.view.slots[page]), layer, tiles)
-        self.manager.commit(self.view, TOKENS)
+        self.manager.commit(self.view, tokens)
         self.live = self.rng.random((LAYERS, HEADS, self.room)) < keep
         self.live[0, 1, 64:] &= keep > 0.9
-        self.live[..., LENGTH - RECENT :] = True
+        self.live[..., length - RECENT :] = True
         stamps = np.arange(self.room * HEADS * LAYERS, dtype=np.int32)
         self.stamps = stamps.reshape(LAYERS, HEADS, self.room)
         self.state = EvictState(
-            pack(self._tiled(self.live)), self._tiled(self.stamps), Watch(LENGTH, 0, 1, RECENT)
+            pack(self._tiled(self.live)), self._tiled(self.stamps), Watch(length, 0, 1, RECENT)
         )
         self.view.evict = self.state
         self.evicted()
@@ -186,17 +189,42 @@ def test_forks_hold_the_same_tiles_until_one_is_packed_again(shape: KVShape) -> 
 
 
 def test_without_room_everything_stays_as_it_was(shape: KVShape) -> None:
-    world = World(shape, quota=9)
+    world = World(shape, quota=8)
     with pytest.raises(QuotaExceeded):
         world.pack()
     check(world.manager)
     world.check_seen(world.view)
     assert world.state.pending
     assert world.view.packed is None
-    world.manager.set_quotas({"a": 16}, 0)
+    world.manager.set_quotas({"a": 10}, 0)
     world.pack()
     world.check_seen(world.view)
     assert world.view.packed is not None
+
+
+@pytest.mark.parametrize(("keep", "spare"), [(0.25, 2), (0.6, 3)])
+def test_moving_takes_little_more_memory_than_there_was(
+    shape: KVShape, keep: float, spare: int
+) -> None:
+    """What was moved is let go of at once: two hundredths of the pages are enough beside them."""
+    tokens = prompt(*range(1, 129), tail=20)
+    world = World(shape, quota=129 + spare, keep=keep, tokens=tokens)
+    assert spare <= 0.025 * 129
+    world.pack()
+    assert world.view.packed is not None
+    assert world.view.packed.end == 124
+    world.check_seen(world.view)
+    held = world.manager.used("a") - len(world.manager._store.accounts["a"].unreferenced)
+    assert held <= (keep + 0.1) * 129
+    world.manager.release(world.view, tokens)
+
+
+def test_without_any_room_for_that_nothing_is_moved(shape: KVShape) -> None:
+    tokens = prompt(*range(1, 129), tail=20)
+    world = World(shape, quota=129, keep=0.25, tokens=tokens)
+    with pytest.raises(QuotaExceeded, match="more pages to pack a sequence"):
+        world.pack()
+    world.check_seen(world.view)
 
 
 def test_what_would_not_pay_is_left_alone(shape: KVShape) -> None:

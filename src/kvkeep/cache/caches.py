@@ -61,6 +61,11 @@ class Caches:
         """Return the pages charged to an account, in use or cached."""
         return sum(m.used(account) for m in self.managers.values())
 
+    def unused(self, account: str) -> int:
+        """Return the pages charged to an account that nothing holds."""
+        uses = (m.stats().accounts.get(account) for m in self.managers.values())
+        return sum(use.unreferenced_pages for use in uses if use is not None)
+
     def set_retention(self, terms: Mapping[str, Retention]) -> None:
         """Say how long accounts keep pages."""
         for manager in self.managers.values():

@@ -36,9 +36,9 @@ class PoolPart:
         """Return the slot of a zeroed page; raises `PoolExhausted` where none is free."""
         return self._pool.alloc_page(PageKind.KEPT)
 
-    def alloc_tiles(self, count: int) -> Int32Array:
+    def alloc_tiles(self, count: int, layer: int = 0, head: int = 0) -> Int32Array:
         """Return ids of zeroed tiles for a view of its own; raises `PoolExhausted`."""
-        return self._pool.alloc_tiles(count, kind=PageKind.KEPT)
+        return self._pool.alloc_tiles(count, layer, head, kind=PageKind.KEPT)
 
     def free_tiles(self, ids: Int32Array) -> None:
         """Free tiles taken with `alloc_tiles`."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvkeep.cache.accounts import Account, AccountUse, CacheStats
 from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
@@ -225,13 +228,25 @@ class PageStore:
         page.account, page.pinned = PUBLIC_ACCOUNT, True
         return True
 
-    def take_tiles(self, account: str, count: int) -> Int32Array:
-        """Take tiles of no page; after a quota moved away, the account's own pages make way."""
-        owner = self.account(account)
-        per_page = self.pool.spec.tiles_per_page
-        while self.pool.free_pages * per_page < count and owner.unreferenced:
+    def take_tiles(self, account: str, wanted: NDArray[np.bool_]) -> Int32Array:
+        """Take tiles of no page where `wanted` [n, L, Hkv]; their ids are in its order.
+
+        After a quota moved away, the account's own pages make way. Raises `PoolExhausted`.
+        """
+        owner, spec = self.account(account), self.pool.spec
+        pages = spec.pages_of(wanted)
+        while self.pool.free_pages < pages and owner.unreferenced:
             self.evict_pages(owner.name, 1)
-        return self.pool.alloc_tiles(count)
+        table = np.full(wanted.shape, -1, np.int32)
+        try:
+            for where in spec.alike():
+                own = wanted & where
+                layer, head = np.argwhere(where)[0].tolist()
+                table[own] = self.pool.alloc_tiles(int(own.sum()), layer, head)
+        except PoolExhausted:
+            self.pool.free_tiles(table[table >= 0])
+            raise
+        return table[wanted]
 
     def make_room(self, account: str, count: int) -> None:
         """Evict what an account must give up for `count` more pages; raises `QuotaExceeded`."""

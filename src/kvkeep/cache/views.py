@@ -16,6 +16,8 @@ class OwnTiles:
 
     account: str
     ids: Int32Array
+    pages: int
+    """That they count as."""
     views: int = 1
 
 

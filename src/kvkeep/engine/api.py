@@ -152,6 +152,8 @@ class TenantUse(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     quota_pages: int
     used_pages: int
+    unused_pages: int = 0
+    """Of these, cached ones that no sequence holds: they make way at once."""
     running: int
     waiting: int
 
@@ -219,6 +221,10 @@ class GuardUse(msgspec.Struct, frozen=True, kw_only=True):
     compared_tokens: int
     agreed_tokens: int
     """Of these, those whose most likely next token was the same."""
+    recalled_tokens: int = 0
+    """Tokens planted behind prompts that shadows told."""
+    forgotten_tokens: int = 0
+    """Of these, those that were not told without the whole cache."""
     kl_nats: float
     """Summed over the compared tokens."""
     steps_back: int
@@ -247,7 +253,7 @@ class EvictStats(msgspec.Struct, frozen=True, kw_only=True):
     freed_bytes_total: int = 0
     """By how much requests became smaller thereby."""
     masked_only_total: int = 0
-    """Times evicted tokens stayed where they were: no room to move the others, or coded pages."""
+    """Times evicted tokens stayed where they were: no room to move the others."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -36,7 +36,7 @@ from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
-from kvkeep.engine.sizing import divide, kept_part
+from kvkeep.engine.sizing import divide
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import Evictor, KeepAll
@@ -160,8 +160,8 @@ def build_core(
     shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)
-    pool = _pool(options, backend, spec, shape, max_model_len)
     techniques = parts.techniques
+    pool = _pool(options, backend, spec, shape, max_model_len)
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
     caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy)
     planner = parts.planner or _planner(options, backend, pool, model)
@@ -171,7 +171,8 @@ def build_core(
         )
     )
     info = _info(options, model, pool, kernels.name, max_model_len)
-    forms = _forms(options, techniques.codec, caches, sharing)
+    evicts = techniques.evictor.watch(max_model_len) is not None
+    forms = _forms(options, caches, sharing, evicts=evicts)
     core = EngineCore(
         info,
         caches,
@@ -210,7 +211,7 @@ def _caches(
 
     name = techniques.codec.name
     managers = {name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), parts.tier)}
-    if kept_part(options):
+    if pool.bytes_of(PageKind.KEPT):
         if options.share.pinned is not None:
             raise ConfigError(
                 "share_pinned: pages of one form only; choose another kv than auto, and no guard"
@@ -222,17 +223,22 @@ def _caches(
     return Caches(managers, policy)
 
 
-def _forms(options: EngineOptions, codec: Codec, caches: Caches, sharing: Sharing) -> Forms:
+def _forms(options: EngineOptions, caches: Caches, sharing: Sharing, *, evicts: bool) -> Forms:
     """Return what chooses between the forms that there is memory for."""
-    names = (codec.name, KEPT) if kept_part(options) else (codec.name,)
+    names = tuple(caches.managers)
+    if options.guard_share and len(names) == 1 and not evicts:
+        raise ConfigError(
+            f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
+            " can drift; choose another kv, let tokens be evicted, or leave it at 0"
+        )
     controller: Controller = Fixed(names)
     if options.kv == "auto":
         controller = ByLength(names, options.kv_auto_tokens)
     limits = GuardLimits(options.guard_share, options.guard_samples, options.guard_kl)
     state = options.guard_state
     store = FileStore(Path(state), "guard_state") if state and options.guard_share else NoStore()
-    guard = Guard(limits, names[-1], len(names) - 1, store)
-    return Forms(controller, guard, caches, sharing.may_code)
+    guard = Guard(limits, names[-1], len(names) - 1 + evicts, store)
+    return Forms(controller, guard, caches, sharing.may_code, evicts=evicts)
 
 
 def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
@@ -301,15 +307,6 @@ def _pool(
     options: EngineOptions, backend: Backend, spec: PageSpec, shape: KVShape, max_model_len: int
 ) -> TilePool:
     """Return the pool of the memory asked for, or of what is free."""
-    if spec.window_tokens is None and options.guard_share:
-        raise ConfigError(
-            f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
-            " can drift; choose another kv or leave it at 0"
-        )
-    if options.guard_share and options.evict != "off":
-        raise ConfigError(
-            "guard_share: a guard does not see what eviction costs yet; leave evict off, or it at 0"
-        )
     if spec.forms and shape.layout not in LANE_LAYOUTS.values():
         raise ConfigError(
             "kv: bits that differ by head are attended on a CPU only; choose one codec there"

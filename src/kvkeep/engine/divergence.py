@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvkeep.engine.probes import CUE_TOKENS
 from kvkeep.engine.runner import Stepped
 from kvkeep.engine.work import Work
 
@@ -48,8 +49,14 @@ def compare(work: Sequence[Work], stepped: Stepped) -> None:
         sample = sequence.request.sample
         if not shadow or sample is None:
             continue
-        found = divergence(stepped.logits[row], stepped.logits[rows[sequence, False]])
+        own = sequence, False
+        found = divergence(stepped.logits[row], stepped.logits[rows[own]])
         if found is None or sample.settled:
             sample.skip()
-        else:
-            sample.add(found.kl_nats, agrees=found.agrees)
+            continue
+        sample.add(found.kl_nats, agrees=found.agrees)
+        planted = sequence.planted
+        if planted is not None and sequence.generated >= CUE_TOKENS:
+            told = [int(stepped.logits[at].argmax()) == planted for at in (row, rows[own])]
+            if told[0]:
+                sample.recall(served=told[1])

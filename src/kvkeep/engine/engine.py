@@ -27,7 +27,8 @@ from kvkeep.engine.divergence import compare
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.held import GOOD, BestOf, Held
 from kvkeep.engine.output import OutputFactory
-from kvkeep.engine.prompt_logprobs import PromptLogprobs
+from kvkeep.engine.probes import probe_beside
+from kvkeep.engine.prompt_rows import take_prompt_rows
 from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
@@ -117,8 +118,15 @@ class EngineCore:
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         request = Request(spec, now, deadline)
-        request.epoch, request.sample = self._forms.enter(spec)
         request.watch = self._runner.watch(spec) if self.sharing.may_evict(spec) else None
+        request.epoch, request.sample = self._forms.enter(spec, evicts=request.watch is not None)
+        self._queue(request)
+        probe = probe_beside(request, self._forms.guard, self.info.max_model_len)
+        if probe is not None:
+            self._queue(probe)
+
+    def _queue(self, request: Request) -> None:
+        spec = request.spec
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
         request.held = self._held(request)
@@ -218,11 +226,7 @@ class EngineCore:
         now = time.monotonic()
         self._fail_unstored(own, stepped, now)
         compare(work, stepped)
-        row = 0
-        for item in own:
-            prompt = item.sequence.output.prompt
-            if prompt is not None:
-                row += self._take_prompt_rows(item, prompt, stepped, row)
+        take_prompt_rows(own, stepped, self._sampler)
         sampling = [item.sequence for item in own if item.samples]
         rows: list[int] = []
         sequences: list[Sequence] = []
@@ -284,14 +288,6 @@ class EngineCore:
         if not beams.search.beams:
             self._end_request(request, FinishReason.STOP)
 
-    def _take_prompt_rows(
-        self, item: Work, prompt: PromptLogprobs, stepped: Stepped, row: int
-    ) -> int:
-        count = max(0, min(item.start + item.count, item.sequence.prompt_len) - item.start)
-        if item.sequence.status is not Status.FINISHED:
-            prompt.add(self._sampler, stepped.logits[row : row + count], item.start)
-        return count
-
     def _family(self, sequence: Sequence) -> list[Sequence]:
         """Return the sequence, and on its request's first sampling step its new siblings too."""
         request = sequence.request
@@ -328,6 +324,7 @@ class EngineCore:
         if params.max_tokens == 0:
             chunk: Chunk | None = sequence.output.finish(FinishReason.LENGTH, cached)
         else:
+            token = token if sequence.planted is None else sequence.planted
             sequence.tokens.append(token)
             sequence.sampling.accept(token)
             sequence.generated += 1
@@ -390,6 +387,8 @@ class EngineCore:
 
     def _tell(self, request: Request, chunk: Chunk) -> None:
         """Send a chunk, or keep it where the request's best are told at its end."""
+        if request.planted:
+            return
         if request.held is None:
             self._emit(request.spec.id, chunk)
         else:

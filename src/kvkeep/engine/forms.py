@@ -21,9 +21,12 @@ class Forms:
         guard: Guard,
         caches: Caches,
         may_code: Callable[[str], bool],
+        *,
+        evicts: bool = False,
     ) -> None:
-        """`may_code` is a tenant's own setting."""
+        """`may_code` is a tenant's own setting; `evicts`: the first step back ends eviction."""
         self.guard = guard
+        self._evicts = evicts
         self._controller = controller
         self._caches = caches
         self._may_code = may_code
@@ -32,12 +35,13 @@ class Forms:
         """Return the form of a tenant that has not stepped back."""
         return self._chosen(spec, 0)
 
-    def enter(self, spec: GenerateRequest) -> Ticket:
+    def enter(self, spec: GenerateRequest, *, evicts: bool = False) -> Ticket:
         """Give a request its place in its tenant's history, once, as it is submitted.
 
-        What cannot drift is no part of it; a search, whose beams change places, has no shadow.
+        `evicts`: tokens of it may be. What cannot drift is no part of it; a search, whose beams
+        change places, has no shadow.
         """
-        if self.least(spec) == self.guard.form:
+        if not evicts and self.least(spec) == self.guard.form:
             return Ticket(0, None)
         answer = _answer(spec)
         length = len(spec.prompt_ids) + answer
@@ -53,9 +57,12 @@ class Forms:
         floor = self.guard.floor(spec.tenant, request.epoch)
         if floor is None:
             return False
+        if self._evicts and floor:
+            request.watch, floor = None, floor - 1
         request.codec = self._fitting(spec, floor)
         request.settled = True
-        if request.sample is not None and request.codec == request.sample.form:
+        same = request.sample is not None and request.codec == request.sample.form
+        if request.sample is not None and same and request.watch is None:
             request.sample.over = True
         return True
 

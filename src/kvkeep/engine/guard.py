@@ -2,7 +2,8 @@
 
 A shadow is the same request on pages in the model's dtype by the null objects: no codec, no
 evictor. It is fed the request's tokens and never sampled from; how far the two next-token
-distributions are apart is the request's sample.
+distributions are apart is the request's sample. Where tokens are evicted, a probe runs beside a
+sampled request: the same prompt, and then a passage of it again, which the whole cache could tell.
 
 Everything here is a function of a tenant's own requests, in the order they were submitted, and of
 the configuration. An epoch of a tenant ends when so many of its requests have been sampled. What
@@ -24,6 +25,12 @@ from kvkeep.sharing.state import StateStore
 
 LAG: Final = 2
 """Epochs from the one that was sampled to the one that follows from it."""
+
+MOST_FORGOTTEN: Final = 0.2
+"""Of an epoch's planted tokens that shadows told, those that may be told without no more."""
+
+LEAST_RECALLED: Final = 16
+"""Planted tokens that shadows must have told before that counts."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +55,12 @@ class Sample:
     """Of the rows, those whose most likely token is the same."""
     kl_nats: float = 0.0
     """Summed over the rows."""
+    recalled: int = 0
+    """Planted tokens that the shadow told as the most likely ones."""
+    forgotten: int = 0
+    """Of these, those that the request did not."""
+    probe: bool = False
+    """Whether its request is one of the guard's own."""
     over: bool = False
     """Whether it carries no shadow any more."""
     settled: bool = False
@@ -64,13 +77,18 @@ class Sample:
         self.agreed += agrees
         self.kl_nats += kl_nats
 
+    def recall(self, *, served: bool) -> None:
+        """Take in a planted token that the shadow told; `served`: the request did too."""
+        self.recalled += 1
+        self.forgotten += not served
+
     def skip(self) -> None:
         """Count a row that says nothing: it took its place in what was reserved."""
         self.rows += 1
 
     def void(self) -> None:
         """Drop what was said: how much was depends on when its request was ended."""
-        self.compared = self.agreed = 0
+        self.compared = self.agreed = self.recalled = self.forgotten = 0
         self.kl_nats = 0.0
 
 
@@ -107,6 +125,8 @@ class _History:
     unshadowed: int = 0
     compared: int = 0
     agreed: int = 0
+    recalled: int = 0
+    forgotten: int = 0
     kl_nats: float = 0.0
 
     def count(self, sample: Sample | None) -> None:
@@ -117,6 +137,8 @@ class _History:
         self.shadowed += 1
         self.compared += sample.compared
         self.agreed += sample.agreed
+        self.recalled += sample.recalled
+        self.forgotten += sample.forgotten
         self.kl_nats += sample.kl_nats
 
 
@@ -147,7 +169,7 @@ class Guard:
         own = self._history(tenant)
         number, own.sent = own.sent, own.sent + 1
         epoch = own.epoch
-        if _draw(tenant, number) >= self._limits.share:
+        if draw(tenant, number) >= self._limits.share:
             return Ticket(epoch, None)
         if not can:
             own.count(None)
@@ -155,8 +177,17 @@ class Guard:
         sample = Sample(tenant, number, self.form, reserved_tokens, limit)
         ours = own.samples.setdefault(epoch, [])
         ours.append(sample)
-        own.epoch += len(ours) == self._limits.samples
+        own.epoch += sum(not one.probe for one in ours) == self._limits.samples
         return Ticket(epoch, sample)
+
+    def plant(self, ticket: Ticket, reserved_tokens: int, limit: int) -> Sample | None:
+        """Return the sample of a probe beside a sampled request, of the same epoch."""
+        beside = ticket.sample
+        if beside is None:
+            return None
+        sample = Sample(beside.tenant, beside.number, self.form, reserved_tokens, limit, probe=True)
+        self._history(beside.tenant).samples[ticket.epoch].append(sample)
+        return sample
 
     def floor(self, tenant: str, epoch: int) -> int | None:
         """Return the steps back that requests of an epoch take; None: not known yet."""
@@ -203,6 +234,8 @@ class Guard:
                 unshadowed=own.unshadowed,
                 compared_tokens=own.compared,
                 agreed_tokens=own.agreed,
+                recalled_tokens=own.recalled,
+                forgotten_tokens=own.forgotten,
                 kl_nats=own.kl_nats,
                 steps_back=own.floors[own.known],
             )
@@ -218,19 +251,25 @@ class Guard:
 
     def _drifts(self, samples: list[Sample]) -> bool:
         rows = sum(sample.compared for sample in samples)
+        recalled = sum(sample.recalled for sample in samples)
+        forgotten = sum(sample.forgotten for sample in samples)
+        if recalled >= LEAST_RECALLED and forgotten > MOST_FORGOTTEN * recalled:
+            return True
         return sum(sample.kl_nats for sample in samples) > self._limits.kl_nats * rows
 
     def _step_back(self, tenant: str, back: int, samples: list[Sample]) -> None:
         rows = sum(sample.compared for sample in samples)
         log.warning(
-            "guard: tenant %s steps back to more bits, step %d of %d: %.4f nats and %.3f of %d"
-            " next tokens agree",
+            "guard: tenant %s steps back, step %d of %d: %.4f nats and %.3f of %d next tokens"
+            " agree, %d of %d planted ones forgotten",
             tenant,
             back,
             self._steps,
             sum(sample.kl_nats for sample in samples) / rows,
             sum(sample.agreed for sample in samples) / rows,
             rows,
+            sum(sample.forgotten for sample in samples),
+            sum(sample.recalled for sample in samples),
         )
         self._back[tenant] = back
         self._save()
@@ -242,10 +281,10 @@ class Guard:
             log.warning("guard: steps back could not be saved: %s", type(error).__name__)
 
 
-def _draw(tenant: str, number: int) -> float:
-    """Return a number in [0, 1) for one request of one tenant."""
+def draw(tenant: str, number: int, what: bytes = b"") -> float:
+    """Return a number in [0, 1) for one request of one tenant and what it is drawn for."""
     raw = f"{number} {tenant}".encode()
-    drawn = hashlib.blake2b(raw, digest_size=8, person=b"kvkeep-guard").digest()
+    drawn = hashlib.blake2b(raw, digest_size=8, salt=what, person=b"kvkeep-guard").digest()
     return int.from_bytes(drawn, "little") / 2**64
 
 

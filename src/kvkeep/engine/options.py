@@ -68,11 +68,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_window_tokens: int = 128
     """Of a sequence, up to so many recent tokens stay as computed where pages are coded."""
     guard_share: float = 0.0
-    """Part of the coded requests that carry a shadow in the model's dtype; 0: none."""
+    """Part of the coded or evicting requests that carry a whole shadow in the model's dtype."""
     guard_samples: int = 8
     """Of a tenant, that end its epoch."""
     guard_kl: float = 0.05
-    """Nats per token, as the mean of an epoch, above which its tenant steps back to more bits."""
+    """Nats per token, as the mean of an epoch, above which its tenant steps back."""
     guard_memory: float = 0.25
     """Part of the memory for shadows and tenants that stepped back; `auto` has its own."""
     guard_state: str | None = None

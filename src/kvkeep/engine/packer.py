@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
-import torch
 
 from kvkeep.cache.packing import Packing
-from kvkeep.engine.evicted import dropped_tokens
-from kvkeep.eviction.packing import Survivors, repack, survivors
-from kvkeep.quant.codec import KVShape, pack_float_tiles, unpack_float_tiles
-from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, View
-from kvkeep.watch import Packed
+from kvkeep.cache.parts import Pages
+from kvkeep.cache.storage import Tiles
+from kvkeep.eviction.packing import (
+    WRITTEN,
+    Arrangement,
+    Bools,
+    Int64Array,
+    arrangement,
+    repack,
+)
+from kvkeep.quant.codec import KVShape
+from kvkeep.quant.regroup import regroup
+from kvkeep.types import PAGE_TOKENS, Int32Array, View
+
+PARTS: Final = 40
+"""A prompt's pages are moved and let go of in so many parts: more memory than one is never held."""
 
 
 class Packer:
-    """Packs views of pages in the model's dtype; coded pages keep their masks."""
+    """Packs views, each in the form of its pages."""
 
-    def __init__(self, shape: KVShape, spec: PageSpec) -> None:
+    def __init__(self, shape: KVShape) -> None:
         self._shape = shape
-        self._coded = spec.window_tokens is not None
         self.packed_views = 0
         """Times that a view was packed, the first time and later ones."""
         self.freed_bytes = 0
         """By which views became smaller."""
-        self.masked_views = 0
-        """Views of coded pages whose prompts lost tokens: these stay where they are."""
 
     def pack(self, view: View, packing: Packing) -> None:
         """Pack what was evicted since last time, if that frees anything.
@@ -35,45 +44,62 @@ class Packer:
         state = view.evict
         if state is None or not state.pending:
             return
-        found = None if self._coded else survivors(view)
+        spec = packing.pool.spec
+        found = arrangement(view, spec.window_tokens)
         if found is not None:
-            packing.own_tail(view, found.end)
             sources = self._sources(view, packing, found)
-            held = int((sources >= 0).sum())
-            tiles = packing.resize(view, found.need)
-            self._move(packing, found, sources, tiles)
-            repack(state, found, len(tiles))
-            packing.let_go(view, found.end)
-            view.pack(Packed(tiles, found.end))
+            cuts = found.cuts(PARTS)
+            moving = packing.begin(view, found.end, found.stays, cuts)
+            for begin, wanted in cuts:
+                packing.take(moving, wanted)
+                for layer in range(spec.num_layers):
+                    self._move(packing.pool, found, sources, moving.table, wanted, layer)
+                packing.let_go(moving, begin)
+            repack(state, found)
+            view.pack(packing.finish(moving, found.end))
             self.packed_views += 1
-            self.freed_bytes += (held - int(found.need.sum())) * packing.pool.spec.tile_bytes
-        elif self._coded and view.length == state.watch.prompt_tokens and dropped_tokens(state):
-            self.masked_views += 1
+            gone = (sources >= 0).sum(0) - found.need.sum(0)
+            self.freed_bytes += int((gone * spec.tile_sizes()).sum())
         state.pending = False
 
-    def _sources(self, view: View, packing: Packing, found: Survivors) -> Int32Array:
-        """Return the tile ids [n, L, Hkv] that `found.order` counts tokens of."""
+    def _sources(self, view: View, packing: Packing, found: Arrangement) -> Int32Array:
+        """Return the tile ids [n, L, Hkv] that `found.source` counts tokens of."""
         first = 1 if view.packed is None else view.packed.end
         pages = packing.pool.tile_table[view.slots[first : found.end]]
         return pages if view.packed is None else np.concatenate([view.packed.tiles, pages])
 
     def _move(
-        self, packing: Packing, found: Survivors, sources: Int32Array, tiles: Int32Array
+        self,
+        pool: Pages,
+        found: Arrangement,
+        sources: Int32Array,
+        tiles: Int32Array,
+        wanted: Bools,
+        layer: int,
     ) -> None:
-        """Copy the live tokens of each head to the front of its tiles."""
-        pool, dim = packing.pool, self._shape.head_dim
-        for layer, head in np.ndindex(found.counts.shape):
-            count = int(found.counts[layer, head])
-            if not count:
-                continue
-            tokens = found.order[layer, head, :count]
-            places, rows = np.unique(tokens // PAGE_TOKENS, return_inverse=True)
-            raw = pool.read_ids(np.ascontiguousarray(sources[places, layer, head]))
-            at = torch.from_numpy(rows * PAGE_TOKENS + tokens % PAGE_TOKENS)
-            need = -(-count // PAGE_TOKENS)
-            k, v = unpack_float_tiles(raw, self._shape)
-            dense = torch.zeros((2, need * PAGE_TOKENS, dim), dtype=k.dtype)
-            dense[0, :count], dense[1, :count] = k.reshape(-1, dim)[at], v.reshape(-1, dim)[at]
-            keys, values = dense.view(2, need, PAGE_TOKENS, dim)
-            ids = np.ascontiguousarray(tiles[:need, layer, head])
-            pool.write_ids(ids, pack_float_tiles(keys, values, self._shape.layout))
+        """Write a layer's wanted tiles that are not what they were; all is read before."""
+        stays, ids, old = (x[:, layer] for x in (found.stays, tiles, sources))
+        same = ids == np.take_along_axis(old, np.maximum(stays, 0), 0)
+        fresh: list[tuple[Int32Array, Tiles]] = []
+        for alike in pool.spec.alike():
+            there = wanted[:, layer] & alike[layer]
+            at, head = np.nonzero(there & (stays >= 0) & ~same)
+            if len(at):
+                fresh.append((ids[at, head], pool.read_ids(old[stays[at, head], head]).copy()))
+            at, head = np.nonzero(there & (stays == WRITTEN))
+            if len(at):
+                tokens = _filled(found.source[layer, head, at])
+                places = head[:, None] * len(old) + tokens // PAGE_TOKENS
+                read, rows = np.unique(places, return_inverse=True)
+                rows = rows.reshape(tokens.shape) * PAGE_TOKENS + tokens % PAGE_TOKENS
+                raw = pool.read_ids(old[read % len(old), read // len(old)])
+                layout = pool.spec.layout_at(layer, int(head[0]))
+                fresh.append((ids[at, head], regroup(raw, rows, layout, self._shape)))
+        for where, content in fresh:
+            pool.write_ids(where, content)
+
+
+def _filled(source: Int64Array) -> Int64Array:
+    """Return tokens [n, S] with those of each tile again where it has none: its range is theirs."""
+    count = (source >= 0).sum(1, keepdims=True)
+    return np.take_along_axis(source, np.arange(PAGE_TOKENS) % count, 1)

@@ -66,6 +66,7 @@ def _use(of: Sources, tenant: str, quota_pages: int) -> TenantUse:
         tenant=tenant,
         quota_pages=quota_pages,
         used_pages=of.caches.used(tenant),
+        unused_pages=of.caches.unused(tenant),
         running=running,
         waiting=waiting,
     )

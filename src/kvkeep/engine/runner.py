@@ -87,7 +87,7 @@ class ModelRunner:
             parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
         )
         self.read = Read()
-        self.packer = Packer(parts.shape, self._spec)
+        self.packer = Packer(parts.shape)
         self._evicted = EvictCounts()
 
     @property
@@ -142,8 +142,7 @@ class ModelRunner:
     def evict_stats(self, unpacked: int) -> EvictStats:
         """Return what eviction has done; `unpacked`: times there was no room to pack."""
         packer = self.packer
-        masked = unpacked + packer.masked_views
-        return self._evicted.stats(packer.packed_views, packer.freed_bytes, masked)
+        return self._evicted.stats(packer.packed_views, packer.freed_bytes, unpacked)
 
     def forget(self, view: View) -> None:
         """Drop what planner and staging remember of a view that ended."""

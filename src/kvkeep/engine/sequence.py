@@ -78,6 +78,8 @@ class Request:
     """Of its tenant's guard."""
     sample: Sample | None = None
     """What its shadow says, if it was drawn to carry one."""
+    planted: tuple[int, ...] = ()
+    """Tokens that follow its prompt, whatever is sampled, and nobody is told of: a probe's."""
     saved_tokens: int = 0
     """Prompt tokens that were not computed then, those of the snapshot among them."""
     first_token_s: float | None = None
@@ -112,6 +114,12 @@ class Sequence:
     def account(self) -> str:
         """Return the tenant whose quota and queue it uses."""
         return self.request.spec.tenant
+
+    @property
+    def planted(self) -> int | None:
+        """Return the token that comes next, whatever is sampled; None: what is sampled."""
+        planted = self.request.planted
+        return planted[self.generated] if planted else None
 
     @property
     def prompt_len(self) -> int:

@@ -182,6 +182,21 @@ def dequantise(codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
     return k, (scale * parts + least).view(n, PAGE_TOKENS, dim)
 
 
+def together(codes: Codes, tile: torch.Tensor, token: torch.Tensor, k_bits: int) -> Codes:
+    """Return the codes of tokens [n, S] of several tiles.
+
+    Those of values are the same; those of keys are the nearest to what the keys were coded as.
+    """
+    k = codes.k_scale.float()[tile] * codes.k[tile, token] + codes.k_min.float()[tile]
+    stored = (fitted if k_bits == _FITTED_BITS else affine)(k, k_bits, axis=1)
+    v_scale, v_min = (
+        part.transpose(1, 2)[tile, token].transpose(1, 2) for part in (codes.v_scale, codes.v_min)
+    )
+    k_scale, k_min = (part.squeeze(1) for part in stored)
+    k_codes = quantise(k, stored, k_bits)
+    return Codes(k_codes, k_scale, k_min, codes.v[tile, token], v_scale, v_min)
+
+
 def _usable(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale < _LEAST_SCALE, 1.0, scale).to(torch.bfloat16)
 

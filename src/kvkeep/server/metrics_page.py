@@ -121,6 +121,8 @@ def _guard(uses: tuple[GuardUse, ...], model: str) -> Iterator[Family]:
         (m.GUARD_COMPARED, [(u.tenant, u.compared_tokens) for u in uses]),
         (m.GUARD_AGREED, [(u.tenant, u.agreed_tokens) for u in uses]),
         (m.GUARD_KL, [(u.tenant, u.kl_nats) for u in uses]),
+        (m.GUARD_RECALLED, [(u.tenant, u.recalled_tokens) for u in uses]),
+        (m.GUARD_FORGOTTEN, [(u.tenant, u.forgotten_tokens) for u in uses]),
         (m.GUARD_BACK, [(u.tenant, u.steps_back) for u in uses]),
     ):
         yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
