@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak results
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity results
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -96,6 +96,9 @@ results: setup ## write the tables of docs/benchmarks.md and README.md from benc
 
 figure-fanout: setup ## draw docs/figures/fanout.svg from bench/results/fanout*.json
 	$(BIN)/python -m tools.figures.fanout
+
+figure-capacity: setup ## draw docs/figures/capacity.svg from bench/results/capacity*.json
+	$(BIN)/python -m tools.figures.capacity
 
 figure-leak: setup ## draw docs/figures/leak.svg from bench/results/sharing*.json
 	$(BIN)/python -m tools.figures.leak

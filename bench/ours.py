@@ -30,6 +30,7 @@ class Ours:
         threads: int,
         kv_cache_bytes: int = 2 << 30,
         weights: Literal["float", "int8"] = "float",
+        max_num_seqs: int = 64,
         parts: Parts | None = None,
     ) -> None:
         options = EngineOptions(
@@ -38,6 +39,7 @@ class Ours:
             weights=weights,
             threads=threads,
             kv_cache_bytes=kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=1024,
             chunk_tokens=1024,
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -7,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.tools.test_sharing_results import cost, leak, results
-from tools.figures import drawing, fanout
+from tools.figures import capacity, drawing, fanout
 from tools.figures import leak as leak_figure
 from tools.figures.drawing import Figure
 
@@ -54,8 +55,29 @@ def described(path: Path) -> str:
     return "" if found is None else str(found.text)
 
 
+CASES = [
+    {"case": name, "requests": count, "tokens": 8192, "pool_bytes": 4 << 30}
+    for name, count in (("+ corm", 50), ("bf16", 4), ("+ k2v2", 20), ("k4v2 + corm", 40))
+]
+
+
+def test_bars_of_capacity_say_what_was_measured_of_their_answers(tmp_path: Path) -> None:
+    assert capacity.bars(CASES, {"quality_loss_k2v2": 0.053}) == [
+        capacity.Bar("bf16", 4, "the baseline"),
+        capacity.Bar("+ k2v2", 20, "5.3 % of answers lost"),
+        capacity.Bar("+ corm", 50, "quality not measured"),
+    ]
+    (tmp_path / "quality.json").write_text(json.dumps({"summary": {"quality_loss_k2v2": 0.02}}))
+    (tmp_path / "capacity.json").write_text(json.dumps({"rows": CASES, "summary": {}}))
+    assert capacity.measured(tmp_path) == {"quality_loss_k2v2": 0.02}
+    out = tmp_path / "capacity.svg"
+    assert drawing.run([str(tmp_path / "capacity.json")], "capacity", out, capacity.draw) == 0
+    assert "not measured" in out.read_text()
+
+
 @pytest.mark.parametrize(
-    ("bench", "draw"), [("sharing", leak_figure.draw), ("fanout", fanout.draw)]
+    ("bench", "draw"),
+    [("sharing", leak_figure.draw), ("fanout", fanout.draw), ("capacity", capacity.draw)],
 )
 def test_without_rows_a_figure_says_what_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: str, draw: Draw
