@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.ops.cpu import available
+from kvkeep.ops.cpu import CpuKernel, available
 from kvkeep.ops.layout import (
     TORCH_DTYPE,
     AttentionOps,
@@ -272,6 +274,31 @@ def test_stamps_tell_the_last_row_that_looked(path: Path, layout: Layout, thread
         assert np.array_equal(found[:, :size][sure], want[sure])
         assert len(np.unique(want)) > 10
         row, entry = row + len(at), entry + pages
+
+
+@pytest.mark.parametrize("name", available())
+def test_scores_are_kept_for_observing_where_that_takes_little_memory(
+    name: CpuKernel, layout: Layout
+) -> None:
+    """A row far out sees the same tokens; its scores would take too much: keys are read twice."""
+    ops = cpu_attention(name)
+    world = make_world(SMALL, layout, pages=8)
+    request = world.add(ops, 512)
+    q = world.tensor(2, SMALL.q, SMALL.dim)
+    near = flat_plan(layout, [(request.slots, [511, 511])])
+    far = replace(near, row_positions=np.full(2, (1 << 22) - 1, np.int32))
+    asked = Observe(np.array([-8.0, -10.0], np.float32))
+    read, found = [], []
+    for plan in (near, far):
+        before = ops.bytes_read
+        found.append(ops.attend(q, world.kv, plan, asked))
+        read.append(ops.bytes_read - before)
+    assert found[0].hits is not None
+    assert found[1].hits is not None
+    assert np.array_equal(found[0].hits, found[1].hits)
+    assert found[0].hits.any()
+    assert torch.equal(found[0].out, found[1].out)
+    assert 2 * read[1] == 3 * read[0]
 
 
 def test_nothing_is_observed_unless_asked(path: Path) -> None:

@@ -228,8 +228,7 @@ def test_masks_hits_and_bytes(path: CpuKernel) -> None:
     assert differing <= 2
     sinks = tile_bytes(Layout.K4V2, 64, first=True) - tile_bytes(Layout.K4V2, 64)
     tiles = 11 * tile_bytes(Layout.K4V2, 64) + 2 * sinks + 4 * tile_bytes(Layout.F32, 64)
-    keys = 11 * (64 * 64 // 2 + 4 * 64) + 2 * 2 * SINK_TOKENS * 64 + 4 * 64 * 64 * 4
-    assert ops.bytes_read == tiles + keys
+    assert ops.bytes_read == tiles, "observing takes the scores of attending"
 
 
 def test_a_tile_whose_sinks_lie_outside_is_refused(path: CpuKernel) -> None:

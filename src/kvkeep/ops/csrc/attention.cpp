@@ -1,14 +1,31 @@
 #include "attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 namespace kvkeep::attention {
 namespace {
 
 constexpr int64_t kAppendAlone =
     16384;  // elements: fewer are written by the caller, waking the pool costs more
+
+constexpr int64_t kMostKept = 16 << 20;  // floats: keys are read again where it would take more
+
+// Note where the scores of each observed row are to be kept; return how many floats that takes.
+int64_t keep_at(const PreparedPlan& prepared, const Job& job, std::vector<int64_t>& kept) {
+  kept.assign(prepared.num_rows, -1);
+  int64_t floats = 0;
+  for (int64_t row = 0; row < prepared.num_rows; row++) {
+    if (!std::isfinite(job.thresholds[row])) continue;
+    kept[row] = floats;
+    const int64_t each = (job.plan.positions[row] / kStep + 1) * int64_t{kStep};
+    floats += each * prepared.group * prepared.kv_heads;
+  }
+  return floats;
+}
 
 // Write the rows of one KV head whose index lies in [begin, end).
 template <class T, int kPair>
@@ -103,6 +120,10 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
       kernel_of_work(work[i], scratch + each * thread);
     });
   };
+  std::vector<int64_t> kept;
+  const int64_t floats = job.thresholds && !job.decoded ? keep_at(prepared, job, kept) : 0;
+  job.kept = kept.data();
+  job.scores = floats && floats <= kMostKept ? scores_.reserve<float>(floats) : nullptr;
   const auto count = [&](uint64_t bytes) {
     bytes_read_.fetch_add(bytes, std::memory_order_relaxed);
   };

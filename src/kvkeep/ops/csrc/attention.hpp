@@ -89,7 +89,7 @@ class Attention {
   Backend& backend_;
   const Widen widen_;
   uint64_t decoded_ = 0;
-  Buffer scratch_, states_, records_;
+  Buffer scratch_, states_, records_, scores_;
   std::atomic<uint64_t> bytes_read_{0};  // of K and V, by attend
   std::atomic<uint64_t> calls_{0};       // of attend
 };

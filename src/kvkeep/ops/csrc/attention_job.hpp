@@ -123,6 +123,8 @@ struct Job {
   const float* thresholds;  // [T] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
   int32_t* stamps;          // [E, Hkv, S] or null: only hits are asked for
+  float* scores;            // of observed rows, kept until lse2 is final; or null: computed anew
+  const int64_t* kept;      // [T] where a row's scores [Hq, its steps' tokens] begin; or -1
   float* states;            // where pieces leave theirs
   int* bad_tile;            // set where a tile id lies outside the pool
 };

@@ -150,15 +150,22 @@ struct Looked {
     const int token = panel.query[row] / (job.cache.kv_heads * job.group);
     const float least = job.lse2[panel.query[row]] + job.thresholds[token];
     const int32_t position = panel.position[row];
-    for (int t = 0; t < kStep; t++) {
-      const bool hit = seen[t / kPage] >> (t % kPage) & 1 && s[t] >= least;
-      at[t] = hit && position > at[t] ? position : at[t];
+    for (int begin = 0; begin < kStep; begin += 32) {
+      const auto alive = static_cast<uint32_t>(seen[begin / kPage] >> (begin % kPage));
+      for (int t = 0; t < 32; t++) {
+        const int32_t mine = (alive >> t & 1u) & (s[begin + t] >= least ? 1u : 0u) ? position : -1;
+        at[begin + t] = mine > at[begin + t] ? mine : at[begin + t];
+      }
     }
   }
 
   // Join tile j's tokens to what other items have found.
   void hand_out(const Job& job, const Item& item, const Step& step, int j) const {
     const int64_t tile = int64_t{step.entry[j]} * job.cache.kv_heads + item.head;
+    int32_t latest = -1;
+    for (int t = 0; t < kPage; t++)
+      latest = at[j * kPage + t] > latest ? at[j * kPage + t] : latest;
+    if (latest < 0) return;
     uint64_t hit = 0;
     for (int t = 0; t < kPage; t++) {
       const int32_t position = at[j * kPage + t];
@@ -167,9 +174,8 @@ struct Looked {
       if (!job.stamps) continue;
       int32_t* stamp = job.stamps + tile * kPage + t;
       int32_t known = __atomic_load_n(stamp, __ATOMIC_RELAXED);
-      while (known < position &&
-             !__atomic_compare_exchange_n(stamp, &known, position, true, __ATOMIC_RELAXED,
-                                          __ATOMIC_RELAXED)) {
+      while (known < position && !__atomic_compare_exchange_n(stamp, &known, position, true,
+                                                              __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
       }
     }
     if (hit) __atomic_fetch_or(job.hits + tile, hit, __ATOMIC_RELAXED);
@@ -193,14 +199,20 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
   for (int position = item.begin; position <= last; position += kStep) {
     Step step;
     if (!find_step(job, item, last, last, position, run, step)) continue;
-    bytes += step.bytes(job.cache.dim, true);
     Looked looked;
-    Alone alone;
-    in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
-      score_step(job, panel, step, from, to, prefetches, alone);
-      for (int r = from; r < to; r++)
-        looked.mark(job, panel, step, r, panel.s + (r - from) * kStep);
-    });
+    if (job.scores) {
+      for (int r = 0; r < panel.rows; r++)
+        if (const float* kept = kept_scores(job, panel, step, r))
+          looked.mark(job, panel, step, r, kept);
+    } else {
+      bytes += step.bytes(job.cache.dim, true);
+      Alone alone;
+      in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
+        score_step(job, panel, step, from, to, prefetches, alone);
+        for (int r = from; r < to; r++)
+          looked.mark(job, panel, step, r, panel.s + (r - from) * kStep);
+      });
+    }
     for (int j = 0; j < 2; j++)
       if (step.tile[j]) looked.hand_out(job, item, step, j);
   }

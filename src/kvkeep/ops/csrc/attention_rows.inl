@@ -177,6 +177,17 @@ inline void seen_by(const Step& step, int position, uint64_t (&seen)[2]) {
     seen[j] = low_bits(position - step.position - j * kPage + 1) & step.live[j];
 }
 
+// Where the scores of a panel's row in a step are kept; null where they are not, or it sees none.
+template <class K>
+inline float* kept_scores(const Job& job, const Panel<K>& panel, const Step& step, int row) {
+  if (!job.scores || panel.position[row] < step.position) return nullptr;
+  const int heads = job.cache.kv_heads * job.group, query = panel.query[row];
+  const int64_t begin = job.kept[query / heads];
+  if (begin < 0) return nullptr;
+  const int64_t each = (panel.position[row] / kStep + 1) * int64_t{kStep};
+  return job.scores + begin + (query % heads) * each + step.position;
+}
+
 // Who hears of the blocks that an item is computed in; nobody.
 struct Alone {
   void block() const {}

@@ -26,6 +26,17 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step& step, 
   }
 }
 
+// Keep the scores of observed rows [begin, end), at most a panel, before they become weights.
+template <class K>
+inline void keep_scores(const Job& job, const Panel<K>& panel, const Step& step, int begin,
+                        int end) {
+  if (!job.scores) return;
+  for (int row = begin; row < end; row++) {
+    if (float* kept = kept_scores(job, panel, step, row))
+      __builtin_memcpy(kept, panel.s + (row - begin) * kStep, sizeof(float) * kStep);
+  }
+}
+
 // How many of a step's tokens any of the rows [row, row + rows) sees, per tile.
 template <class K>
 inline void count_tokens(const Panel<K>& panel, const Step& step, int row, int rows,
@@ -111,6 +122,7 @@ uint64_t walk(const Job& job, const Item& item, const Panel<K>& panel, int begin
           return attend_halved(job, panel, step, from, to, prefetches, state, between);
       }
       score_step(job, panel, step, from, to, prefetches, between);
+      keep_scores(job, panel, step, from, to);
       if (is_coded(step.layout)) {
         soften_rows<FloatWeights>(panel, step, from, to, panel.s, state, dim);
         weigh_coded(job, panel, step, from, to, prefetches, state.o, between);

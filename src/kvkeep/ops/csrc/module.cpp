@@ -208,6 +208,8 @@ void bind_attention(nb::module_& m) {
                                at<float>(thresholds),
                                at<uint64_t>(hits),
                                at<int32_t>(stamps),
+                               nullptr,
+                               nullptr,
                                nullptr});
           },
           "plan"_a, "cache"_a, "q"_a, "q_token"_a, "q_head"_a, "out"_a, "lse2"_a, "scale"_a,
