@@ -1,158 +1,162 @@
 """What forgetting tokens costs: questions after a context was compressed, and before.
 
-Contexts are those of `bench/traces/quality.json` but its conversations and text; w and c are chosen
-on contexts of other seeds, the cheapest that lose at most a hundredth there. Every baseline keeps
-the share that CORM kept of the same prompt. One decision at the prompt's end, masks only, in plain
-torch: what engine and kernels do with it is measured elsewhere. `--only` names one protocol.
+The suite and its seeds are committed, and so is what was chosen on other seeds: CORM's rows, c and
+spread, and of every baseline the variant that loses least (`bench.eviction_choose`); published
+settings stand beside. A baseline keeps the share that CORM kept of the same prompt. All decide
+once, at the prompt's end, by masks in plain torch: so an equal share is an equal footprint, and
+what a mask would free is counted. What engine and kernels make of it is measured elsewhere.
+`--only` names one protocol; `--model` takes the same parameters to another checkpoint.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
 
-from bench import harness, quality_stats
-from bench.eviction_policies import BASELINES, Policy, Seen, corm
-from bench.eviction_run import Reader, after, before
+from bench import eviction_choose, harness
+from bench.eviction_choose import AGAIN, MOST_LOSS, OURS, REPEAT_RULES, RULES, Chosen
+from bench.eviction_policies import ONCE, TWICE, Masks, at_share_of, corm, everything, paged
+from bench.eviction_run import PROTOCOLS
+from bench.eviction_tally import (
+    Found,
+    World,
+    gathered,
+    head_rows,
+    kept_of,
+    loss_of,
+    margin,
+    removed_of,
+    task_rows,
+    worlds,
+)
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Report, Row
-from bench.quality_run import Item
-from bench.quality_suite import Context, Maker, read
 from kvkeep import ops
-from kvkeep.cli.console import NOTES
-from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
-from kvkeep.models import loader
-from kvkeep.models.text import TextModel
+from kvkeep.eviction.corm import PRESETS
+from kvkeep.types import PAGE_TOKENS
 
-PROTOCOLS: Final = {"after": after, "before": before}
-GOALS: Final = {"after": ("agnostic", 0.70), "before": ("tuned", 0.75)}
-WINDOWS: Final = (64, 128, 256)
-WEIGHTS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
-MOST_LOSS: Final = 0.01
-KINDS: Final = ("facts", "table", "copy")
-DEVELOPMENT: Final = 1
-"""Added to the suite's seed."""
-
-Masks = Callable[[Seen], Tensor]
-Found = dict[str, tuple[list[float], list[Item]]]
-
-
-def everything(seen: Seen) -> Tensor:
-    """Keep all."""
-    return torch.ones(seen.keys.shape[:3], dtype=torch.bool)
-
-
-def at_share_of(policy: Policy, rule: Masks, seen: Seen) -> Tensor:
-    """Keep by a policy as much as a rule does."""
-    return policy(seen, float(rule(seen).float().mean()))
-
-
-def gathered(
-    protocol: str, reader: Reader, contexts: Sequence[Context], policies: dict[str, Masks]
-) -> Found:
-    """Return each policy's kept shares and items."""
-    found: Found = {name: ([], []) for name in policies}
-    for name, kept, items in PROTOCOLS[protocol](reader, contexts, policies):
-        found[name][0].append(kept)
-        found[name][1].extend(items)
-    return found
-
-
-def loss_of(found: Found, name: str) -> Estimate:
-    """Return a policy's loss beside keeping all."""
-    items = found["full"][1]
-    return quality_stats.overall(items, found[name][1], {item.task: 1.0 for item in items})
-
-
-def kept_of(found: Found, name: str) -> float:
-    """Return the mean share that a policy kept."""
-    return sum(found[name][0]) / len(found[name][0])
-
-
-def chosen(found: Found, rules: dict[str, Masks]) -> str:
-    """Return the rule that keeps least among those that lose at most a hundredth."""
-    able = [name for name in rules if loss_of(found, name).median <= MOST_LOSS]
-    return min(able or rules, key=lambda name: kept_of(found, name) * (1 if able else -1))
+LABELS: Final = {"after": ("agnostic", 0.70), "before": ("tuned", 0.75)}
+PAGES: Final = "corm, whole pages"
+TILES: Final = "corm, whole tiles"
+PUBLISHED: Final = "published"
 
 
 def measure(options: Options) -> Report:
-    """Choose w and c, then answer the suite under CORM and every baseline."""
+    """Answer the held-out contexts under CORM and every baseline."""
     for name in options.only:
         if name not in PROTOCOLS:
             raise ConfigError(f"only: there is no protocol {name!r}; there are: {list(PROTOCOLS)}")
     torch.set_num_threads(options.threads)
-    path = Path(options.model or DEMO_MODEL)
-    text = TextModel.load(path)
     kernels = ops.select("auto", options.threads, "cpu")
-    model = loader.load(path, dtype="float32", ops=kernels)
-    reader = Reader(model, text)
-    asked, learnt = (
-        [c for c in maker.contexts(quick=options.quick) if c.kind in KINDS]
-        for maker in (
-            Maker(read(), text, model.spec.vocab_size, reseed=seed) for seed in (0, DEVELOPMENT)
-        )
-    )
-    if options.quick:
-        asked, learnt = asked[::2], learnt[::3]
-    rules: dict[str, Masks] = {
-        f"corm w={w} c={c:g}": partial(corm, window=w, weight=c) for w in WINDOWS for c in WEIGHTS
-    }
+    models = worlds(kernels, Path(options.model) if options.model else None)
+    choices = eviction_choose.read()
     rows: list[Row] = []
     figures: list[Figure] = []
+    margins: list[Estimate] = []
+    contexts = 0
     for protocol in options.only or tuple(PROTOCOLS):
-        tried = gathered(protocol, reader, learnt, {"full": everything, **rules})
-        rows += [_row(protocol, "development", name, tried) for name in rules]
-        rule = chosen(tried, rules)
-        NOTES.print(f"{protocol}: {rule}")
-        others: dict[str, Masks] = {
-            name: partial(at_share_of, policy, rules[rule]) for name, policy in BASELINES.items()
-        }
-        paper: dict[str, Masks] = {"corm-paper": partial(corm, window=256, weight=1.0)}
-        policies = {"full": everything, rule: rules[rule], **paper, **others}
-        found = gathered(protocol, reader, asked, policies)
-        rows += [_row(protocol, "held out", name, found) for name in policies]
-        figures += _figures(protocol, rule, found, list(others))
+        chosen = choices[protocol]
+        found = answered(protocol, models, chosen, quick=options.quick)
+        rows += [_row(protocol, name, chosen, found) for name in found]
+        ours = chosen.ours
+        rows += [*task_rows(protocol, ours, found), *head_rows(protocol, ours, found)]
+        figures += figures_of(protocol, ours, found)
+        margins += _margins(protocol, chosen, found)
+        contexts += sum(len(tally.heads) for tally in found[ours].values())
+    worst = min(margins, key=lambda one: one.median)
+    figures.append(Figure("loss_vs_best_baseline", worst, Goal(">=", 0.0)))
     params: dict[str, Cell] = {
-        "model": options.model or "demo, a toy",
-        "contexts": len(asked),
+        "model": options.model or f"demo and {len(models) - 1} recall models, toys",
+        "prompts": contexts,
         "threads": options.threads,
         "quick": options.quick,
     }
     return Report("eviction", params, figures, rows)
 
 
-def _row(protocol: str, seeds: str, name: str, found: Found) -> Row:
-    loss = loss_of(found, name)
+def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: bool) -> Found:
+    """Answer the held-out contexts under all policies, baselines at both of our shares."""
+    rule, repeat = RULES[chosen.rule], REPEAT_RULES[chosen.repeat]
+    policies: dict[str, Masks] = {"full": everything, OURS: rule, AGAIN: repeat}
+    for name, preset in PRESETS.items():
+        own = partial(
+            corm,
+            window=preset.prompt_rows or preset.window,
+            weight=preset.weight,
+            recent=preset.recent,
+            spread=preset.spread,
+        )
+        policies[f"--evict {name}"] = own
+    policies[PAGES] = partial(paged, rule, PAGE_TOKENS)
+    policies[TILES] = partial(paged, rule, PAGE_TOKENS, by_head=True)
+    for name, variants in {**ONCE, **TWICE}.items():
+        tuned, published = chosen.variants[name], next(iter(variants))
+        policies[name] = partial(at_share_of, variants[tuned], rule)
+        if published != tuned:
+            own = partial(at_share_of, variants[published], rule)
+            policies[f"{name}, {PUBLISHED}"] = own
+        policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
+    return gathered(protocol, models, policies, development=False, quick=quick, twice=True)
+
+
+def _row(protocol: str, name: str, chosen: Chosen, found: Found) -> Row:
+    loss, removed = loss_of(found, name), removed_of(found, name)
+    base = name.partition(",")[0].partition(" beside")[0]
+    setting = {OURS: chosen.rule, AGAIN: chosen.repeat, PAGES: chosen.rule, TILES: chosen.rule}.get(
+        name, ""
+    )
+    if base in chosen.variants:
+        variants = {**ONCE, **TWICE}[base]
+        setting = next(iter(variants)) if PUBLISHED in name else chosen.variants[base]
     return {
         "question": protocol,
-        "seeds": seeds,
         "policy": name,
-        "kept": kept_of(found, name),
+        "setting": setting,
+        "kept_at_end": kept_of(found, name),
+        "removed": removed.median,
+        "removed_prompts_too": removed_of(found, name, prompts_too=True).median,
         "loss": loss.median,
         "low": loss.low,
         "high": loss.high,
-        "items": len(found[name][1]),
     }
 
 
-def _figures(protocol: str, rule: str, found: Found, others: Sequence[str]) -> list[Figure]:
-    """Return how much went, what that lost, and the best baseline's loss less ours."""
-    label, goal = GOALS[protocol]
-    removed = harness.estimate([1 - kept for kept in found[rule][0]])
-    ours = loss_of(found, rule)
-    best = min((loss_of(found, name) for name in others), key=lambda loss: loss.median)
-    items = len(found[rule][1])
-    margin = Estimate(best.median - ours.median, best.low - ours.high, best.high - ours.low, items)
+def figures_of(protocol: str, ours: str, found: Found) -> list[Figure]:
+    """Return how much went and what that lost; what loses too much has removed nothing."""
+    label, goal = LABELS[protocol]
+    loss, removed = loss_of(found, ours), removed_of(found, ours)
+    if loss.high > MOST_LOSS:
+        removed = removed._replace(low=0.0)
+    figures = [
+        Figure(f"removed_at_1pct_loss_{label}", removed, Goal(">=", goal)),
+        Figure(f"loss_{label}", loss, Goal("<=", MOST_LOSS)),
+    ]
+    if protocol == "before":
+        figures.append(Figure("page_granular_removed", removed_of(found, PAGES), Goal("<=", 0.05)))
+    return figures
+
+
+def _margins(protocol: str, chosen: Chosen, found: Found) -> list[Estimate]:
+    """Return by how much the best baseline loses more than ours, in three comparisons.
+
+    At an equal share, which is an equal footprint, whatever it costs; and at an equal share and an
+    equal cost of the prompt, read once or twice.
+    """
+    published = [name for name in found if PUBLISHED in name]
+    beside = [f"{name} beside {AGAIN}" for name in (*ONCE, *TWICE)]
+    rivals = [(OURS, [*ONCE, *published])]
+    if chosen.ours == OURS:
+        rivals.append((OURS, [*ONCE, *TWICE, *published]))
+    if protocol == "after":
+        rivals.append((AGAIN, beside))
     return [
-        Figure(f"removed_at_end_{label}", removed, Goal(">=", goal)),
-        Figure(f"loss_{label}", ours, Goal("<=", MOST_LOSS)),
-        Figure(f"loss_vs_best_baseline_{label}", margin, Goal(">=", 0.0)),
+        margin(found, ours, min(others, key=lambda name: loss_of(found, name).median))
+        for ours, others in rivals
     ]
 
 

@@ -61,19 +61,38 @@ def loss(task: str, sums: Sums, picks: NDArray[np.int64]) -> Array:
     return np.where(able, 1 - coded / np.where(able, plain, 1.0), 0.0)
 
 
+class Drawn(NamedTuple):
+    """A loss, and what it is over resampled contexts; two of one suite are paired draw by draw."""
+
+    point: float
+    draws: Array
+
+
+def drawn(
+    plain: Sequence[Item], coded: Sequence[Item], weights: Mapping[str, float], *, seed: int = 0
+) -> Drawn:
+    """Return the weighted mean loss over all contexts, and over resampled ones."""
+    rng, tasks = np.random.default_rng(seed), by_task(plain, coded)
+    point, draws, total = 0.0, np.zeros(RESAMPLES), 0.0
+    for task, sums in tasks.items():
+        count, weight = len(sums.items), weights[task]
+        point += weight * float(loss(task, sums, np.arange(count)[None])[0])
+        draws += weight * loss(task, sums, rng.integers(0, count, (RESAMPLES, count)))
+        total += weight
+    return Drawn(point / total, draws / total)
+
+
+def estimate(found: Drawn, items: int) -> Estimate:
+    """Return a loss with its 95 % interval."""
+    low, high = np.percentile(found.draws, [2.5, 97.5])
+    return Estimate(found.point, float(low), float(high), items)
+
+
 def overall(
     plain: Sequence[Item], coded: Sequence[Item], weights: Mapping[str, float], *, seed: int = 0
 ) -> Estimate:
     """Return the weighted mean loss and its 95 % interval."""
-    rng, tasks = np.random.default_rng(seed), by_task(plain, coded)
-    point, drawn, total = 0.0, np.zeros(RESAMPLES), 0.0
-    for task, sums in tasks.items():
-        count, weight = len(sums.items), weights[task]
-        point += weight * float(loss(task, sums, np.arange(count)[None])[0])
-        drawn += weight * loss(task, sums, rng.integers(0, count, (RESAMPLES, count)))
-        total += weight
-    low, high = np.percentile(drawn / total, [2.5, 97.5])
-    return Estimate(point / total, float(low), float(high), len(plain))
+    return estimate(drawn(plain, coded, weights, seed=seed), len(plain))
 
 
 def changed(plain: Sequence[Item], coded: Sequence[Item], task: str) -> Changed:

@@ -18,6 +18,7 @@ from kvkeep.types import (
     PAGE_TOKENS,
     BatchGeometry,
     EpochDelta,
+    FloatArray,
     Int32Array,
     PageSpec,
     SealContext,
@@ -40,8 +41,8 @@ class WindowEvictor:
     def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
         return empty_state(spec, watch, protected)
 
-    def thresholds(self, state: EvictState, position: int) -> float:
-        return -float(np.log2(position + 1))
+    def thresholds(self, state: EvictState, position: int) -> FloatArray:
+        return np.full((1, 1), -np.log2(position + 1), np.float32)
 
     def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
         assert stamps.max() >= state.watch.first, "some token always has at least the mean weight"

@@ -108,9 +108,15 @@ class Settings(BaseSettings):
         "off", description="forget, per layer and KV head, tokens that recent queries ignore"
     )
     evict_window: Count | None = Field(None, description="latest queries that keep a token (w)")
+    evict_prompt_rows: Count | None = Field(
+        None, description="latest queries of a prompt that decide what its end keeps (up to w)"
+    )
     evict_recent: Count | None = Field(None, description="latest tokens that always stay (r)")
     evict_weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="times the mean weight from which a token counts as looked at (c)"
+    )
+    evict_spread: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="tokens after one that counts as looked at that count with it"
     )
     evict_cap: Count | None = Field(
         None, description="most tokens a layer's KV head keeps, once w rows were observed"

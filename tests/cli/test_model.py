@@ -8,8 +8,12 @@ import pytest
 
 from kvkeep.cli import run
 from kvkeep.engine.build import build_core, codec_of
+from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.calibration import FILE as EVICT_FILE
+from kvkeep.eviction.calibration import find
+from kvkeep.eviction.corm import Corm
 from kvkeep.models.make import tiny
 from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.calibration import FILE, read
@@ -48,9 +52,27 @@ def test_what_is_measured_is_written_and_served(
         )
 
 
+def test_windows_and_weights_are_written_for_eviction(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("The heliotrope stands at the door of the north gate. " * 20)
+    assert calibrated(model, text, "--evict", "--most-lost", "0.3") == 0
+    said = capsys.readouterr()
+    assert "mean kept" in said.out
+    found = find(model)
+    assert found is not None
+    assert {len(layer) for layer in found.layers} == {2}
+    evictor = evictor_of(EngineOptions(model=str(model), evict="corm"))
+    assert isinstance(evictor, Corm)
+    assert evictor.watch(2000).first == 2000 - max(r.window for one in found.layers for r in one)
+    (model / EVICT_FILE).unlink()
+
+
 @pytest.mark.parametrize(
     ("told", "sentence"),
     [
+        (["--most-lost", "0.1"], "most_lost: bits are not lost by weight"),
         (["--budget-bits", "3", "--quality", "0.1"], "quality: give a budget or a quality"),
         (["--budget-bits", "5"], "budget_bits: 5 must lie between 2 and 4"),
     ],

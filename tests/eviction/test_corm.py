@@ -10,7 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
-from kvkeep.eviction.corm import PRESETS, Birth, Corm, CormOptions, pack, unpack
+from kvkeep.eviction.calibration import HeadRule
+from kvkeep.eviction.corm import (
+    PRESETS,
+    Birth,
+    Corm,
+    CormOptions,
+    pack,
+    spread_over,
+    unpack,
+)
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 from kvkeep.watch import EvictState
 from tests.eviction.literal import LiteralHead, Scores
@@ -158,6 +167,49 @@ def test_a_cap_drops_the_longest_unseen_first_and_a_floor_holds() -> None:
     assert kept[0][1].tolist() == [7, 8, 9, 96, 97, 98, 99]
 
 
+def test_tokens_after_an_important_one_stay_with_it() -> None:
+    corm = Corm(dataclasses.replace(SMALL, spread=3))
+    state = state_of(corm, 100)
+    corm.observe(state, 0, stamps_of({99: [40], 90: [42, 62]}, 100))
+    state.masks = corm.keep(state, 99)
+    kept = live_of(state, 100)
+    assert kept[0][0].tolist() == [0, 1, *range(40, 46), *range(62, 66), *range(92, 100)]
+    assert kept[0][1].tolist() == [0, 1, *range(92, 100)]
+    assert state.last_hit[0, 0, 0, 43:46].tolist() == [99, 90, 90], "the later row counts"
+    stamps = stamps_of({5: [1]}, 3)
+    assert spread_over(stamps, 64)[0, 0, 1:].tolist() == [5] * 63
+
+
+def test_few_rows_decide_on_the_prompt_and_a_longer_window_on_the_answer() -> None:
+    corm = Corm(dataclasses.replace(SMALL, window=40, prompt_rows=4, birth="seen", recent=1))
+    watch = corm.watch(100)
+    assert (watch.first, watch.recent) == (96, 4)
+    state = state_of(corm, 100)
+    corm.observe(state, 0, stamps_of({99: [30]}, 100))
+    state.masks = corm.keep(state, 99)
+    assert live_of(state, 100)[0][0].tolist() == [0, 1, 30, 96, 97, 98, 99]
+    assert live_of(state, 100)[0][1].tolist() == [0, 1, 96, 97, 98, 99]
+    state.masks = corm.keep(state, 138)
+    assert live_of(state, 139)[0][0].tolist() == [0, 1, 30, *range(99, 139)]
+    state.masks = corm.keep(state, 139)
+    assert live_of(state, 140)[0][0].tolist() == [0, 1, *range(100, 140)]
+
+
+def test_heads_have_windows_and_weights_of_their_own() -> None:
+    rules = [[HeadRule(window=16, weight=1.0), HeadRule(window=32, weight=4.0)]] * LAYERS
+    corm = Corm(SMALL, rules)
+    assert corm.watch(100).first == 68, "the longest window is observed"
+    state = state_of(corm, 100)
+    found = corm.thresholds(state, 99)
+    assert np.allclose(found, np.log2([[0.01, 0.04]] * LAYERS), atol=1e-4)
+    for head in range(HEADS):
+        corm.observe(state, 1, stamps_of({99: [30], 80: [40]}, 100, head))
+    state.masks = corm.keep(state, 99)
+    kept = live_of(state, 100)
+    assert kept[1][0].tolist() == [0, 1, 30, *range(92, 100)]
+    assert kept[1][1].tolist() == [0, 1, 30, 40, *range(92, 100)]
+
+
 def test_what_went_stays_away_and_copies_are_apart() -> None:
     corm = Corm(SMALL)
     state = state_of(corm, 100)
@@ -195,6 +247,10 @@ def test_presets() -> None:
         ({"sinks": -1}, "evict_sinks"),
         ({"weight": 0.0}, "evict_weight is 0.0; give a number above 0"),
         ({"weight": math.nan}, "evict_weight"),
+        ({"prompt_rows": 0}, "evict_prompt_rows is 0; give a number from 1 to evict_window, 256"),
+        ({"prompt_rows": 257}, "evict_prompt_rows"),
+        ({"spread": -1}, "evict_spread is -1; give a number from 0 to 64"),
+        ({"spread": 65}, "evict_spread"),
         ({"observe_every": 0}, "evict_observe_every"),
         ({"observe_every": 300}, "lower it or raise evict_window"),
         ({"cap": 259}, "raise it to 260 or more"),

@@ -238,6 +238,25 @@ def test_hits(path: Path, layout: Layout, threads: int) -> None:
     assert not hit.all()
 
 
+def test_heads_have_thresholds_of_their_own(path: Path, layout: Layout) -> None:
+    ops = ops_for(path)
+    world = make_world(SMALL, layout, pages=30)
+    request = world.add(ops, 700)
+    positions = [699, 400, 64]
+    by_head = np.linspace(-11, -7, 3 * SMALL.kv).reshape(3, SMALL.kv).astype(np.float32)
+    q = world.tensor(3, SMALL.q, SMALL.dim)
+    plan = flat_plan(layout, [(request.slots, positions)])
+    got = ops.attend(q, world.kv, plan, Observe(by_head)).hits
+    assert got is not None
+    for head in range(SMALL.kv):
+        alone = ops.attend(q, world.kv, plan, Observe(by_head[:, head])).hits
+        assert alone is not None
+        assert np.array_equal(got[:, head], alone[:, head])
+    uniform = ops.attend(q, world.kv, plan, Observe(by_head[:, :1])).hits
+    assert uniform is not None
+    assert not np.array_equal(got, uniform)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_stamps_tell_the_last_row_that_looked(path: Path, layout: Layout, threads: int) -> None:
     ops = ops_for(path, threads)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.tools.test_sharing_results import cost, leak, results
-from tools.figures import capacity, drawing, fanout
+from tools.figures import capacity, drawing, eviction, fanout
 from tools.figures import leak as leak_figure
 from tools.figures.drawing import Figure
 
@@ -75,9 +75,30 @@ def test_bars_of_capacity_say_what_was_measured_of_their_answers(tmp_path: Path)
     assert "not measured" in out.read_text()
 
 
+def test_every_head_has_its_share_in_the_figure(tmp_path: Path) -> None:
+    path, out = tmp_path / "eviction.json", tmp_path / "eviction.svg"
+    shares = {(0, 0): 0.11, (0, 1): 0.83, (1, 0): 0.37, (1, 1): 1.0}
+    rows = [
+        {"question": "after", "model": "demo", "layer": at, "head": head, "kept_by_head": kept}
+        for (at, head), kept in shares.items()
+    ]
+    path.write_text(json.dumps({"rows": [{"figure": "x"}, *rows]}))
+    assert drawing.run([str(path)], "eviction", out, eviction.draw) == 0
+    figure = eviction.draw([path])
+    assert figure is not None
+    said = {text.get_text() for text in figure.axes[0].texts}
+    assert said == {"11%", "83%", "37%", "100%"}
+    drawing.plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("bench", "draw"),
-    [("sharing", leak_figure.draw), ("fanout", fanout.draw), ("capacity", capacity.draw)],
+    [
+        ("sharing", leak_figure.draw),
+        ("fanout", fanout.draw),
+        ("capacity", capacity.draw),
+        ("eviction", eviction.draw),
+    ],
 )
 def test_without_rows_a_figure_says_what_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bench: str, draw: Draw

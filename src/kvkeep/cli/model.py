@@ -80,8 +80,22 @@ def calibrate(
     ] = None,
     budget_bits: Annotated[float | None, typer.Option(help="mean bits of keys, 2 to 4 (3)")] = None,
     quality: Annotated[float | None, typer.Option(help="largest divergence, in nats")] = None,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="measure heads for --evict corm instead")
+    ] = False,
+    most_lost: Annotated[
+        float | None, typer.Option(help="with --evict: weight a head may lose (0.02)")
+    ] = None,
 ) -> None:
-    """Measure which KV heads need four bits for keys, and write `--kv calibrated`'s file."""
+    """Measure which KV heads need four bits for keys, and write `--kv calibrated`'s file.
+
+    With `--evict`: which window and weight each head needs, for `--evict corm`.
+    """
+    if evict:
+        _calibrate_eviction(settings.model_copy(update={"model": model}), text or [], most_lost)
+        return
+    if most_lost is not None:
+        raise ConfigError("most_lost: bits are not lost by weight; add --evict, or leave it out")
     if budget_bits is not None and quality is not None:
         raise ConfigError("quality: give a budget or a quality, not both")
     settings = settings.model_copy(update={"model": model})
@@ -109,3 +123,30 @@ def calibrate(
         f" two {found.few:.4g}"
     )
     NOTES.print(f"Wrote {written}; serve it with --kv calibrated")
+
+
+def _calibrate_eviction(settings: Settings, files: list[Path], most_lost: float | None) -> None:
+    """Measure which window and weight each head needs, and write them beside the checkpoint."""
+    prompts = [read_text(path) for path in files]
+    path = checkpoint_path(settings)
+    from kvkeep.eviction import calibration
+    from kvkeep.eviction.corm import PRESETS
+    from kvkeep.inspect import heads as measure
+    from kvkeep.models.text import TextModel
+
+    tokenizer = TextModel.load(path)
+    texts = [tokenizer.encode(prompt) for prompt in prompts]
+    part = measure.MOST_LOST if most_lost is None else most_lost
+    with counting_bar("reading texts") as report:
+        found = measure.calibrate(engine_options(settings), texts, part, PRESETS["corm"], report)
+    written = calibration.write(
+        path, calibration.Calibration(model=found.digest, layers=found.layers)
+    )
+    rows = (
+        (layer, *(f"w {r.window}, c {r.weight:g}: {k:.0%}" for r, k in zip(own, kept, strict=True)))
+        for layer, (own, kept) in enumerate(zip(found.layers, found.kept.tolist(), strict=True))
+    )
+    names = (f"KV head {head}" for head in range(len(found.layers[0])))
+    OUT.print(make_table(("layer", *names), rows, title="rules, and what they keep of these texts"))
+    OUT.print(f"mean kept {found.kept.mean():.0%}, mean weight lost {found.lost.mean():.2%}")
+    NOTES.print(f"Wrote {written}; --evict corm takes it from there")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import PageListener
@@ -16,7 +17,7 @@ from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, Run, chains
 from kvkeep.quant.codec import Codec, KVShape, Place, values_of
 from kvkeep.shield.policy import Shield
-from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, View
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, FloatArray, Int32Array, View
 from kvkeep.watch import EvictState
 
 
@@ -97,7 +98,8 @@ class BatchKV:
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Return attention [T, Hq, D] of the step's rows over their views."""
         queries = self._turning.queries(self._shield.transform(q, "q"))
-        attended = self._ops.attend(queries, self._layers[layer], self._step.plan, self._observe)
+        observe = self._observe[layer % len(self._observe)] if self._observe else None
+        attended = self._ops.attend(queries, self._layers[layer], self._step.plan, observe)
         if attended.stamps is not None:
             self._hand_out(layer, attended.stamps)
         return self._shield.restore(attended.out)
@@ -133,25 +135,29 @@ class BatchKV:
         self.encoded += 1
         return True
 
-    def _thresholds(self) -> Observe | None:
-        """Return the thresholds of observed rows; None where there are none."""
-        log2_thresholds = np.full(self._step.geometry.num_rows, np.inf, np.float32)
+    def _thresholds(self) -> list[Observe]:
+        """Return the thresholds of observed rows, once for all layers or for each; or nothing."""
+        found: dict[int, FloatArray] = {}
         for segment in self._step.geometry.segments:
             state, begin = segment.view.evict, segment.first_position
             if state is None:
                 continue
             for position in range(max(begin, state.watch.first), begin + segment.num_rows):
                 row = segment.first_row + position - begin
-                log2_thresholds[row] = self._evictor.thresholds(state, position)
-        if np.isinf(log2_thresholds).all():
-            return None
-        return Observe(log2_thresholds, stamps=True)
+                found[row] = self._evictor.thresholds(state, position)
+        if not any(np.isfinite(one).all() for one in found.values()):
+            return []
+        layers, heads = np.broadcast_shapes(*(one.shape for one in found.values()))
+        by_layer = np.full((layers, self._step.geometry.num_rows, heads), np.inf, np.float32)
+        for row, one in found.items():
+            by_layer[:, row] = one
+        return [Observe(thresholds, stamps=True) for thresholds in by_layer]
 
     def _watched(self) -> list[tuple[EvictState, list[Run]]]:
         """Return whose rows are observed, and what they see; a view's rows may see several sets."""
-        if self._observe is None:
+        if not self._observe:
             return []
-        observed = np.isfinite(self._observe.log2_thresholds)
+        observed: NDArray[np.bool_] = np.isfinite(self._observe[0].log2_thresholds[:, 0])
         owners = {
             row: segment.view.evict
             for segment in self._step.geometry.segments

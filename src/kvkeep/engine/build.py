@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -27,6 +26,7 @@ from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.evictors import evictor_of, measured_heads
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.gate import PrefillCost
 from kvkeep.engine.guard import Guard, GuardLimits
@@ -38,8 +38,6 @@ from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.sizing import divide
 from kvkeep.errors import ConfigError
-from kvkeep.eviction.corm import PRESETS, Corm
-from kvkeep.eviction.policy import Evictor, KeepAll
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
@@ -116,24 +114,6 @@ def _coded_name(options: EngineOptions) -> str:
     return options.kv_auto_codec if options.kv == "auto" else options.kv
 
 
-def evictor_of(options: EngineOptions) -> Evictor:
-    """Return the evictor the options ask for: a preset with what they change of it."""
-    given = [
-        name
-        for name in ("window", "recent", "weight", "cap", "observe_every")
-        if getattr(options, f"evict_{name}") is not None
-    ]
-    if options.evict == "off":
-        if given:
-            raise ConfigError(f"evict_{given[0]} is given and evict is off; set evict to corm")
-        return KeepAll()
-    preset = PRESETS.get(options.evict)
-    if preset is None:
-        raise ConfigError(f"evict: {options.evict!r} is no preset; use off, corm or corm-paper")
-    chosen = {name: getattr(options, f"evict_{name}") for name in given}
-    return Corm(replace(preset, **chosen))
-
-
 def build_core(
     options: EngineOptions,
     reply: Callable[[m.Reply], None] = lambda _: None,
@@ -157,6 +137,8 @@ def build_core(
     )
     if _coded_name(options) == "calibrated":
         calibration.read(path).require(model.spec.digest)
+    if measured := measured_heads(options):
+        measured.require(model.spec.digest)
     shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)

@@ -81,8 +81,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     evict: EvictName = "off"
     evict_window: int | None = None
     """Of these, None keeps the preset's."""
+    evict_prompt_rows: int | None = None
     evict_recent: int | None = None
     evict_weight: float | None = None
+    evict_spread: int | None = None
     evict_cap: int | None = None
     evict_observe_every: int | None = None
     prefix_caching: bool = True

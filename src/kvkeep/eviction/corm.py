@@ -11,6 +11,7 @@ positions ago", so one stamp per token says the same (derived; compared bit for 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.calibration import HeadRule
 from kvkeep.eviction.policy import empty_state, positions
-from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, UInt64Array
+from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, PageSpec, UInt64Array
 from kvkeep.watch import EvictState, Spans, Watch
 
 NEVER: Final = -(1 << 30)
@@ -34,11 +36,12 @@ _SLACK: Final = 2e-5
 _MAX_TOKENS: Final = 1 << 20
 _MAX_WEIGHT: Final = 1024.0
 _FIRST: Final = 1 << 60
+_MAX_SPREAD: Final = 64
 _FLOOR: Final = 0.2
 """Of the mean head's tokens, what a capped head keeps at least (AdaKV's safeguard)."""
 
 Birth = Literal["unseen", "seen"]
-"""Whether a new token counts as looked at by its own query."""
+"""Whether a new token counts as looked at by its own query, if that is observed."""
 
 Bools = NDArray[np.bool_]
 
@@ -49,10 +52,14 @@ class CormOptions:
 
     window: int = 256
     """w: a token stays while one of so many latest queries found it important."""
+    prompt_rows: int | None = None
+    """Of a prompt, so many last queries are observed before its end is decided on; None: w."""
     recent: int = 256
     """r: so many latest tokens stay in any case."""
     weight: float = 1.0
     """c: a token is important from c times the mean weight on."""
+    spread: int = 0
+    """So many tokens after an important one count as important with it."""
     birth: Birth = "unseen"
     sinks: int = 4
     """Leading tokens that stay for good."""
@@ -79,6 +86,15 @@ class CormOptions:
             raise ConfigError(
                 f"evict_weight is {self.weight}; give a number above 0, {_MAX_WEIGHT:g} at most"
             )
+        if self.prompt_rows is not None and not 1 <= self.prompt_rows <= self.window:
+            raise ConfigError(
+                f"evict_prompt_rows is {self.prompt_rows}; give a number from 1 to evict_window,"
+                f" {self.window}"
+            )
+        if not 0 <= self.spread <= _MAX_SPREAD:
+            raise ConfigError(
+                f"evict_spread is {self.spread}; give a number from 0 to {_MAX_SPREAD}"
+            )
         if self.observe_every > self.window:
             raise ConfigError(
                 f"evict_observe_every is {self.observe_every}: no query of a window of"
@@ -94,54 +110,71 @@ class CormOptions:
 
 PRESETS: Final = {
     "corm-paper": CormOptions(),
-    "corm": CormOptions(window=512, weight=4.0, birth="seen", decide_every=16),
+    "corm": CormOptions(
+        window=512,
+        prompt_rows=32,
+        recent=64,
+        weight=64.0,
+        spread=16,
+        birth="seen",
+        decide_every=16,
+    ),
 }
-"""What is published, and the longer window with a higher threshold that keeps more answers at
-less memory.
-"""
+"""What is published, and what was chosen on development contexts of `kvkeep bench eviction`."""
 
 
 class Corm:
     """The evictor; all state is the view's."""
 
-    def __init__(self, options: CormOptions) -> None:
+    def __init__(
+        self, options: CormOptions, heads: Sequence[Sequence[HeadRule]] | None = None
+    ) -> None:
+        """`heads` [L][Hkv]: windows and weights that stand for those of the options."""
         self.options = options
+        own = heads or [[HeadRule(window=options.window, weight=options.weight)]]
+        self._windows = np.array([[[one.window] for one in layer] for layer in own], np.int32)[
+            :, None
+        ]
+        """[L or 1, 1, Hkv or 1, 1]"""
+        self._rows = int(self._windows.max())
+        if heads is None and options.prompt_rows is not None:
+            self._rows = options.prompt_rows
+        self._log2_weights = np.log2([[one.weight for one in layer] for layer in own])
 
     def watch(self, prompt_tokens: int) -> Watch:
-        """Watch a prompt's last w rows and every later one.
+        """Watch a prompt's last rows and every later one.
 
         Of a shorter prompt none: nothing could go at its end, and its pages may be reused.
         """
-        window = self.options.window
-        first = prompt_tokens - window if prompt_tokens >= window else prompt_tokens
-        own = self.options
-        recent = max(own.recent, own.window) if own.birth == "seen" else own.recent
+        own, rows = self.options, self._rows
+        first = prompt_tokens - rows if prompt_tokens >= rows else prompt_tokens
+        recent = max(own.recent, rows) if own.birth == "seen" else own.recent
         return Watch(prompt_tokens, first, own.decide_every, recent)
 
     def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
         """Return the state of a view that nobody has looked at."""
         return empty_state(spec, watch, ((0, self.options.sinks), *protected))
 
-    def thresholds(self, state: EvictState, position: int) -> float:
+    def thresholds(self, state: EvictState, position: int) -> FloatArray:
         """Return log2(c / t), less a rounding error; t counts all tokens seen, kept or not."""
         watch, seen = state.watch, position + 1
         skipped = seen > watch.prompt_tokens and seen % self.options.observe_every
         if position < watch.first or skipped:
-            return math.inf
-        return math.log2(self.options.weight / seen) - _SLACK
+            return np.full((1, 1), np.inf, np.float32)
+        return (self._log2_weights - (math.log2(seen) + _SLACK)).astype(np.float32)
 
     def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
         """Raise the layer's stamps [P, Hkv, S]."""
         pages = len(stamps)
         self._cover(state, pages)
         own = state.last_hit[layer, :pages]
-        np.maximum(own, stamps, out=own)
+        np.maximum(own, spread_over(stamps, self.options.spread), out=own)
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
         """Return the masks after the row at `position`; what is dropped once stays so."""
         options, watch = self.options, state.watch
         observed = position + 1 - watch.first
-        if not watch.decides(position) or observed < options.window:
+        if not watch.decides(position) or observed < self._rows:
             return state.masks
         pages = position // PAGE_TOKENS + 1 - state.gap
         self._cover(state, pages)
@@ -149,7 +182,7 @@ class Corm:
         at = positions(state, pages)
         recent = at > position - options.recent
         alive = unpack(state.masks, stamps.shape)
-        live = alive & ((position - stamps < options.window) | recent[:, None, :])
+        live = alive & ((position - stamps < self._windows) | recent[:, None, :])
         if options.cap is not None:
             live = self._capped(live, alive, stamps, at.ravel() - position, options.cap)
         return pack(live)
@@ -184,13 +217,25 @@ class Corm:
         fresh = np.full((total - known, rows), NEVER, np.int32)
         at = positions(state, total)[known:]
         if self.options.birth == "seen":
-            fresh = at.copy()
+            fresh = np.where(at >= state.watch.first, at, fresh)
         for begin, end in state.protected:
             fresh[(at >= begin) & (at < end)] = FOREVER
         grown = np.empty((layers, total, heads, rows), np.int32)
         grown[:, :known] = state.last_hit
         grown[:, known:] = fresh[:, None, :]
         state.last_hit = grown
+
+
+def spread_over(stamps: Int32Array, count: int) -> Int32Array:
+    """Return [P, Hkv, S] the highest stamp of each token and so many before it."""
+    if not count:
+        return stamps
+    pages, heads, rows = stamps.shape
+    flat = stamps.transpose(1, 0, 2).reshape(heads, pages * rows)
+    found = flat.copy()
+    for ahead in range(1, min(count, flat.shape[1] - 1) + 1):
+        np.maximum(found[:, ahead:], flat[:, :-ahead], out=found[:, ahead:])
+    return np.ascontiguousarray(found.reshape(heads, pages, rows).transpose(1, 0, 2))
 
 
 def unpack(masks: UInt64Array, shape: tuple[int, ...]) -> Bools:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvkeep.types import PAGE_TOKENS, Int32Array, PageSpec, UInt64Array
+from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, PageSpec, UInt64Array
 from kvkeep.watch import EvictState, Spans, Watch
 
 
@@ -22,8 +22,8 @@ class Evictor(Protocol):
     def new_state(self, spec: PageSpec, watch: Watch, protected: Spans = ()) -> EvictState:
         """Return the state of a fresh view."""
 
-    def thresholds(self, state: EvictState, position: int) -> float:
-        """Return log2 of the weight that makes a hit at `position`; +inf: unobserved."""
+    def thresholds(self, state: EvictState, position: int) -> FloatArray:
+        """Return [L or 1, Hkv or 1] log2 of the weight that makes a hit; +inf: unobserved."""
 
     def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
         """Take in stamps [P, Hkv, S] of one layer: who looked last at each token, -1 for nobody."""
@@ -42,9 +42,9 @@ class KeepAll:
         """Return a state with no masks and no stamps."""
         return empty_state(spec, watch, protected)
 
-    def thresholds(self, state: EvictState, position: int) -> float:
+    def thresholds(self, state: EvictState, position: int) -> FloatArray:
         """No query is observed."""
-        return float("inf")
+        return np.full((1, 1), np.inf, np.float32)
 
     def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
         """Nothing is remembered."""

@@ -123,9 +123,7 @@ class CpuAttention:
         lse2 = torch.empty((rows, heads), dtype=torch.float32)
         thresholds = hits = stamps = None
         if observe is not None:
-            thresholds = np.ascontiguousarray(observe.log2_thresholds, np.float32)
-            if len(thresholds) != rows:
-                raise KernelInputError(f"{len(thresholds)} thresholds for {rows} rows")
+            thresholds = observe.by_query_head(rows, heads)
             hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
             if observe.stamps:
                 stamps = np.full((*hits.shape, PAGE_TOKENS), -1, np.int32)

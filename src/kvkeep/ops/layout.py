@@ -28,8 +28,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
+from kvkeep.errors import KernelInputError
 from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, Layout, UInt64Array
 
 STEP_TOKENS = 128
@@ -145,9 +147,19 @@ class Observe:
     """Ask which tokens the rows looked at: weight >= 2 ** log2_threshold."""
 
     log2_thresholds: FloatArray
-    """[T]; +inf for rows that are not observed."""
+    """[T], [T, 1] or [T, Hkv]; +inf for rows that are not observed."""
     stamps: bool = False
     """Whether to tell which row looked last, where several rows of one view are observed."""
+
+    def by_query_head(self, rows: int, num_q_heads: int) -> FloatArray:
+        """Return thresholds [T, Hq]; raises `KernelInputError` where they don't fit the rows."""
+        given = self.log2_thresholds.reshape(len(self.log2_thresholds), -1)
+        if len(given) != rows or num_q_heads % given.shape[1]:
+            raise KernelInputError(
+                f"{given.shape} thresholds for {rows} rows of {num_q_heads} heads"
+            )
+        wide = np.repeat(given, num_q_heads // given.shape[1], axis=1)
+        return np.ascontiguousarray(wide, np.float32)
 
 
 class Attended(NamedTuple):

@@ -64,7 +64,9 @@ class ReferenceAttention:
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
         hits = stamps = None
+        least = torch.zeros(0)
         if observe is not None:
+            least = torch.from_numpy(observe.by_query_head(*q.shape[:2]))
             hits = np.zeros((len(plan.pages), kv.num_kv_heads), np.uint64)
             stamps = np.full((*hits.shape, PAGE_TOKENS), -1, np.int32) if observe.stamps else None
         for rows, runs in chains(plan):
@@ -75,7 +77,7 @@ class ReferenceAttention:
                     q[row], tokens, int(plan.row_positions[row]), out[row], lse2[row]
                 )
                 if observe is not None and hits is not None:
-                    seen = weights2 >= float(observe.log2_thresholds[row])
+                    seen = weights2 >= least[row].view(*weights2.shape[:2], 1)
                     tokens.mark(hits, seen.any(dim=1))
                     if stamps is not None:
                         tokens.stamp(stamps, seen.any(dim=1), int(plan.row_positions[row]))

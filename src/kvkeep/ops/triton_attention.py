@@ -257,7 +257,7 @@ class TritonAttention:
     ) -> tuple[UInt64Array, Int32Array | None]:
         """Return hits [E, Hkv] and, if asked, stamps: what all tasks found, joined on the host."""
         visits, arrays = prepared.tasks.visits, prepared.arrays
-        thresholds = self._thresholds(observe, q.shape[0])
+        thresholds = self._thresholds(observe, q.shape[0], q.shape[1])
         found = Looked(visits, kv.num_kv_heads, self._device, stamps=observe.stamps)
         for launch in prepared.tasks.launches:
             chosen = self._kernels_of(launch.layout, q, kv)
@@ -270,12 +270,10 @@ class TritonAttention:
             )  # fmt: skip
         return found.joined(len(prepared.plan.pages))
 
-    def _thresholds(self, observe: Observe, rows: int) -> torch.Tensor:
-        """Return thresholds [T] on the device, kept from the layer before where they are its."""
+    def _thresholds(self, observe: Observe, rows: int, heads: int) -> torch.Tensor:
+        """Return thresholds [T, Hq] on the device, kept from the layer before if they are its."""
         if self._observed is None or self._observed[0] is not observe:
-            values = np.ascontiguousarray(observe.log2_thresholds, np.float32)
-            if len(values) != rows:
-                raise KernelInputError(f"{len(values)} thresholds for {rows} rows")
+            values = observe.by_query_head(rows, heads)
             self._observed = observe, self._threshold_upload([values])[0]
         return self._observed[1]
 

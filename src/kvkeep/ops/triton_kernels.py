@@ -98,7 +98,7 @@ def store_channels(
 def least_scores(lse2, thresholds, row, q_heads, used, heads):
     """Return the score from which on a token gets 2^threshold of its row's weight."""
     total = tl.load(lse2 + row * heads + q_heads, mask=used, other=0.0)
-    bound = tl.load(thresholds + row, mask=used, other=float("inf"))
+    bound = tl.load(thresholds + row * heads + q_heads, mask=used, other=float("inf"))
     return tl.where(total == float("-inf"), 0.0, total) + bound
 
 

@@ -120,7 +120,7 @@ struct Job {
   Cache cache;
   float* records;           // [Hkv][2] states of `record_rows` rows, see Item; or null
   int record_rows;          // T * G
-  const float* thresholds;  // [T] or null: nothing is observed
+  const float* thresholds;  // [T, Hq] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
   int32_t* stamps;          // [E, Hkv, S] or null: only hits are asked for
   float* scores;            // of observed rows, kept until lse2 is final; or null: computed anew

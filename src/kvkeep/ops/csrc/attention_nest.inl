@@ -147,8 +147,7 @@ struct Looked {
   void mark(const Job& job, const Panel<K>& panel, const Step& step, int row, const float* s) {
     uint64_t seen[2];
     seen_by(step, panel.position[row], seen);
-    const int token = panel.query[row] / (job.cache.kv_heads * job.group);
-    const float least = job.lse2[panel.query[row]] + job.thresholds[token];
+    const float least = job.lse2[panel.query[row]] + job.thresholds[panel.query[row]];
     const int32_t position = panel.position[row];
     for (int begin = 0; begin < kStep; begin += 32) {
       const auto alive = static_cast<uint32_t>(seen[begin / kPage] >> (begin % kPage));
@@ -189,7 +188,8 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
   Panel<K> panel(scratch, job.cache.dim, item.row_end - item.row_begin);
   for (int row = item.row_begin; row < item.row_end; row++) {
     const int32_t place = item.first_place + row / job.group;
-    if (__builtin_isfinite(job.thresholds[job.plan.order ? job.plan.order[place] : place]))
+    const int64_t token = job.plan.order ? job.plan.order[place] : place;
+    if (__builtin_isfinite(job.thresholds[token * job.cache.kv_heads * job.group]))
       panel.push(job, item, row);
   }
   if (panel.rows == 0) return 0;

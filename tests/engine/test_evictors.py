@@ -5,13 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvkeep.engine.build import evictor_of
+from kvkeep.config import DEMO_MODEL
+from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import KeepAll
 
-OFF = EngineOptions(model="m")
+OFF = EngineOptions(model=str(DEMO_MODEL))
 
 
 def options(**changes: object) -> EngineOptions:
@@ -36,7 +37,7 @@ def test_presets_and_what_is_changed_of_them() -> None:
         ({"evict": "h2o"}, "use off, corm or corm-paper"),
         ({"evict_cap": 900}, "evict_cap is given and evict is off; set evict to corm"),
         ({"evict": "corm", "evict_window": 0}, "evict_window is 0"),
-        ({"evict": "corm", "evict_cap": 100}, "raise it to 260 or more"),
+        ({"evict": "corm-paper", "evict_cap": 100}, "raise it to 260 or more"),
     ],
 )
 def test_bad_options_are_refused_at_start(changes: dict[str, object], remedy: str) -> None:

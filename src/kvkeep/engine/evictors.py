@@ -1,0 +1,40 @@
+"""Which evictor an engine runs with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
+from kvkeep.eviction import calibration
+from kvkeep.eviction.calibration import Calibration
+from kvkeep.eviction.corm import PRESETS, Corm
+from kvkeep.eviction.policy import Evictor, KeepAll
+from kvkeep.models import hub
+
+
+def evictor_of(options: EngineOptions) -> Evictor:
+    """Return the evictor the options ask for: a preset with what they change of it."""
+    given = [
+        name
+        for name in ("window", "prompt_rows", "recent", "weight", "spread", "cap", "observe_every")
+        if getattr(options, f"evict_{name}") is not None
+    ]
+    if options.evict == "off":
+        if given:
+            raise ConfigError(f"evict_{given[0]} is given and evict is off; set evict to corm")
+        return KeepAll()
+    preset = PRESETS.get(options.evict)
+    if preset is None:
+        raise ConfigError(f"evict: {options.evict!r} is no preset; use off, corm or corm-paper")
+    chosen = {name: getattr(options, f"evict_{name}") for name in given}
+    measured = measured_heads(options)
+    return Corm(replace(preset, **chosen), None if measured is None else measured.layers)
+
+
+def measured_heads(options: EngineOptions) -> Calibration | None:
+    """Return windows and weights by head, where the options leave both to what was measured."""
+    if options.evict != "corm" or (options.evict_window, options.evict_weight) != (None, None):
+        return None
+    path = hub.resolve(options.model, allow_download=options.allow_download)
+    return calibration.find(path)

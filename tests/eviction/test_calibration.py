@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import ConfigError
+from kvkeep.eviction.calibration import FILE, Calibration, HeadRule, find, write
+
+RULE = HeadRule(window=64, weight=2.0)
+MADE = Calibration(model="0a" * 32, layers=((RULE, HeadRule(window=256, weight=0.5)),))
+
+
+def test_what_is_written_is_found(tmp_path: Path) -> None:
+    assert find(tmp_path) is None
+    path = write(tmp_path, MADE)
+    assert path == tmp_path / FILE
+    assert find(tmp_path) == MADE
+    assert [one.name for one in tmp_path.iterdir()] == [FILE]
+    with pytest.raises(ConfigError, match="model: can't write"):
+        write(tmp_path / "nowhere", MADE)
+
+
+def test_another_model_is_refused() -> None:
+    MADE.require(bytes([10]) * 32)
+    with pytest.raises(ConfigError, match="measured on other weights, another config or dtype"):
+        MADE.require(bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version"),
+        ({"layers": []}, "the same number of heads"),
+        ({"layers": [[{"window": 1}]]}, "weight"),
+        ({"layers": [[{"window": 0, "weight": 1.0}]]}, "window"),
+        ({"layers": [[{"window": 1, "weight": 0.0}]]}, "weight"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    write(tmp_path, MADE)
+    body = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(body | change))
+    with pytest.raises(ConfigError, match=said):
+        find(tmp_path)
