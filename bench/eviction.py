@@ -100,7 +100,8 @@ def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: b
         if published != tuned:
             own = partial(at_share_of, variants[published], rule)
             policies[f"{name}, {PUBLISHED}"] = own
-        policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
+        if protocol == "after":
+            policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
     return gathered(protocol, models, policies, development=False, quick=quick, twice=True)
 
 

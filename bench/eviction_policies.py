@@ -201,19 +201,22 @@ def tova(seen: Seen, share: float, *, by_head: bool = False) -> Tensor:
     return top(scores.expand(-1, seen.keys.shape[1], -1), share)
 
 
-def snap_scores(seen: Seen, rows: int = 64, pool: int = 5) -> Tensor:
-    """Return the last rows' mean weight, smoothed over neighbours."""
-    return avg_pool1d(seen.grouped(seen.weights[:, -rows:].mean(1)), pool, 1, pool // 2)
+def snap_scores(seen: Seen, rows: int = 64, pool: int = 5, *, most: bool = False) -> Tensor:
+    """Return the last rows' mean weight, neighbours' mean or the most of them."""
+    pooled = max_pool1d if most else avg_pool1d
+    return pooled(seen.grouped(seen.weights[:, -rows:].mean(1)), pool, 1, pool // 2)
 
 
-def snapkv(seen: Seen, share: float, rows: int = 64, pool: int = 5) -> Tensor:
+def snapkv(
+    seen: Seen, share: float, rows: int = 64, pool: int = 5, *, most: bool = False
+) -> Tensor:
     """Keep by the last rows' smoothed weights."""
-    return top(snap_scores(seen, rows, pool), share)
+    return top(snap_scores(seen, rows, pool, most=most), share)
 
 
-def adakv(seen: Seen, share: float, rows: int = 64, pool: int = 5) -> Tensor:
+def adakv(seen: Seen, share: float, rows: int = 64, pool: int = 5, *, most: bool = False) -> Tensor:
     """Keep SnapKV's best over all heads of a layer."""
-    return competing(snap_scores(seen, rows, pool), share)
+    return competing(snap_scores(seen, rows, pool, most=most), share)
 
 
 def keydiff(seen: Seen, share: float) -> Tensor:
@@ -254,6 +257,19 @@ def kvzip(seen: Seen, share: float, *, uniform: bool = False) -> Tensor:
     return top(seen.repeat, share) if uniform else competing(seen.repeat, share, layers_too=True)
 
 
+SNAPS: Final = (
+    (64, 5, False),
+    (32, 5, False),
+    (16, 5, False),
+    (32, 17, False),
+    (32, 33, False),
+    (16, 33, False),
+    (64, 33, True),
+    (32, 17, True),
+    (32, 33, True),
+    (16, 33, True),
+)
+"""Rows, neighbours and whether their most counts; as wide as what CORM's spread may keep."""
 Variants = dict[str, Policy]
 """By name; the published setting comes first."""
 
@@ -267,8 +283,10 @@ ONCE: Final[dict[str, Variants]] = {
     "tova": {"layer": tova, "group": partial(tova, by_head=True)},
     **{
         name: {
-            f"rows {rows}, pool {pool}": partial(policy, rows=rows, pool=pool)
-            for rows, pool in ((64, 5), (64, 1), (32, 1), (32, 5), (16, 1), (16, 5), (256, 1))
+            f"rows {rows}, {'most' if most else 'mean'} of {pool}": partial(
+                policy, rows=rows, pool=pool, most=most
+            )
+            for rows, pool, most in SNAPS
         }
         for name, policy in (("snapkv", snapkv), ("adakv", adakv))
     },

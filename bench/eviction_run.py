@@ -31,7 +31,7 @@ AGAIN_LEAD: Final = 8
 MOST_ROWS: Final = 1024
 """Computed together."""
 EACH: Final = 2
-"""Questions of a task and context that stand in a prompt."""
+"""Questions of a task and context where each costs a prompt, or text of its own."""
 BEYOND: Final = 3
 """Tokens said after as many as an answer has, to see it end."""
 
@@ -283,14 +283,22 @@ class Reader:
 
 
 def after(
-    reader: Reader, contexts: Sequence[Context], policies: Mapping[str, Masks], *, twice: bool
+    reader: Reader,
+    contexts: Sequence[Context],
+    policies: Mapping[str, Masks],
+    *,
+    twice: bool,
+    each: int | None = None,
 ) -> Iterator[Outcome]:
-    """Yield each policy's outcome per context: questions come once it is compressed."""
+    """Yield each policy's outcome per context: questions come once it is compressed.
+
+    `each`: so many of a task; None: all.
+    """
     for i, context in enumerate(contexts):
         cache, seen = reader.see(context.ids, twice=twice)
         live = torch.stack([policy(seen) for policy in policies.values()])
         groups: dict[tuple[int, int], list[Probe]] = {}
-        for probe in context.probes:
+        for probe in first(context.probes, each):
             groups.setdefault((len(probe.ids), reader.steps(probe)), []).append(probe)
         found: list[list[Item]] = [[] for _ in policies]
         rows = []
@@ -304,32 +312,36 @@ def after(
 
 
 def before(
-    reader: Reader, contexts: Sequence[Context], policies: Mapping[str, Masks], *, twice: bool
+    reader: Reader,
+    contexts: Sequence[Context],
+    policies: Mapping[str, Masks],
+    *,
+    twice: bool,
+    each: int | None = EACH,
 ) -> Iterator[Outcome]:
-    """Yield the same for questions that stand in the prompt, `EACH` of a task.
+    """Yield the same for questions that stand in the prompt; each is a prompt of its own.
 
     An answer's first token comes from the prompt's last row, which saw everything. So answers of
     one token are left out, and of others where single tokens count the first does not.
     """
     for i, context in enumerate(contexts):
         cache, seen = reader.see(context.ids, twice=twice)
-        for probe in some(reader, context.probes):
+        long = [probe for probe in context.probes if reader.length(probe) > 1]
+        for probe in first(long, each or EACH):
             asked, known = reader.see_more(cache, seen, probe.ids)
             live = torch.stack([policy(known) for policy in policies.values()])
-            first = int(known.logits.argmax())
-            scores = reader.go_on(asked, live, probe, first)
+            scores = reader.go_on(asked, live, probe, int(known.logits.argmax()))
             for name, own, score in zip(policies, live, scores, strict=True):
                 items = [Item(probe.task, i, score)]
                 yield _outcome(name, own, asked.tokens, [reader.steps(probe) - 1], items)
 
 
-def some(reader: Reader, probes: Sequence[Probe]) -> list[Probe]:
-    """Return the first `EACH` of each task whose answers have more than one token."""
+def first(probes: Sequence[Probe], each: int | None) -> list[Probe]:
+    """Return the first so many of each task; None: all."""
     found: dict[str, list[Probe]] = {}
     for probe in probes:
-        if reader.length(probe) > 1:
-            found.setdefault(probe.task, []).append(probe)
-    return [probe for own in found.values() for probe in own[:EACH]]
+        found.setdefault(probe.task, []).append(probe)
+    return [probe for own in found.values() for probe in own[:each]]
 
 
 def _outcome(

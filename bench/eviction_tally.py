@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import eviction_suite, quality_stats
 from bench.eviction_policies import Masks
-from bench.eviction_run import PROTOCOLS, Outcome, Reader
+from bench.eviction_run import EACH, PROTOCOLS, Outcome, Reader
 from bench.harness import Cell, Estimate
 from bench.quality_run import Item
 from bench.quality_suite import Context
@@ -42,6 +42,8 @@ class World:
     contexts: Callable[[bool, bool], list[Context]]
     """Of (development, quick)."""
     gated: bool = False
+    each: int | None = None
+    """Questions of a task and context that are asked; None: all."""
 
 
 def worlds(ops: Ops, path: Path | None) -> list[World]:
@@ -60,7 +62,9 @@ def worlds(ops: Ops, path: Path | None) -> list[World]:
         made = eviction_suite.of_recall(suite, development=development, quick=quick)
         return made[:: _step(development, quick)]
 
-    found = [World("given" if path else "demo", Reader(model, theta_of(where), text), told)]
+    found = [
+        World("given" if path else "demo", Reader(model, theta_of(where), text), told, each=EACH)
+    ]
     if path is None:
         for own in RECALL_MODELS:
             made = loader.load(own, dtype="float32", ops=ops)
@@ -113,7 +117,9 @@ def gathered(
     found: Found = {name: {} for name in policies}
     for world in models:
         contexts = world.contexts(development, quick)
-        for outcome in PROTOCOLS[protocol](world.reader, contexts, policies, twice=twice):
+        for outcome in PROTOCOLS[protocol](
+            world.reader, contexts, policies, twice=twice, each=world.each
+        ):
             found[outcome.policy].setdefault(world.name, Tally()).add(outcome, world.name)
     refuse_unable(found, [world.name for world in models if world.gated])
     return found

@@ -144,7 +144,7 @@ def test_expected_weights_are_those_of_the_mean_query_where_queries_are_alike(se
 def test_a_share_is_taken_prompt_by_prompt(seen: Seen) -> None:
     rule = partial(corm, window=70, weight=60.0)
     share = float(rule(seen).float().mean())
-    live = at_share_of(ONCE["snapkv"]["rows 64, pool 5"], rule, seen)
+    live = at_share_of(ONCE["snapkv"]["rows 64, mean of 5"], rule, seen)
     assert float(live.float().mean()) == pytest.approx(share, abs=1 / TOKENS)
     assert everything(seen).all()
 

@@ -29,6 +29,7 @@ from bench.quality_run import Item
 from bench.quality_suite import Context, Probe, digest
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.corm import PRESETS
 from kvkeep.models.host import HostedModel
 from kvkeep.models.loader import load
 from kvkeep.models.text import TextModel
@@ -243,6 +244,12 @@ def test_choices_name_rules_and_variants_that_exist() -> None:
         assert chosen.repeat in eviction_choose.REPEAT_RULES
         for name, variants in {**ONCE, **TWICE}.items():
             assert chosen.variants[name] in variants
+
+
+def test_the_preset_is_what_was_chosen() -> None:
+    own = PRESETS["corm"]
+    rule = f"rows={own.prompt_rows} c={own.weight:g} spread={own.spread}"
+    assert eviction_choose.read()["before"].rule == rule
 
 
 def test_recall_models_are_committed_with_what_they_reach() -> None:

@@ -55,8 +55,8 @@ STAGES: Final = (
     Stage(RECALL, 128, 0.95, 1000),
     Stage(RECALL, 256, 0.95, 1000),
     Stage(RECALL, 512, 0.96, 1000),
-    Stage(RECALL, 1024, 0.97, 1000),
-    Stage(RECALL, 1024, 0.98, 200, fixed=True),
+    Stage(RECALL, 1024, 0.91, 1000, least=276),
+    Stage(RECALL, 1024, 0.95, 200, fixed=True),
 )
 
 
