@@ -152,7 +152,7 @@ def test_a_plan_that_fits_is_attended(side: Side) -> None:
     assert bool(torch.isfinite(side.ops.attend(side.q, side.kv, side.plan).out).all())
 
 
-SEVERAL = [*PATHS, pytest.param("triton", marks=pytest.mark.slow)]
+SEVERAL = [*PATHS, pytest.param("triton", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 """For what takes the interpreter long."""
 
 ARRAYS = ("row_positions", "groups", "runs", "pages", "parents")
