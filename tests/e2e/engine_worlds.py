@@ -11,8 +11,9 @@ import msgspec
 
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams, TenantTerms
 from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import Parts, build_core, codec_of, evictor_of
+from kvkeep.engine.build import Parts, build_core, codec_of
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.options import EngineOptions, EvictName, KvName, PolicyName, SharingOptions
 from kvkeep.models.text import TextModel
 from kvkeep.sharing.promotion import Promotion

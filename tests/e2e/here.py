@@ -15,9 +15,10 @@ import msgspec
 
 from kvkeep.engine import messages as m
 from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import Parts, build_core, codec_of, evictor_of
+from kvkeep.engine.build import Parts, build_core, codec_of
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.local import ThreadTransport
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sharing import EpochTimer
