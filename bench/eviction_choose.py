@@ -1,7 +1,7 @@
 """Which parameters are reported: chosen on development contexts, frozen in a committed file.
 
-Of CORM's rules the one that keeps least among those whose loss is at most a hundredth by its upper
-95 % bound; of a baseline's variants the one that loses least at the share that this rule keeps.
+Of CORM's rules the one that keeps least among those whose loss is at most a hundredth on its face;
+of a baseline's variants the one that loses least at the share that this rule keeps.
 `python -m bench.eviction_choose [--quick] [--only after|before]` writes them.
 """
 
@@ -81,7 +81,7 @@ def read() -> dict[str, Chosen]:
 
 def cheapest(found: Found, rules: Mapping[str, Masks]) -> str:
     """Return the rule that keeps least among those that lose little; if none does, the mildest."""
-    able = [name for name in rules if loss_of(found, name).high <= MOST_LOSS]
+    able = [name for name in rules if loss_of(found, name).median <= MOST_LOSS]
     if not able:
         return min(rules, key=lambda name: loss_of(found, name).median)
     return min(able, key=lambda name: kept_of(found, name))

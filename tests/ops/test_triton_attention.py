@@ -204,21 +204,6 @@ def test_hits(layout: Layout) -> None:
     assert np.unique(stamps).tolist() == [-1, 400, 610, 699], "rows that looked last"
 
 
-def test_heads_have_thresholds_of_their_own(layout: Layout) -> None:
-    ops = OnDevice()
-    world = world_of(TINY, layout, 4)
-    request = world.add(ops, 200)
-    by_head = np.array([[-8.0, -6.0], [-7.0, -9.0]], np.float32)
-    q = world.tensor(2, TINY.q, TINY.dim)
-    plan = flat_plan(layout, [(request.slots, [199, 90])])
-    got = ops.attend(q, world.kv, plan, Observe(by_head)).hits
-    assert got is not None
-    for head in range(TINY.kv):
-        alone = ops.attend(q, world.kv, plan, Observe(by_head[:, head])).hits
-        assert alone is not None
-        assert np.array_equal(got[:, head], alone[:, head])
-
-
 def test_merged_parts_equal_the_whole() -> None:
     rng = np.random.default_rng(3)
     scores = torch.from_numpy(rng.standard_normal((4, 3, 2, 7)) * 20)
