@@ -114,6 +114,14 @@ def _coded_name(options: EngineOptions) -> str:
     return options.kv_auto_codec if options.kv == "auto" else options.kv
 
 
+def _require_measured(options: EngineOptions, path: Path, digest: bytes) -> None:
+    """Refuse what `calibrate` wrote of another model; raises `ConfigError`."""
+    if _coded_name(options) == "calibrated":
+        calibration.read(path).require(digest)
+    if measured := measured_heads(options):
+        measured.require(digest)
+
+
 def build_core(
     options: EngineOptions,
     reply: Callable[[m.Reply], None] = lambda _: None,
@@ -135,10 +143,7 @@ def build_core(
         folds=parts.techniques.shield.folds(),
         progress=lambda done, total: reply(m.Loading(done, total)),
     )
-    if _coded_name(options) == "calibrated":
-        calibration.read(path).require(model.spec.digest)
-    if measured := measured_heads(options):
-        measured.require(model.spec.digest)
+    _require_measured(options, path, model.spec.digest)
     shape = _shape_of(model, kernels)
     max_model_len = _max_model_len(options, model)
     spec = parts.techniques.codec.page_spec(shape)
