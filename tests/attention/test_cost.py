@@ -10,7 +10,6 @@ import pytest
 
 from kvkeep.attention.cost import (
     DEVICE_SEED,
-    MERGE_BOUNDS,
     MIN_ROWS,
     SEED,
     CostModel,
@@ -81,7 +80,7 @@ def test_merging_costs_by_the_row() -> None:
 
 def test_merging_that_was_measured_well_is_believed() -> None:
     assert merge_cost(25.0, 10.0) == 25.0
-    assert merge_cost(MERGE_BOUNDS[0], 0.0) == MERGE_BOUNDS[0]
+    assert merge_cost(SEED.a_merge / 10, 0.0) == SEED.a_merge / 10
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def core_of(model: Path, cell: Cell, planner: AttentionPlanner) -> EngineCore:
         evict_window=24 if evicts else None,
         evict_recent=16 if evicts else None,
         evict_weight=4.0 if evicts else None,
+        evict_spread=0 if evicts else None,
         share=SharingOptions(policy=cell.policy, k=2),  # type: ignore[arg-type]
         kv_cache_bytes=64 << 20,
         max_num_seqs=8,

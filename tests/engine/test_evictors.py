@@ -29,6 +29,10 @@ def test_presets_and_what_is_changed_of_them() -> None:
     assert isinstance(found, Corm)
     assert (found.options.window, found.options.weight, found.options.cap) == (300, 2.0, 900)
     assert found.options.recent == PRESETS["corm"].recent
+    assert found.options.prompt_rows == PRESETS["corm"].prompt_rows
+    narrow = evictor_of(options(evict="corm", evict_window=24))
+    assert isinstance(narrow, Corm)
+    assert narrow.options.prompt_rows == 24
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,7 @@ def test_presets_and_what_is_changed_of_them() -> None:
         ({"evict": "h2o"}, "use off, corm or corm-paper"),
         ({"evict_cap": 900}, "evict_cap is given and evict is off; set evict to corm"),
         ({"evict": "corm", "evict_window": 0}, "evict_window is 0"),
+        ({"evict": "corm", "evict_window": 8, "evict_prompt_rows": 9}, "evict_prompt_rows is 9"),
         ({"evict": "corm-paper", "evict_cap": 100}, "raise it to 260 or more"),
     ],
 )

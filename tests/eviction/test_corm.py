@@ -259,3 +259,9 @@ def test_presets() -> None:
 def test_bad_input_is_refused_with_the_remedy(change: dict[str, float], remedy: str) -> None:
     with pytest.raises(ConfigError, match=remedy):
         CormOptions(**change)  # type: ignore[arg-type]
+
+
+def test_no_head_may_look_at_fewer_queries_than_one_in_so_many() -> None:
+    rules = [[HeadRule(window=32, weight=1.0), HeadRule(window=256, weight=4.0)]] * LAYERS
+    with pytest.raises(ConfigError, match="a head looks at 32 queries; lower it"):
+        Corm(dataclasses.replace(PRESETS["corm"], observe_every=64), rules)

@@ -60,9 +60,6 @@ SEED = CostModel(c0=800.0, a_mem=12.0, a_row=1.5, a_merge=40.0)
 BELIEVED = 10
 """Times a seed's, or this part of it: what a measurement further off shows is something else."""
 
-MERGE_BOUNDS = (SEED.a_merge / BELIEVED, SEED.a_merge * BELIEVED)
-"""Nanoseconds a row on a CPU; a measurement outside them is not one of merging."""
-
 DEVICE_SEED = CostModel(c0=128.0, a_mem=1.0, a_row=0.005, a_merge=2.0)
 """For a GPU, in units of one token's reading: a launch costs 128, 200 rows as much as reading, a
 part of a row 2. Derived from a data sheet's bandwidth and peak; taken where a device's kernels

@@ -233,13 +233,20 @@ class PageStore:
 
         After a quota moved away, the account's own pages make way. Raises `PoolExhausted`.
         """
-        owner, spec = self.account(account), self.pool.spec
-        pages = spec.pages_of(wanted)
-        while self.pool.free_pages < pages and owner.unreferenced:
+        owner = self.account(account)
+        while True:
+            try:
+                return self._taken(wanted)
+            except PoolExhausted:
+                if not owner.unreferenced:
+                    raise
             self.evict_pages(owner.name, 1)
+
+    def _taken(self, wanted: NDArray[np.bool_]) -> Int32Array:
+        """Take tiles of every size, or of none."""
         table = np.full(wanted.shape, -1, np.int32)
         try:
-            for where in spec.alike():
+            for where in self.pool.spec.alike():
                 own = wanted & where
                 layer, head = np.argwhere(where)[0].tolist()
                 table[own] = self.pool.alloc_tiles(int(own.sum()), layer, head)

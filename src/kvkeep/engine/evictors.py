@@ -28,13 +28,17 @@ def evictor_of(options: EngineOptions) -> Evictor:
     if preset is None:
         raise ConfigError(f"evict: {options.evict!r} is no preset; use off, corm or corm-paper")
     chosen = {name: getattr(options, f"evict_{name}") for name in given}
+    if options.evict_window is not None and preset.prompt_rows is not None:
+        # A preset's rows are no more than the window that somebody chose.
+        chosen.setdefault("prompt_rows", min(preset.prompt_rows, max(1, options.evict_window)))
     measured = measured_heads(options)
     return Corm(replace(preset, **chosen), None if measured is None else measured.layers)
 
 
 def measured_heads(options: EngineOptions) -> Calibration | None:
-    """Return windows and weights by head, where the options leave both to what was measured."""
-    if options.evict != "corm" or (options.evict_window, options.evict_weight) != (None, None):
+    """Return windows and weights by head, where the options leave all to what was measured."""
+    given = (options.evict_window, options.evict_weight, options.evict_prompt_rows)
+    if options.evict != "corm" or given != (None, None, None):
         return None
     path = hub.resolve(options.model, allow_download=options.allow_download)
     return calibration.find(path)

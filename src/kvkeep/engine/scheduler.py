@@ -236,12 +236,12 @@ class Scheduler:
         try:
             manager.extend(view, len(tokens) - view.length)
         except CapacityError:
-            manager.release(view, tokens[: view.length])
+            manager.release(view, tokens[:0])  # pages of a snapshot do not become its own
             if alone:
                 self._exhausted(sequence)
             return False
         if not self._shadows.cast(sequence, alone=alone):
-            manager.release(view, tokens[: view.length])
+            manager.release(view, tokens[:0])
             return False
         if not spec.store:
             view.taint(0)

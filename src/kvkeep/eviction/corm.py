@@ -136,6 +136,11 @@ class Corm:
             :, None
         ]
         """[L or 1, 1, Hkv or 1, 1]"""
+        if options.observe_every > self._windows.min():
+            raise ConfigError(
+                f"evict_observe_every is {options.observe_every}: a head looks at"
+                f" {self._windows.min()} queries; lower it"
+            )
         self._rows = int(self._windows.max())
         if heads is None and options.prompt_rows is not None:
             self._rows = options.prompt_rows

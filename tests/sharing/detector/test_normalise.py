@@ -175,6 +175,11 @@ def test_gaps_between_words_are_wider_than_between_letters() -> None:
     assert [view.text for view in views("x 1 2 3 4 5 6 7 8 y")][1:] == ["x12345678y"]
 
 
+def test_separators_that_one_engine_takes_for_letters_are_no_word() -> None:
+    """RE2 counts U+001C among what is not white space, Python among what is."""
+    assert views(" ".join("\x1c" * 8))
+
+
 def test_latin_letters_in_a_cyrillic_word_are_folded_to_it() -> None:
     told = [view.text for view in views("Прi\u0437вище: Шевчyк")]
     assert "Прізвище: Шевчук" in told

@@ -19,7 +19,7 @@ int64_t keep_at(const PreparedPlan& prepared, const Job& job, std::vector<int64_
   kept.assign(prepared.num_rows, -1);
   int64_t floats = 0;
   for (int64_t row = 0; row < prepared.num_rows; row++) {
-    if (!std::isfinite(job.thresholds[row])) continue;
+    if (!std::isfinite(job.thresholds[row * prepared.kv_heads * prepared.group])) continue;
     kept[row] = floats;
     const int64_t each = (job.plan.positions[row] / kStep + 1) * int64_t{kStep};
     floats += each * prepared.group * prepared.kv_heads;

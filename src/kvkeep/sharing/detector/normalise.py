@@ -257,6 +257,8 @@ def _join(view: View) -> list[View]:
     wide: set[int] = set()
     for run in _values(_SPACED_LETTERS, text):
         gaps = list(_gaps(text, run))
+        if not gaps:  # all of it is white space, which the pattern takes for letters
+            continue
         narrow = min(map(len, gaps))
         dropped.update(i for gap in gaps for i in gap)
         wide.update(gap[0] for gap in gaps if len(gap) > narrow)
