@@ -3,9 +3,10 @@
 The suite and its seeds are committed, and so is what was chosen on other seeds: CORM's rows, c and
 spread and, for questions in the prompt, of every baseline the variant that loses least
 (`bench.eviction_choose`); for late questions baselines have their published settings. Where tuned
-ones differ, published ones stand beside. A baseline keeps the share that CORM kept of the same prompt. All decide
-once, at the prompt's end, by masks in plain torch: so an equal share is an equal footprint, and
-what a mask would free is counted. What engine and kernels make of it is measured elsewhere.
+ones differ, published ones stand beside. A baseline keeps the share that CORM kept of the same
+prompt. All decide once, at the prompt's end, by masks in plain torch: so an equal share is an equal
+footprint, and what a mask would free is counted. What engine and kernels make of it is measured
+elsewhere.
 `--only` names one protocol; `--model` takes the same parameters to another checkpoint.
 """
 
