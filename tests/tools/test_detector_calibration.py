@@ -94,15 +94,3 @@ def test_the_budget_goes_on_what_rules_miss() -> None:
     fair, mindful = calibrate(found, KINDS, NONE), calibrate(known, KINDS, NONE)
     place = KINDS.index("person_name")
     assert mindful.offsets[place] < fair.offsets[place]
-
-
-def test_what_rules_flag_wrongly_is_not_charged_to_the_scorer() -> None:
-    found = drawn(2000)
-    loud = [
-        one._replace(odds=(9.0, 9.0), known=True) if not one.kinds and at % 20 == 3 else one
-        for at, one in enumerate(found)
-    ]
-    charged = [one._replace(known=False) for one in loud]
-    scores = [Judged((4.0, 4.0), NONE)]
-    assert calibrate(loud, KINDS, NONE).scores(scores) > 0.3
-    assert calibrate(charged, KINDS, NONE).scores(scores) < 0.3

@@ -21,7 +21,7 @@ NEVER: Final = -30.0
 """The offset of a kind that never scores."""
 BUDGET: Final = 0.02
 PROSE_BUDGET: Final = 0.012
-"""Share of lookalikes, and of real prose, that may be flagged wrongly beside the rules."""
+"""Share of lookalikes, and of real prose, that may be flagged wrongly."""
 QUANTILES: Final = (
     *(0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03),
     *(0.04, 0.06, 0.08, 0.1, 0.15, 0.2),
@@ -155,14 +155,13 @@ def calibrate(found: Sequence[Judged], kinds: Sequence[str], silent: frozenset[s
     fit = Fit([0.0] * len(kinds), [NEVER] * len(kinds))
     odds = np.array([one.odds for one in found])[:, spoken]
     none = ~sensitive(found)
-    missed = ~np.array([one.known for one in found])
-    fresh = none & missed
     holds = [np.array([kinds[place] in one.kinds for one in found]) for place in spoken]
+    missed = ~np.array([one.known for one in found])
     search = _Bounds(
-        odds[fresh],
-        np.array([one.prose for one in found])[fresh],
+        odds[none],
+        np.array([one.prose for one in found])[none],
         [odds[held & missed, place] for place, held in enumerate(holds)],
-        np.quantile(odds[fresh], 1 - np.array(QUANTILES), axis=0),
+        np.quantile(odds[none], 1 - np.array(QUANTILES), axis=0),
     )
     start = math.log(CLEAR_BELOW / (1 - CLEAR_BELOW))
     bounds = search.search().tolist()

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import kvkeep
-from kvkeep.sharing.detector.default import load_detector
+from kvkeep.sharing.detector.default import load_detector, optional_part
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.spans import Verdict
 
@@ -29,3 +29,7 @@ def test_another_process_names_the_same_detector_alike() -> None:
     seeds = {"PYTHONHASHSEED": "1"}
     other = subprocess.run([sys.executable, "-c", told], env=seeds, capture_output=True, check=True)
     assert other.stdout.decode().strip() == kvkeep.load_detector().version
+
+
+def test_a_part_that_is_not_there_is_left_out() -> None:
+    assert optional_part("no_such_part", "Anything") is None

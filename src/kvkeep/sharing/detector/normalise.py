@@ -1,7 +1,7 @@
 """Undo what hides text from a pattern, and remember where every character came from.
 
 `views` gives the text in NFKC without invisible characters first; then, only where the text calls
-for it, with look-alike letters folded (to Latin, to Cyrillic) and with spaced-out letters joined.
+for it, with look-alike letters folded and with spaced-out letters joined.
 """
 
 from __future__ import annotations
@@ -45,38 +45,21 @@ _DIGIT_LIKE: Final = (
 )
 _DIGITS: Final[Mapping[int, str]] = {ord(c): d for c, d in zip("OoQlI|", "000111")}
 _LETTERS_APART: Final = r"(?:\S[ \t\r\n]{1,3}){6,}\S"
-_APART_AFTER: Final = r"(?:^|[\s(\[\x22\x27=:])"
-_APART_BEFORE: Final = r"(?:[\s)\]\x22\x27,.;:!?]|$)"
-_SPACED: Final = f"{_APART_AFTER}{_LETTERS_APART}{_APART_BEFORE}"
+_SPACED: Final = rf"(?:^|\s){_LETTERS_APART}(?:\s|$)"
 _DOTTED: Final = r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b"
 _MIXED: Final = (
     rf"[^\s\pZ]*(?:[0-9A-Za-z@][^\s\pZ]*{_FOREIGN}|{_FOREIGN}[^\s\pZ]*[0-9A-Za-z@])[^\s\pZ]*"
 )
 """A token that holds a look-alike and a Latin letter, a digit or `@`."""
-_LATIN_ALIKE: Final = dict(zip("ABCEHIKMOPTXYaceiopxy", "АВСЕНІКМОРТХУасеіорху", strict=True))
-_CYRILLIC: Final = "[бвгґджзийклмнптфцчшщьюяєїБГҐДЖЗИЙЛПФЦЧШЩЬЮЯЄЇ]"
-"""Letters that look like no Latin one."""
-_PARTLY: Final = f"[{''.join(_LATIN_ALIKE)}]"
-_PARTLY_LATIN: Final = (
-    rf"[^\s\pZ]*(?:{_CYRILLIC}[^\s\pZ]*{_PARTLY}|{_PARTLY}[^\s\pZ]*{_CYRILLIC})[^\s\pZ]*"
-)
-"""A token of Cyrillic letters and Latin ones that look like them."""
-_BESIDE: Final = (
-    rf"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]|[A-Za-z]\p{{Cyrillic}}"
-    r"|\p{Cyrillic}[A-Za-z]"
-)
+_BESIDE: Final = f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]"
 _UNUSUAL = Pattern(f"{_BESIDE}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
-_CHANGES = PatternSet((_MIXED, _DIGIT_LIKE, _SPACED, _DOTTED, _PARTLY_LATIN))
-_FOLDING: Final = frozenset({0, 1})
-_JOINING: Final = frozenset({2, 3})
-_TO_CYRILLIC: Final = 4
-"""Which of them each way of reading changes."""
+_CHANGES = PatternSet((_MIXED, _DIGIT_LIKE, _SPACED, _DOTTED))
+"""What folding changes: the first two; what joining does: the others."""
+_FOLDING: Final = 2
 _MIXED_TOKENS: Final = Pattern(_MIXED)
-_PARTLY_LATIN_TOKENS: Final = Pattern(_PARTLY_LATIN)
-_CYRILLIC_FOLDS: Final = {ord(letter): alike for letter, alike in _LATIN_ALIKE.items()}
 _FOLDS: Final = {ord(letter): plain for letter, plain in LOOKALIKES.items()}
 _NUMBERS: Final = Pattern(_DIGIT_LIKE)
-_SPACED_LETTERS: Final = Pattern(f"{_APART_AFTER}({_LETTERS_APART}){_APART_BEFORE}")
+_SPACED_LETTERS: Final = Pattern(rf"(?:^|\s)({_LETTERS_APART})(?:\s|$)")
 _DOTTED_LETTERS: Final = Pattern(_DOTTED)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SEPARATORS: Final = frozenset("._/*-")
@@ -129,19 +112,20 @@ def _character_class(codes: Iterable[int]) -> str:
     return "[" + "".join(rf"\x{{{a:X}}}-\x{{{b:X}}}" for a, b in _ranges(codes)) + "]"
 
 
-def _between(codes: Iterable[int]) -> str:
-    """Return what stands between the brackets of a class of some characters, as `re` reads it."""
-    return "".join(rf"\U{a:08X}-\U{b:08X}" for a, b in _ranges(codes))
-
-
 _PUNCTUATION: Final = tuple(zip("，（）：；！？\u3000", ",():;!? ", strict=True))
 """What ordinary Chinese and Japanese text holds; NFKC as a whole costs ten times as much."""
 _LETTERS: Final = _letters()
 _UNEVEN = Pattern(_character_class(_LETTERS.uneven))
-_CLUSTER = re.compile(f"(?s:.)[{_between(_LETTERS.follows)}]+|[{_between(_LETTERS.uneven)}]")
+_CLUSTER = re.compile(
+    "(?s:.)[{follows}]+|[{uneven}]".format(
+        **{
+            name: "".join(rf"\U{a:08X}-\U{b:08X}" for a, b in _ranges(getattr(_LETTERS, name)))
+            for name in ("follows", "uneven")
+        }
+    )
+)
 """A letter with the marks and invisible characters after it, or one that becomes several."""
 _SPECIAL = Pattern(_character_class(_LETTERS.uneven | _LETTERS.plain.keys()))
-_REPLACED = re.compile(f"[{_between(_LETTERS.plain)}]")
 
 
 class View(NamedTuple):
@@ -169,7 +153,7 @@ def normalise(text: str) -> View:
     if _SPECIAL.search(data) is None:
         return View(unicodedata.normalize("NFKC", whole), None)
     if _UNEVEN.search(data) is None:
-        return View(_plain(whole), None)
+        return View(unicodedata.normalize("NFKC", whole).translate(_LETTERS.plain), None)
     letters: list[str] = []
     starts: list[int] = []
     done = 0
@@ -178,20 +162,13 @@ def normalise(text: str) -> View:
         letters.append(unicodedata.normalize("NFKC", whole[done:begin]).translate(_LETTERS.plain))
         starts += range(done, begin)
         visible = cluster.group().translate(_LETTERS.plain)
-        plain = _plain(visible)
+        plain = unicodedata.normalize("NFKC", visible).translate(_LETTERS.plain)
         letters.append(plain)
         starts += [begin] * len(plain)
         done = end
-    letters.append(_plain(whole[done:]))
+    letters.append(unicodedata.normalize("NFKC", whole[done:]).translate(_LETTERS.plain))
     starts += range(done, len(whole) + 1)
     return View("".join(letters), starts)
-
-
-def _plain(text: str) -> str:
-    """Return a text in NFKC with single characters made plain; few are, so they are searched."""
-    return _REPLACED.sub(
-        lambda one: _LETTERS.plain[ord(one[0])], unicodedata.normalize("NFKC", text)
-    )
 
 
 def _encodable(text: str) -> tuple[str, bytes]:
@@ -230,58 +207,31 @@ def _values(pattern: Pattern, text: str) -> Iterator[range]:
         yield range(start, start + len(data[slice(*hit.value)].decode()))
 
 
-def _gaps(text: str, run: range) -> Iterator[range]:
-    """Yield where the white space inside a run of letters stands."""
-    start = -1
-    for at in run:
-        if text[at].isspace():
-            start = at if start < 0 else start
-        elif start >= 0:
-            yield range(start, at)
-            start = -1
-
-
-def _without(view: View, dropped: set[int]) -> View:
-    """Return the view without some characters."""
-    kept = [i for i in range(len(view.text)) if i not in dropped]
-    starts = [*kept, len(view.text)]
+def _join(view: View) -> View | None:
+    """Return the view with spaced-out letters joined; None: there are none."""
+    text = view.text
+    dropped = {i for run in _values(_SPACED_LETTERS, text) for i in run if text[i].isspace()}
+    dropped |= {i for run in _values(_DOTTED_LETTERS, text) for i in run if text[i] in _SEPARATORS}
+    if not dropped:
+        return None
+    kept = [i for i in range(len(text)) if i not in dropped]
+    starts = [*kept, len(text)]
     if view.starts is not None:
         starts = [view.starts[i] for i in starts]
-    return View("".join(view.text[i] for i in kept), starts)
-
-
-def _join(view: View) -> list[View]:
-    """Return the view with spaced-out letters joined, and with wider gaps kept as one space."""
-    text = view.text
-    dropped = {i for run in _values(_DOTTED_LETTERS, text) for i in run if text[i] in _SEPARATORS}
-    wide: set[int] = set()
-    for run in _values(_SPACED_LETTERS, text):
-        gaps = list(_gaps(text, run))
-        if not gaps:  # all of it is white space, which the pattern takes for letters
-            continue
-        narrow = min(map(len, gaps))
-        dropped.update(i for gap in gaps for i in gap)
-        wide.update(gap[0] for gap in gaps if len(gap) > narrow)
-    if not dropped:
-        return []
-    joined = [_without(view, dropped)]
-    return [*joined, _without(view, dropped - wide)] if wide else joined
+    return View("".join(text[i] for i in kept), starts)
 
 
 def views(text: str) -> list[View]:
     """Return the ways to read a text: normalised, then folded and joined where that differs."""
-    plain = normalise(text)
-    found = [plain]
-    data = plain.text.encode()
-    changes = frozenset(() if _UNUSUAL.search(data) is None else _CHANGES.matching(data))
+    found = [normalise(text)]
+    data = found[0].text.encode()
+    changes = () if _UNUSUAL.search(data) is None else _CHANGES.matching(data)
     if not changes:
         return found
-    folded = _fold(plain) if changes & _FOLDING else None
+    folded = _fold(found[0]) if changes[0] < _FOLDING else None
     if folded is not None:
         found.append(folded)
-    if folded is not None or changes & _JOINING:
-        found += [joined for view in tuple(found) for joined in _join(view)]
-    if _TO_CYRILLIC in changes:
-        cyrillic = _folded(_PARTLY_LATIN_TOKENS, _CYRILLIC_FOLDS, plain.text)
-        found.append(View(cyrillic, plain.starts))
+    joined = _join(found[-1]) if folded is not None or changes[-1] >= _FOLDING else None
+    if joined is not None:
+        found.append(joined)
     return found

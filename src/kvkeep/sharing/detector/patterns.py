@@ -9,9 +9,8 @@ from re2 import Options, Set, _re2
 
 from kvkeep.errors import ConfigError
 
-_AUTOMATON_BYTES: Final = 64 << 20
-"""Most memory an automaton may take; it is taken as texts need it. A pattern that gets too little
-for a few states is searched without an automaton, thirty times as slowly."""
+_SET_BYTES: Final = 64 << 20
+"""Most memory the automaton of a `PatternSet` may take; it is taken as texts need it."""
 _ANYWHERE: Final = _re2.RE2.Anchor.UNANCHORED
 
 
@@ -29,7 +28,7 @@ class Pattern:
 
     def __init__(self, text: str) -> None:
         # The extension itself: its wrapper in Python takes longer than most searches.
-        compiled = _re2.RE2(text.encode(), _options())
+        compiled = _re2.RE2(text.encode(), _quiet())
         if not compiled.ok():
             raise ConfigError(
                 f"pattern {text!r} is refused: {_words(compiled.error())}; write it without "
@@ -62,14 +61,15 @@ class PatternSet:
     """Tells which of many patterns match somewhere in a text, in one pass over it."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._set = Set.SearchSet(_options())
+        options = _quiet()
+        options.max_mem = _SET_BYTES
+        self._set = Set.SearchSet(options)
         for pattern in patterns:
             self._set.Add(pattern)
         # At the end alone: what matches at every byte is noted at every byte.
         self._witness = self._set.Add(r"\z")
         self._set.Compile()
         self._all = tuple(range(len(patterns)))
-        self._none = [self._witness]
 
     def matching(self, data: bytes) -> Sequence[int]:
         """Return the indices of the patterns that may match.
@@ -78,8 +78,6 @@ class PatternSet:
         text; then all indices are returned.
         """
         found: list[int] | None = self._set.Match(data)
-        if found == self._none:
-            return []
         if found is None or self._witness not in found:
             return self._all
         found.remove(self._witness)
@@ -87,10 +85,9 @@ class PatternSet:
         return found
 
 
-def _options() -> Options:
+def _quiet() -> Options:
     options = Options()
     options.log_errors = False
-    options.max_mem = _AUTOMATON_BYTES
     return options
 
 

@@ -1,7 +1,5 @@
 """The learned recogniser: a small tagger over hashed features, in numpy, weights in the package.
 
-It reads what the rules found beside the text, and words that the rules would find with a reason
-to, so that it learns which of them to trust.
 Each token's features are rows of a table, added up; a window of tokens around it and a wider,
 sparser one around that go through two layers to one number per kind. `tools/train_detector.py`
 makes the weights; scores are calibrated there (Platt) on its own validation split.
@@ -11,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,11 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import CheckpointError
-from kvkeep.sharing.detector.features import BITS, FEATURES, Lexicon, Tokens, tokenise
-from kvkeep.sharing.detector.rules import RuleRecogniser
+from kvkeep.sharing.detector.features import BITS, FEATURES, Tokens, tokenise
 from kvkeep.sharing.detector.spans import CLEAR_BELOW, Span
 
-VERSION: Final = 2
+VERSION: Final = 1
 WINDOW: Final = 256
 STRIDE: Final = 192
 MARGIN: Final = (WINDOW - STRIDE) // 2
@@ -35,9 +32,6 @@ WIDE: Final = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 """Reach of both layers together: 11 tokens, less than `MARGIN`."""
 BRIDGE: Final = 2
 """Tokens below the threshold that a span may run over."""
-WORDED: Final = frozenset({"health", "employer"})
-"""Categories whose words the scorer is told of wherever they stand."""
-WORD_SCORE: Final = 0.1
 
 BLOCK: Final = 12
 """Rows of a matrix product; BLOCK * 432 * 48 operations are few enough for one thread."""
@@ -106,7 +100,6 @@ class Weights:
     slopes: Floats
     """`[kinds]`: score = logistic(slope * log odds + offset)."""
     offsets: Floats
-    lexicon: Lexicon
     digest: str
 
 
@@ -151,41 +144,14 @@ def load_weights(path: Path | None = None) -> Weights:
         },
         slopes=np.array(meta["slopes"], np.float32),
         offsets=np.array(meta["offsets"], np.float32),
-        lexicon=Lexicon(arrays["lexicon"]),
         digest=meta["digest"],
     )
-
-
-class Hints:
-    """What the scorer is told of a text: the rules' finds, and words alone of which rules ask more.
-
-    An illness's name taints where a word near tells whose it is; here it counts anywhere.
-    """
-
-    def __init__(self, rules: RuleRecogniser) -> None:
-        self.rules = rules
-        self._words = RuleRecogniser(
-            [
-                replace(rule, context=(), score=WORD_SCORE)
-                for rule in rules.rules
-                if rule.context and not rule.alone and rule.category in WORDED
-            ]
-        )
-
-    def of(self, text: str) -> list[Span]:
-        """Return what the scorer is told of a text."""
-        return self.beside(text, self.rules.spans(text))
-
-    def beside(self, text: str, found: Sequence[Span]) -> list[Span]:
-        """Return what the scorer is told of a text in which the rules found this."""
-        return [*self._words.spans(text), *found]
 
 
 class LearnedScorer:
     """Scores every token of a text and joins those that may be sensitive."""
 
-    def __init__(self, rules: RuleRecogniser, weights: Weights | None = None) -> None:
-        self.hints = Hints(rules)
+    def __init__(self, weights: Weights | None = None) -> None:
         self._weights = weights or load_weights()
 
     @property
@@ -199,8 +165,7 @@ class LearnedScorer:
         found = np.empty((len(tokens.starts), len(w.out_bias)), np.float32)
         if not len(found):
             return found
-        # Feature by feature: rows of one feature beside each other add up four times as fast.
-        rows = np.add.reduce(w.table.take(tokens.features.T, axis=0), axis=0)
+        rows = w.table[tokens.features].sum(axis=1, dtype=np.float32)
         for window in windows(len(rows)):
             part = rows[window.start : window.end]
             near = np.maximum(product(shifted(part, NEAR), w.near) + w.near_bias, 0)
@@ -214,17 +179,9 @@ class LearnedScorer:
         logits = self.logits(tokens)
         return logits[:, 1:] - logits[:, :1]
 
-    def tokens(self, text: str, hints: Sequence[Span]) -> Tokens:
-        """Return a text as the scorer reads it, with what the rules found."""
-        return tokenise(text, self._weights.lexicon, hints)
-
     def spans(self, text: str) -> list[Span]:
-        """Return spans that are not clear; the rules are asked first, their spans kept back."""
-        return self.read(text, self.hints.of(text))
-
-    def read(self, text: str, hints: Sequence[Span]) -> list[Span]:
-        """Return spans that are not clear, given what the rules found."""
-        tokens = self.tokens(text, hints)
+        """Return spans that are not clear."""
+        tokens = tokenise(text)
         if not len(tokens.starts):
             return []
         w = self._weights
@@ -250,21 +207,3 @@ def runs(scores: Floats) -> list[tuple[int, int]]:
         else:
             found.append((at, at))
     return found
-
-
-class RulesAndScorer:
-    """Rules and the scorer that reads what they find, each asked once."""
-
-    def __init__(self, rules: RuleRecogniser, weights: Weights | None = None) -> None:
-        self.rules = rules
-        self._scorer = LearnedScorer(rules, weights)
-
-    @property
-    def version(self) -> str:
-        """Return what tells both from others."""
-        return f"{self.rules.version} {self._scorer.version}"
-
-    def spans(self, text: str) -> list[Span]:
-        """Return what either found."""
-        found = self.rules.spans(text)
-        return [*found, *self._scorer.read(text, self._scorer.hints.beside(text, found))]
