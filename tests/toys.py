@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from kvkeep.attention.planner import FlatPlanner
-from kvkeep.errors import SealError
 from kvkeep.eviction.policy import empty_state
 from kvkeep.ops.layout import AttentionPlan, WeightFold
 from kvkeep.quant.codec import Float, KVShape, Place, Tiles
@@ -21,7 +20,6 @@ from kvkeep.types import (
     FloatArray,
     Int32Array,
     PageSpec,
-    SealContext,
     UInt64Array,
     View,
 )
@@ -92,9 +90,7 @@ class PromoteOffered:
 
 
 class MirrorShield:
-    """Stores keys and values with their dims in reverse order; a seal is the context in front of
-    the bytes.
-    """
+    """Stores keys and values with their dims in reverse order."""
 
     name = "mirror"
 
@@ -106,15 +102,6 @@ class MirrorShield:
 
     def restore(self, out: torch.Tensor) -> torch.Tensor:
         return out.flip(-1)
-
-    def seal(self, blob: bytes, context: SealContext) -> bytes:
-        return context.associated_data() + blob
-
-    def open(self, blob: bytes, context: SealContext) -> bytes:
-        head = context.associated_data()
-        if not blob.startswith(head):
-            raise SealError("the bytes were sealed in another context")
-        return blob[len(head) :]
 
 
 class EightBit(Float):

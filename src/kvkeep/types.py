@@ -371,25 +371,3 @@ class SharingPolicy(Protocol):
 
     def forget(self, tenant: str) -> int:
         """Drop everything remembered of a tenant; return how many of its votes."""
-
-
-@dataclass(frozen=True, slots=True)
-class SealContext:
-    """What a sealed blob is bound to; rebuilt by its reader, never read from the frame."""
-
-    tag: PageTag
-    chain_hash: bytes
-    layer: int
-    position: int
-    model_digest: bytes
-
-    def associated_data(self) -> bytes:
-        """Return the length-framed bytes a seal authenticates."""
-        parts = (
-            self.tag.digest(),
-            self.chain_hash,
-            self.layer.to_bytes(4, "little"),
-            self.position.to_bytes(8, "little"),
-            self.model_digest,
-        )
-        return b"".join(len(p).to_bytes(4, "little") + p for p in parts)

@@ -1,4 +1,4 @@
-"""The shield seam: how K, V and Q look in memory, and a page's bytes below it."""
+"""The shield seam: how K, V and Q look in memory; `kvkeep.sealing` is the seam below memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Literal, Protocol
 import torch
 
 from kvkeep.ops.layout import WeightFold
-from kvkeep.types import SealContext
 
 Role = Literal["q", "k", "v"]
 
 
 class Shield(Protocol):
-    """Transforms K, V and Q so that attention is unchanged, and seals bytes that leave memory."""
+    """Transforms K, V and Q so that attention is unchanged."""
 
     name: str
 
@@ -26,15 +25,9 @@ class Shield(Protocol):
     def restore(self, out: torch.Tensor) -> torch.Tensor:
         """Return attention outputs [T, Hq, D] in plain coordinates."""
 
-    def seal(self, blob: bytes, context: SealContext) -> bytes:
-        """Return `blob` sealed for `context`."""
-
-    def open(self, blob: bytes, context: SealContext) -> bytes:
-        """Return the plain bytes; raises `SealError` where the context differs."""
-
 
 class NoShield:
-    """Nothing is transformed or sealed: the baseline."""
+    """Nothing is transformed: the baseline."""
 
     name = "none"
 
@@ -49,11 +42,3 @@ class NoShield:
     def restore(self, out: torch.Tensor) -> torch.Tensor:
         """Return the output as it is."""
         return out
-
-    def seal(self, blob: bytes, context: SealContext) -> bytes:
-        """Return the plain bytes."""
-        return blob
-
-    def open(self, blob: bytes, context: SealContext) -> bytes:
-        """Return the bytes as they are."""
-        return blob

@@ -1,0 +1,69 @@
+"""What a page below memory is bound to, and the seam to what seals it: no torch, like `types`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvkeep.types import PageKind, PageTag
+
+NAME_BYTES = 24
+"""Of a sealed page's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealContext:
+    """What a sealed page is bound to; rebuilt by its reader, never read from the frame."""
+
+    owner: str
+    """The account that pays for the page, whose keys seal it; public pages have keys of their own.
+    """
+    tag: PageTag
+    chain_hash: bytes
+    model_digest: bytes
+    spec_digest: bytes
+    """Of how the page's bytes are arranged: form, sizes, order of a machine's tiles."""
+    kind: PageKind = PageKind.PLAIN
+
+    def associated_data(self) -> bytes:
+        """Return the length-framed bytes that a seal authenticates."""
+        parts = (
+            self.owner.encode(),
+            self.tag.digest(),
+            self.chain_hash,
+            self.model_digest,
+            self.spec_digest,
+            self.kind.to_bytes(4, "little"),
+        )
+        return b"".join(len(p).to_bytes(4, "little") + p for p in parts)
+
+
+class PageSealer(Protocol):
+    """Turns pages into frames that say nothing, and back; `name_of` alone may run in a step."""
+
+    name: str
+
+    def name_of(self, context: SealContext) -> bytes | None:
+        """Return the page's name, 24 bytes, keyed by its owner; never waits.
+
+        None while the owner's keys are not at hand: such a page is a miss.
+        """
+
+    def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
+        """Return how long every frame of pages with layers of these sizes is."""
+
+    def seal(self, context: SealContext, layers: Sequence[bytes]) -> bytes:
+        """Return a page's layers as one frame; may wait for keys.
+
+        Raises `SealError` where there are none.
+        """
+
+    def open(
+        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
+    ) -> Iterator[bytes]:
+        """Yield a page's layers in order, each as soon as it is open; may wait for keys.
+
+        Raises `SealError` where the frame is another context's, was changed, or its keys are gone:
+        nothing of a layer is yielded before its bytes are proven.
+        """
