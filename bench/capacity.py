@@ -35,8 +35,8 @@ from kvkeep.types import PAGE_TOKENS, FloatArray, Layout
 LIKE: Final = "qwen3-0.6b"
 TOKENS: Final = 8_192
 POOL_BYTES: Final = 4 << 30
-QUICK_TOKENS: Final = 1_024
-QUICK_BYTES: Final = 512 << 20
+QUICK_TOKENS: Final = 2_048
+QUICK_BYTES: Final = 1 << 30
 PATIENCE: Final = 12
 """Steps after which a request that still waits finds no room."""
 
@@ -112,7 +112,7 @@ def measure_case(case: Case, model: Path, shares: FloatArray, options: Options) 
         tier=MadeUpPages(case.codec, kv_shape(LIKE)),
     )
     size = QUICK_BYTES if options.quick else POOL_BYTES
-    seqs = case.seqs // 2 if options.quick else case.seqs
+    seqs = case.seqs // 3 if options.quick else case.seqs
     ours = Ours(model, threads=options.threads, kv_cache_bytes=size, max_num_seqs=seqs, parts=parts)
     tokens = QUICK_TOKENS if options.quick else TOKENS
     found = filled(ours, case._replace(seqs=seqs), tokens)

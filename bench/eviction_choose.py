@@ -139,14 +139,14 @@ def _tried(
     return found
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Choose and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=list(PROTOCOLS), action="append")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FILE)
-    given = parser.parse_args(argv)
+    given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     models = worlds(ops.select("auto", given.threads, "cpu"), None)
     made = read() if given.out.exists() and given.out == FILE else {}

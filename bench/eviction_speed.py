@@ -49,7 +49,15 @@ def side_of(model: Path, codec: Codec, evictor: Evictor, memory_bytes: int, thre
         policy=ShareNothing(),
         tier=MadeUpPages(codec, kv_shape(LIKE)),
     )
-    return Side(Ours(model, threads=threads, kv_cache_bytes=memory_bytes, parts=parts))
+    return Side(
+        Ours(
+            model,
+            threads=threads,
+            kv_cache_bytes=memory_bytes,
+            max_num_seqs=BATCH,
+            parts=parts,
+        )
+    )
 
 
 def token_bytes(codec: Codec) -> int:

@@ -4,13 +4,15 @@ Each policy gets a server of its own on the demo model, the same requests in the
 same number of clients, and a pool of 30 % of what isolation would need. Requests of epochs 1 and 2
 warm up. Then the leak audit runs against a fresh server of the same policy, once per seed, on the
 channels that the index could leak by; its worst channel counts. Of `selective` it also attacks what
-k accounts sent, which must be seen. With `--peer vllm` another engine takes the policies' place.
+k accounts sent, which must be seen. Audits that ended are kept in `build/audits`, by commit, and
+not made again. With `--peer vllm` another engine takes the policies' place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 from bench import harness, sharing_peers, sharing_trace
@@ -29,6 +31,7 @@ from bench.sharing_attack import (
     certain,
     control_figures,
 )
+from bench.sharing_kept import kept
 from bench.sharing_replay import (
     OURS,
     Player,
@@ -92,26 +95,29 @@ class Bench:
                 alone = self._replay(Ours(server), policy, QUICK_EPOCH_S)
                 return Tried(alone, [self._attack(Ours(server), policy, SEEDS[0], QUICK_EPOCH_S)])
         played: Replay | None = None
-        reports: list[AuditReport] = []
         if "replay" in self.parts:
             told = (*arguments, *epochs_of(EPOCH_S), *pool)
             pins = self.shape.templates
             with served(policy, shares, pages, *told, pins=pins) as server:
                 played = self._replay(Ours(server), policy, EPOCH_S)
-        for seed in SEEDS if "audit" in self.parts and not policy.pins else ():
-            told = (*arguments, *epochs_of(AUDIT_EPOCH_S))
-            with served(policy, AUDITED, AUDIT_PAGES, *told) as server:
-                reports.append(self._attack(Ours(server), policy, seed, AUDIT_EPOCH_S))
-        return Tried(played, reports, self._control(policy, arguments))
-
-    def _control(self, policy: Policy, arguments: Sequence[str]) -> AuditReport | None:
-        if "audit" not in self.parts or policy.name != "selective":
-            return None
         told = (*arguments, *epochs_of(AUDIT_EPOCH_S))
-        with served(policy, AUDITED, AUDIT_PAGES, *told) as server:
-            return attacked_by_enough(
-                Ours(server), SEEDS[0], settle_s=policy.settle_s(AUDIT_EPOCH_S)
-            )
+        reports = [
+            kept(f"{policy.name}-{seed}", partial(self._audit, policy, seed, told))
+            for seed in (SEEDS if "audit" in self.parts and not policy.pins else ())
+        ]
+        control = None
+        if "audit" in self.parts and policy.name == "selective":
+            control = kept(f"{policy.name}-control", partial(self._control, policy, told))
+        return Tried(played, reports, control)
+
+    def _audit(self, policy: Policy, seed: int, arguments: Sequence[str]) -> AuditReport:
+        with served(policy, AUDITED, AUDIT_PAGES, *arguments) as server:
+            return self._attack(Ours(server), policy, seed, AUDIT_EPOCH_S)
+
+    def _control(self, policy: Policy, arguments: Sequence[str]) -> AuditReport:
+        with served(policy, AUDITED, AUDIT_PAGES, *arguments) as server:
+            settle_s = policy.settle_s(AUDIT_EPOCH_S)
+            return attacked_by_enough(Ours(server), SEEDS[0], settle_s=settle_s)
 
     def _replay(self, target: Ours, policy: Policy, epoch_s: float) -> Replay:
         player = Player(target, self.texts, self.shape)

@@ -7,11 +7,18 @@ from typing import get_args
 
 import pytest
 
-from bench import harness, sharing, sharing_attack, sharing_server, sharing_trace
+from bench import (
+    harness,
+    sharing,
+    sharing_attack,
+    sharing_kept,
+    sharing_server,
+    sharing_trace,
+)
 from bench.harness import Figure
 from bench.sharing_replay import WINDOWS, Replay, Sample
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
-from kvkeep.audit import Options, audit
+from kvkeep.audit import Options, Report, audit
 from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
 from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
@@ -88,8 +95,7 @@ def test_a_window_rate_is_tokens_over_its_time() -> None:
     assert played(0.1).window_rates() == pytest.approx([100.0] * WINDOWS)
 
 
-@pytest.mark.parametrize(("leak", "policy"), [("ttft", "share_all"), ("", "isolate")])
-def test_the_worst_channel_counts(leak: str, policy: str) -> None:
+def audited(leak: str) -> Report:
     server = FakeServer(leaks=frozenset({leak}))
     options = Options(
         URL,
@@ -103,7 +109,12 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
         max_prompt_tokens=128,
     )
     clock = server.time.clock()
-    report = asyncio.run(audit(options, transport=server.transport(), clock=clock))
+    return asyncio.run(audit(options, transport=server.transport(), clock=clock))
+
+
+@pytest.mark.parametrize(("leak", "policy"), [("ttft", "share_all"), ("", "isolate")])
+def test_the_worst_channel_counts(leak: str, policy: str) -> None:
+    report = audited(leak)
     figures = by_name(sharing_attack.attack_figures(policy, [report]))
     worst = figures[f"attack_auc_private_{policy}"]
     if policy == "share_all":
@@ -113,6 +124,25 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
         assert abs(worst - 0.5) < 0.2
         assert figures["attack_auc_private_isolate_halfwidth"] <= 0.2
         assert figures["attack_auc_private_isolate_holds_chance"] == 1.0
+
+
+def test_an_audit_that_ended_is_made_once_for_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = [audited("ttft"), audited("")]
+    made: list[Report] = []
+
+    def measure() -> Report:
+        made.append(reports[len(made)])
+        return made[-1]
+
+    monkeypatch.setattr(harness, "commit", lambda: "a" * 40)
+    found = [sharing_kept.kept("selective-1", measure, tmp_path) for _ in range(2)]
+    assert found == [reports[0]] * 2
+    assert len(made) == 1
+    monkeypatch.setattr(harness, "commit", lambda: "b" * 40 + "-dirty")
+    assert sharing_kept.kept("selective-1", measure, tmp_path) == reports[1]
+    assert not (tmp_path / ("b" * 40 + "-dirty")).exists()
 
 
 def test_pages_have_the_demo_models_size() -> None:

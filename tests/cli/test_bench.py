@@ -15,7 +15,10 @@ def test_an_unknown_benchmark_names_those_there_are(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "harness.py").touch()
-    (tmp_path / "bench" / "toy.py").write_text("x = 1\n\ndef main(arguments):\n    return 0\n")
+    (tmp_path / "bench" / "toy.py").write_text(
+        'def main(arguments):\n    return run("toy", arguments, measure)\n'
+    )
+    (tmp_path / "bench" / "script.py").write_text("def main(arguments):\n    return 0\n")
     assert run(["bench", "nope"]) == 1
     assert capsys.readouterr().err.strip().endswith("'nope'; there are: toy")
 
@@ -63,4 +66,4 @@ def test_help_without_a_name_lists_the_benchmarks(capsys: pytest.CaptureFixture[
 
 def test_scripts_that_write_a_file_are_no_benchmarks() -> None:
     assert {"attention", "sharing", "storm"} <= set(BENCHMARKS)
-    assert not {"quality_suite", "sharing_trace"} & set(BENCHMARKS)
+    assert not {"quality_suite", "sharing_trace", "eviction_choose"} & set(BENCHMARKS)

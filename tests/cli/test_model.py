@@ -11,12 +11,11 @@ from kvkeep.engine.build import build_core, codec_of
 from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
-from kvkeep.eviction.calibration import FILE as EVICT_FILE
-from kvkeep.eviction.calibration import find
+from kvkeep.eviction.calibration import Calibration as HeadRules
 from kvkeep.eviction.corm import Corm
 from kvkeep.models.make import tiny
 from kvkeep.quant.by_head import ByHead
-from kvkeep.quant.calibration import FILE, read
+from kvkeep.quant.calibration import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def test_what_is_measured_is_written_and_served(
     assert calibrated(model, text, "--budget-bits", "2.5") == 0
     said = capsys.readouterr()
     assert "divergence" in said.out
-    assert "heliotrope" not in said.out + said.err + (model / FILE).read_text()
-    names = [name for layer in read(model).layers for name in layer]
+    assert "heliotrope" not in said.out + said.err + (model / Calibration.FILE).read_text()
+    names = [name for layer in Calibration.read(model).layers for name in layer]
     assert (names.count("k4v2"), names.count("k2v2")) == (1, 5)
     options = EngineOptions(model=str(model), kv="calibrated", threads=1, kv_cache_bytes=32 << 20)
     codec = codec_of(options)
@@ -60,13 +59,13 @@ def test_windows_and_weights_are_written_for_eviction(
     assert calibrated(model, text, "--evict", "--most-lost", "0.3") == 0
     said = capsys.readouterr()
     assert "mean kept" in said.out
-    found = find(model)
+    found = HeadRules.find(model)
     assert found is not None
     assert {len(layer) for layer in found.layers} == {2}
     evictor = evictor_of(EngineOptions(model=str(model), evict="corm"))
     assert isinstance(evictor, Corm)
     assert evictor.watch(2000).first == 2000 - max(r.window for one in found.layers for r in one)
-    (model / EVICT_FILE).unlink()
+    (model / HeadRules.FILE).unlink()
 
 
 @pytest.mark.parametrize(

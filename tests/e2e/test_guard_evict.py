@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from kvkeep.engine.api import Chunk, SamplingParams
+from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import KEPT, Parts
 from kvkeep.engine.engine import EngineCore
@@ -20,7 +21,8 @@ from kvkeep.shield.policy import NoShield
 from kvkeep.types import Layout
 from tests.e2e.test_coded import bits, everything_is_given_back, prompt_of
 from tests.e2e.test_guard import Exact, use_of
-from tests.engines import core_for, drive, request
+from tests.engines import core_for, drive, manager_of, request
+from tests.toys import PromoteOffered
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0.8, seed=7, logprobs=2, ignore_eos=True)
 SOUND = CormOptions(window=24, recent=16, weight=1e-9, birth="seen", decide_every=4)
@@ -92,3 +94,43 @@ def test_a_codec_that_loses_nothing_and_an_evictor_that_forgets_nothing(
     assert use.compared_tokens == use.agreed_tokens == 3 * (20 + PASSAGE_TOKENS)
     assert use.kl_nats == 0.0
     everything_is_given_back(core)
+
+
+def test_a_probe_ends_with_the_request_that_is_cancelled(tiny: dict[str, Path]) -> None:
+    core = guarded(tiny["qwen2"], Corm(SOUND))
+    core.submit(request(prompt_of(200, 0), PARAMS))
+    core.step()
+    assert core.stats().requests_running + core.stats().requests_waiting == 2
+    core.cancel("r")
+    assert [said.chunk.finish for said in core.step()] == [FinishReason.CANCELLED]
+    assert core.idle()
+    everything_is_given_back(core)
+
+
+def test_a_prompt_without_room_for_its_shadow_keeps_nothing_of_what_is_public(
+    tiny: dict[str, Path],
+) -> None:
+    """It waits; a snapshot's pages that it would have read do not become its tenant's own."""
+    techniques = Techniques(Float(), NoShield(), Corm(SOUND))
+    page_bytes = guarded(tiny["qwen2"], KeepAll(), guard_share=0.0).info.bytes_per_token * 64
+    core = core_for(
+        tiny["qwen2"],
+        parts=Parts(techniques=techniques, policy=PromoteOffered()),
+        pages=20,
+        page_bytes=page_bytes,
+        max_num_seqs=8,
+        guard_samples=8,
+        guard_share=1.0,
+    )
+    drive(core, [request(prompt_of(200, 0), PARAMS)])
+    core.end_epoch(0.0)
+    long = msgspec.structs.replace(PARAMS, max_tokens=60)
+    core.submit(request(prompt_of(70, 1), long, id="first", tenant="b"))
+    core.step()
+    core.submit(request(prompt_of(200, 0), PARAMS, id="second", tenant="b"))
+    core.step()
+    (use,) = [one for one in core.stats().tenants if one.tenant == "b"]
+    assert (use.running, use.waiting) == (1, 2), "the second one and its probe wait"
+    assert manager_of(core).room("b") == 5, "room for its view of 4, or for its shadow"
+    assert use.unused_pages == 0
+    core.close()

@@ -227,6 +227,23 @@ def test_without_any_room_for_that_nothing_is_moved(shape: KVShape) -> None:
     world.check_seen(world.view)
 
 
+def test_memory_that_others_hold_too_makes_no_room(shape: KVShape) -> None:
+    """Pages of a snapshot lie over the same memory: letting go of them frees a share alone."""
+    tokens = prompt(*range(1, 129), tail=20)
+    world = World(shape, quota=129 + 3, keep=0.25, tokens=tokens)
+    pool, slots = pool_of(world.manager), world.view.slots[1:128].tolist()
+    for slot in slots:
+        pool.hold_page(slot)
+    with pytest.raises(QuotaExceeded, match="more pages to pack a sequence"):
+        world.packer.pack(world.view, world.manager.packing)
+    world.check_seen(world.view)
+    for slot in slots:
+        pool.free_page(slot)
+    world.pack()
+    world.check_seen(world.view)
+    assert world.view.packed is not None
+
+
 def test_what_would_not_pay_is_left_alone(shape: KVShape) -> None:
     world = World(shape, keep=0.95)
     world.pack()

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import ConfigError
-from kvkeep.eviction.calibration import FILE, Calibration, HeadRule, find, write
+from kvkeep.eviction.calibration import Calibration, HeadRule
 
 RULE = HeadRule(window=64, weight=2.0)
 MADE = Calibration(model="0a" * 32, layers=((RULE, HeadRule(window=256, weight=0.5)),))
 
 
 def test_what_is_written_is_found(tmp_path: Path) -> None:
-    assert find(tmp_path) is None
-    path = write(tmp_path, MADE)
-    assert path == tmp_path / FILE
-    assert find(tmp_path) == MADE
-    assert [one.name for one in tmp_path.iterdir()] == [FILE]
+    assert Calibration.find(tmp_path) is None
+    path = MADE.write(tmp_path)
+    assert path == tmp_path / Calibration.FILE
+    assert Calibration.find(tmp_path) == MADE
+    assert [one.name for one in tmp_path.iterdir()] == [Calibration.FILE]
     with pytest.raises(ConfigError, match="model: can't write"):
-        write(tmp_path / "nowhere", MADE)
+        MADE.write(tmp_path / "nowhere")
 
 
 def test_another_model_is_refused() -> None:
@@ -41,8 +41,8 @@ def test_another_model_is_refused() -> None:
 def test_what_is_no_calibration_is_refused(
     tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
-    write(tmp_path, MADE)
-    body = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps(body | change))
+    MADE.write(tmp_path)
+    body = json.loads((tmp_path / Calibration.FILE).read_text())
+    (tmp_path / Calibration.FILE).write_text(json.dumps(body | change))
     with pytest.raises(ConfigError, match=said):
-        find(tmp_path)
+        Calibration.find(tmp_path)

@@ -9,7 +9,6 @@ import torch
 
 from kvkeep.engine.build import build_core
 from kvkeep.errors import ConfigError
-from kvkeep.eviction import calibration
 from kvkeep.eviction.calibration import Calibration
 from kvkeep.eviction.corm import CormOptions
 from kvkeep.inspect import heads
@@ -75,10 +74,10 @@ def test_an_engine_takes_what_lies_beside_its_model(tiny: dict[str, Path], tmp_p
     own = tmp_path / "model"
     shutil.copytree(tiny["llama"], own)
     one = found(own, 0.4)
-    calibration.write(own, Calibration(model=one.digest, layers=one.layers))
+    Calibration(model=one.digest, layers=one.layers).write(own)
     core = build_core(options(own, evict="corm"))
     core.close()
-    calibration.write(own, Calibration(model="00", layers=one.layers))
+    Calibration(model="00", layers=one.layers).write(own)
     with pytest.raises(ConfigError, match="measured on other weights"):
         build_core(options(own, evict="corm"))
     build_core(options(own, evict="corm", evict_window=64)).close()

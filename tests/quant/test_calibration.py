@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import ConfigError
-from kvkeep.quant.calibration import FILE, Calibration, read, write
+from kvkeep.quant.calibration import Calibration
 from kvkeep.types import Layout
 
 MADE = Calibration(model="0a" * 32, layers=(("k4v2", "k2v2"), ("k2v2", "k2v2")))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path, MADE)
-    assert path == tmp_path / FILE
-    assert read(tmp_path) == MADE
-    assert read(tmp_path).layouts()[0] == (Layout.K4V2, Layout.K2V2)
-    assert [one.name for one in tmp_path.iterdir()] == [FILE]
+    path = MADE.write(tmp_path)
+    assert path == tmp_path / Calibration.FILE
+    assert Calibration.read(tmp_path) == MADE
+    assert Calibration.read(tmp_path).layouts()[0] == (Layout.K4V2, Layout.K2V2)
+    assert [one.name for one in tmp_path.iterdir()] == [Calibration.FILE]
 
 
 def test_another_model_is_refused() -> None:
@@ -41,15 +41,15 @@ def test_another_model_is_refused() -> None:
 def test_what_is_no_calibration_is_refused(
     tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
-    write(tmp_path, MADE)
-    body = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps(body | change))
+    MADE.write(tmp_path)
+    body = json.loads((tmp_path / Calibration.FILE).read_text())
+    (tmp_path / Calibration.FILE).write_text(json.dumps(body | change))
     with pytest.raises(ConfigError, match=said):
-        read(tmp_path)
+        Calibration.read(tmp_path)
 
 
 def test_a_file_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no kvkeep_kv\.json; run `kvkeep model calibrate`"):
-        read(tmp_path)
+        Calibration.read(tmp_path)
     with pytest.raises(ConfigError, match="model: can't write"):
-        write(tmp_path / "nowhere", MADE)
+        MADE.write(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from kvkeep.cache.accounts import Forgotten, Retention
@@ -61,10 +62,13 @@ class Caches:
         """Return the pages charged to an account, in use or cached."""
         return sum(m.used(account) for m in self.managers.values())
 
-    def unused(self, account: str) -> int:
-        """Return the pages charged to an account that nothing holds."""
-        uses = (m.stats().accounts.get(account) for m in self.managers.values())
-        return sum(use.unreferenced_pages for use in uses if use is not None)
+    def unused(self) -> Counter[str]:
+        """Return for each account the pages charged to it that nothing holds."""
+        found: Counter[str] = Counter()
+        for manager in self.managers.values():
+            for account, use in manager.stats().accounts.items():
+                found[account] += use.unreferenced_pages
+        return found
 
     def set_retention(self, terms: Mapping[str, Retention]) -> None:
         """Say how long accounts keep pages."""

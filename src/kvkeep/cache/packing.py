@@ -136,10 +136,14 @@ class Packing:
             self._store.unlock(page)
 
     def _check_room(self, moving: Moving, cuts: Cuts) -> None:
-        """Raise `QuotaExceeded` where a step would find none: what is let go of makes some."""
+        """Raise `QuotaExceeded` where a step would find none: what is let go of makes some.
+
+        A page whose memory others hold too gives back its place in the share alone.
+        """
         owner = self._store.account(moving.held.account)
-        unused = sum(page.kind is PageKind.PLAIN for page in owner.unreferenced)
-        room = min(owner.room_pages, self.pool.free_of(PageKind.PLAIN) + unused)
+        unused = [page for page in owner.unreferenced if page.kind is PageKind.PLAIN]
+        share = owner.room_pages
+        memory = self.pool.free_of(PageKind.PLAIN) + self._alone(unused)
         steps = [(1, [moving.held.pages[i]]) for i in moving.tail()]
         pages, end, taken = moving.pages, moving.end, np.zeros_like(moving.missing)
         for begin, wanted in cuts:
@@ -148,13 +152,18 @@ class Packing:
             steps.append((now - pages, moving.held.pages[max(begin, moving.first) : end]))
             pages, end = now, begin
         for count, gone in steps:
-            if count > room:
+            if count > min(share, memory):
                 raise QuotaExceeded(
-                    f"account {owner.name!r} needs {count} more pages to pack a sequence; its share"
-                    f" has room for {max(room, 0)}"
+                    f"account {owner.name!r} needs {count} more pages to pack a sequence; there is"
+                    f" room for {max(min(share, memory), 0)}"
                 )
-            free = (page.ref_count == 1 and page.account == owner.name for page in gone)
-            room += sum(free) - count
+            free = [page for page in gone if page.ref_count == 1 and page.account == owner.name]
+            share += len(free) - count
+            memory += self._alone(free) - count
+
+    def _alone(self, pages: Sequence[Page]) -> int:
+        """Return how many pages are the only holders of their memory."""
+        return sum(self.pool.holders(page.slot) == 1 for page in pages)
 
     def share(self, held: HeldView, twin: HeldView) -> None:
         """Let a fork hold what its source does."""

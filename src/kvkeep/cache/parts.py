@@ -19,7 +19,7 @@ class PoolPart:
             pool.free_page,
             pool.copy_page,
         )
-        self.read, self.install = pool.read, pool.install
+        self.read, self.install, self.holders = pool.read, pool.install, pool.holders
         self.tile_table = pool.tile_table
         self._pool = pool
 

@@ -187,6 +187,10 @@ class TilePool:
         self._require(slot)
         self._holders[slot] += 1
 
+    def holders(self, slot: int) -> int:
+        """Return how many hold a page."""
+        return int(self._holders[slot])
+
     def free_page(self, slot: int) -> None:
         """Let one holder go of a page; the last frees it and its tiles.
 

@@ -24,9 +24,9 @@ def checkout() -> Path:
 
 
 def names(root: Path) -> list[str]:
-    """Return the benchmarks of a checkout: the files in `bench/` whose `main` takes arguments."""
+    """Return the benchmarks of a checkout: the files in `bench/` that run under their own name."""
     files = (root / "bench").glob("*.py")
-    return sorted(p.stem for p in files if "\ndef main(arguments" in p.read_text(encoding="utf-8"))
+    return sorted(p.stem for p in files if f'run("{p.stem}", ' in p.read_text(encoding="utf-8"))
 
 
 @app.command(

@@ -103,15 +103,15 @@ def calibrate(
     path = checkpoint_path(settings)
     from kvkeep.inspect import calibrate as measure
     from kvkeep.models.text import TextModel
-    from kvkeep.quant import calibration
+    from kvkeep.quant.calibration import Calibration
 
     tokenizer = TextModel.load(path)
     texts = [tokenizer.encode(prompt) for prompt in prompts]
     goal = measure.Goal(3.0 if budget_bits is None else budget_bits, quality)
     with counting_bar("measuring KV heads") as report:
         found = measure.calibrate(engine_options(settings), texts, goal, report)
-    made = calibration.Calibration.of(found.info.digest, measure.layouts(found.chosen))
-    written = calibration.write(path, made)
+    made = Calibration.of(found.info.digest, measure.layouts(found.chosen))
+    written = made.write(path)
     rows = (
         (layer, *(f"{one[1]} bits ({c:+.2g})" for one, c in zip(names, costs, strict=True)))
         for layer, (names, costs) in enumerate(zip(made.layers, found.cost.tolist(), strict=True))
@@ -129,7 +129,7 @@ def _calibrate_eviction(settings: Settings, files: list[Path], most_lost: float 
     """Measure which window and weight each head needs, and write them beside the checkpoint."""
     prompts = [read_text(path) for path in files]
     path = checkpoint_path(settings)
-    from kvkeep.eviction import calibration
+    from kvkeep.eviction.calibration import Calibration
     from kvkeep.eviction.corm import PRESETS
     from kvkeep.inspect import heads as measure
     from kvkeep.models.text import TextModel
@@ -139,9 +139,7 @@ def _calibrate_eviction(settings: Settings, files: list[Path], most_lost: float 
     part = measure.MOST_LOST if most_lost is None else most_lost
     with counting_bar("reading texts") as report:
         found = measure.calibrate(engine_options(settings), texts, part, PRESETS["corm"], report)
-    written = calibration.write(
-        path, calibration.Calibration(model=found.digest, layers=found.layers)
-    )
+    written = Calibration(model=found.digest, layers=found.layers).write(path)
     rows = (
         (layer, *(f"w {r.window}, c {r.weight:g}: {k:.0%}" for r, k in zip(own, kept, strict=True)))
         for layer, (own, kept) in enumerate(zip(found.layers, found.kept.tolist(), strict=True))

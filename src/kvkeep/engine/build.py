@@ -43,8 +43,8 @@ from kvkeep.models.host import HostedModel
 from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import LANE_LAYOUTS, Ops, float_tile_bytes
-from kvkeep.quant import calibration
 from kvkeep.quant.by_head import ByHead
+from kvkeep.quant.calibration import Calibration
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.controller import ByLength, Controller, Fixed
 from kvkeep.quant.hack import Hack
@@ -106,7 +106,7 @@ def codec_of(options: EngineOptions) -> Codec:
         raise ConfigError(f"kv: {name!r} is no form of pages; use bf16, auto or a codec's name")
     if name == "calibrated":
         path = hub.resolve(options.model, allow_download=options.allow_download)
-        return ByHead(calibration.read(path).layouts(), options.kv_window_tokens)
+        return ByHead(Calibration.read(path).layouts(), options.kv_window_tokens)
     return Hack(Layout[name.upper()], options.kv_window_tokens)
 
 
@@ -117,7 +117,7 @@ def _coded_name(options: EngineOptions) -> str:
 def _require_measured(options: EngineOptions, path: Path, digest: bytes) -> None:
     """Refuse what `calibrate` wrote of another model; raises `ConfigError`."""
     if _coded_name(options) == "calibrated":
-        calibration.read(path).require(digest)
+        Calibration.read(path).require(digest)
     if measured := measured_heads(options):
         measured.require(digest)
 

@@ -27,7 +27,7 @@ from kvkeep.engine.divergence import compare
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.held import GOOD, BestOf, Held
 from kvkeep.engine.output import OutputFactory
-from kvkeep.engine.probes import probe_beside
+from kvkeep.engine.probes import probe_beside, probe_id
 from kvkeep.engine.prompt_rows import take_prompt_rows
 from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
@@ -136,8 +136,9 @@ class EngineCore:
 
     def cancel(self, request_id: str) -> None:
         """End a request without another word to its client; unknown ids are ignored."""
-        if (request := self._requests.get(request_id)) is not None:
-            self._end_request(request, FinishReason.CANCELLED)
+        for name in (request_id, probe_id(request_id)):
+            if (request := self._requests.get(name)) is not None:
+                self._end_request(request, FinishReason.CANCELLED)
 
     def purge(self, tenant: str) -> Purged:
         """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""

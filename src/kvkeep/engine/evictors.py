@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
-from kvkeep.eviction import calibration
 from kvkeep.eviction.calibration import Calibration
 from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import Evictor, KeepAll
@@ -41,4 +40,4 @@ def measured_heads(options: EngineOptions) -> Calibration | None:
     if options.evict != "corm" or given != (None, None, None):
         return None
     path = hub.resolve(options.model, allow_download=options.allow_download)
-    return calibration.find(path)
+    return Calibration.find(path)

@@ -15,6 +15,11 @@ CUE_TOKENS: Final = 8
 PASSAGE_TOKENS: Final = 32
 
 
+def probe_id(request_id: str) -> str:
+    """Return the id of the probe beside a request."""
+    return f"{request_id}/recall"
+
+
 def probe_beside(request: Request, guard: Guard, max_tokens: int) -> Request | None:
     """Return a request for the same prompt and then a passage of it again, beside a sampled one.
 
@@ -31,7 +36,7 @@ def probe_beside(request: Request, guard: Guard, max_tokens: int) -> Request | N
     begin = int(draw(sample.tenant, sample.number, b"passage") * places)
     params = SamplingParams(max_tokens=PASSAGE_TOKENS, temperature=0.0, ignore_eos=True)
     asked = msgspec.structs.replace(
-        spec, id=f"{spec.id}/recall", params=params, store=False, deadline_s=None
+        spec, id=probe_id(spec.id), params=params, store=False, deadline_s=None
     )
     return Request(
         asked,

@@ -28,8 +28,8 @@ class Sources(NamedTuple):
 
 def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> EngineStats:
     """Return all figures of one moment; `shares` are the tenants' parts of the pages."""
-    caches, read = of.caches, of.runner.read
-    tenants = [_use(of, name, caches.quota(shares[name])) for name in sorted(shares)]
+    caches, read, unused = of.caches, of.runner.read, of.caches.unused()
+    tenants = [_use(of, name, caches.quota(shares[name]), unused[name]) for name in sorted(shares)]
     return EngineStats(
         requests_running=sum(t.running for t in tenants),
         requests_waiting=sum(t.waiting for t in tenants),
@@ -60,13 +60,13 @@ def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> Eng
     )
 
 
-def _use(of: Sources, tenant: str, quota_pages: int) -> TenantUse:
+def _use(of: Sources, tenant: str, quota_pages: int, unused_pages: int) -> TenantUse:
     running, waiting = of.scheduler.counts(tenant)
     return TenantUse(
         tenant=tenant,
         quota_pages=quota_pages,
         used_pages=of.caches.used(tenant),
-        unused_pages=of.caches.unused(tenant),
+        unused_pages=unused_pages,
         running=running,
         waiting=waiting,
     )

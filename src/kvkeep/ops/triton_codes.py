@@ -217,6 +217,12 @@ def weigh_codes(
 
 
 @triton.jit
+def grown(some, more):
+    """Return a tuple with one more member."""
+    return some + (more,)
+
+
+@triton.jit
 def load_queries(
     q, q_token, q_head, row, q_heads, used,
     NP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, K_BITS: tl.constexpr,
@@ -226,7 +232,7 @@ def load_queries(
     queries = ()
     for h in tl.static_range(NP):
         own = load_channels(q, q_token, q_head, row, q_heads, used, h * KP + d, d < KP)
-        queries = queries + (own,)  # type: ignore[assignment] # it grows
+        queries = grown(queries, own)
     return queries
 
 
@@ -253,7 +259,7 @@ def coded_node_kernel(
     l = tl.zeros((ROWS,), tl.float32)
     acc = ()
     for _ in tl.static_range(NP):
-        acc = acc + (tl.zeros((ROWS, BLOCK), tl.float32),)  # type: ignore[assignment] # it grows
+        acc = grown(acc, tl.zeros((ROWS, BLOCK), tl.float32))
     visit = visits + tl.load(task + 2) * VISIT_FIELDS
     for i in range(tl.load(task + 3)):
         tile, first, seen = find_tile(
@@ -277,7 +283,7 @@ def coded_node_kernel(
                 weights, codes_at, halves_at, live, first, t, h, q.dtype.element_ty,
                 S, D, NP, KP, BLOCK, K_BITS, V_BITS, SINK_BYTE, WIDEN,
             )  # fmt: skip
-            new_acc = new_acc + (acc[h] * carried[:, None] + product,)  # type: ignore[assignment] # it grows
+            new_acc = grown(new_acc, acc[h] * carried[:, None] + product)
         acc = new_acc
         m = new_m
     safe, total = total_of(m, l)

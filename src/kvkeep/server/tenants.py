@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import msgspec
 
 from kvkeep.engine.api import TenantTerms
 from kvkeep.errors import ConfigError
+from kvkeep.files import replace_file
 from kvkeep.server.keys import ApiKey, key_digest, new_key
 
 LIVE_KEYS = 2
@@ -313,7 +313,7 @@ class TenantFile:
             cell = _Cell(table)
             yield cell
             check_table(cell.table)
-            _replace(
+            replace_file(
                 self.path, msgspec.json.format(msgspec.json.encode(cell.table), indent=2) + b"\n"
             )
         finally:
@@ -323,17 +323,3 @@ class TenantFile:
 def _ending(key: KeyRecord, at: float) -> KeyRecord:
     expires = at if key.expires is None else min(at, key.expires)
     return msgspec.structs.replace(key, expires=expires)
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    """Write a sibling file (mode 0600 from its first byte), then rename it over `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

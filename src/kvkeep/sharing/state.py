@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from kvkeep.errors import ConfigError
+from kvkeep.files import replace_file
 from kvkeep.sharing.ledger import Ledger, Spending
 from kvkeep.sharing.snapshot import Snapshot
 
@@ -57,16 +56,7 @@ class FileStore:
     def save(self, state: bytes) -> None:
         """Write a sibling, then rename it over the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name + ".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(state)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(self._path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_file(self._path, state)
 
 
 class State(msgspec.Struct):
