@@ -11,14 +11,19 @@ from kvkeep.types import PageKind, PageTag
 NAME_BYTES = 24
 """Of a sealed page's name."""
 
+SHELF_BYTES = 16
+"""Of what stands for an owner where sealed pages lie."""
+
+PUBLIC_OWNER = "*public"
+"""Owner of public pages; no account can be called so."""
+
 
 @dataclass(frozen=True, slots=True)
 class SealContext:
     """What a sealed page is bound to; rebuilt by its reader, never read from the frame."""
 
     owner: str
-    """The account that pays for the page, whose keys seal it; public pages have keys of their own.
-    """
+    """The account that pays for the page, whose keys seal it, or `PUBLIC_OWNER`."""
     tag: PageTag
     chain_hash: bytes
     model_digest: bytes
@@ -40,7 +45,7 @@ class SealContext:
 
 
 class PageSealer(Protocol):
-    """Turns pages into frames that say nothing, and back; `name_of` alone may run in a step."""
+    """Turns pages into frames that say nothing, and back; a step may ask for names alone."""
 
     name: str
 
@@ -50,19 +55,24 @@ class PageSealer(Protocol):
         None while the owner's keys are not at hand: such a page is a miss.
         """
 
+    def shelf_of(self, owner: str) -> bytes | None:
+        """Return 16 bytes that stand for an owner, keyed by it; never waits, None as `name_of`."""
+
     def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
         """Return how long every frame of pages with layers of these sizes is."""
 
-    def seal(self, context: SealContext, layers: Sequence[bytes]) -> bytes:
-        """Return a page's layers as one frame; may wait for keys.
+    def seal(self, context: SealContext, layers: Sequence[bytes]) -> memoryview:
+        """Return a page's layers as one frame, in memory of its own; may wait for keys.
 
         Raises `SealError` where there are none.
         """
 
     def open(
         self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[bytes]:
-        """Yield a page's layers in order, each as soon as it is open; may wait for keys.
+    ) -> Iterator[memoryview]:
+        """Yield a page's layers in order, each as soon as it is open, in memory of the page's own.
+
+        May wait for keys.
 
         Raises `SealError` where the frame is another context's, was changed, or its keys are gone:
         nothing of a layer is yielded before its bytes are proven.
