@@ -124,6 +124,15 @@ class Settings(BaseSettings):
     evict_observe_every: Count | None = Field(
         None, description="observe one query in so many of an answer"
     )
+    shield: Literal["off", "seal", "tile", "perm", "orth", "mask", "tee"] | None = Field(
+        None, description="how pages are kept from who reads them (default: seal, with a tier)"
+    )
+    shield_keys: str | None = Field(
+        None, description="who wraps sealing keys: file:, env:, fd:, vault:, kms: or pkcs11:"
+    )
+    shield_store: Path | None = Field(
+        None, description="file of wrapped sealing keys (default: beside the keys)"
+    )
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")

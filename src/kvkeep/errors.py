@@ -17,6 +17,8 @@ KvkeepError
 │   └── QuotaExceeded          a tenant's reserved share is used up
 ├── KernelInputError           arrays handed to a kernel do not fit together
 ├── SealError                  sealed bytes do not open in the reader's context
+│   ├── KeysGone               the keys of these bytes were destroyed, or never were
+│   └── KeysUnavailable        the key process or its provider does not answer now
 ├── AuditError                 a target can't be audited: it doesn't answer, or refuses
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
@@ -115,6 +117,14 @@ class KernelInputError(KvkeepError):
 
 class SealError(KvkeepError):
     """Sealed bytes do not open in the reader's context."""
+
+
+class KeysGone(SealError):
+    """The keys of these bytes were destroyed, or never were."""
+
+
+class KeysUnavailable(SealError):
+    """The key process or its provider does not answer now."""
 
 
 class AuditError(KvkeepError):

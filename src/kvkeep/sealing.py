@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +15,8 @@ NAME_BYTES = 24
 
 SHELF_BYTES = 16
 """Of what stands for an owner where sealed pages lie."""
+
+_LENGTHS = struct.Struct("<6I")
 
 PUBLIC_OWNER = "*public"
 """Owner of public pages; no account can be called so."""
@@ -32,16 +36,21 @@ class SealContext:
     kind: PageKind = PageKind.PLAIN
 
     def associated_data(self) -> bytes:
-        """Return the length-framed bytes that a seal authenticates."""
+        """Return the bytes that a seal authenticates: all lengths, then all parts."""
         parts = (
             self.owner.encode(),
-            self.tag.digest(),
+            _digest(self.tag),
             self.chain_hash,
             self.model_digest,
             self.spec_digest,
             self.kind.to_bytes(4, "little"),
         )
-        return b"".join(len(p).to_bytes(4, "little") + p for p in parts)
+        return _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(tag: PageTag) -> bytes:
+    return tag.digest()
 
 
 class PageSealer(Protocol):
@@ -56,14 +65,20 @@ class PageSealer(Protocol):
         """
 
     def shelf_of(self, owner: str) -> bytes | None:
-        """Return 16 bytes that stand for an owner, keyed by it; never waits, None as `name_of`."""
+        """Return 16 bytes that all of an owner's pages are filed under; keyed, never waits.
+
+        They stay the same for an owner whose keys were destroyed. None: no keys are at hand.
+        """
 
     def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
         """Return how long every frame of pages with layers of these sizes is."""
 
-    def seal(self, context: SealContext, layers: Sequence[bytes]) -> memoryview:
-        """Return a page's layers as one frame, in memory of its own; may wait for keys.
+    def seal(
+        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+    ) -> memoryview:
+        """Return a page, its layers one after another, as a frame in memory of its own.
 
+        May wait for keys.
         Raises `SealError` where there are none.
         """
 
@@ -73,7 +88,6 @@ class PageSealer(Protocol):
         """Yield a page's layers in order, each as soon as it is open, in memory of the page's own.
 
         May wait for keys.
-
         Raises `SealError` where the frame is another context's, was changed, or its keys are gone:
         nothing of a layer is yielded before its bytes are proven.
         """

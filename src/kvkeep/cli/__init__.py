@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "attack": "test a server for leaks between tenants",
     "doctor": "look at the machine, a model, or a chat template",
     "tenant": "add, revoke, rotate and list tenants' keys",
+    "keys": "make, rotate and look at the keys that seal pages below memory",
     "detect": "find what in a text must stay private",
     "model": "make or describe a checkpoint",
     "inspect": "draw what a codec does to a prompt's pages",

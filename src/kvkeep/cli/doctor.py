@@ -43,6 +43,27 @@ def machine_rows(settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
+def hygiene_rows() -> list[tuple[str, str]]:
+    """Return what keeps keys and pages out of other hands here."""
+    from kvkeep.shield.secret import look
+
+    found = look()
+    memory = {
+        "memfd_secret": "memfd_secret: no other process reads it, root's included",
+        "mlock": "locked, kept out of dumps; root reads it (this kernel has no memfd_secret)",
+        "unlocked": "neither secret nor locked: raise RLIMIT_MEMLOCK",
+    }
+    cores = "the key process writes none"
+    if found.core_limit_bytes != 0:
+        cores += "; a server may, with pages in it: ulimit -c 0"
+    return [
+        ("key memory", memory[found.key_memory]),
+        ("core dumps", cores),
+        ("swap", "on: pages in memory may reach it; encrypt it" if found.swap else "off"),
+        ("attestation", "configfs reports" if found.attestation else "none: no --shield tee"),
+    ]
+
+
 def model_verdict(settings: Settings) -> str:
     """Return whether the model can be served, or why not."""
     from kvkeep.models.check import check_directory
@@ -62,7 +83,12 @@ def doctor(settings: Settings, context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     verdict = model_verdict(settings)
-    rows = [*machine_rows(settings), ("model", settings.model), ("verdict", verdict)]
+    rows = [
+        *machine_rows(settings),
+        *hygiene_rows(),
+        ("model", settings.model),
+        ("verdict", verdict),
+    ]
     OUT.print(make_table(("what", "found"), rows))
     if not verdict.startswith("can be served"):
         raise typer.Exit(1)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from kvkeep.cli.console import NOTES, human_bytes, loading_bar
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, ModelInfo
-from kvkeep.engine.options import EngineOptions, SharingOptions
+from kvkeep.engine.options import EngineOptions, KeyOptions, SharingOptions
 from kvkeep.engine.process import spawn_engine
+from kvkeep.engine.sealers import provider_of
+from kvkeep.errors import ConfigError
 from kvkeep.models.check import check_directory
 from kvkeep.models.hub import resolve
+from kvkeep.shield.opened import OpenedStore, opened
+from kvkeep.shield.providers.provider import located, parse_spec
+from kvkeep.shield.secret import forbid_dumps
 
 MODEL_SETTINGS = (
     "config",
@@ -46,6 +51,9 @@ MODEL_SETTINGS = (
     "evict_spread",
     "evict_cap",
     "evict_observe_every",
+    "shield",
+    "shield_keys",
+    "shield_store",
     "prefix_caching",
     "attention_planner",
     "attention_share_across_tenants",
@@ -72,6 +80,31 @@ def sharing_options(settings: Settings) -> SharingOptions:
         audit_log=_text(settings.share_audit_log),
         webhook=settings.share_webhook,
     )
+
+
+def key_store(settings: Settings) -> Path:
+    """Return the file of wrapped sealing keys: beside the API keys unless told otherwise."""
+    return settings.shield_store or settings.keys.with_name(f"{settings.keys.name}.sealing")
+
+
+def key_options(settings: Settings) -> KeyOptions:
+    """Return whose keys seal pages, as every process of this user understands it."""
+    named = settings.shield_keys
+    return KeyOptions(
+        provider=None if named is None else str(located(parse_spec(named))),
+        store=str(key_store(settings)),
+    )
+
+
+@contextmanager
+def opened_store(settings: Settings) -> Iterator[OpenedStore]:
+    """Open the key store for its operator; raises `ConfigError` where there is none."""
+    path = key_store(settings)
+    if not path.exists():
+        raise ConfigError(f"shield_store: there is no {path}; name the one the server was given")
+    forbid_dumps()
+    with opened(path, provider_of(key_options(settings))) as store:
+        yield store
 
 
 def _beside_keys(settings: Settings, what: str) -> Path | None:
@@ -116,6 +149,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         evict_spread=settings.evict_spread,
         evict_cap=settings.evict_cap,
         evict_observe_every=settings.evict_observe_every,
+        shield=settings.shield,
+        keys=key_options(settings),
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,
         attention_share_across_tenants=settings.attention_share_across_tenants,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
@@ -85,6 +86,28 @@ def purge(settings: Settings, name: Name) -> None:
     """Drop a tenant's cached pages and votes from a running server."""
     gone = post_admin(settings, "/purge", {"tenant": name})
     NOTES.print(f"Purged {name}: {gone['pages']} pages, {gone['votes']} votes.")
+
+
+@app.command()
+@with_settings("keys", "shield_store", "shield_keys")
+def shred(
+    settings: Settings,
+    name: Name,
+    receipt: Annotated[Path | None, typer.Option(help="file for it (default: stdout)")] = None,
+) -> None:
+    """Destroy the keys of a tenant's sealed pages, wherever copies of these lie."""
+    from kvkeep.cli.engine import opened_store
+
+    with opened_store(settings) as store:
+        document = store.shred(name)
+    if receipt is None:
+        OUT.print_json(document.decode())
+    else:
+        receipt.write_bytes(document + b"\n")
+    NOTES.print(
+        f"Destroyed the keys of {name}'s sealed pages: no tier or backup opens them.\n"
+        f"A running server still has pages in memory: `kvkeep tenant purge {name}` drops them."
+    )
 
 
 @app.command()

@@ -17,6 +17,9 @@ KvName = CodedName | Literal["bf16", "auto"]
 EvictName = Literal["off", "corm", "corm-paper"]
 """Which tokens are forgotten: none, by the preset tuned here, or as published."""
 
+ShieldName = Literal["off", "seal", "tile", "perm", "orth", "mask", "tee"]
+"""How pages are kept from who reads them where they lie."""
+
 PolicyName = Literal["isolate", "selective", "dp", "pinned", "salt", "safekv", "share_all"]
 
 
@@ -42,6 +45,17 @@ class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Hold first tokens back until computing what young shared pages saved would be over."""
     audit_log: str | None = None
     webhook: str | None = None
+
+
+class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose keys seal pages below memory."""
+
+    provider: str | None = None
+    """Such as `file:PATH`; None: a key file beside the store, made where there is none."""
+    store: str | None = None
+    """File of wrapped keys; None: `kvkeep-sealing.json`."""
+    epoch_s: float = 86_400.0
+    """Seconds after which a tenant's pages are sealed under a new key."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +101,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     evict_spread: int | None = None
     evict_cap: int | None = None
     evict_observe_every: int | None = None
+    shield: ShieldName | None = None
+    """None: `seal` where there is a tier below memory, else `off`."""
+    keys: KeyOptions = KeyOptions()
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"
     attention_share_across_tenants: Literal["public", "never"] = "public"

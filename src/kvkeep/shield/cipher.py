@@ -1,0 +1,227 @@
+"""Seals pages with an authenticated cipher, each under a key of its own that a key source grants.
+
+Keys come by page: HKDF gives 32 bytes of key and 32 that commit to it. The commitment is compared
+before anything is decrypted, because the ciphers themselves open under more than one key.
+"""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+
+from kvkeep.errors import SealError
+from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext
+from kvkeep.shield.frame import (
+    HEADER_BYTES,
+    PAGE_ID_BYTES,
+    FramePlan,
+    Header,
+    Suite,
+    plan_frame,
+    read_header,
+)
+from kvkeep.types import PUBLIC_SCOPE
+
+KEY_BYTES = 32
+
+Outcome = Literal["sealed", "opened", "malformed", "changed"]
+
+_ZEROS = bytes(2 * KEY_BYTES)
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(slots=True)
+class PageKey:
+    """The key of one page, for one call."""
+
+    epoch: int
+    material: memoryview
+    """[64] key and commitment, writable."""
+
+    @property
+    def key(self) -> memoryview:
+        """Return the cipher's key."""
+        return self.material[:KEY_BYTES]
+
+    @property
+    def commitment(self) -> bytes:
+        """Return what proves that this is the key."""
+        return bytes(self.material[KEY_BYTES:])
+
+    def wipe(self) -> None:
+        """Forget the key."""
+        self.material[:] = _ZEROS
+
+
+class KeySource(Protocol):
+    """Grants keys by owner."""
+
+    def name_key(self, owner: str) -> bytes | None:
+        """Return the key of an owner's names; never waits, None while it is not at hand."""
+
+    def shelf_key(self) -> bytes | None:
+        """Return the key by which owners are filed; never waits, None while not at hand."""
+
+    def fresh(self, owner: str, page_id: bytes) -> PageKey:
+        """Return the key of a page to be sealed, of the owner's newest epoch.
+
+        Raises `SealError` where there is none to be had.
+        """
+
+    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
+        """Return the key of a page that was sealed; raises `SealError` where it is gone."""
+
+
+class FrameSealer:
+    """A `PageSealer` of frames as `kvkeep.shield.frame` arranges them."""
+
+    def __init__(self, keys: KeySource, suite: Suite | None = None) -> None:
+        self._keys = keys
+        self._suite = suite or suite_of(_CPU_INFO)
+        self.name = self._suite.name.lower().replace("_", "-")
+        self.counts: Counter[Outcome] = Counter()
+        self._counting = threading.Lock()
+
+    def name_of(self, context: SealContext) -> bytes | None:
+        """Return the page's name; None while the owner's name key is not at hand."""
+        key = self._keys.name_key(_hierarchy(context))
+        return _keyed(key, b"kvs1|page" + context.associated_data(), NAME_BYTES)
+
+    def shelf_of(self, owner: str) -> bytes | None:
+        """Return what stands for the owner, whatever becomes of its keys."""
+        return _keyed(self._keys.shelf_key(), b"kvs1|shelf" + owner.encode(), SHELF_BYTES)
+
+    def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
+        """Return the length of every frame of such pages."""
+        return _planned(tuple(layer_bytes)).frame_bytes
+
+    def seal(
+        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+    ) -> memoryview:
+        """Return the page as a frame under a key of its own."""
+        plan = _planned(tuple(layer_bytes))
+        if len(page) != plan.plain_bytes:
+            raise SealError("a page to be sealed is not as long as its layers")
+        page_id = os.urandom(PAGE_ID_BYTES)
+        key = self._keys.fresh(_hierarchy(context), page_id)
+        try:
+            header = Header(self._suite, page_id, key.epoch, 0, key.commitment)
+            cipher = _cipher(self._suite, key.key)
+        finally:
+            key.wipe()
+        bound = _bound(header, context, plan)
+        plain, frame = memoryview(page), np.empty(plan.frame_bytes, np.uint8).data
+        frame[:HEADER_BYTES] = header.pack()
+        for piece in plan.slices:
+            cipher.encrypt_into(
+                piece.nonce,
+                plain[piece.plain],
+                bound + piece.place,
+                frame[piece.sealed],
+            )
+        self._count("sealed")
+        return frame
+
+    def open(
+        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
+    ) -> Iterator[memoryview]:
+        """Yield the page's layers, each once its tags held."""
+        plan = _planned(tuple(layer_bytes))
+        header = self._header(frame, plan)
+        key = self._keys.known(_hierarchy(context), header.epoch, header.page_id, header.generation)
+        try:
+            self._require(header, key)
+            cipher = _cipher(header.suite, key.key)
+        finally:
+            key.wipe()
+        bound = _bound(header, context, plan)
+        plain = np.empty(plan.plain_bytes, np.uint8).data
+        unproven = 0
+        for piece in plan.slices:
+            try:
+                cipher.decrypt_into(
+                    piece.nonce, frame[piece.sealed], bound + piece.place, plain[piece.plain]
+                )
+            except InvalidTag:
+                plain[unproven : piece.plain.stop] = bytes(piece.plain.stop - unproven)
+                self._count("changed")
+                raise SealError("a frame was changed, or belongs to another page") from None
+            for layer in piece.layers:
+                yield plain[layer]
+                unproven = layer.stop
+        self._count("opened")
+
+    def _header(self, frame: memoryview, plan: FramePlan) -> Header:
+        try:
+            return read_header(frame, plan)
+        except SealError:
+            self._count("malformed")
+            raise
+
+    def _require(self, header: Header, key: PageKey) -> None:
+        if not hmac.compare_digest(header.commitment, key.commitment):
+            self._count("changed")
+            raise SealError("a frame is sealed under another key than its reader's")
+
+    def _count(self, outcome: Outcome) -> None:
+        with self._counting:
+            self.counts[outcome] += 1
+
+
+Cipher = AESGCM | ChaCha20Poly1305
+
+
+def suite_of(cpu_info: Path) -> Suite:
+    """Return the faster cipher of a machine: AES where its processor has instructions for it."""
+    if not cpu_info.exists():
+        return Suite.AES_256_GCM
+    flags = (
+        line.partition(":")[2].split()
+        for line in cpu_info.read_text(encoding="utf-8").splitlines()
+        if line.startswith(("flags", "Features"))
+    )
+    return Suite.AES_256_GCM if "aes" in next(flags, ()) else Suite.CHACHA20_POLY1305
+
+
+def _cipher(suite: Suite, key: memoryview) -> Cipher:
+    return AESGCM(key) if suite is Suite.AES_256_GCM else ChaCha20Poly1305(key)
+
+
+def _keyed(key: bytes | None, what: bytes, size: int) -> bytes | None:
+    return None if key is None else hmac.digest(key, what, "sha256")[:size]
+
+
+def _hierarchy(context: SealContext) -> str:
+    """Return whose keys seal the page: public pages have their own, whoever computed them."""
+    return PUBLIC_OWNER if context.tag.scope == PUBLIC_SCOPE else context.owner
+
+
+def _bound(header: Header, context: SealContext, plan: FramePlan) -> bytes:
+    """Return what each slice's associated data begins with; the reader makes it anew."""
+    page = context.associated_data()
+    return b"".join(
+        (
+            b"kvs1",
+            header.suite.to_bytes(1, "little"),
+            len(page).to_bytes(4, "little"),
+            page,
+            header.generation.to_bytes(4, "little"),
+            plan.sizes,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(layer_bytes: tuple[int, ...]) -> FramePlan:
+    return plan_frame(layer_bytes)

@@ -1,0 +1,91 @@
+"""The key hierarchy's arithmetic: how keys wrap keys, and what is derived from them.
+
+A provider's key wraps an owner's root, the root wraps the owner's name key and one key per epoch,
+and an epoch's key gives each page its own by HKDF. Roots, name and epoch keys are random: whoever
+destroys a wrapped root destroys all below it, which keys derived from a master would not allow.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from kvkeep.errors import SealError
+
+KEY_BYTES = 32
+NONCE_BYTES = 12
+TAG_BYTES = 16
+WRAPPED_BYTES = 1 + NONCE_BYTES + KEY_BYTES + TAG_BYTES
+
+_VERSION = b"\x01"
+
+Secret = bytes | bytearray | memoryview
+
+
+def label_of(purpose: str, *parts: str | bytes | int) -> bytes:
+    """Return what a wrapped key is bound to, unlike for any two different lists of parts."""
+    framed = [b"kvs1|" + purpose.encode()]
+    for part in parts:
+        raw = part.to_bytes(8, "little") if isinstance(part, int) else part
+        raw = raw.encode() if isinstance(raw, str) else raw
+        framed.append(len(raw).to_bytes(4, "little") + raw)
+    return b"".join(framed)
+
+
+class StoreLabels(NamedTuple):
+    """What a store's own keys are bound to."""
+
+    signing: bytes
+    shelf: bytes
+
+
+def store_labels(store_id: str) -> StoreLabels:
+    """Return what a store's own wrapped keys are bound to."""
+    return StoreLabels(label_of("signing", store_id), label_of("shelf", store_id))
+
+
+def root_label(owner: str, key_id: str) -> bytes:
+    """Return what a wrapped root is bound to."""
+    return label_of("root", owner, key_id)
+
+
+def name_label(owner: str, key_id: str) -> bytes:
+    """Return what a wrapped name key is bound to."""
+    return label_of("name", owner, key_id)
+
+
+def epoch_label(owner: str, key_id: str, epoch: int) -> bytes:
+    """Return what a wrapped epoch key is bound to."""
+    return label_of("dek", owner, key_id, epoch)
+
+
+def wrap(key: Secret, inner: Secret, label: bytes) -> bytes:
+    """Return `inner` [32] wrapped under `key` [32], bound to a label."""
+    nonce = os.urandom(NONCE_BYTES)
+    return _VERSION + nonce + AESGCM(key).encrypt(nonce, inner, label)
+
+
+def unwrap(key: Secret, wrapped: bytes, label: bytes, into: memoryview) -> None:
+    """Write what was wrapped into 32 bytes; raises `SealError` where it is another's or changed."""
+    if len(wrapped) != WRAPPED_BYTES or wrapped[:1] != _VERSION:
+        raise SealError("a wrapped key is of another form or version")
+    nonce, rest = wrapped[1 : 1 + NONCE_BYTES], wrapped[1 + NONCE_BYTES :]
+    try:
+        AESGCM(key).decrypt_into(nonce, rest, label, into)
+    except InvalidTag:
+        into[:] = bytes(len(into))
+        raise SealError("a wrapped key was changed, or was wrapped by another key") from None
+
+
+def page_material(epoch_key: Secret, page_id: bytes, generation: int) -> bytes:
+    """Return a page's key [32] and its commitment [32]: HKDF-Expand-SHA256 of the epoch's key.
+
+    RFC 5869, section 2.3, for two blocks.
+    """
+    info = b"kvs1|page" + page_id + generation.to_bytes(4, "little")
+    first = hmac.digest(epoch_key, info + b"\x01", "sha256")
+    return first + hmac.digest(epoch_key, first + info + b"\x02", "sha256")

@@ -1,0 +1,252 @@
+"""A server's side of the key process: page keys for one call, name keys, nothing above them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable
+from kvkeep.shield import wire as w
+from kvkeep.shield.cipher import PageKey
+from kvkeep.shield.issue import EPOCH_S
+
+ANSWER_S = 10.0
+"""How long the key process may take; then it is taken for dead."""
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 30.0
+"""Between two starts of a key process that dies again; the pause doubles."""
+WARM_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class KeyCounts:
+    """What happened to the key process and its answers."""
+
+    starts: int = 0
+    deaths: int = 0
+    gone: int = 0
+    """Requests for keys that were destroyed."""
+    unavailable: int = 0
+    """Requests that nobody answered: the key process or its provider is down."""
+
+
+class KeyClient:
+    """Starts the key process, asks it, and starts it again where it died; a `KeySource`."""
+
+    def __init__(
+        self,
+        provider: str,
+        store: str,
+        *,
+        epoch_s: float = EPOCH_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counts = KeyCounts()
+        self._begin = w.Begin(provider, store, epoch_s)
+        self._clock = clock
+        self._asking = threading.Lock()
+        self._channel: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pause_s = FIRST_PAUSE_S
+        self._not_before = float("-inf")
+        self._closed = False
+        self._names: dict[str, tuple[str, bytes]] = {}
+        self._shelf: bytes | None = None
+        self._wanted: set[str] = set()
+        self._wake = threading.Event()
+        self._fetcher: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Return the key process's number; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> w.Status:
+        """Start the key process and learn every owner's name key; raises `ConfigError`."""
+        try:
+            with self._asking:
+                status = self._connect()
+        except KeysUnavailable as error:
+            raise ConfigError(f"shield: the key process can't be started: {error}") from None
+        self._fetcher = threading.Thread(target=self._fetch, name="kvkeep-names", daemon=True)
+        self._fetcher.start()
+        deadline = self._clock() + WARM_S
+        known = self._ask(w.ListOwners())
+        if not isinstance(known, w.Owners):
+            raise _strange()
+        self._shelf = known.shelf
+        for owner in known.owners:
+            if self._clock() > deadline:
+                self.name_key(owner)
+            else:
+                self._learn(owner)
+        return status
+
+    def close(self) -> None:
+        """End the key process."""
+        self._closed = True
+        self._wake.set()
+        if self._fetcher is not None:
+            self._fetcher.join(ANSWER_S)
+        with self._asking:
+            self._end()
+
+    def name_key(self, owner: str) -> bytes | None:
+        """Return the key of an owner's names; None, and fetched soon, while it is not at hand."""
+        known = self._names.get(owner)
+        if known is not None:
+            return known[1]
+        self._wanted.add(owner)
+        self._wake.set()
+        return None
+
+    def shelf_key(self) -> bytes | None:
+        """Return the key by which owners are filed; None before the key process first began."""
+        return self._shelf
+
+    def fresh(self, owner: str, page_id: bytes) -> PageKey:
+        """Return the key of a page to be sealed."""
+        return self._granted(owner, w.Fresh(owner, (page_id,)))
+
+    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
+        """Return the key of a page that was sealed."""
+        return self._granted(owner, w.Known(owner, epoch, ((page_id, generation),)))
+
+    def rotate(self, owner: str) -> int:
+        """Begin a new epoch for an owner; returns its number."""
+        reply = self._ask(w.Rotate(owner))
+        if not isinstance(reply, w.Rotated):
+            raise _strange()
+        return reply.epoch
+
+    def shred(self, tenant: str) -> bytes:
+        """Destroy a tenant's keys; returns the receipt. Raises `ConfigError` where it has none."""
+        reply = self._ask(w.Shred(tenant))
+        if not isinstance(reply, w.Receipt):
+            raise _strange()
+        for owner in list(self._names):
+            if owner == tenant or owner.startswith(f"{tenant}/"):
+                self._names.pop(owner, None)
+        return reply.document
+
+    def status(self) -> w.Status:
+        """Return how the key process stands."""
+        reply = self._ask(w.GetStatus())
+        if not isinstance(reply, w.Status):
+            raise _strange()
+        return reply
+
+    def _granted(self, owner: str, request: w.Fresh | w.Known) -> PageKey:
+        try:
+            reply = self._ask(request)
+        except KeysGone:
+            self.counts.gone += 1
+            self._names.pop(owner, None)
+            raise
+        except KeysUnavailable:
+            self.counts.unavailable += 1
+            raise
+        if not isinstance(reply, w.Granted):
+            raise _strange()
+        name = self._names.get(owner)
+        if name is not None and name[0] != reply.key_id:
+            self._names.pop(owner, None)
+        return PageKey(reply.epoch, reply.material)
+
+    def _ask(self, request: w.Request) -> w.Reply:
+        """Return the key process's answer; a refusal is raised as what it says."""
+        with self._asking:
+            if self._channel is None:
+                self._connect_again()
+            reply = self._exchange(request)
+        if isinstance(reply, w.Refused):
+            raise w.raised(reply)
+        return reply
+
+    def _exchange(self, request: w.Request) -> w.Reply:
+        if self._channel is None:
+            raise KeysUnavailable("there is no key process")
+        try:
+            w.send(self._channel, request)
+            return w.receive_reply(self._channel)
+        except (EOFError, OSError) as error:
+            self.counts.deaths += 1
+            self._end()
+            self._not_before = self._clock() + self._pause_s
+            log.warning("the key process died; sealed pages are misses until it runs again")
+            raise KeysUnavailable("the key process died") from error
+
+    def _connect_again(self) -> None:
+        if self._closed or self._clock() < self._not_before:
+            raise KeysUnavailable("the key process is down")
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._not_before = self._clock() + self._pause_s
+        try:
+            self._connect()
+        except ConfigError as error:
+            raise KeysUnavailable(f"the key process can't be started again: {error}") from None
+        self._pause_s = FIRST_PAUSE_S
+
+    def _connect(self) -> w.Status:
+        """Start the process and hand it what it works with; raises `ConfigError`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - this program's own module
+                [sys.executable, "-P", "-m", "kvkeep.shield.keeper", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        ours.settimeout(ANSWER_S)
+        self._channel = ours
+        self.counts.starts += 1
+        reply = self._exchange(self._begin)
+        if isinstance(reply, w.Refused):
+            self._end()
+            raise ConfigError(reply.message)
+        if not isinstance(reply, w.Status):
+            raise _strange()
+        return reply
+
+    def _end(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            try:
+                self._process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _learn(self, owner: str) -> None:
+        """Fetch an owner's name key; without one its pages are misses until the next try."""
+        try:
+            reply = self._ask(w.NameKey(owner))
+        except (ConfigError, KeysGone, KeysUnavailable):
+            return
+        if isinstance(reply, w.Named):
+            self._names[owner] = (reply.key_id, reply.key)
+
+    def _fetch(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            while self._wanted and not self._closed:
+                owner = self._wanted.pop()
+                self._learn(owner)
+                if owner not in self._names:
+                    time.sleep(FIRST_PAUSE_S)
+
+
+def _strange() -> KeysUnavailable:
+    return KeysUnavailable("the key process answered something else")

@@ -1,0 +1,1 @@
+"""Where the key that wraps all others lives: a file, the environment, or a service."""
