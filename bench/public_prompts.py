@@ -16,9 +16,9 @@ PROMPT_TOKENS: Final = 4096
 SEED: Final = 11
 
 
-def public_prompts(count: int) -> list[str]:
-    """Return prompts of `PROMPT_TOKENS` tokens of the demo model's tokenizer."""
-    parts = tomllib.loads(PARTS.read_text(encoding="utf-8"))
+def public_prompts(count: int, path: Path = PARTS) -> list[str]:
+    """Return prompts of `PROMPT_TOKENS` tokens of the demo model's tokenizer, of a file's parts."""
+    parts = tomllib.loads(path.read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
     found = []
     for index in range(count):

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from kvkeep.sharing.detector.catalogue import Rule, shipped_rules
 from kvkeep.sharing.detector.normalise import views
-from kvkeep.sharing.detector.patterns import Pattern
+from kvkeep.sharing.detector.patterns import Hit, Pattern
 from kvkeep.sharing.detector.rules import RuleRecogniser, entropy_bits, words_pattern
 from kvkeep.sharing.detector.rules import _Compiled as Compiled
-from kvkeep.sharing.detector.rules import _find as find
+from kvkeep.sharing.detector.rules import _onward as onward
+from kvkeep.sharing.detector.rules import _score as score
+from kvkeep.sharing.detector.spans import Span
 from tests.sharing.detector.corpus import texts
 
 RULE = Rule("r", "thing", "identifier", "[0-9]{4}", "derived")
@@ -84,10 +87,20 @@ def test_the_version_changes_with_the_rules() -> None:
     assert one.version == RuleRecogniser([RULE]).version != two.version
 
 
+def slowly(compiled: Compiled, text: str) -> Iterator[Span]:
+    """Yield what a rule finds, tried again from every character behind one that failed."""
+    rule, data, start = compiled.rule, text.encode(), 0
+    while (hit := compiled.pattern.search(data, start)) is not None:
+        begin, end = (len(data[:at].decode()) for at in hit.value)
+        value = score(compiled, text, begin, end)
+        if value > 0:
+            yield Span(begin, end, rule.kind, rule.category, value, "rule")
+        start = max(hit.value[1], hit.start + 1) if value > 0 else hit.start + 1
+
+
 def counted(recogniser: RuleRecogniser, each: list[Compiled], text: str) -> int:
     """Return how many spans every rule finds by itself; what all find together is the same."""
-    data = text.encode()
-    oracle = [(c.rule, span) for c in each for span in find(c, text, data)]
+    oracle = [(c.rule, span) for c in each for span in slowly(c, text)]
     assert recogniser.explained(text) == oracle
     return len(oracle)
 
@@ -101,6 +114,42 @@ def test_all_rules_together_find_what_each_finds_alone() -> None:
         for view in views(text)
     )
     assert found > 90
+
+
+@pytest.mark.parametrize(
+    ("edge", "text", "hits"),
+    [
+        ("word", "a1234 1234", ["1234"]),
+        ("digit", "12345a1234", ["1234"]),
+        ("number", "12 12345-1234 5678", []),
+        ("number", "12345a1234 ", ["1234"]),
+        ("none", "123456", ["1234"]),
+    ],
+)
+def test_what_failed_is_not_sought_inside_its_first_word(
+    edge: str, text: str, hits: list[str]
+) -> None:
+    compiled = Compiled(replace(RULE, edge=edge))
+    oracle = [text[span.start : span.end] for span in slowly(compiled, text)]
+    assert oracle == [value for value, _ in found(compiled.rule, text)] == hits
+
+
+@pytest.mark.parametrize(
+    ("rule", "next_start"),
+    [
+        (RULE, 9),
+        (replace(RULE, edge="digit"), 8),
+        (replace(RULE, edge="number"), 8),
+        (replace(RULE, edge="none"), 1),
+        (replace(RULE, pattern="([0-9]{4})"), 1),
+        (replace(RULE, pattern="-?[0-9]{4}"), 1),
+    ],
+)
+def test_what_failed_inside_a_run_goes_on_behind_it(rule: Rule, next_start: int) -> None:
+    data = b"-2345678a 1" if rule.pattern.startswith("-") else b"12345678a 1"
+    hit = Hit(0, 4, (0, 4))
+    assert onward(Compiled(rule), data, hit, found=False) == next_start
+    assert onward(Compiled(rule), data, hit, found=True) == 4
 
 
 @pytest.mark.slow

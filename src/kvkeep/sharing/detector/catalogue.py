@@ -148,7 +148,6 @@ def _pattern(value: str, lists: Mapping[str, Sequence[str]]) -> str:
         return f"(?:{'|'.join(re.escape(word) for word in lists[match[1]])})"
 
     text = _PLACEHOLDER.sub(words, value)
-    Pattern(text)
     if Pattern(text).search(b"") is not None:
         raise ConfigError("matches empty text; make a part of it obligatory")
     if any(int(number) > LONGEST_MATCH for number in _REPEAT.findall(text)):

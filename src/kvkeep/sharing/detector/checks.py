@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import pairwise
 from types import MappingProxyType
@@ -25,7 +25,6 @@ Check = Callable[[str], bool]
 _STDNUM: Final = (
     "bic",
     "imei",
-    "luhn",
     "cn.uscc",
     "de.idnr",
     "de.vat",
@@ -70,9 +69,22 @@ def _digits(value: str) -> list[int]:
     return [int(letter) for letter in value if "0" <= letter <= "9"]
 
 
+@cache
+def _known(name: str) -> Check:
+    """Return python-stdnum's check of a format, its module read when it is first asked for."""
+    check: Check = import_module(f"stdnum.{name}").is_valid
+    return check
+
+
 def _stdnum(name: str, value: str) -> bool:
-    plain = value.translate(_SEPARATORS)
-    return bool(import_module(f"stdnum.{name}").is_valid(plain))
+    return bool(_known(name)(value.translate(_SEPARATORS)))
+
+
+def luhn(value: str) -> bool:
+    """Tell whether the last digit of a number is right: ISO/IEC 7812-1, annex B."""
+    digits = _digits(value)
+    doubled = sum(2 * digit - 9 * (digit > 4) for digit in digits[-2::-2])
+    return bool(digits) and (sum(digits[-1::-2]) + doubled) % 10 == 0
 
 
 def _phone(region: str, value: str) -> bool:
@@ -104,7 +116,7 @@ def _one_digit(digits: list[int]) -> bool:
 def card(value: str) -> bool:
     """Tell whether a payment card may carry the number: issuer's prefix, length, Luhn."""
     digits = _digits(value)
-    if _one_digit(digits) or not _stdnum("luhn", "".join(map(str, digits))):
+    if _one_digit(digits) or not luhn(value):
         return False
     two, three, four = (int("".join(map(str, digits[:n]))) for n in (2, 3, 4))
     length = len(digits)
@@ -122,6 +134,14 @@ def card(value: str) -> bool:
 
 def iban(value: str) -> bool:
     """Tell whether the remainder of an account number is right, whatever its country says."""
+    plain = "".join(filter(str.isalnum, value))
+    moved = f"{plain[4:]}{plain[:4]}"
+    if (
+        moved
+        and moved.isascii()
+        and int("".join(str(int(letter, 36)) for letter in moved)) % 97 != 1
+    ):
+        return False  # before the library, which takes ten times as long to say so
     return bool(stdnum_iban.is_valid(value, check_country=False))
 
 
@@ -223,6 +243,8 @@ def calendar_date(value: str) -> bool:
 
 def public_ip(value: str) -> bool:
     """Tell whether an address is one of a host somewhere: not reserved, private or for examples."""
+    if ":" in value and "::" not in value and "." not in value and value.count(":") != 7:
+        return False  # such as a date with a time; refusing it by an error takes longer
     try:
         address = ipaddress.ip_address(value)
     except ValueError:
@@ -333,6 +355,7 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
         **{
             check.__name__: check
             for check in (
+                luhn,
                 card,
                 my_number,
                 corporate_number,

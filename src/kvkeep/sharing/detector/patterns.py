@@ -9,8 +9,12 @@ from re2 import Options, Set, _re2
 
 from kvkeep.errors import ConfigError
 
-_SET_BYTES: Final = 64 << 20
-"""Most memory the automaton of a `PatternSet` may take; it is taken as texts need it."""
+_MOST_BYTES: Final = 64 << 20
+"""Most memory an automaton may take, a `PatternSet`'s always; it is taken as texts need it."""
+_PATTERN_BYTES: Final = 8 << 20
+_STEP_BYTES: Final = 1024
+"""Of a `Pattern`, and for each step of its program: one that gets too little for a few states is
+searched without an automaton, forty times as slowly."""
 _ANYWHERE: Final = _re2.RE2.Anchor.UNANCHORED
 
 
@@ -28,26 +32,30 @@ class Pattern:
 
     def __init__(self, text: str) -> None:
         # The extension itself: its wrapper in Python takes longer than most searches.
-        compiled = _re2.RE2(text.encode(), _quiet())
+        data = text.encode()
+        compiled = _re2.RE2(data, _options(_PATTERN_BYTES))
         if not compiled.ok():
             raise ConfigError(
                 f"pattern {text!r} is refused: {_words(compiled.error())}; write it without "
                 "look-around and back-references, which need backtracking"
             )
+        wanted = min(compiled.ProgramSize() * _STEP_BYTES, _MOST_BYTES)
+        if wanted > _PATTERN_BYTES:
+            compiled = _re2.RE2(data, _options(wanted))
         self._match = compiled.Match
+        self.groups: int = compiled.NumberOfCapturingGroups()
 
     def search(self, data: bytes, start: int = 0) -> Hit | None:
         """Return the leftmost match that begins at or after a byte."""
         size = len(data)
         if start > size:
             return None
-        whole, *groups = self._match(_ANYWHERE, data, start, size)
+        spans = self._match(_ANYWHERE, data, start, size)
+        whole = spans[0]
         if whole[0] < 0:
             return None
-        for group in groups:
-            if group[0] >= 0:
-                return Hit(whole[0], whole[1], group)
-        return Hit(whole[0], whole[1], whole)
+        value = next((group for group in spans[1:] if group[0] >= 0), whole)
+        return Hit(whole[0], whole[1], value)
 
     def hits(self, data: bytes) -> Iterator[Hit]:
         """Yield matches from left to right, none inside another."""
@@ -61,15 +69,14 @@ class PatternSet:
     """Tells which of many patterns match somewhere in a text, in one pass over it."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        options = _quiet()
-        options.max_mem = _SET_BYTES
-        self._set = Set.SearchSet(options)
+        self._set = Set.SearchSet(_options(_MOST_BYTES))
         for pattern in patterns:
             self._set.Add(pattern)
         # At the end alone: what matches at every byte is noted at every byte.
         self._witness = self._set.Add(r"\z")
         self._set.Compile()
         self._all = tuple(range(len(patterns)))
+        self._none = [self._witness]
 
     def matching(self, data: bytes) -> Sequence[int]:
         """Return the indices of the patterns that may match.
@@ -78,6 +85,8 @@ class PatternSet:
         text; then all indices are returned.
         """
         found: list[int] | None = self._set.Match(data)
+        if found == self._none:
+            return []
         if found is None or self._witness not in found:
             return self._all
         found.remove(self._witness)
@@ -85,9 +94,10 @@ class PatternSet:
         return found
 
 
-def _quiet() -> Options:
+def _options(most_bytes: int) -> Options:
     options = Options()
     options.log_errors = False
+    options.max_mem = most_bytes
     return options
 
 

@@ -1,7 +1,7 @@
 """Find spans by rules: passes over many patterns at once, then each one's own conditions.
 
 A text is spared the passes over patterns that need characters it lacks. Rules that find nothing
-without a word near are sought by those words: most texts hold few of them.
+without a word near are tried where their pattern and such a word both stand somewhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from kvkeep.sharing.detector.spans import Span
 _WITHIN_NUMBERS: Final = frozenset(" -.")
 DENY_REACH: Final = 16
 """Characters before a value in which a denying word counts."""
-TOGETHER: Final = 80
+TOGETHER: Final = 160
 """Most rules of one pass: more passes take longer, larger automata meet new states for longer."""
+_RUNS: Final = {
+    "word": re.compile(rb"[0-9A-Za-z]*"),
+    "digit": re.compile(rb"[0-9]*"),
+    "number": re.compile(rb"[0-9]*"),
+}
+"""By edge, what a value can't begin within."""
 
 
 def entropy_bits(text: str) -> float:
@@ -35,23 +41,25 @@ def entropy_bits(text: str) -> float:
     return -sum(n / length * log2(n / length) for n in Counter(text).values())
 
 
-def words_pattern(words: Sequence[str]) -> str:
+def words_pattern(words: Sequence[str], *, loose: bool = False) -> str:
     """Return a pattern for any of some whole words in any case; `*` at an end lets a word go on.
 
-    Scripts without spaces between words have no whole words: there any occurrence counts.
+    Scripts without spaces between words have no whole words: there any occurrence counts. A loose
+    pattern takes letters that are not ASCII for an edge, in a hundredth of the automaton.
     """
+    inside = "0-9A-Za-z" if loose else r"\pL\pN"
     groups: dict[tuple[str, str], list[str]] = {}
     for word in words:
         body = word.strip("*")
-        before = "" if word.startswith("*") else _edge(body[0], "^")
-        after = "" if word.endswith("*") else _edge(body[-1], "$")
+        before = "" if word.startswith("*") else _edge(body[0], "^", inside)
+        after = "" if word.endswith("*") else _edge(body[-1], "$", inside)
         groups.setdefault((before, after), []).append(re.escape(body))
     parts = (f"{b}(?:{'|'.join(bodies)}){a}" for (b, a), bodies in groups.items())
     return f"(?i){'|'.join(parts)}"
 
 
-def _edge(letter: str, anchor: str) -> str:
-    return rf"(?:{anchor}|[^\pL\pN])" if _in_word(letter) else ""
+def _edge(letter: str, anchor: str, inside: str) -> str:
+    return f"(?:{anchor}|[^{inside}])" if _in_word(letter) else ""
 
 
 class _Compiled:
@@ -62,6 +70,7 @@ class _Compiled:
         self.needed = needs(rule.pattern)
         self.only_near = rule.context if not rule.alone else ()
         """Words without which the rule finds nothing."""
+        self.run = _RUNS.get(rule.edge)
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -94,15 +103,14 @@ class RuleRecogniser:
         self.version = digest.hexdigest()[:12]
         """What tells these rules from others."""
         groups: dict[frozenset[str], list[int]] = {}
-        near: dict[tuple[str, ...], list[int]] = {}
         for index, compiled in enumerate(self._compiled):
-            if compiled.only_near:
-                near.setdefault(compiled.only_near, []).append(index)
-            else:
-                groups.setdefault(compiled.needed, []).append(index)
+            groups.setdefault(compiled.needed, []).append(index)
         self._passes = [self._pass(*part) for group in groups.items() for part in _parts(*group)]
-        self._near = list(near.values())
-        self._contexts = PatternSet([words_pattern(words) for words in near])
+        near = dict.fromkeys(c.only_near for c in self._compiled if c.only_near)
+        places = {words: place for place, words in enumerate(near)}
+        self._near = [places.get(compiled.only_near) for compiled in self._compiled]
+        """Of each rule, which of the contexts it needs."""
+        self._contexts = PatternSet([words_pattern(words, loose=True) for words in near])
 
     def _pass(self, needed: frozenset[str], indices: Sequence[int]) -> _Pass:
         loose = [loosened(self.rules[index].pattern) for index in indices]
@@ -129,10 +137,9 @@ class RuleRecogniser:
         for needed, members, patterns in self._passes:
             if needed <= offered:
                 indices += [members[index] for index in patterns.matching(shaped)]
-        for context in self._contexts.matching(data):
-            for index in self._near[context]:
-                if self._compiled[index].needed <= offered:
-                    indices.append(index)
+        if any(self._near[index] is not None for index in indices):
+            met = {None, *self._contexts.matching(data)}
+            indices = [index for index in indices if self._near[index] in met]
         indices.sort()
         return [self._compiled[index] for index in indices]
 
@@ -155,7 +162,22 @@ def _find(compiled: _Compiled, text: str, data: bytes) -> Iterator[Span]:
         score = _score(compiled, text, start, end)
         if score > 0:
             yield Span(start, end, rule.kind, rule.category, score, "rule")
-        hit = pattern.search(data, max(hit.value[1], hit.start + 1) if score > 0 else hit.start + 1)
+        hit = pattern.search(data, _onward(compiled, data, hit, found=score > 0))
+
+
+def _onward(compiled: _Compiled, data: bytes, hit: Hit, *, found: bool) -> int:
+    """Return where to search on: behind a value that was found, else where another may begin.
+
+    A value that is its whole match and begins within a word or a number is none, so what failed is
+    not tried again from inside its first one.
+    """
+    after = hit.start + 1
+    if found:
+        return max(hit.value[1], after)
+    if compiled.run is None or compiled.pattern.groups:
+        return after
+    run = compiled.run.match(data, hit.start)
+    return max(run.end(), after) if run else after
 
 
 def _characters(data: bytes, hit: Hit) -> tuple[int, int]:

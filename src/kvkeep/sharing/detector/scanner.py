@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
@@ -28,6 +29,8 @@ LONGEST_CARRY: Final = 8192
 REMEMBERED: Final = 4096
 """Characters before the new text whose spans the context still sees."""
 
+_LAST_GAP = re.compile(r"(?s:.)*[\W_]")
+"""Up to the last character that is neither a letter nor a digit."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -202,10 +205,9 @@ def carried(piece: str, view: View) -> str:
     Raises ValueError where invisible characters make it longer than `LONGEST_CARRY`.
     """
     start = max(0, len(view.text) - CARRY)
-    for position in range(start, max(0, start - WORD), -1):
-        if not view.text[position - 1].isalnum():
-            start = position
-            break
+    parted = _LAST_GAP.match(view.text, max(0, start - WORD), start)
+    if parted is not None:
+        start = parted.end()
     start = view.original(start, start)[0] if start else 0
     if len(piece) - start > LONGEST_CARRY:
         raise ValueError("too many invisible characters to read across an edge")
