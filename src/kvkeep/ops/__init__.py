@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from kvkeep.errors import ConfigError
 from kvkeep.ops.checks import validate
 from kvkeep.ops.cpu import available, cpu_ops
 from kvkeep.ops.cpu_leaf import CpuLeaf
 from kvkeep.ops.device import Device, device_ops, free_bytes
 from kvkeep.ops.layout import (
+    HOST,
     Attended,
     AttentionOps,
     AttentionPlan,
@@ -22,6 +25,7 @@ from kvkeep.ops.layout import (
 from kvkeep.ops.reference import ReferenceAttention
 from kvkeep.ops.reference_leaf import ReferenceLeaf
 from kvkeep.ops.reference_sample import ReferenceSample
+from kvkeep.ops.turns import TorchTurn
 from kvkeep.types import Kernel
 
 __all__ = [
@@ -54,5 +58,6 @@ def select(kernel: Kernel, threads: int, device: Device = "cpu") -> Ops:
     if device == "cuda" or kernel == "triton":
         return device_ops(device)
     if kernel == "reference":
-        return Ops(kernel, ReferenceAttention(), ReferenceLeaf(), ReferenceSample())
+        turn = TorchTurn(HOST, torch.float64)
+        return Ops(kernel, ReferenceAttention(), ReferenceLeaf(), ReferenceSample(), turn)
     return cpu_ops(available()[0] if kernel == "auto" else kernel, threads)

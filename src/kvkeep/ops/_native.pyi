@@ -80,6 +80,27 @@ def rotate_heads(
     k_norm: int,
     eps: float,
 ) -> None: ...
+
+class TurnKind(Enum):
+    ORDER = 0
+    BUTTERFLY = 1
+    MATRIX = 2
+
+def turn_heads(
+    backend: Backend,
+    dtype: Dtype,
+    kind: TurnKind,
+    order: int,
+    factor: int,
+    x: int,
+    rows: int,
+    row_stride: int,
+    head_stride: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    out: int,
+) -> None: ...
 def find_largest(backend: Backend, rows: int, count: int, vocab: int) -> None: ...
 def draw(backend: Backend, rows: int, count: int, vocab: int) -> None: ...
 

@@ -12,6 +12,7 @@ from kvkeep.ops import _native
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.cpu_leaf import CpuLeaf
 from kvkeep.ops.cpu_sample import CpuSample
+from kvkeep.ops.cpu_turn import CpuTurn
 from kvkeep.ops.layout import Ops
 
 CpuKernel = Literal["avx512", "avx2", "portable"]
@@ -70,7 +71,9 @@ class DotPeak:
 def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:
     """Return the kernels of one path, run by `threads` threads."""
     backend = _backend(kernel, threads)
-    return Ops(kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend))
+    return Ops(
+        kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend), CpuTurn(backend)
+    )
 
 
 def decoding_attention(kernel: CpuKernel, threads: int, *, halves: bool = False) -> CpuAttention:

@@ -12,6 +12,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.ops.layout import ROW_LAYOUTS, Ops
 from kvkeep.ops.torch_leaf import TorchLeaf
 from kvkeep.ops.torch_sample import TorchSample
+from kvkeep.ops.turns import TorchTurn
 
 Device = Literal["cpu", "cuda"]
 
@@ -44,6 +45,7 @@ def device_ops(device: Device) -> Ops:
         TritonAttention(there),
         TorchLeaf(there),
         TorchSample(there),
+        TorchTurn(there),
         there,
         ROW_LAYOUTS,
     )

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from kvkeep.errors import KernelInputError
+from kvkeep.ops.turns import TurnOps
 from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, Layout, UInt64Array
 
 STEP_TOKENS = 128
@@ -311,6 +312,7 @@ class Ops:
     attention: AttentionOps
     leaf: LeafOps
     sample: SampleOps
+    turn: TurnOps
     device: torch.device = HOST
     layouts: Mapping[torch.dtype, Layout] = field(default_factory=lambda: LANE_LAYOUTS)
     """Layout of the tiles that `attention` reads, per dtype of the model."""

@@ -10,6 +10,7 @@
 #include "leaf.hpp"
 #include "sample.hpp"
 #include "stream.hpp"
+#include "turn.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -75,6 +76,14 @@ void run_rotate_heads(Backend& backend, Dtype dtype, uintptr_t x, int64_t rows, 
                at<void>(sin), {at<void>(q_norm), at<void>(k_norm), eps});
 }
 
+void run_turn_heads(Backend& backend, Dtype dtype, TurnKind kind, uintptr_t order, uintptr_t factor,
+                    uintptr_t x, int64_t rows, int64_t row_stride, int64_t head_stride,
+                    int64_t heads, int64_t kv_heads, int64_t dim, uintptr_t out) {
+  auto turn = backend.enter();
+  turn_heads(backend, dtype, {kind, at<int32_t>(order), at<float>(factor)},
+             {at<void>(x), rows, row_stride, head_stride, heads, kv_heads, dim, at<void>(out)});
+}
+
 void bind_leaf(nb::module_& m) {
   nb::enum_<Dtype>(m, "Dtype").value("F32", Dtype::kF32).value("BF16", Dtype::kBf16);
   nb::class_<PackedWeight>(m, "PackedWeight").def_prop_ro("nbytes", [](const PackedWeight& w) {
@@ -97,6 +106,13 @@ void bind_leaf(nb::module_& m) {
         "dim"_a, "eps"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("rotate_heads", &run_rotate_heads, "backend"_a, "dtype"_a, "x"_a, "rows"_a, "stride"_a,
         "q_heads"_a, "kv_heads"_a, "dim"_a, "cos"_a, "sin"_a, "q_norm"_a, "k_norm"_a, "eps"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  nb::enum_<TurnKind>(m, "TurnKind")
+      .value("ORDER", TurnKind::kOrder)
+      .value("BUTTERFLY", TurnKind::kButterfly)
+      .value("MATRIX", TurnKind::kMatrix);
+  m.def("turn_heads", &run_turn_heads, "backend"_a, "dtype"_a, "kind"_a, "order"_a, "factor"_a,
+        "x"_a, "rows"_a, "row_stride"_a, "head_stride"_a, "heads"_a, "kv_heads"_a, "dim"_a, "out"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }
 
