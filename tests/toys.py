@@ -9,10 +9,10 @@ import torch
 
 from kvkeep.attention.planner import FlatPlanner
 from kvkeep.eviction.policy import empty_state
-from kvkeep.ops.layout import AttentionPlan, WeightFold
+from kvkeep.ops.layout import AttentionPlan, Heads, Ops, WeightFold
 from kvkeep.quant.codec import Float, KVShape, Place, Tiles
 from kvkeep.sharing.policy import Access
-from kvkeep.shield.policy import Role
+from kvkeep.shield.policy import Role, Transform
 from kvkeep.types import (
     PAGE_TOKENS,
     BatchGeometry,
@@ -94,13 +94,16 @@ class MirrorShield:
 
     name = "mirror"
 
-    def folds(self) -> tuple[WeightFold, ...]:
+    def folds(self, heads: Heads) -> tuple[WeightFold, ...]:
         return ()
 
-    def transform(self, x: torch.Tensor, role: Role) -> torch.Tensor:
+    def on(self, heads: Heads, ops: Ops) -> Transform:
+        return self
+
+    def transform(self, x: torch.Tensor, role: Role, layer: int) -> torch.Tensor:
         return x.flip(-1)
 
-    def restore(self, out: torch.Tensor) -> torch.Tensor:
+    def restore(self, out: torch.Tensor, layer: int) -> torch.Tensor:
         return out.flip(-1)
 
 

@@ -133,6 +133,12 @@ class Settings(BaseSettings):
     shield_store: Path | None = Field(
         None, description="file of wrapped sealing keys (default: beside the keys)"
     )
+    transform_key: Path | None = Field(
+        None, description="file of 32 bytes, the key of perm, orth and mask (default: random)"
+    )
+    transform_epoch: Annotated[int, Field(ge=0)] = Field(
+        0, description="another epoch is another key: its pages are not found"
+    )
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")

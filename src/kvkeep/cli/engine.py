@@ -54,6 +54,8 @@ MODEL_SETTINGS = (
     "shield",
     "shield_keys",
     "shield_store",
+    "transform_key",
+    "transform_epoch",
     "prefix_caching",
     "attention_planner",
     "attention_share_across_tenants",
@@ -151,6 +153,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         evict_observe_every=settings.evict_observe_every,
         shield=settings.shield,
         keys=key_options(settings),
+        transform_key=_text(settings.transform_key),
+        transform_epoch=settings.transform_epoch,
         prefix_caching=settings.prefix_caching,
         attention_planner=settings.attention_planner,
         attention_share_across_tenants=settings.attention_share_across_tenants,
@@ -181,6 +185,7 @@ def describe(info: ModelInfo) -> str:
         ("kv", _stored(info)),
         ("bytes per token", str(info.bytes_per_token)),
         ("evict", info.evict),
+        ("shield", info.shield),
         ("kernel", info.kernel),
     )
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)

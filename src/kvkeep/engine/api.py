@@ -135,6 +135,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How pages are stored; `bf16` stands for the model's dtype."""
     evict: str = "off"
     """Which tokens are forgotten: the preset's name."""
+    shield: str = "off"
+    """The mode, what it guarantees and what it does not cover, in a line."""
     window_tokens: int | None = None
     """Up to so many recent tokens are seen as they were computed; None: all."""
     kv_bytes: int = 0

@@ -16,7 +16,7 @@ from kvkeep.errors import NonFiniteKV
 from kvkeep.eviction.policy import Evictor
 from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, Run, chains
 from kvkeep.quant.codec import Codec, KVShape, Place, values_of
-from kvkeep.shield.policy import Shield
+from kvkeep.shield.policy import Shield, Transform
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, FloatArray, Int32Array, View
 from kvkeep.watch import EvictState
 
@@ -65,6 +65,7 @@ class BatchKV:
         techniques: Techniques,
         shape: KVShape,
         turning: Turning,
+        transform: Transform,
         listeners: Sequence[PageListener] = (),
     ) -> None:
         self._step = step
@@ -72,7 +73,7 @@ class BatchKV:
         self._layers = layers
         self._ops = ops
         self._codec = techniques.codec
-        self._shield = techniques.shield
+        self._transform = transform
         self._evictor = techniques.evictor
         self._shape = shape
         self._turning = turning
@@ -86,9 +87,9 @@ class BatchKV:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
-        shield, kv = self._shield, self._layers[layer]
-        keys = self._turning.keys(shield.transform(k, "k"))
-        self._ops.append(kv, keys, shield.transform(v, "v"), self._step.slots)
+        stored = self._transform.transform
+        keys = self._turning.keys(stored(k, "k", layer))
+        self._ops.append(self._layers[layer], keys, stored(v, "v", layer), self._step.slots)
         for page in self._step.closing:
             if page.staged >= 0 and not self._encode(page, layer):
                 continue
@@ -97,12 +98,12 @@ class BatchKV:
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Return attention [T, Hq, D] of the step's rows over their views."""
-        queries = self._turning.queries(self._shield.transform(q, "q"))
+        queries = self._turning.queries(self._transform.transform(q, "q", layer))
         observe = self._observe[layer % len(self._observe)] if self._observe else None
         attended = self._ops.attend(queries, self._layers[layer], self._step.plan, observe)
         if attended.stamps is not None:
             self._hand_out(layer, attended.stamps)
-        return self._shield.restore(attended.out)
+        return self._transform.restore(attended.out, layer)
 
     def finish(self) -> None:
         """Let the evictor decide what stays live; taints a view whose masks changed."""

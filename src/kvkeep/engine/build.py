@@ -36,6 +36,7 @@ from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
+from kvkeep.engine.shields import shield_of
 from kvkeep.engine.sizing import divide
 from kvkeep.errors import ConfigError
 from kvkeep.models import hub, loader
@@ -52,7 +53,7 @@ from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.sharing.state import FileStore, NoStore
-from kvkeep.shield.policy import NoShield
+from kvkeep.shield.guarantees import describe
 from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
 
 KEPT = "kept"
@@ -91,7 +92,7 @@ def default_parts(options: EngineOptions) -> Parts:
     """Return the techniques `options` ask for."""
     rules = rules_of(options.share)
     return Parts(
-        techniques=Techniques(codec_of(options), NoShield(), evictor_of(options)),
+        techniques=Techniques(codec_of(options), shield_of(options), evictor_of(options)),
         inspector=inspector_of(options.share, rules),
         rules=rules,
     )
@@ -140,7 +141,7 @@ def build_core(
         dtype=options.dtype,
         ops=kernels,
         weights=options.weights,
-        folds=parts.techniques.shield.folds(),
+        folds=parts.techniques.shield.folds,
         progress=lambda done, total: reply(m.Loading(done, total)),
     )
     _require_measured(options, path, model.spec.digest)
@@ -330,6 +331,7 @@ def _info(
         kernel=kernel,
         kv=options.kv,
         evict=options.evict,
+        shield=describe(options.shield or "off"),
         window_tokens=pool.spec.window_tokens,
         kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),
         staged_bytes=pool.bytes_of(PageKind.STAGED),

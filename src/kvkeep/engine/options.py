@@ -104,6 +104,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     shield: ShieldName | None = None
     """None: `seal` where there is a tier below memory, else `off`."""
     keys: KeyOptions = KeyOptions()
+    transform_key: str | None = None
+    """File of 32 bytes from which perm, orth and mask derive theirs; None: random at each start."""
+    transform_epoch: int = 0
+    """A new one is a new key: pages of another are not found."""
     prefix_caching: bool = True
     attention_planner: Literal["tree", "flat"] = "tree"
     attention_share_across_tenants: Literal["public", "never"] = "public"

@@ -86,6 +86,7 @@ class ModelRunner:
         self._turning = Turning(
             parts.ops, parts.techniques.codec.rotation(parts.shape), TORCH_DTYPE[parts.shape.layout]
         )
+        self._transform = parts.techniques.shield.on(parts.model.spec.heads, parts.ops)
         self.read = Read()
         self.packer = Packer(parts.shape)
         self._evicted = EvictCounts()
@@ -107,7 +108,7 @@ class ModelRunner:
         step = self._build(work)
         kv = BatchKV(
             step, parts.pool, self._layers, parts.ops.attention, parts.techniques, parts.shape,
-            self._turning, parts.listeners,
+            self._turning, self._transform, parts.listeners,
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
         rows, prompt_rows = _logit_rows(work)

@@ -27,6 +27,7 @@ from kvkeep.models.leaf import (
     Shape,
 )
 from kvkeep.models.moe import Router, SparseMLP
+from kvkeep.ops.layout import Heads
 
 HEAD_DIM_MULTIPLE = 16
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -97,6 +98,11 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     """Return D as transformers' attention modules take it."""
     given = getattr(config, "head_dim", None)
     return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def heads_of(config: PreTrainedConfig) -> Heads:
+    """Return how a row of Q, K and V divides."""
+    return Heads(config.num_attention_heads, config.num_key_value_heads, head_dim_of(config))
 
 
 def leaves_of(model: nn.Module) -> Iterator[tuple[str, Leaf]]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,17 +16,26 @@ from transformers import PreTrainedConfig
 from kvkeep.errors import CheckpointError, UnsupportedModel
 from kvkeep.models.check import check_config
 from kvkeep.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
-from kvkeep.models.graft import Slot, build_skeleton, head_dim_of, leaves_of, read_config, slots_of
+from kvkeep.models.graft import (
+    Slot,
+    build_skeleton,
+    head_dim_of,
+    heads_of,
+    leaves_of,
+    read_config,
+    slots_of,
+)
 from kvkeep.models.host import HostedModel
 from kvkeep.models.leaf import Packing
 from kvkeep.models.memory import check_fits, free_on
 from kvkeep.models.spec import ModelSpec
-from kvkeep.ops.layout import Ops
+from kvkeep.ops.layout import Heads, Ops, WeightFold
 
 DtypeName = Literal["auto", "bfloat16", "float32"]
 WeightFormat = Literal["float", "int8"]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
+FoldsOf = Callable[[Heads], Sequence[WeightFold]]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -36,23 +45,19 @@ MAX_NAMED = 3
 """Missing or unexpected tensors named in an error."""
 
 
-class WeightFold(Protocol):
-    """A change of weights that leaves the model's function alone."""
-
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the tensor to use for checkpoint tensor `name`, in the same shape and dtype."""
-
-
 def load(
     path: Path,
     *,
     ops: Ops,
     dtype: DtypeName = "auto",
     weights: WeightFormat = "float",
-    folds: Sequence[WeightFold] = (),
+    folds: FoldsOf = lambda _: (),
     progress: Progress | None = None,
 ) -> HostedModel:
-    """Return the hosted model of a checkpoint directory; raises `ModelError` with one sentence."""
+    """Return the hosted model of a checkpoint directory; raises `ModelError` with one sentence.
+
+    `folds` is asked once, what changes of weights a model with such heads is to be loaded with.
+    """
     checkpoint = open_checkpoint(path)
     check_config(checkpoint.config)
     model_dtype = _choose_dtype(checkpoint, dtype)
@@ -70,7 +75,8 @@ def load(
         element_bytes=model_dtype.itemsize,
         packed_bytes=1 if weights == "int8" else model_dtype.itemsize,
     )
-    _fill(checkpoint, slots, (model_dtype, ops.device), folds, progress, tied=tied)
+    chosen = folds(heads_of(config))
+    _fill(checkpoint, slots, (model_dtype, ops.device), chosen, progress, tied=tied)
     return HostedModel(skeleton, _describe(checkpoint, config, model_dtype, weights, skeleton))
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvkeep.ops.layout import Heads
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -31,3 +33,8 @@ class ModelSpec:
     """Parameters of the checkpoint; tied ones count once."""
     weight_bytes: int
     """Bytes of packed weights read to compute one row (all experts counted, embedding rows not)."""
+
+    @property
+    def heads(self) -> Heads:
+        """Return how a row of Q, K and V divides."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim)

@@ -1,0 +1,56 @@
+"""What each mode of `--shield` guarantees and what it does not, as an operator reads it."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Guarantee(NamedTuple):
+    """One mode's promise."""
+
+    sentence: str
+    not_covered: str
+    safe: bool
+    """Whether it stands against somebody who has the model's weights."""
+
+
+GUARANTEES: Final = {
+    "off": Guarantee("pages lie as they are computed", "whoever reads one reads its tokens", False),
+    "seal": Guarantee(
+        "pages below memory open under their tenant's keys alone",
+        "the server's own memory, its administrator, when and how much is read",
+        True,
+    ),
+    "tile": Guarantee(
+        "as seal, and pages in memory are open a tile at a time",
+        "the tile in use and its key, the server's administrator, when and how much is read",
+        True,
+    ),
+    "perm": Guarantee(
+        "keys and values lie shuffled by channel, a key for each layer and KV head",
+        "no protection against someone who has the public weights: sorted values name each token",
+        False,
+    ),
+    "orth": Guarantee(
+        "keys and values lie turned by secret rotations, a key for each layer and KV head",
+        "no protection against someone who has the public weights: lengths name each token",
+        False,
+    ),
+    "mask": Guarantee(
+        "as orth, and shifted by secret vectors, a pair for each layer and KV head",
+        "no protection against someone who has the public weights and a few pages or known text",
+        False,
+    ),
+    "tee": Guarantee(
+        "as seal, with keys released to an attested machine alone",
+        "physical interposers, the tile in use, when and how much is read",
+        True,
+    ),
+}
+
+
+def describe(mode: str) -> str:
+    """Return a line: the mode, what it guarantees and what it does not cover."""
+    guarantee = GUARANTEES[mode]
+    label = mode if guarantee.safe or mode == "off" else f"{mode} (obfuscation)"
+    return f"{label}: {guarantee.sentence}; not covered: {guarantee.not_covered}"
