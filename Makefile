@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction results
+.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction figure-thief results
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -105,6 +105,9 @@ figure-leak: setup ## draw docs/figures/leak.svg from bench/results/sharing*.jso
 
 figure-eviction: setup ## draw docs/figures/eviction.svg from bench/results/eviction*.json
 	$(BIN)/python -m tools.figures.eviction
+
+figure-thief: setup ## draw docs/figures/thief.svg from bench/results/shield*.json
+	$(BIN)/python -m tools.figures.thief
 
 wheel: setup ## a wheel in dist/, manylinux where auditwheel can, baseline objects free of AVX-512
 	rm -rf dist build/wheel

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.tools.test_sharing_results import cost, leak, results
-from tools.figures import capacity, drawing, eviction, fanout
+from tools.figures import capacity, drawing, eviction, fanout, thief
 from tools.figures import leak as leak_figure
 from tools.figures.drawing import Figure
 
@@ -113,3 +113,28 @@ def test_the_committed_results_draw_the_fanout(tmp_path: Path) -> None:
     out = tmp_path / "fanout.svg"
     assert drawing.run([], "fanout", out, fanout.draw) == 0
     assert "request by request" in out.read_text()
+
+
+def thief_rows() -> list[dict[str, object]]:
+    own = [("off", 1.0), ("orth", 0.98), ("seal", 0.0004)]
+    return [{"stolen": m, "model": "toy", "kv": "bf16", "top1": top1} for m, top1 in own]
+
+
+def test_what_a_thief_learns_is_drawn_per_mode(tmp_path: Path) -> None:
+    path = tmp_path / "shield.json"
+    more = {"figure": "shred_s", "median": 12.0}
+    path.write_text(json.dumps({"rows": [*thief_rows(), more]}))
+    figure = thief.draw([path])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["as computed", "orth", "sealed"]
+    heights = [bar.get_extents().height for bar in axes.patches]
+    assert [h / heights[0] for h in heights] == pytest.approx([1.0, 0.98, 0.0004])
+    assert figure.get_label() == "a tenant's pages are dead 12.0 s after shred"
+    drawing.plt.close(figure)
+
+
+def test_without_attacks_there_is_no_thief(tmp_path: Path) -> None:
+    path = tmp_path / "shield.json"
+    path.write_text(json.dumps({"rows": [{"figure": "seal_ratio", "median": 0.9}]}))
+    assert thief.draw([path]) is None

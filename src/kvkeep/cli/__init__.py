@@ -16,18 +16,19 @@ COMMANDS: Final = {
     "generate": "complete one prompt and end",
     "bench": "run a benchmark (from a checkout)",
     "attack": "test a server for leaks between tenants",
+    "attack-cache": "see which tokens stolen pages give away",
     "doctor": "look at the machine, a model, or a chat template",
     "tenant": "add, revoke, rotate and list tenants' keys",
     "keys": "make, rotate and look at the keys that seal pages below memory",
     "detect": "find what in a text must stay private",
     "model": "make or describe a checkpoint",
-    "inspect": "draw what a codec does to a prompt's pages",
+    "inspect": "draw what a codec does to a prompt's pages, or write what lies there",
 }
 
 
 def usage() -> str:
     """Return the top-level help."""
-    rows = (f"  {name:<10} {line}" for name, line in COMMANDS.items())
+    rows = (f"  {name:<12} {line}" for name, line in COMMANDS.items())
     return "\n".join(
         [
             "Usage: kvkeep COMMAND [OPTIONS]",
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return fail(f"no command {name!r}; there are {', '.join(COMMANDS)}", code=2)
-    app = importlib.import_module(f"kvkeep.cli.{name}").app
+    app = importlib.import_module(f"kvkeep.cli.{name.replace('-', '_')}").app
     try:
         app(rest, prog_name=f"kvkeep {name}")
     except KvkeepError as error:

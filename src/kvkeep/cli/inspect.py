@@ -1,4 +1,4 @@
-"""`kvkeep inspect`: what a codec does to a prompt's pages on one's own model, as a picture."""
+"""`kvkeep inspect`: pages of a prompt on one's own model: what coding costs, what lies there."""
 
 from __future__ import annotations
 
@@ -16,14 +16,38 @@ from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import Settings
 from kvkeep.errors import ConfigError
 
-app = new_app("Look at what a codec does to a prompt's pages.")
+app = new_app("Look at a prompt's pages.")
 
 LOCAL_SETTINGS = ("config", "model", "allow_download", "dtype", "weights", "kernel", "threads")
 
 
 @app.callback()
 def inspect() -> None:
-    """Look at what a codec does to a prompt's pages."""
+    """Look at a prompt's pages."""
+
+
+@app.command()
+@with_settings(
+    *LOCAL_SETTINGS, "kv", "kv_window_tokens", "shield", "transform_key", "transform_epoch"
+)
+def dump(
+    settings: Settings,
+    text: Annotated[Path, typer.Option(help="file with the prompt, which the dump holds as ids")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="dump, .npz")],
+) -> None:
+    """Write what a thief finds in layer 0's whole pages, for `kvkeep attack-cache`."""
+    if settings.kv == "auto":
+        raise ConfigError("kv: auto chooses by request; name one form, such as --kv k2v2")
+    if out.suffix != ".npz":
+        raise ConfigError(f"out: a dump is an .npz file; {out} is not called so")
+    prompt = read_text(text)
+    path = checkpoint_path(settings)
+    from kvkeep.inspect.dump import dump_rows, save
+    from kvkeep.models.text import TextModel
+
+    ids = TextModel.load(path).encode(prompt)
+    save(dump_rows(engine_options(settings), ids), out)
+    NOTES.print(f"Wrote {out}: it holds the prompt's tokens; keep it private")
 
 
 @app.command()

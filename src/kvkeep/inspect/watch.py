@@ -22,7 +22,7 @@ from kvkeep.eviction.policy import KeepAll
 from kvkeep.ops.layout import Attended, AttentionOps, AttentionPlan, LayerKV, Observe
 from kvkeep.quant.codec import Codec, KVShape, Place, Tiles
 from kvkeep.sharing.policy import ShareNothing
-from kvkeep.shield.policy import NoShield
+from kvkeep.shield.policy import NoShield, Shield
 from kvkeep.types import PAGE_TOKENS, Int32Array
 
 TENANT: Final = "inspect"
@@ -92,6 +92,15 @@ class WatchedAttention:
         return torch.stack([self._out[layer] for layer in sorted(self._out)])
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A prompt's run."""
+
+    attention: WatchedAttention
+    info: ModelInfo
+    shape: KVShape
+
+
 class WatchedCodec:
     """A codec as ever that remembers the tiles of one page of the only sequence."""
 
@@ -119,12 +128,33 @@ def watch(options: EngineOptions, codec: Codec, ids: Sequence[int], page: int) -
     Raises `ConfigError` where the prompt has no such page, `EngineError` where it can't be run.
     """
     _require_page(len(ids), page)
+    watched = WatchedCodec(codec, page)
+    ran = run_prompt(options, watched, NoShield(), ids)
+    attention, shape = ran.attention, ran.shape
+    k, v = attention.page(page)
+    stored = k, v
+    if watched.tiles:
+        decoded = [
+            codec.decode(watched.tiles[layer], shape, Place(layer, page == 0))
+            for layer in range(shape.num_layers)
+        ]
+        stored = torch.stack([k for k, _ in decoded]), torch.stack([v for _, v in decoded])
+    turn = codec.rotation(shape)
+    back = torch.eye(shape.head_dim) if turn is None else turn.q.T
+    return Seen(k @ back, v, stored[0].float() @ back, stored[1].float(), attention.out(), ran.info)
+
+
+def run_prompt(options: EngineOptions, codec: Codec, shield: Shield, ids: Sequence[int]) -> Ran:
+    """Run a prompt alone, with attention that remembers what it was given to store.
+
+    Raises `EngineError` where it can't be run.
+    """
     backend = choose(options, options.threads or len(os.sched_getaffinity(0)))
-    attention, watched = WatchedAttention(backend.ops.attention), WatchedCodec(codec, page)
+    attention = WatchedAttention(backend.ops.attention)
     core = build_core(
         msgspec.structs.replace(options, max_num_seqs=1, share=SharingOptions(), guard_share=0.0),
         parts=Parts(
-            techniques=Techniques(watched, NoShield(), KeepAll()),
+            techniques=Techniques(codec, shield, KeepAll()),
             planner=FlatPlanner(),
             policy=ShareNothing(),
             backend=replace(backend, ops=replace(backend.ops, attention=attention)),
@@ -143,24 +173,9 @@ def watch(options: EngineOptions, codec: Codec, ids: Sequence[int], page: int) -
             if output.chunk.finish is FinishReason.ERROR:
                 raise EngineError(output.chunk.error or "the engine gave up without a reason")
     core.close()
-    info = core.info
-    shape = KVShape(
-        info.num_layers,
-        info.num_kv_heads,
-        info.head_dim,
-        backend.ops.layouts[getattr(torch, info.dtype)],
-    )
-    k, v = attention.page(page)
-    stored = k, v
-    if watched.tiles:
-        decoded = [
-            codec.decode(watched.tiles[layer], shape, Place(layer, page == 0))
-            for layer in range(shape.num_layers)
-        ]
-        stored = torch.stack([k for k, _ in decoded]), torch.stack([v for _, v in decoded])
-    turn = codec.rotation(shape)
-    back = torch.eye(shape.head_dim) if turn is None else turn.q.T
-    return Seen(k @ back, v, stored[0].float() @ back, stored[1].float(), attention.out(), info)
+    info, layouts = core.info, backend.ops.layouts
+    layout = layouts[getattr(torch, info.dtype)]
+    return Ran(attention, info, KVShape(info.num_layers, info.num_kv_heads, info.head_dim, layout))
 
 
 def _require_page(tokens: int, page: int) -> None:
