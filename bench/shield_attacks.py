@@ -19,7 +19,14 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Row
-from kvkeep.audit.stolen import PublicModel, Report, Stolen, attack_rows, open_public
+from kvkeep.audit.stolen import (
+    ATTACKS,
+    PublicModel,
+    Report,
+    Stolen,
+    attack_rows,
+    open_public,
+)
 from kvkeep.audit.stolen.rows import rows_of_bytes
 from kvkeep.config import DEMO_MODEL
 from kvkeep.engine.options import EngineOptions, KvName, ShieldName
@@ -55,9 +62,11 @@ def figures(options: Options) -> tuple[list[Figure], list[Row]]:
             public = open_public(model)
             for mode in MODES:
                 for kv in FORMS:
-                    report = attacked(model, public, mode, kv, options)
-                    rows.append(row_of(model, mode, kv, report))
-                    own = share_of(report)
+                    stolen = steal_rows(model, public, mode, kv, options)
+                    blind = attack_rows(stolen, public)
+                    told = attack_rows(replace(stolen, known=len(stolen) // 4), public)
+                    rows += [row_of(model, mode, kv, report) for report in (blind, told)]
+                    own = share_of(blind)
                     if kv == "bf16" and (mode not in least or own.median < least[mode].median):
                         least[mode] = own
     sealed = attack_rows(sealed_rows(open_public(DEMO_MODEL)), open_public(DEMO_MODEL))
@@ -65,14 +74,15 @@ def figures(options: Options) -> tuple[list[Figure], list[Row]]:
     rows += [injected(mode, options) for mode in MODES]
     found = [Figure(f"attack_top1_{NAMED[m]}", least[m], Goal(">=", 0.95)) for m in NAMED]
     over = share_of(sealed)
-    times = Estimate(*(x * sealed.vocab_size for x in over[:3]), over.samples)
+    median, low, high = (share * sealed.vocab_size for share in over[:3])
+    times = Estimate(median, low, high, over.samples)
     return [*found, Figure("attack_top1_sealed_over_chance", times, Goal("<=", 5.0))], rows
 
 
-def attacked(
+def steal_rows(
     model: Path, public: PublicModel, mode: ShieldName, kv: KvName, options: Options
-) -> Report:
-    """Run random tokens through an engine and attack what its pages hold."""
+) -> Stolen:
+    """Run random tokens through an engine and return what its pages hold."""
     count = 256 if options.quick else ROWS
     ids = [int(i) for i in np.random.default_rng(0).integers(0, public.vocab_size, count)]
     settings = EngineOptions(
@@ -83,7 +93,7 @@ def attacked(
         shield=mode,
     )
     found = dump_rows(settings, ids)
-    return attack_rows(Stolen(found.k, found.v, found.tokens), public)
+    return Stolen(found.k, found.v, found.tokens)
 
 
 def injected(mode: ShieldName, options: Options) -> Row:
@@ -134,14 +144,14 @@ def row_of(model: Path, mode: ShieldName, kv: str, report: Report) -> Row:
         "model": model.name,
         "kv": kv,
         "rows": report.rows,
+        "known": report.known,
         "vocabulary": report.vocab_size,
         "best_attack": report.best.name,
         "top1": report.best.top1,
         "over_chance": report.over_chance,
     }
-    for finding in report.findings:
-        cells[finding.name] = finding.top1
-    return cells
+    told = {finding.name: finding.top1 for finding in report.findings}
+    return {**cells, **{attack.name: told.get(attack.name) for attack in ATTACKS}}
 
 
 def share_of(report: Report) -> Estimate:

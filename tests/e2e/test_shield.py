@@ -46,9 +46,9 @@ def said(core: EngineCore) -> list[list[int]]:
 def test_answers_are_those_without_a_shield(
     family: str, options: dict[str, object], tiny: dict[str, Path]
 ) -> None:
-    plain = said(core_for(tiny[family], **options))
+    plain = said(core_for(tiny[family], **options))  # type: ignore[arg-type]
     for mode in MODES:
-        core = core_for(tiny[family], shield=mode, **options)
+        core = core_for(tiny[family], shield=mode, **options)  # type: ignore[arg-type]
         assert said(core) == plain, mode
         assert core.info.shield == describe(mode)
 

@@ -117,7 +117,9 @@ def test_the_committed_results_draw_the_fanout(tmp_path: Path) -> None:
 
 def thief_rows() -> list[dict[str, object]]:
     own = [("off", 1.0), ("orth", 0.98), ("seal", 0.0004)]
-    return [{"stolen": m, "model": "toy", "kv": "bf16", "top1": top1} for m, top1 in own]
+    toy = {"model": "toy", "kv": "bf16", "known": 0}
+    known = {"stolen": "orth", **toy, "known": 256, "top1": 1.0}
+    return [known, *({"stolen": mode, **toy, "top1": top1} for mode, top1 in own)]
 
 
 def test_what_a_thief_learns_is_drawn_per_mode(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ BESIDE: Final = {
 def draw(paths: Sequence[Path]) -> Figure | None:
     """Return the figure of all modes."""
     rows = rows_of(paths)
-    found = [row for row in rows if COLUMN in row]
+    found = [row for row in rows if COLUMN in row and not row["known"]]
     if not found:
         return None
     modes = list(dict.fromkeys(str(row[COLUMN]) for row in found))

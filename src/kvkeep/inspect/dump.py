@@ -46,8 +46,8 @@ def dump_rows(options: EngineOptions, ids: Sequence[int]) -> DumpedRows:
             place = Place(0, page == 0)
             k, v = codec.decode(codec.encode(k, v, place), ran.shape, place)
         found.append((k.float(), v.float()))
-    k, v = (torch.cat([one[i] for one in found], 1).transpose(0, 1).numpy() for i in (0, 1))
-    return DumpedRows(k, v, np.array(ids[: pages * PAGE_TOKENS], np.int64))
+    keys, values = (torch.cat([one[i] for one in found], 1).transpose(0, 1) for i in (0, 1))
+    return DumpedRows(keys.numpy(), values.numpy(), np.array(ids[: pages * PAGE_TOKENS], np.int64))
 
 
 def save(rows: DumpedRows, path: Path) -> None:

@@ -115,27 +115,25 @@ class TurnOps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchTurns:
-    """Matrices [Hkv, D, D] in float32 or float64, where they are applied."""
+    """Turns where they are applied: matrices, or orders that need none."""
 
+    shape: tuple[int, int]
     values: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return (Hkv, D)."""
-        heads, dim, _ = self.values.shape
-        return heads, dim
+    """[Hkv, D, D] in float32 or float64, or [Hkv, D] int64."""
 
 
 class TorchTurn:
-    """`TurnOps` as products of matrices: the reference in float64, a device's in float32."""
+    """`TurnOps` in plain torch: products in float64 for the reference, in float32 on a device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device
         self._dtype = dtype
 
     def prepare(self, turns: HeadTurns) -> TorchTurns:
-        """Return turns as matrices."""
-        return TorchTurns(turns.matrices().to(self._device, self._dtype))
+        """Return turns as matrices or orders."""
+        values = turns.order.long() if isinstance(turns, Orders) else turns.matrices()
+        kept = values.to(self._device, None if isinstance(turns, Orders) else self._dtype)
+        return TorchTurns(turns.shape, kept)
 
     def turn_heads(self, x: torch.Tensor, turns: PreparedTurns) -> torch.Tensor:
         """Return x [T, H, D] turned, rounded once."""
@@ -143,8 +141,11 @@ class TorchTurn:
             raise KernelInputError(f"{type(turns).__name__} was prepared by another backend")
         check_turned(x, turns)
         heads, dim = turns.shape
-        grouped = x.reshape(len(x), heads, x.shape[1] // heads, dim).to(self._dtype)
-        turned = torch.einsum("thgd,hde->thge", grouped, turns.values)
+        grouped = x.reshape(len(x), heads, x.shape[1] // heads, dim)
+        if turns.values.dim() == 2:
+            own = [grouped[:, head, :, order] for head, order in enumerate(turns.values)]
+            return torch.stack(own, 1).view(x.shape)
+        turned = torch.einsum("thgd,hde->thge", grouped.to(self._dtype), turns.values)
         return turned.reshape(x.shape).to(x.dtype).contiguous()
 
 
