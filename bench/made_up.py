@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from kvkeep.cache.tiers import Install
 from kvkeep.models.shapes import LIKE
 from kvkeep.quant.codec import Codec, KVShape, Place
-from kvkeep.types import PAGE_TOKENS, Layout
+from kvkeep.sealing import SealContext
+from kvkeep.types import PAGE_TOKENS, Layout, PageKind
 
 
 def kv_shape(like: str) -> KVShape:
@@ -29,31 +31,35 @@ class MadeUpPages:
         self._first, self._other = (
             codec.encode(k, v, Place(0, first)).tobytes() for first in (True, False)
         )
-        self._layers = shape.num_layers
-        self._starts: set[bytes] = set()
-        self._asked = False
 
-    def holds(self, chain_hash: bytes) -> bool:
-        """Return True; what is asked for first after a poll starts a sequence."""
-        if not self._asked:
-            self._starts.add(chain_hash)
-        self._asked = True
+    def holds(self, context: SealContext) -> bool:
+        """Return True."""
         return True
 
     def fetch(
         self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
         done: Callable[[bool], None],
     ) -> None:
         """Install all layers at once."""
-        for layer in range(self._layers):
-            install(layer, self._first if chain_hash in self._starts else self._other)
+        for layer in range(len(layer_bytes)):
+            install(layer, self._first if context.kind is PageKind.FIRST else self._other)
         done(True)
 
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
+        expires_s: float | None,
+    ) -> None:
         """Let it go."""
+
+    def forget(self, owner: str) -> int:
+        """Nothing is kept."""
+        return 0
 
     def poll(self) -> None:
         """Nothing is ever due."""
-        self._asked = False

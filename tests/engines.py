@@ -41,7 +41,7 @@ def core_for(
 
 def manager_of(core: EngineCore) -> CacheManager:
     """Return the manager of an engine's pages, of the coded ones where it has several."""
-    return next(iter(core._caches.managers.values()))
+    return next(iter(core.caches.managers.values()))
 
 
 def request(

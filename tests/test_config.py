@@ -141,3 +141,13 @@ def test_settings_are_read_only() -> None:
     settings = Settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 1  # type: ignore[misc]
+
+
+def test_tiers_are_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("memory:1GiB", "disk:/a,2GiB")
+    assert load().tier == ()
+    assert load({"tier": list(both)}).tier == both
+    (tmp_path / "kvkeep.toml").write_text('tier = ["memory:1GiB", "disk:/a,2GiB"]\n')
+    assert load().tier == both
+    monkeypatch.setenv("KVKEEP_TIER", "disk:/b,1GiB  memory:2GiB")
+    assert load().tier == ("disk:/b,1GiB", "memory:2GiB")

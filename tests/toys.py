@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from kvkeep.attention.planner import FlatPlanner
+from kvkeep.cache.tiers import Install
 from kvkeep.eviction.policy import empty_state
 from kvkeep.ops.layout import AttentionPlan, Heads, Ops, WeightFold
 from kvkeep.quant.codec import Float, KVShape, Place, Tiles
+from kvkeep.sealing import SealContext
 from kvkeep.sharing.policy import Access
 from kvkeep.shield.policy import Role, Transform
 from kvkeep.types import (
@@ -159,28 +161,29 @@ class RowPlanner:
 
 
 class DelayedTier:
-    """Keeps evicted pages in memory and answers fetches only after some polls."""
+    """Keeps pages in memory and answers fetches only after some polls."""
 
     def __init__(self, polls: int, *, fail: bool = False) -> None:
         self._polls = polls
         self._fail = fail
-        self._pages: dict[bytes, list[bytes]] = {}
+        self._pages: dict[SealContext, list[bytes]] = {}
         self._due: list[tuple[int, Callable[[], None]]] = []
         self._now = 0
         self.fetched = 0
 
-    def holds(self, chain_hash: bytes) -> bool:
-        return chain_hash in self._pages
+    def holds(self, context: SealContext) -> bool:
+        return context in self._pages
 
     def fetch(
         self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
         done: Callable[[bool], None],
     ) -> None:
         def deliver() -> None:
             if not self._fail:
-                for layer, data in enumerate(self._pages[chain_hash]):
+                for layer, data in enumerate(self._pages[context]):
                     install(layer, data)
             self.fetched += 1
             done(not self._fail)
@@ -194,10 +197,20 @@ class DelayedTier:
         for call in due:
             call()
 
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
-        self._pages[chain_hash] = [read(layer) for layer in range(self.num_layers)]
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
+        expires_s: float | None,
+    ) -> None:
+        self._pages[context] = [read(layer) for layer in range(len(layer_bytes))]
 
-    num_layers = 2
+    def forget(self, owner: str) -> int:
+        mine = [context for context in self._pages if context.owner == owner]
+        for context in mine:
+            del self._pages[context]
+        return len(mine)
 
     def lose_first(self) -> None:
         """Lose the page that was stored first: a chain's last, since leaves are evicted first."""

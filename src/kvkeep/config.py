@@ -17,6 +17,7 @@ from pydantic import ByteSize, Field, ValidationError, field_validator, model_va
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -142,6 +143,9 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")
+    tier: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="where pages go that memory has no room for: memory:4GiB, disk:DIR,64GiB"
+    )
     attention_planner: Literal["tree", "flat"] = Field(
         "tree", description="tree: a prefix that several requests hold is read once a step"
     )
@@ -231,6 +235,12 @@ class Settings(BaseSettings):
         named = init_settings().get("config") or env_settings().get("config")
         file = InitSettingsSource(settings_cls, read_file(Path(named) if named else None))
         return init_settings, env_settings, file
+
+    @field_validator("tier", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        """Take several from one line, parted by blanks."""
+        return tuple(value.split()) if isinstance(value, str) else value
 
     @field_validator("share", mode="before")
     @classmethod

@@ -142,6 +142,15 @@ GATE_BITS = Metric(
 )
 ALERTS = Metric("sharing_alerts", Kind.COUNTER, "Alerts of the monitor.", ("rule", "action"))
 ALERTS_FAILED = Metric("sharing_alerts_failed", Kind.COUNTER, "Alerts that could not be handed on.")
+TIER_LIMIT = Metric("tier_limit_bytes", Kind.GAUGE, "Size of a tier below memory.", ("tier",))
+TIER_BYTES = Metric("tier_bytes", Kind.GAUGE, "Bytes of the pages in a tier.", ("tier",))
+TIER_PAGES = Metric("tier_pages", Kind.GAUGE, "Pages in a tier.", ("tier",))
+TIER_HITS = Metric("tier_hits", Kind.COUNTER, "Pages that a tier brought back.", ("tier",))
+TIER_MISSES = Metric(
+    "tier_misses", Kind.COUNTER, "Pages of a tier that could not be read or opened.", ("tier",)
+)
+TIER_DROPS = Metric("tier_drops", Kind.COUNTER, "Pages that no tier took, by reason.", ("reason",))
+TIER_ERRORS = Metric("tier_errors", Kind.COUNTER, "Errors of the tiers by kind.", ("kind",))
 ENGINE_UP = Metric("engine_up", Kind.GAUGE, "1 while the engine is ready.")
 HTTP_REQUESTS = Metric(
     "http_requests", Kind.COUNTER, "HTTP requests by route and status.", ("route", "status")

@@ -10,15 +10,18 @@ from bench.quant_e2e import BESIDE, CASES, CONTEXTS, LONGEST_FILL_S, at_context,
 from kvkeep.errors import ConfigError
 from kvkeep.quant.codec import Codec, Float, KVShape
 from kvkeep.quant.hack import Hack
-from kvkeep.types import Layout
+from kvkeep.sealing import SealContext
+from kvkeep.types import Layout, PageKind, PageTag
 
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, layout=Layout.BF16)
 
 
-def sizes_of(tier: MadeUpPages, chain: bytes) -> list[int]:
+def sizes_of(tier: MadeUpPages, kind: PageKind) -> list[int]:
     """Return the bytes of each layer of a page."""
     found: list[int] = []
-    tier.fetch(chain, lambda _, data: found.append(len(data)), lambda _: None)
+    context = SealContext("a", PageTag("a"), b"c", b"m", b"s", kind)
+    assert tier.holds(context)
+    tier.fetch(context, (0,) * 3, lambda _, data: found.append(len(data)), lambda _: None)
     return found
 
 
@@ -26,16 +29,9 @@ def sizes_of(tier: MadeUpPages, chain: bytes) -> list[int]:
 def test_made_up_pages_have_the_size_of_their_place(codec: Codec) -> None:
     spec = codec.page_spec(SHAPE)
     tier = MadeUpPages(codec, SHAPE)
-    sizes: dict[bytes, list[int]] = {}
-    for start in (b"a", b"b"):
-        tier.poll()
-        for chain in (start, start + b"1"):
-            assert tier.holds(chain)
-    for chain in (b"a", b"a1", b"b", b"b1"):
-        sizes[chain] = sizes_of(tier, chain)
     heads = SHAPE.num_kv_heads
-    assert sizes[b"a"] == sizes[b"b"] == [heads * spec.first_tile_bytes] * 3
-    assert sizes[b"a1"] == sizes[b"b1"] == [heads * spec.tile_bytes] * 3
+    assert sizes_of(tier, PageKind.FIRST) == [heads * spec.first_tile_bytes] * 3
+    assert sizes_of(tier, PageKind.PLAIN) == [heads * spec.tile_bytes] * 3
 
 
 def test_goals_are_those_of_whole_steps() -> None:

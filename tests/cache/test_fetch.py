@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.tiers import Install
 from kvkeep.errors import EngineError
+from kvkeep.sealing import SealContext
 from kvkeep.types import PAGE_TOKENS
 from tests.cache.player import Player, check, check_rows, make_manager, prompt
 
@@ -14,29 +16,44 @@ class SlowTier:
     """Holds what was evicted; each poll brings one page, its last layer first."""
 
     def __init__(self) -> None:
-        self.kept: dict[bytes, list[bytes]] = {}
+        self.kept: dict[SealContext, list[bytes]] = {}
         self.due: list[Callable[[], None]] = []
-        self.failing: set[bytes] = set()
+        self.failing: set[SealContext] = set()
         self.last_first = False
 
-    def holds(self, chain_hash: bytes) -> bool:
-        return chain_hash in self.kept
+    def holds(self, context: SealContext) -> bool:
+        return context in self.kept
 
     def fetch(
         self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
         done: Callable[[bool], None],
     ) -> None:
+        layers = list(self.kept[context])
+
         def run() -> None:
-            for layer, data in reversed(list(enumerate(self.kept[chain_hash]))):
+            for layer, data in reversed(list(enumerate(layers))):
                 install(layer, data)
-            done(chain_hash not in self.failing)
+            done(context not in self.failing)
 
         self.due.insert(0 if self.last_first else len(self.due), run)
 
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
-        self.kept[chain_hash] = [read(0), read(1)]
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
+        expires_s: float | None,
+    ) -> None:
+        self.kept[context] = [read(layer) for layer in range(len(layer_bytes))]
+
+    def forget(self, owner: str) -> int:
+        mine = [context for context in self.kept if context.owner == owner]
+        for context in mine:
+            del self.kept[context]
+        return len(mine)
 
     def poll(self) -> None:
         if self.due:

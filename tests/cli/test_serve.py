@@ -41,6 +41,14 @@ def test_settings_reach_the_engine_and_the_server() -> None:
     assert (server.limits.max_n, server.served_names) == (3, ("m",))
 
 
+def test_tiers_are_given_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = load({"tier": ["memory:1GiB", "disk:/a,2GiB"]})
+    assert engine_options(settings).tiers == ("memory:1GiB", "disk:/a,2GiB")
+    arguments = ["serve", "--no-auth", "--tier", "memory:1GiB", "--tier", "redis:x"]
+    assert run([*arguments, *FREE_PORTS]) == 1
+    assert "tier: 'redis:x' is of no known kind" in one_sentence(capsys)
+
+
 @pytest.mark.parametrize(
     ("policy", "word"),
     [

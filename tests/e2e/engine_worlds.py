@@ -209,7 +209,7 @@ class World:
 
     def _stop(self) -> None:
         self.settle()
-        for manager in self.core._caches.managers.values():
+        for manager in self.core.caches.managers.values():
             uses = manager.stats().accounts
             self.evicted += sum(uses[name].evicted_pages for name in self._attackers)
         self.core.close()

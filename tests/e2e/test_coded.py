@@ -242,7 +242,7 @@ def test_what_cannot_be_stored_fails_its_request_alone(tiny: dict[str, Path], co
 def test_the_window_is_a_setting_and_part_of_the_tag(tiny: dict[str, Path]) -> None:
     core = core_for(tiny["qwen2"], kv="k2v2", kv_window_tokens=256)
     assert core.info.window_tokens == 256
-    assert [*core._caches.managers] == ["k2v2-w256"]
+    assert [*core.caches.managers] == ["k2v2-w256"]
     with pytest.raises(ConfigError, match="window_tokens is 64; it must be a positive multiple"):
         core_for(tiny["qwen2"], kv="k2v2", kv_window_tokens=64)
 

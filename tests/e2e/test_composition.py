@@ -152,7 +152,6 @@ def test_every_layer_of_every_closed_page_is_announced_once(tiny: dict[str, Path
 def test_a_sequence_waits_for_pages_of_a_lower_tier(tiny: dict[str, Path], fail: bool) -> None:
     tier = DelayedTier(polls=5, fail=fail)
     roomy = core_for(tiny["qwen2"])
-    tier.num_layers = roomy.info.num_layers
     page_bytes = roomy.info.bytes_per_token * 64
     core = core_for(
         tiny["qwen2"], tenants={"a": 1.0}, parts=parts(tier=tier), pages=8, page_bytes=page_bytes

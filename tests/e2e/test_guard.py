@@ -97,7 +97,7 @@ def test_a_codec_that_loses_nothing_is_no_different_from_its_shadow(tiny: dict[s
     several = replace_params(n=3, max_tokens=40)
     drive(core, [request(prompt_of(200), PARAMS, id=str(i)) for i in range(3)])
     drive(core, [request(prompt_of(150 + 40 * i, i), several, id=str(i)) for i in range(3)])
-    core._caches.of("exact").set_quotas({"a": 9}, 0)
+    core.caches.of("exact").set_quotas({"a": 9}, 0)
     drive(
         core,
         [request(prompt_of(150, i), replace_params(max_tokens=90), id=str(i)) for i in range(4)],
@@ -175,7 +175,7 @@ def test_a_request_too_large_for_the_kept_form_stays_coded(tiny: dict[str, Path]
     model = tiny["qwen2"]
     core = guarded(model, Hack(Layout.K8V8), backend=drifting_backend(model))
     conversation(core, 4)
-    core._caches.of(KEPT).set_quotas({"a": 4, "b": 4}, 0)
+    core.caches.of(KEPT).set_quotas({"a": 4, "b": 4}, 0)
     long, short = prompt_of(260), prompt_of(200)
     got = drive(core, [request(long, PARAMS, id="long"), request(short, PARAMS, id="short")])
     assert [got[name][-1].finish for name in ("long", "short")] == [FinishReason.LENGTH] * 2
@@ -184,7 +184,7 @@ def test_a_request_too_large_for_the_kept_form_stays_coded(tiny: dict[str, Path]
 
 def test_shadows_are_paid_from_their_tenants_share(tiny: dict[str, Path]) -> None:
     core = guarded(tiny["qwen2"], Exact(), guard_kl=1e3)
-    kept = core._caches.of(KEPT)
+    kept = core.caches.of(KEPT)
     kept.set_quotas({"a": 7, "b": 7}, 0)
     params = replace_params(max_tokens=50)
     for i in range(3):
@@ -211,7 +211,7 @@ def test_a_shadow_says_no_more_than_its_limit(tiny: dict[str, Path]) -> None:
     sample.limit = 5
     for _ in range(8):
         core.step()
-    assert core._caches.of(KEPT).used("a") == 0
+    assert core.caches.of(KEPT).used("a") == 0
     drive(core)
     assert use_of(core).compared_tokens == 5
     drive(core, [request(prompt_of(30), replace_params(max_tokens=0))])
@@ -222,13 +222,13 @@ def test_beam_searches_and_cancelled_requests_say_nothing(tiny: dict[str, Path])
     core = guarded(tiny["qwen2"], Exact())
     beams = SamplingParams(max_tokens=6, n=2, use_beam_search=True, ignore_eos=True)
     drive(core, [request(prompt_of(100), beams)])
-    assert core._caches.of(KEPT).stats().pages_used == 0
+    assert core.caches.of(KEPT).stats().pages_used == 0
     core.submit(request(prompt_of(100), replace_params(max_tokens=100)))
     for _ in range(9):
         core.step()
-    assert core._caches.of(KEPT).used("a") == 4
+    assert core.caches.of(KEPT).used("a") == 4
     core.cancel("r")
-    assert core._caches.of(KEPT).used("a") == 0
+    assert core.caches.of(KEPT).used("a") == 0
     use = use_of(core)
     assert (use.shadowed, use.unshadowed, use.compared_tokens) == (0, 2, 0)
     everything_is_given_back(core)
@@ -237,7 +237,7 @@ def test_beam_searches_and_cancelled_requests_say_nothing(tiny: dict[str, Path])
 def test_random_runs_give_everything_back(tiny: dict[str, Path]) -> None:
     core = guarded(tiny["qwen2"], Exact(), share=0.6, tenants={"a": 0.6, "b": 0.3}, chunk_tokens=48)
     for form, pages in (("exact", 7), (KEPT, 8)):
-        core._caches.of(form).set_quotas({"a": pages, "b": pages}, 0)
+        core.caches.of(form).set_quotas({"a": pages, "b": pages}, 0)
     draw, alive = random.Random(5), []
     for i in range(24):
         params = replace_params(n=draw.choice([1, 1, 3]), max_tokens=draw.choice([1, 20, 70]))
@@ -253,7 +253,7 @@ def test_random_runs_give_everything_back(tiny: dict[str, Path]) -> None:
     assert core.stats().preemptions_total > 0
     assert all(use.shadowed and use.kl_nats == 0.0 for use in core.stats().guard)
     assert all(use.compared_tokens == use.agreed_tokens for use in core.stats().guard)
-    assert core._caches.of(KEPT).stats().pages_used == 0, "no page of a shadow is indexed"
+    assert core.caches.of(KEPT).stats().pages_used == 0, "no page of a shadow is indexed"
     everything_is_given_back(core)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvkeep.cache.tiers import TierUse
 from kvkeep.engine.api import (
     Chunk,
     EngineStats,
@@ -214,6 +215,7 @@ class FakeEngine:
                     steps_back=1,
                 ),
             ),
+            tiers=(TierUse("disk", 100, 40, 4, 3, 2, (("queue", 5),), (("read:EIO", 6),)),),
         )
 
     async def set_tenants(

@@ -61,6 +61,12 @@ async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> 
         'kvkeep:guard_agreed_tokens_total{model_name="tiny",tenant="acme"} 38.0',
         'kvkeep:guard_kl_nats_total{model_name="tiny",tenant="acme"} 0.5',
         'kvkeep:guard_steps_back{model_name="tiny",tenant="acme"} 1.0',
+        'kvkeep:tier_bytes{model_name="tiny",tier="disk"} 40.0',
+        'kvkeep:tier_pages{model_name="tiny",tier="disk"} 4.0',
+        'kvkeep:tier_hits_total{model_name="tiny",tier="disk"} 3.0',
+        'kvkeep:tier_misses_total{model_name="tiny",tier="disk"} 2.0',
+        'kvkeep:tier_drops_total{model_name="tiny",reason="queue"} 5.0',
+        'kvkeep:tier_errors_total{kind="read:EIO",model_name="tiny"} 6.0',
         'kvkeep:sharing_scanned_bytes_total{model_name="tiny",tenant="acme"} 512.0',
         'kvkeep:sharing_alerts_total{action="notify",model_name="tiny",rule="probe share"} 1.0',
     ):

@@ -16,7 +16,9 @@ class Retention:
     ttl_s: float | None = None
     """Seconds without use after which a page goes; None: when its room is needed."""
     to_tier: bool = True
-    """Whether evicted pages may go to a lower tier."""
+    """Whether they may leave the pool for a lower tier."""
+    to_disk: bool = True
+    """Whether they may go as far as a disk."""
 
 
 @dataclass(slots=True)

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final
 
 from kvkeep.cache.accounts import Forgotten, Retention
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.tiers import NoTiers, TierControl, TierUse
 from kvkeep.errors import EngineError
 from kvkeep.types import EpochDelta, SharingPolicy, View
+
+CLOSE_S: Final = 8.0
+"""For what is still to be written below memory at the end."""
 
 
 class Caches:
     """Managers by the name of their pages' codec; they share a policy and have quotas each."""
 
-    def __init__(self, managers: Mapping[str, CacheManager], policy: SharingPolicy) -> None:
+    def __init__(
+        self,
+        managers: Mapping[str, CacheManager],
+        policy: SharingPolicy,
+        tiers: TierControl | None = None,
+    ) -> None:
+        """`tiers`: what the managers have below memory; None: nothing."""
         self.managers = dict(managers)
+        self.tiers: TierControl = tiers or NoTiers()
         self._policy = policy
+        self._shares: dict[str, float] = {}
 
     def of(self, codec: str) -> CacheManager:
         """Return the manager of a codec's pages."""
@@ -49,6 +63,7 @@ class Caches:
 
         Raises `ConfigError` where the parts exceed it.
         """
+        self._shares = dict(shares)
         for manager in self.managers.values():
             pages = manager.pool.num_pages
             quotas = {name: int(share * pages) for name, share in shares.items()}
@@ -71,14 +86,34 @@ class Caches:
         return found
 
     def set_retention(self, terms: Mapping[str, Retention]) -> None:
-        """Say how long accounts keep pages."""
+        """Say how long accounts keep pages, and how far down; after their parts are set."""
         for manager in self.managers.values():
             manager.set_retention(terms)
+        self.tiers.set_shares(self._shares, terms)
 
     def poll(self) -> None:
         """Let the tier run what is due."""
         for manager in self.managers.values():
             manager.poll()
+
+    def pause_s(self, idle_s: float, stalled_s: float) -> float:
+        """Return how long a loop with nothing to run may wait: for pages on their way, less."""
+        if self.tiers.due():
+            return 0.0
+        copying = any(m.below is not None and m.below.copying for m in self.managers.values())
+        return min(stalled_s, idle_s) if copying else idle_s
+
+    def close(self, wait_s: float = CLOSE_S) -> None:
+        """Write to the tiers what nothing uses, for so long at most."""
+        end_s = time.monotonic() + wait_s
+        for manager in self.managers.values():
+            if manager.below is not None:
+                manager.below.flush(end_s)
+        self.tiers.close(max(0.0, end_s - time.monotonic()))
+
+    def tier_uses(self) -> tuple[TierUse, ...]:
+        """Return the figures of every tier."""
+        return self.tiers.uses()
 
     def forget(self, account: str) -> Forgotten:
         """Drop every page of an account and all its policy state."""
@@ -94,4 +129,5 @@ class Caches:
         delta = self._policy.end_epoch(now)
         for manager in self.managers.values():
             manager.apply(delta, now)
+        self.tiers.end_epoch(now)
         return delta

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvkeep.cache.below import Below
 from kvkeep.cache.radix import Page
 from kvkeep.cache.store import PageStore
-from kvkeep.cache.tiers import Tier
+from kvkeep.cache.tiers import Install
 from kvkeep.errors import EngineError
+from kvkeep.sealing import SealContext
 
 
 @dataclass(slots=True)
@@ -56,12 +58,12 @@ class Fetch:
         """Return the pages that are whole and indexed."""
         return self._next
 
-    def start(self, tier: Tier, hashes: tuple[bytes, ...]) -> None:
-        """Ask the tier for as many of these chains as there are pages, the first page first."""
-        for entry, chain in zip(self._incoming, hashes):
+    def start(self, below: Below, wanted: tuple[SealContext, ...]) -> None:
+        """Ask the tier for as many of these as there are pages, the first page first."""
+        for entry, context in zip(self._incoming, wanted):
             if self._over:
                 return
-            tier.fetch(chain, self._installer(entry), self._finisher(entry))
+            below.fetch(context, self._installer(entry), self._finisher(entry))
 
     def give_up(self) -> None:
         """Index nothing more; what is still to come is ignored."""
@@ -76,7 +78,7 @@ class Fetch:
             self._store.unlock(page)
         self._incoming, self._prefix = [], []
 
-    def _installer(self, entry: _Incoming) -> Callable[[int, bytes], None]:
+    def _installer(self, entry: _Incoming) -> Install:
         def install(layer: int, data: bytes) -> None:
             if self._over or entry.arrived is not None:
                 return

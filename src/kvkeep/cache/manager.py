@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kvkeep.cache.accounts import CacheStats, Forgotten, Retention
+from kvkeep.cache.below import Below
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.matching import Match, Matcher
@@ -51,16 +52,17 @@ class CacheManager:
         tag_of: Callable[[str], PageTag],
         tier: Tier | None = None,
         *,
+        order: bytes = b"",
         first_view: int = 0,
     ) -> None:
-        """`first_view`: where the numbers of its views begin; another manager's lie elsewhere."""
+        """`first_view`: where the numbers of its views begin; `order`: see `Below`."""
         self.pool = pool
         self.index = index
         self._policy = policy
-        self._tier = tier
-        self._store = PageStore(pool, index, tier)
+        self.below = None if tier is None else Below(tier, pool, index.model_digest, order)
+        self._store = PageStore(pool, index, self.below)
         public_tag = tag_of(PUBLIC_SCOPE)
-        self._matcher = Matcher(index, policy, tag_of, tier, pool.spec)
+        self._matcher = Matcher(index, policy, tag_of, self.below, pool.spec)
         self._closer = Closer(self._store, policy, public_tag)
         self._tag_of = tag_of
         self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
@@ -125,14 +127,12 @@ class CacheManager:
     def begin_fetch(self, match: Match, tokens: TokenIds) -> Fetch | None:
         """Start to fetch a match's pending pages, as many as the account has room for.
 
-        None where none.
-
-        Ask `Fetch.done` after `poll`, then `end_fetch` and match again. `tokens` are those that
-        were matched.
+        None where none. Ask `Fetch.done` after `poll`, then `end_fetch` and match again. `tokens`
+        are those that were matched.
         """
         prefix = match.attached()
         whole = len(prefix) == len(match.public) + len(match.own)
-        if self._tier is None or not whole or not match.pending:
+        if self.below is None or not whole or not match.pending:
             return None
         for page in prefix:
             self._store.lock(page)
@@ -143,13 +143,13 @@ class CacheManager:
                 self._store.unlock(page)
         if fetch is not None:
             self._fetches.add(fetch)
-            fetch.start(self._tier, match.pending)
+            fetch.start(self.below, match.pending)
         return fetch
 
     def poll(self) -> None:
         """Let the tier run what is due."""
-        if self._tier is not None:
-            self._tier.poll()
+        if self.below is not None:
+            self.below.poll()
 
     def end_fetch(self, fetch: Fetch) -> None:
         """End a fetch, done or not; what arrived stays cached."""
@@ -282,7 +282,7 @@ class CacheManager:
     # Forgetting and sharing
 
     def drop_scope(self, account: str, scope: str) -> int:
-        """Drop every page of one scope; its views go on, but leave nothing behind."""
+        """Drop a scope's pages, and its account's below memory; its views leave nothing behind."""
         return self._drop_trees(account, scope)
 
     def forget(self, account: str) -> Forgotten:
@@ -392,7 +392,7 @@ class CacheManager:
         for fetch in self._fetches:
             if fetch.account == account and scope in (None, fetch.scope):
                 fetch.give_up()
-        dropped = 0
+        dropped = 0 if self.below is None else self.below.forget(account)
         for root in self.index.roots():
             if root.account == account and scope in (None, root.tag.scope):
                 dropped += self._store.drop_below(root)

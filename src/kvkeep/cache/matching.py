@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from kvkeep.cache.below import Below
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_bytes
 from kvkeep.cache.store import PUBLIC_ACCOUNT
-from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError
+from kvkeep.sealing import SealContext
 from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageSpec, PageTag, SharingPolicy, chain_hash
 
 
@@ -33,8 +34,8 @@ class Match:
     """Pages of the scope that continue the public ones."""
     partial: tuple[Page, int] | None
     """A page of the scope that shares this many rows with the prompt's next page."""
-    pending: tuple[bytes, ...]
-    """Chain hashes of the next pages, which a tier holds."""
+    pending: tuple[SealContext, ...]
+    """What the next pages are bound to, which a tier holds."""
     cached_tokens: int
     """What `public`, `own` and `partial` hold: the same whatever others have sent."""
     snapshot: tuple[Page, ...] = ()
@@ -57,14 +58,14 @@ class Matcher:
         index: RadixIndex,
         policy: SharingPolicy,
         tag_of: Callable[[str], PageTag],
-        tier: Tier | None,
+        below: Below | None,
         spec: PageSpec,
     ) -> None:
         """What is found is cut to whole blocks of the spec's pages."""
         self._index = index
         self._policy = policy
         self._tag_of = tag_of
-        self._tier = tier
+        self._below = below
         self._copies_rows = spec.window_tokens is None
         self._block_pages = spec.block_pages
         self._public_tag = tag_of(PUBLIC_SCOPE)
@@ -96,7 +97,7 @@ class Matcher:
             if cached > best.cached_tokens:
                 best = Match(account, tag, public[:shared], tuple(own), partial, (), cached)
         best = self._with_snapshot(best, readable, raw)
-        return best if self._tier is None else self._with_pending(best, raw, self._tier)
+        return best if self._below is None else self._with_pending(best, raw, self._below)
 
     def _private_tag(self, scope: str) -> PageTag:
         tag = self._tag_of(scope)
@@ -132,16 +133,17 @@ class Matcher:
         node = readable[-1].hash if readable and not readable[-1].pinned else b""
         return replace(match, snapshot=readable[known:], node=node, branch=branch)
 
-    def _with_pending(self, match: Match, raw: bytes, tier: Tier) -> Match:
+    def _with_pending(self, match: Match, raw: bytes, below: Below) -> Match:
         """Add the next pages that the tier holds."""
         pages = match.public + match.own
         last = pages[-1].hash if pages else self._index.model_digest
         digest = match.tag.digest()
-        pending: list[bytes] = []
+        pending: list[SealContext] = []
         for begin in range(len(pages) * KEY_BYTES, len(raw) - KEY_BYTES + 1, KEY_BYTES):
             last = chain_hash(last, digest, raw[begin : begin + KEY_BYTES])
-            if not tier.holds(last):
+            found = below.find(match.account, match.tag, last, begin // KEY_BYTES)
+            if found is None:
                 break
-            pending.append(last)
+            pending.append(found)
         whole = self._in_blocks(len(pages) + len(pending)) - len(pages)
         return replace(match, pending=tuple(pending[: max(whole, 0)]))

@@ -245,6 +245,9 @@ class TilePool:
 
     def read(self, slot: int, layer: int) -> bytes:
         """Return one layer of a page, its Hkv tiles in order."""
+        parts = list(self._require(slot).in_layer(layer))
+        if len(parts) == 1:
+            return self._storage.read(parts[0][0].place, self.tile_table[slot, layer]).tobytes()
         tiles, sizes = self.read_tiles(slot, layer), self._sizes(slot, layer)
         return b"".join(tile[:size].tobytes() for tile, size in zip(tiles, sizes, strict=True))
 
@@ -292,11 +295,12 @@ class TilePool:
             raise EngineError(
                 f"layer {layer} with {len(data)} bytes does not fit a page of this pool"
             )
-        rows = np.zeros((len(sizes), max(sizes)), np.uint8)
-        at = 0
-        for row, size in zip(rows, sizes, strict=True):
-            row[:size] = np.frombuffer(data, np.uint8, size, at)
-            at += size
+        rows, most = np.frombuffer(data, np.uint8), max(sizes)
+        if min(sizes) == most:
+            rows = rows.reshape(len(sizes), most)
+        else:
+            stored, rows = rows, np.zeros((len(sizes), most), np.uint8)
+            rows[np.arange(most) < np.array(sizes)[:, None]] = stored
         self.write_tiles(slot, layer, rows)
 
     def layer_kv(self, layer: int) -> LayerKV:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvkeep.cache.accounts import Account, AccountUse, CacheStats
+from kvkeep.cache.below import Below
 from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
-from kvkeep.cache.tiers import Tier
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
 from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, Int32Array, PageKind, PageState, PageTag
 
@@ -22,10 +21,10 @@ PUBLIC_ACCOUNT = PUBLIC_SCOPE
 class PageStore:
     """Makes, locks, charges, evicts and frees pages; knows nothing of views."""
 
-    def __init__(self, pool: Pages, index: RadixIndex, tier: Tier | None) -> None:
+    def __init__(self, pool: Pages, index: RadixIndex, below: Below | None) -> None:
         self.pool = pool
         self.index = index
-        self._tier = tier
+        self._below = below
         self.accounts: dict[str, Account] = {}
         self._kept: list[Page] = []
         self.now = 0.0
@@ -137,6 +136,8 @@ class PageStore:
             if page.attached:
                 owner = self.accounts[page.account]
                 owner.rest(page, self.now)
+                if self._below is not None and _may_leave(page):
+                    self._below.rest(page, owner.retention)
                 self._shrink(owner)
             else:
                 self._free(page)
@@ -151,13 +152,8 @@ class PageStore:
             if not owner.unreferenced:
                 return done
             page = next(iter(owner.unreferenced))
-            if (
-                self._tier is not None
-                and page.n_tokens == PAGE_TOKENS
-                and account != PUBLIC_ACCOUNT
-                and owner.retention.to_tier
-            ):
-                self._tier.store(page.hash, partial(self.pool.read, page.slot))
+            if self._below is not None:
+                self._below.evicted(page)
             self.drop(page)
             owner.evicted_pages += 1
         return max(count, 0)
@@ -188,6 +184,8 @@ class PageStore:
     def drop(self, page: Page) -> None:
         """Take a leaf out of the index; it is freed now, or when its last view lets go."""
         self.index.detach(page)
+        if self._below is not None:
+            self._below.dropped(page)
         if page.ref_count == 0:
             self.accounts[page.account].wake(page)
             self._free(page)
@@ -310,3 +308,8 @@ class PageStore:
         self.pool.free_page(page.slot)
         self.accounts[page.account].charge(page, -1)
         page.slot = -1
+
+
+def _may_leave(page: Page) -> bool:
+    """Tell whether a page may go to a tier: a full one of a scope."""
+    return page.n_tokens == PAGE_TOKENS and page.account != PUBLIC_ACCOUNT

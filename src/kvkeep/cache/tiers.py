@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+from kvkeep.cache.accounts import Retention
+from kvkeep.sealing import SealContext
+
+Install = Callable[[int, bytes], None]
+"""Hears of a layer of a page on its way up."""
+
+
+class Copy(Protocol):
+    """A page that a tier has made room for and not yet copied."""
+
+    def take(self, *, last: bool) -> bool:
+        """Copy the page; False where that must wait until other pages are written.
+
+        `last`: it leaves memory now, and what cannot be copied is lost.
+        """
+
+    def cancel(self) -> None:
+        """Give the room back: the page has gone."""
 
 
 class Tier(Protocol):
-    """A slower place for closed pages, found by chain hash.
+    """A slower place for closed pages, named by what they are bound to.
 
     It never calls back from a thread of its own: callbacks run inside `poll`, or inside `fetch`
-    itself.
+    itself. `layer_bytes` are the sizes of a page's layers.
     """
 
-    def holds(self, chain_hash: bytes) -> bool:
+    def holds(self, context: SealContext) -> bool:
         """Tell at once whether a page could be fetched."""
 
     def fetch(
         self,
-        chain_hash: bytes,
-        install: Callable[[int, bytes], None],
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
         done: Callable[[bool], None],
     ) -> None:
         """Start to fetch a page: `install(layer, data)` per layer, in any order, then `done(ok)`.
@@ -27,11 +48,86 @@ class Tier(Protocol):
         Both may be called after the reader lost interest, and do nothing then.
         """
 
-    def store(self, chain_hash: bytes, read: Callable[[int], bytes]) -> None:
-        """Take over a page that leaves memory; `read(layer)` is valid until this returns."""
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
+        expires_s: float | None,
+    ) -> Copy | None:
+        """Make room for a page that nothing uses any more, at the cost of its owner's oldest.
+
+        `read(layer)` is valid until the copy was taken or cancelled. None: there is nothing to
+        copy. `expires_s`: Unix time from which it is not to be found.
+        """
+
+    def forget(self, owner: str) -> int:
+        """Drop every page of an owner; return how many."""
 
     def poll(self) -> None:
         """Run the callbacks that are due, on the caller's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """A tier at one moment, and what it did so far."""
+
+    tier: str
+    limit_bytes: int
+    used_bytes: int = 0
+    pages: int = 0
+    hits: int = 0
+    misses: int = 0
+    """Pages that were found and could not be read or opened."""
+    drops: tuple[tuple[str, int], ...] = ()
+    """(why, pages) that were not taken."""
+    errors: tuple[tuple[str, int], ...] = ()
+    """(kind, count)."""
+
+
+class TierControl(Protocol):
+    """A tier's surroundings, as an engine drives them."""
+
+    asleep: bool
+    """Nothing is taken or found while it is set."""
+
+    def set_shares(self, shares: Mapping[str, float], terms: Mapping[str, Retention]) -> None:
+        """Set each account's part of every tier, and how far down its pages may go."""
+
+    def end_epoch(self, now: float) -> None:
+        """Take note of an epoch's end at `now` (Unix seconds)."""
+
+    def due(self) -> bool:
+        """Tell whether `poll` has something to do."""
+
+    def uses(self) -> tuple[TierUse, ...]:
+        """Return the figures of every tier."""
+
+    def close(self, wait_s: float) -> None:
+        """Write what was taken, for so long at most, and end."""
+
+
+class NoTiers:
+    """Nothing below memory."""
+
+    asleep = False
+
+    def set_shares(self, shares: Mapping[str, float], terms: Mapping[str, Retention]) -> None:
+        """Nobody has a part."""
+
+    def end_epoch(self, now: float) -> None:
+        """Nothing to do."""
+
+    def due(self) -> bool:
+        """Return False."""
+        return False
+
+    def uses(self) -> tuple[TierUse, ...]:
+        """Return nothing."""
+        return ()
+
+    def close(self, wait_s: float) -> None:
+        """Nothing to write."""
 
 
 class PageListener(Protocol):

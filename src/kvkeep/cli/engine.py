@@ -57,6 +57,7 @@ MODEL_SETTINGS = (
     "transform_key",
     "transform_epoch",
     "prefix_caching",
+    "tier",
     "attention_planner",
     "attention_share_across_tenants",
     "attention_cost_model",
@@ -160,6 +161,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         attention_share_across_tenants=settings.attention_share_across_tenants,
         attention_cost_model=_text(settings.attention_cost_model),
         share=sharing_options(settings),
+        tiers=settings.tier,
         allow_download=settings.allow_download,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -35,7 +35,7 @@ def with_settings(
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
             flags = {name: values.pop(name) for name in names}
-            command(load({k: v for k, v in flags.items() if v is not None}), **values)
+            command(load({k: v for k, v in flags.items() if v not in (None, [])}), **values)
 
         parameters = [*own, *_parameters(names)]
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -58,7 +58,14 @@ def _parameters(names: Iterable[str]) -> Iterable[inspect.Parameter]:
 
 
 def _flag_type(field: FieldInfo) -> Any:
-    return bool | None if field.annotation is bool else str | None
+    if field.annotation is bool:
+        return bool | None
+    return list[str] | None if _repeats(field) else str | None
+
+
+def _repeats(field: FieldInfo) -> bool:
+    """Tell whether an option may be given several times."""
+    return get_origin(field.annotation) is tuple
 
 
 def _option(name: str, field: FieldInfo) -> Any:
@@ -67,6 +74,8 @@ def _option(name: str, field: FieldInfo) -> Any:
     if field.annotation is bool:
         declared = f"--{flag}/--no-{flag}" if field.default else f"--{flag}"
         return typer.Option(declared, help=text, show_default=False)
+    if _repeats(field):
+        return typer.Option(f"--{flag}", help=f"{text}; repeatable", metavar="VALUE")
     if field.default is not None and name != "model":
         text = f"{text} (default: {field.default})"
     return typer.Option(f"--{flag}", help=text, metavar=_metavar(field), show_default=False)

@@ -90,6 +90,8 @@ def announce(
         settings.share, k=settings.share_k, eps=settings.share_eps, delta=settings.share_delta
     )
     NOTES.print(f"  {'sharing':<16} {told}")
+    for tier in settings.tier:
+        NOTES.print(f"  {'below memory':<16} {tier}")
     missing = missing_group(settings.share, k=settings.share_k, largest=largest_group)
     if missing is not None:
         remedy = "serve with --keys" if settings.no_auth else "kvkeep tenant add NAME --group GROUP"

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from kvkeep.cache.tiers import TierUse
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -294,6 +296,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     tenants: tuple[TenantUse, ...]
     sharing: SharingStats
     guard: tuple[GuardUse, ...] = ()
+    tiers: tuple[TierUse, ...] = ()
 
 
 class ChunkStream(Protocol):

@@ -30,6 +30,7 @@ from kvkeep.engine.evictors import evictor_of, measured_heads
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.gate import PrefillCost
 from kvkeep.engine.guard import Guard, GuardLimits
+from kvkeep.engine.lower import order_of, sizes_of, tier_of
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
@@ -129,6 +130,7 @@ def build_core(
     parts: Parts | None = None,
 ) -> EngineCore:
     """Load the model, reserve the pool and warm up; raises `ModelError` or `ConfigError`."""
+    sizes_of(options.tiers)  # refused before anything slow
     parts = parts or default_parts(options)
     threads = options.threads or len(os.sched_getaffinity(0))
     backend = parts.backend or choose(options, threads)
@@ -151,7 +153,8 @@ def build_core(
     techniques = parts.techniques
     pool = _pool(options, backend, spec, shape, max_model_len)
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
-    caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy)
+    order = order_of(options, kernels.name, str(model.spec.dtype), techniques.codec.name)
+    caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy, order)
     planner = parts.planner or _planner(options, backend, pool, model)
     runner = ModelRunner(
         RunnerParts(
@@ -175,11 +178,11 @@ def build_core(
     if sharing.gate is not None:
         sharing.gate.set_cost(_prefill_cost(core))
     if options.share.pinned is not None:
-        pin(
-            core, caches.of(techniques.codec.name), pinned_prompts(Path(options.share.pinned), text)
-        )
+        prompts = pinned_prompts(Path(options.share.pinned), text)
+        pin(core, caches.of(techniques.codec.name), prompts)
         core.reset_counters()
     forms.guard.asleep = False
+    caches.tiers.asleep = False
     return core
 
 
@@ -190,15 +193,19 @@ def _caches(
     shape: KVShape,
     digest: bytes,
     policy: SharingPolicy,
+    order: bytes,
 ) -> Caches:
     """Return the cache of the codec's pages and, where requests differ, that of kept ones."""
-    techniques = parts.techniques
+    techniques, lower = parts.techniques, tier_of(options, pool.spec.first_page_bytes)
+    tier = parts.tier or lower
 
     def tag_of(codec: str) -> Callable[[str], PageTag]:
         return lambda scope: PageTag(scope, codec, techniques.shield.name)
 
     name = techniques.codec.name
-    managers = {name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), parts.tier)}
+    managers = {
+        name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), tier, order=order)
+    }
     if pool.bytes_of(PageKind.KEPT):
         if options.share.pinned is not None:
             raise ConfigError(
@@ -206,9 +213,15 @@ def _caches(
             )
         kept = PoolPart(pool, Float().page_spec(shape))
         managers[KEPT] = CacheManager(
-            kept, RadixIndex(digest), policy, tag_of(KEPT), parts.tier, first_view=_KEPT_VIEWS
+            kept,
+            RadixIndex(digest),
+            policy,
+            tag_of(KEPT),
+            tier,
+            order=order,
+            first_view=_KEPT_VIEWS,
         )
-    return Caches(managers, policy)
+    return Caches(managers, policy, lower)
 
 
 def _forms(options: EngineOptions, caches: Caches, sharing: Sharing, *, evicts: bool) -> Forms:

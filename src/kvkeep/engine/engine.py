@@ -67,7 +67,7 @@ class EngineCore:
         self.epochs = EpochTimer(sharing.epoch_s)
         self._prefix_caching = prefix_caching
         self.info = info
-        self._caches = caches
+        self.caches = caches
         self._forms = forms
         self._runner = runner
         self._outputs = outputs
@@ -93,21 +93,21 @@ class EngineCore:
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)
-        self._caches.set_shares(shares)
+        self.caches.set_shares(shares)
         for name in self._shares.keys() - shares.keys():
-            self._caches.forget(name)
+            self.caches.forget(name)
             self._forms.guard.forget(name)
         for name in self.sharing.leaving(terms or {}):
-            self._caches.forget_votes(name)
+            self.caches.forget_votes(name)
         self.sharing.settle(terms or {})
-        self._caches.set_retention(self.sharing.retention())
+        self.caches.set_retention(self.sharing.retention())
         self._shares = dict(shares)
         self._scheduler.set_tenants(shares)
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
         try:
-            check_request(spec, self.info, self._shares, self._caches, self._forms.least(spec))
+            check_request(spec, self.info, self._shares, self.caches, self._forms.least(spec))
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -142,17 +142,18 @@ class EngineCore:
 
     def purge(self, tenant: str) -> Purged:
         """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""
-        gone = self._caches.forget(tenant)
+        gone = self.caches.forget(tenant)
         return Purged(pages=gone.pages, votes=gone.votes)
 
     def close(self) -> None:
-        """End what runs beside the loop."""
+        """End what runs beside the loop, once what nothing uses was written below memory."""
         self.sharing.close()
+        self.caches.close()
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the sharing policy's epoch at `now` (seconds) and apply what it makes public."""
         self.sharing.end_epoch(now)
-        return self._caches.end_epoch(now)
+        return self.caches.end_epoch(now)
 
     def reset_counters(self) -> None:
         """Start counting afresh, after warm-up."""
@@ -183,7 +184,7 @@ class EngineCore:
         """Return a snapshot for the admin port."""
         return snapshot(
             Sources(
-                self._caches,
+                self.caches,
                 self._scheduler,
                 self._runner,
                 self.sharing,
@@ -221,7 +222,7 @@ class EngineCore:
         for item in own:
             view, tokens = item.view, item.sequence.tokens
             if item.commits:
-                self._caches.of_view(view).commit(view, tokens.ids(view.length))
+                self.caches.of_view(view).commit(view, tokens.ids(view.length))
                 item.sequence.uncommitted = False
             self._scheduler.packs.pack(item.sequence)
         now = time.monotonic()

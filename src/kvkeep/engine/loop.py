@@ -35,7 +35,10 @@ def run(build: Callable[[m.Sink], EngineCore], inbox: m.Inbox, reply: m.Sink) ->
 def _serve(core: EngineCore, inbox: m.Inbox, reply: m.Sink) -> None:
     while True:
         idle_s = core.epochs.left_s()
-        wait = idle_s if core.idle() else (min(STALL_WAIT_S, idle_s) if core.stalled else 0.0)
+        wait = 0.0
+        if core.idle() or core.stalled:
+            most_s = idle_s if core.idle() else min(STALL_WAIT_S, idle_s)
+            wait = core.caches.pause_s(most_s, STALL_WAIT_S)
         for command in _drain(inbox, wait):
             if isinstance(command, m.Stop):
                 return

@@ -113,4 +113,6 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     attention_share_across_tenants: Literal["public", "never"] = "public"
     attention_cost_model: str | None = None
     share: SharingOptions = SharingOptions()
+    tiers: tuple[str, ...] = ()
+    """Places below memory, such as `memory:4GiB` or `disk:DIR,64GiB`."""
     allow_download: bool = False

@@ -57,6 +57,7 @@ def snapshot(of: Sources, c: EngineCounters, shares: Mapping[str, float]) -> Eng
         tenants=tuple(tenants),
         sharing=of.sharing.stats(caches.public_pages, c.saved_tokens, of.max_tokens),
         guard=of.guard.stats(),
+        tiers=caches.tier_uses(),
     )
 
 

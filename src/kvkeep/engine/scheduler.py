@@ -183,6 +183,7 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """Return the next step's work: a row per decode, prefill chunks within the budget."""
+        self._caches.poll()
         for name in sorted(self._tenants):
             self._admit(self._tenants[name])
             for sequence in list(self._tenants[name].running):
@@ -212,7 +213,6 @@ class Scheduler:
         """Match and lock the prefix, reserve room for the rest; False where it must wait."""
         request, tokens = sequence.request, sequence.tokens.ids()
         manager, spec = self._caches.of(request.codec), request.spec
-        manager.poll()
         if sequence.fetch is not None:
             if not sequence.fetch.done:
                 return False

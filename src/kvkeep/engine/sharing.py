@@ -143,7 +143,7 @@ class Sharing:
     def retention(self) -> dict[str, Retention]:
         """Return how long each account's pages may stay."""
         return {
-            account: Retention(term.ttl_s, to_tier=term.store == "disk")
+            account: Retention(term.ttl_s, term.store != "never", term.store == "disk")
             for account, term in self._terms.items()
         }
 

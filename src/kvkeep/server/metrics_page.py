@@ -10,6 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from kvkeep import metrics as m
+from kvkeep.cache.tiers import TierUse
 from kvkeep.engine.api import EngineStats, GuardUse, Histogram, SharingStats
 from kvkeep.server.frontend import Frontend, Health
 
@@ -112,6 +113,20 @@ def _engine(stats: EngineStats, model: str) -> Iterator[Family]:
     ):
         yield _simple(metric, [((tenant,), float(value)) for tenant, value in values], model)
     yield from _guard(stats.guard, model)
+    yield from _tiers(stats.tiers, model)
+
+
+def _tiers(uses: tuple[TierUse, ...], model: str) -> Iterator[Family]:
+    for metric, values in (
+        (m.TIER_LIMIT, [(u.tier, u.limit_bytes) for u in uses]),
+        (m.TIER_BYTES, [(u.tier, u.used_bytes) for u in uses]),
+        (m.TIER_PAGES, [(u.tier, u.pages) for u in uses]),
+        (m.TIER_HITS, [(u.tier, u.hits) for u in uses]),
+        (m.TIER_MISSES, [(u.tier, u.misses) for u in uses]),
+        (m.TIER_DROPS, [drop for u in uses for drop in u.drops]),
+        (m.TIER_ERRORS, [error for u in uses for error in u.errors]),
+    ):
+        yield _simple(metric, [((label,), float(value)) for label, value in values], model)
 
 
 def _guard(uses: tuple[GuardUse, ...], model: str) -> Iterator[Family]:

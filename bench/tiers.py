@@ -1,0 +1,346 @@
+"""What the places below memory cost and give: a prompt's first token from disk, stalls, restarts.
+
+`--only ttft`: a prompt of 4,096 tokens whose pages lie on a disk that the system holds nothing of,
+beside computing it. `--only stall`: the time that steps spend in the tiers' code while a gigabyte
+of pages is written beside eight answers. `--only restart`: a process is killed while it serves;
+what the next one finds again of what had been written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from bench import harness
+from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Pair, Report, Row
+from bench.ours import TENANT, Ours, greedy
+from bench.quant_e2e import model_in
+from bench.tiers_restart import durable, found_again
+from kvkeep.cache.tier.files import Directory
+from kvkeep.cache.tier.pages import TieredPages, TierSizes
+from kvkeep.cache.tiers import Copy, Install
+from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.build import Parts
+from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.loop import STALL_WAIT_S
+from kvkeep.eviction.policy import KeepAll
+from kvkeep.quant.codec import Codec, Float
+from kvkeep.quant.hack import Hack
+from kvkeep.sealing import PageSealer, SealContext
+from kvkeep.sharing.policy import ShareNothing
+from kvkeep.shield.plain import PlainSealer
+from kvkeep.shield.policy import NoShield
+from kvkeep.types import PAGE_TOKENS, Layout
+
+LIKE: Final = "qwen2.5-0.5b"
+TOKENS: Final = 4_096
+QUICK_TOKENS: Final = 1_024
+POOL_BYTES: Final = 2 << 30
+DISK_BYTES: Final = 4 << 30
+STALL_BYTES: Final = 1 << 30
+QUICK_STALL_BYTES: Final = 64 << 20
+DECODING: Final = 8
+KILLS: Final = 10
+PARTS: Final = ("ttft", "stall", "restart")
+SEALERS: Final[dict[str, Callable[[], PageSealer]]] = {"off": PlainSealer}
+"""By mode; `ttft_sealed_vs_plain_tier` is measured for each one but `off`."""
+CODECS: Final[dict[str, Codec]] = {"bf16": Float(), "k2v2": Hack(Layout.K2V2)}
+
+
+class Timed:
+    """A tier that counts the seconds spent in it."""
+
+    def __init__(self, tier: TieredPages) -> None:
+        self.tier = tier
+        self.spent_s = 0.0
+
+    def holds(self, context: SealContext) -> bool:
+        """Ask the tier."""
+        begun = time.perf_counter()
+        found = self.tier.holds(context)
+        self.spent_s += time.perf_counter() - begun
+        return found
+
+    def fetch(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
+        done: Callable[[bool], None],
+    ) -> None:
+        """Ask the tier."""
+        begun = time.perf_counter()
+        self.tier.fetch(context, layer_bytes, install, done)
+        self.spent_s += time.perf_counter() - begun
+
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
+        expires_s: float | None,
+    ) -> Copy | None:
+        """Ask the tier."""
+        begun = time.perf_counter()
+        copy = self.tier.store(context, layer_bytes, read, expires_s)
+        self.spent_s += time.perf_counter() - begun
+        return None if copy is None else _TimedCopy(self, copy)
+
+    def forget(self, owner: str) -> int:
+        """Ask the tier."""
+        return self.tier.forget(owner)
+
+    def poll(self) -> None:
+        """Ask the tier."""
+        begun = time.perf_counter()
+        self.tier.poll()
+        self.spent_s += time.perf_counter() - begun
+
+
+class _TimedCopy(NamedTuple):
+    timed: Timed
+    copy: Copy
+
+    def take(self, *, last: bool) -> bool:
+        """Copy the page."""
+        begun = time.perf_counter()
+        taken = self.copy.take(last=last)
+        self.timed.spent_s += time.perf_counter() - begun
+        return taken
+
+    def cancel(self) -> None:
+        """Let it go."""
+        self.copy.cancel()
+
+
+class Side:
+    """An engine with a disk below it."""
+
+    def __init__(self, model: Path, folder: Path, mode: str, codec: Codec, threads: int) -> None:
+        self.folder = folder
+        sizes = TierSizes(disk_bytes=DISK_BYTES)
+        self.timed = Timed(TieredPages(SEALERS[mode](), sizes, Directory(folder)))
+        parts = Parts(
+            techniques=Techniques(codec, NoShield(), KeepAll()),
+            policy=ShareNothing(),
+            tier=self.timed,
+        )
+        self.ours = Ours(model, threads=threads, kv_cache_bytes=POOL_BYTES, parts=parts)
+        self.timed.tier.set_shares({TENANT: 1.0}, {})
+        self.prompt = self.ours.prompt(TOKENS)
+
+    @property
+    def core(self) -> EngineCore:
+        """Return the engine."""
+        return self.ours.core
+
+    def first_token_s(self, prompt: Sequence[int], scope: str | None = None) -> float:
+        """Return the seconds to a prompt's first token."""
+        self.ours.submit(prompt, greedy(1), scope=scope)
+        begun = time.perf_counter()
+        while not self.core.idle():
+            self.core.step()
+            if self.core.stalled:
+                time.sleep(self.core.caches.pause_s(STALL_WAIT_S, STALL_WAIT_S))
+        return time.perf_counter() - begun
+
+    def write(self) -> None:
+        """Wait until what rests is on the disk, and evict it from the pool."""
+        for manager in self.core.caches.managers.values():
+            if manager.below is not None:
+                manager.below.flush(time.monotonic() + 60)
+            manager.evict_pages(TENANT, manager.pool.num_pages)
+        while self.timed.tier._back.queue.busy:  # noqa: SLF001 - nobody else needs to know
+            self.timed.poll()
+            time.sleep(STALL_WAIT_S)
+        self.timed.poll()
+        self.drop_file_cache()
+
+    def drop_file_cache(self) -> None:
+        """Let the system forget the files."""
+        for path in self.folder.glob("*.segment"):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fdatasync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
+
+    def hit_s(self, prompt: Sequence[int]) -> float:
+        """Return the seconds to the first token of a prompt that lies on the disk."""
+        self.write()
+        before = self.timed.tier.uses()[-1].hits
+        took = self.first_token_s(prompt, "kept")
+        hits = self.timed.tier.uses()[-1].hits - before
+        if hits < (len(prompt) - 1) // PAGE_TOKENS - 1:
+            raise RuntimeError(f"only {hits} pages came from the disk")
+        return took
+
+    def close(self) -> None:
+        """End the engine."""
+        self.core.close()
+        self.timed.tier.close(5.0)
+
+
+def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure], list[Row]]:
+    """Measure a hit beside computing, and beside a hit of every other sealer."""
+    tokens = QUICK_TOKENS if options.quick else TOKENS
+    pairs = 3 if options.quick else MIN_PAIRS
+    figures: list[Figure] = []
+    rows: list[Row] = []
+    with TemporaryDirectory() as directory:
+        sides = {
+            mode: Side(model, Path(directory) / mode, mode, CODECS[codec], options.threads)
+            for mode in SEALERS
+        }
+        plain = sides["off"]
+        prompt = plain.prompt[:tokens]
+        for side in sides.values():
+            side.first_token_s(prompt, "kept")
+        found = harness.interleave(
+            lambda: plain.hit_s(prompt),
+            lambda: plain.first_token_s(plain.ours.prompt(tokens)),
+            pairs,
+        )
+        figures.append(
+            Figure(f"ttft_disk_hit_vs_recompute_{codec}", harness.ratio(found), Goal("<=", 0.03))
+        )
+        rows.append(_row(codec, "off", tokens, found))
+        for mode, side in sides.items():
+            if mode != "off":
+                beside = harness.interleave(
+                    partial(side.hit_s, prompt), partial(plain.hit_s, prompt), 2 * pairs
+                )
+                name = f"ttft_sealed_vs_plain_tier_{codec}"
+                figures.append(Figure(name, harness.ratio(beside), Goal("<=", 1.02)))
+                rows.append(_row(codec, mode, tokens, beside))
+        for side in sides.values():
+            side.close()
+    return figures, rows
+
+
+def _row(codec: str, mode: str, tokens: int, pairs: Sequence[Pair]) -> Row:
+    return {
+        "kv": codec,
+        "shield": mode,
+        "tokens": tokens,
+        "hit_s": float(np.median([pair.ours for pair in pairs])),
+        "other_s": float(np.median([pair.theirs for pair in pairs])),
+    }
+
+
+def measure_stall(model: Path, mode: str, options: Options) -> tuple[Figure, Row]:
+    """Fill the pool with pages nobody computed and decode while they are written."""
+    wanted = QUICK_STALL_BYTES if options.quick else STALL_BYTES
+    with TemporaryDirectory() as directory:
+        side = Side(model, Path(directory), mode, Float(), options.threads)
+        for _ in range(DECODING):
+            side.ours.submit(side.ours.prompt(64), greedy(4_000))
+        for _ in range(20):
+            side.core.step()
+        _rest(side.core, wanted)
+        stalls: list[float] = []
+        begun = time.perf_counter()
+        while side.core.caches.pause_s(1.0, 0.0) < 1.0 and len(stalls) < 10_000:
+            side.timed.spent_s = 0.0
+            side.core.step()
+            stalls.append(1e3 * side.timed.spent_s)
+        took = time.perf_counter() - begun
+        written = side.timed.tier.uses()[-1].used_bytes
+        side.close()
+    p99 = float(np.percentile(stalls, 99))
+    row: Row = {
+        "shield": mode,
+        "written_bytes": written,
+        "steps": len(stalls),
+        "seconds": took,
+        "stall_ms_p50": float(np.median(stalls)),
+        "stall_ms_p99": p99,
+        "stall_ms_max": max(stalls),
+    }
+    return Figure("engine_stall_ms_p99", _exactly(p99, len(stalls)), Goal("<=", 2.0)), row
+
+
+def _rest(core: EngineCore, wanted: int) -> None:
+    """Let views of made-up tokens end, whose pages are then at rest and not written."""
+    (manager,) = core.caches.managers.values()
+    pages = wanted // manager.pool.spec.page_bytes
+    tokens = np.random.default_rng(1).integers(1, 50_000, pages * PAGE_TOKENS, np.int32)
+    match = manager.match(tokens, account=TENANT, scope="rest")
+    view = manager.open_view(match, len(tokens))
+    manager.extend(view, len(tokens))
+    manager.commit(view, tokens)
+    manager.release(view, tokens)
+
+
+def measure_restart(options: Options) -> tuple[Figure, list[Row]]:
+    """Kill a serving process at several moments and see what the next one finds."""
+    ratios: list[float] = []
+    rows: list[Row] = []
+    for turn in range(3 if options.quick else KILLS):
+        with TemporaryDirectory() as directory:
+            command = [sys.executable, "-m", "bench.tiers_restart", directory, str(turn)]
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            try:
+                written = durable(child, extra_s=0.05 * turn)
+            finally:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+                if child.stdout is not None:
+                    child.stdout.close()
+            found, right = found_again(Path(directory), turn)
+        ratios.append(found / written)
+        rows.append(
+            {"turn": turn, "written_tokens": written, "found_tokens": found, "answers_right": right}
+        )
+    return Figure("restart_hit_ratio", harness.estimate(ratios), Goal(">=", 0.99)), rows
+
+
+def _exactly(value: float, samples: int) -> Estimate:
+    return Estimate(value, value, value, max(samples, MIN_PAIRS))
+
+
+def measure(options: Options) -> Report:
+    """Measure the parts asked for."""
+    wanted = options.only or PARTS
+    figures: list[Figure] = []
+    rows: list[Row] = []
+    with TemporaryDirectory() as directory:
+        if "ttft" in wanted:
+            for codec in ("bf16",) if options.quick else CODECS:
+                some, more = measure_ttft(model_in(Path(directory), LIKE), codec, options)
+                figures, rows = figures + some, rows + more
+        if "stall" in wanted:
+            mode = list(SEALERS)[-1]
+            figure, row = measure_stall(model_in(Path(directory), LIKE), mode, options)
+            figures, rows = [*figures, figure], [*rows, row]
+    if "restart" in wanted:
+        figure, more = measure_restart(options)
+        figures, rows = [*figures, figure], [*rows, *more]
+    params: dict[str, Cell] = {
+        "like": LIKE,
+        "threads": options.threads,
+        "quick": options.quick,
+        "pool_bytes": POOL_BYTES,
+        "disk_bytes": DISK_BYTES,
+    }
+    return Report("tiers", params, figures, rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run from the command line."""
+    return harness.run("tiers", arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

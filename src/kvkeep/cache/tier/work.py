@@ -1,0 +1,131 @@
+"""What is done beside the engine's loop: one thread writes, others read."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+Job = Callable[[], None]
+
+READERS: Final = 2
+_JOIN_S: Final = 5.0
+
+
+class WriteQueue:
+    """Jobs by shelf, each shelf in turn, within so many bytes each; what is urgent goes first.
+
+    No lock is held while a job runs.
+    """
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition(threading.Lock())
+        self._urgent: deque[Job] = deque()
+        self._jobs: dict[bytes, deque[tuple[int, Job]]] = {}
+        self._bytes: dict[bytes, int] = {}
+        self._running: tuple[bytes, int] | None = None
+
+    def has_room(self, shelf: bytes, size: int, most: int) -> bool:
+        """Tell whether a shelf may have so many bytes more under way; one job always may."""
+        used = self._bytes.get(shelf, 0)
+        return used == 0 or used + size <= most
+
+    def put(self, shelf: bytes, size: int, job: Job) -> None:
+        """Add a job that holds so many bytes."""
+        with self._ready:
+            self._jobs.setdefault(shelf, deque()).append((size, job))
+            self._bytes[shelf] = self._bytes.get(shelf, 0) + size
+            self._ready.notify()
+
+    def put_first(self, job: Job) -> None:
+        """Add a job that goes before all shelves'."""
+        with self._ready:
+            self._urgent.append(job)
+            self._ready.notify()
+
+    def forget(self, shelf: bytes) -> None:
+        """Drop a shelf's jobs but the one that runs."""
+        with self._ready:
+            for size, _ in self._jobs.pop(shelf, ()):
+                self._free(shelf, size)
+
+    def get(self, wait_s: float | None) -> Job | None:
+        """Return the next job; None where none came in time. The last one counts as done."""
+        with self._ready:
+            if self._running is not None:
+                self._free(*self._running)
+                self._running = None
+            if not (self._urgent or self._jobs):
+                self._ready.wait(wait_s)
+            if self._urgent:
+                return self._urgent.popleft()
+            if not self._jobs:
+                return None
+            shelf = next(iter(self._jobs))
+            own = self._jobs.pop(shelf)
+            size, job = own.popleft()
+            if own:
+                self._jobs[shelf] = own  # behind the others
+            self._running = (shelf, size)
+            return job
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether jobs wait or run."""
+        return bool(self._bytes or self._urgent)
+
+    def _free(self, shelf: bytes, size: int) -> None:
+        self._bytes[shelf] -= size
+        if not self._bytes[shelf]:
+            del self._bytes[shelf]
+
+
+class Workers:
+    """The threads of one tier."""
+
+    def __init__(self, jobs: WriteQueue, rest: Callable[[], float | None]) -> None:
+        """`rest` runs after each job of the writer and returns how long it may wait for the next.
+
+        Jobs raise nothing.
+        """
+        self._jobs = jobs
+        self._rest = rest
+        self._reads: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._write, name="kvkeep-tier-write", daemon=True),
+            *(
+                threading.Thread(target=self._read, name="kvkeep-tier-read", daemon=True)
+                for _ in range(READERS)
+            ),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, job: Job) -> None:
+        """Run a job on a reading thread."""
+        self._reads.put(job)
+
+    def stop(self) -> bool:
+        """End the threads after what they are at; False where one did not end in time."""
+        self._stopping = True
+        self._jobs.put_first(lambda: None)
+        for _ in range(READERS):
+            self._reads.put(None)
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _write(self) -> None:
+        wait_s: float | None = None
+        while not self._stopping:
+            job = self._jobs.get(wait_s)
+            if job is not None:
+                job()
+            wait_s = self._rest()
+
+    def _read(self) -> None:
+        while (job := self._reads.get()) is not None:
+            job()

@@ -1,0 +1,70 @@
+"""Frames that are checked and not secret: what a tier holds under `--shield off`.
+
+A frame begins with a digest of what it is bound to and a checksum per layer, each seeded by that
+digest: a frame of another page is refused before anything of it is given out. Whoever reads the
+tier reads the pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import google_crc32c
+
+from kvkeep.errors import SealError
+from kvkeep.sealing import NAME_BYTES, SHELF_BYTES, SealContext
+
+_DIGEST_BYTES: Final = 32
+_CRC: Final = struct.Struct("<I")
+
+
+class PlainSealer:
+    """Checksums in place of a seal; a `PageSealer`."""
+
+    name = "off"
+
+    def name_of(self, context: SealContext) -> bytes:
+        """Return a digest of what the page is bound to."""
+        return _digest(context, NAME_BYTES, b"kvkeep-name")
+
+    def shelf_of(self, owner: str) -> bytes:
+        """Return a digest of the owner's name."""
+        digest = hashlib.blake2b(owner.encode(), digest_size=SHELF_BYTES, person=b"kvkeep-shelf")
+        return digest.digest()
+
+    def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
+        """Return how long a frame of such pages is."""
+        return _DIGEST_BYTES + len(layer_bytes) * _CRC.size + sum(layer_bytes)
+
+    def seal(self, context: SealContext, layers: Sequence[bytes]) -> bytes:
+        """Return a page's layers behind their checksums."""
+        bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
+        seed = google_crc32c.value(bound)
+        sums = (_CRC.pack(google_crc32c.extend(seed, layer)) for layer in layers)
+        return b"".join((bound, *sums, *layers))
+
+    def open(
+        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
+    ) -> Iterator[bytes]:
+        """Yield the layers in order; raises `SealError` where a byte differs."""
+        if len(frame) != self.frame_bytes(layer_bytes):
+            raise SealError("a frame has another length than its page")
+        bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
+        if frame[:_DIGEST_BYTES] != bound:
+            raise SealError("a frame is another page's")
+        seed = google_crc32c.value(bound)
+        at = _DIGEST_BYTES + len(layer_bytes) * _CRC.size
+        for layer, size in enumerate(layer_bytes):
+            data = bytes(frame[at : at + size])
+            (crc,) = _CRC.unpack_from(frame, _DIGEST_BYTES + layer * _CRC.size)
+            if google_crc32c.extend(seed, data) != crc:
+                raise SealError("a layer of a frame was changed")
+            yield data
+            at += size
+
+
+def _digest(context: SealContext, size: int, person: bytes) -> bytes:
+    return hashlib.blake2b(context.associated_data(), digest_size=size, person=person).digest()

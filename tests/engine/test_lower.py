@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvkeep.cache.tier.pages import TierSizes
+from kvkeep.engine.lower import order_of, sizes_of, tier_of
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
+
+
+def test_sizes_are_read() -> None:
+    assert sizes_of([]) == (TierSizes(), None)
+    assert sizes_of(["memory:4GiB"]) == (TierSizes(4 << 30, 0), None)
+    both = sizes_of(["disk:/a,b/c,1.5GiB", "memory:512 MiB"])
+    assert both == (TierSizes(512 << 20, 3 << 29), Path("/a,b/c"))
+
+
+@pytest.mark.parametrize(
+    ("tier", "told"),
+    [
+        ("redis:host", "of no known kind"),
+        ("", "of no known kind"),
+        ("memory", "needs a size"),
+        ("memory:4", "needs a size"),
+        ("memory:4GB", "needs a size"),
+        ("memory:-1GiB", "needs a size"),
+        ("memory:512KiB", "1MiB or more"),
+        ("disk:64GiB", "names no directory"),
+        ("disk:,64GiB", "names no directory"),
+        ("disk:/tier,", "needs a size"),
+    ],
+)
+def test_what_is_wrong_is_told_with_what_is_right(tier: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"tier: .*{told}.*; use memory:4GiB or disk:DIR,64GiB"):
+        sizes_of([tier])
+
+
+def test_a_kind_is_named_once() -> None:
+    with pytest.raises(ConfigError, match="tier: 'memory' is named twice"):
+        sizes_of(["memory:1GiB", "memory:1GiB"])
+    with pytest.raises(ConfigError, match="tier: 'disk' is named twice"):
+        sizes_of(["disk:/a,1GiB", "disk:/b,1GiB"])
+
+
+def test_a_tier_begins_asleep(tmp_path: Path) -> None:
+    options = EngineOptions(model="m", tiers=("memory:1MiB", f"disk:{tmp_path},1MiB"))
+    tier = tier_of(options, 1000)
+    assert tier is not None
+    assert tier.asleep
+    assert [use.tier for use in tier.uses()] == ["memory", "disk"]
+    tier.close(1.0)
+    assert tier_of(EngineOptions(model="m"), 1000) is None
+
+
+def test_tiers_too_small_or_of_no_use_are_refused(tmp_path: Path) -> None:
+    for tier in ("memory:1MiB", f"disk:{tmp_path},1MiB"):
+        with pytest.raises(ConfigError, match=r"tier: .* holds no two pages of 600000 bytes"):
+            tier_of(EngineOptions(model="m", tiers=(tier,)), 600_000)
+    with pytest.raises(ConfigError, match="prefix_caching"):
+        tier_of(EngineOptions(model="m", tiers=("memory:1GiB",), prefix_caching=False), 1000)
+
+
+def test_pages_of_another_build_are_other_pages() -> None:
+    options = EngineOptions(model="m")
+    assert order_of(options, "avx2") != order_of(options, "avx512")
+    assert order_of(options) != order_of(EngineOptions(model="m", weights="int8"))
