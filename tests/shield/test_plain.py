@@ -13,7 +13,7 @@ CONTEXT = SealContext("a", PageTag("a"), b"h" * 32, b"m" * 32, b"s" * 16)
 LAYERS = [b"one" * 20, b"two" * 30, b""]
 SIZES = [len(layer) for layer in LAYERS]
 SEALER = PlainSealer()
-FRAME = SEALER.seal(CONTEXT, LAYERS)
+FRAME = SEALER.seal(CONTEXT, b"".join(LAYERS), SIZES)
 
 
 def test_a_frame_opens_in_its_own_context() -> None:
@@ -47,7 +47,7 @@ def test_no_changed_byte_is_given_out() -> None:
     for at in range(len(FRAME)):
         changed = bytearray(FRAME)
         changed[at] ^= 1
-        given: list[bytes] = []
+        given: list[memoryview] = []
         with pytest.raises(SealError):
             given.extend(SEALER.open(CONTEXT, memoryview(changed), SIZES))
         assert given == LAYERS[: len(given)]

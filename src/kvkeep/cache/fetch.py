@@ -79,7 +79,7 @@ class Fetch:
         self._incoming, self._prefix = [], []
 
     def _installer(self, entry: _Incoming) -> Install:
-        def install(layer: int, data: bytes) -> None:
+        def install(layer: int, data: bytes | memoryview) -> None:
             if self._over or entry.arrived is not None:
                 return
             try:

@@ -283,7 +283,7 @@ class TilePool:
         for part, heads in self._require(slot).in_layer(layer):
             self._storage.write(part.place, ids[heads], tiles[heads, : part.range.tile_bytes])
 
-    def install(self, slot: int, layer: int, data: bytes) -> None:
+    def install(self, slot: int, layer: int, data: bytes | memoryview) -> None:
         """Write one layer of a page as `read` returned it.
 
         Raises `EngineError` where the size is wrong.

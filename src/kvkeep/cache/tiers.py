@@ -9,7 +9,7 @@ from typing import Protocol
 from kvkeep.cache.accounts import Retention
 from kvkeep.sealing import SealContext
 
-Install = Callable[[int, bytes], None]
+Install = Callable[[int, bytes | memoryview], None]
 """Hears of a layer of a page on its way up."""
 
 

@@ -39,16 +39,19 @@ class PlainSealer:
         """Return how long a frame of such pages is."""
         return _DIGEST_BYTES + len(layer_bytes) * _CRC.size + sum(layer_bytes)
 
-    def seal(self, context: SealContext, layers: Sequence[bytes]) -> bytes:
+    def seal(
+        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+    ) -> memoryview:
         """Return a page's layers behind their checksums."""
         bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
         seed = google_crc32c.value(bound)
+        layers = _cut(memoryview(page), layer_bytes)
         sums = (_CRC.pack(google_crc32c.extend(seed, layer)) for layer in layers)
-        return b"".join((bound, *sums, *layers))
+        return memoryview(b"".join((bound, *sums, page)))
 
     def open(
         self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[bytes]:
+    ) -> Iterator[memoryview]:
         """Yield the layers in order; raises `SealError` where a byte differs."""
         if len(frame) != self.frame_bytes(layer_bytes):
             raise SealError("a frame has another length than its page")
@@ -56,14 +59,20 @@ class PlainSealer:
         if frame[:_DIGEST_BYTES] != bound:
             raise SealError("a frame is another page's")
         seed = google_crc32c.value(bound)
-        at = _DIGEST_BYTES + len(layer_bytes) * _CRC.size
-        for layer, size in enumerate(layer_bytes):
-            data = bytes(frame[at : at + size])
+        page = frame[_DIGEST_BYTES + len(layer_bytes) * _CRC.size :]
+        for layer, data in enumerate(_cut(page, layer_bytes)):
             (crc,) = _CRC.unpack_from(frame, _DIGEST_BYTES + layer * _CRC.size)
             if google_crc32c.extend(seed, data) != crc:
                 raise SealError("a layer of a frame was changed")
-            yield data
-            at += size
+            yield memoryview(data)
+
+
+def _cut(page: memoryview, layer_bytes: Sequence[int]) -> Iterator[bytes]:
+    """Yield the layers of a page; the checksum takes nothing but bytes."""
+    at = 0
+    for size in layer_bytes:
+        yield bytes(page[at : at + size])
+        at += size
 
 
 def _digest(context: SealContext, size: int, person: bytes) -> bytes:

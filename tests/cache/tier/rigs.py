@@ -74,11 +74,11 @@ class Rig:
 
     def fetch(self, context: SealContext) -> list[bytes] | None:
         """Return a page's layers, None for a miss."""
-        found: dict[int, bytes] = {}
+        found: dict[int, bytes | memoryview] = {}
         ended: list[bool] = []
         self.tier.fetch(context, SIZES, found.__setitem__, ended.append)
         self.until(lambda: bool(ended))
-        return [found[layer] for layer in sorted(found)] if ended == [True] else None
+        return [bytes(found[layer]) for layer in sorted(found)] if ended == [True] else None
 
     def until(self, ready: Callable[[], bool]) -> None:
         end = time.monotonic() + 10

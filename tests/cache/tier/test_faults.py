@@ -6,7 +6,7 @@ import pytest
 
 from kvkeep.cache.tier.records import HEADER_BYTES
 from tests.cache.tier.disks import failing
-from tests.cache.tier.rigs import RECORD, Rig, layers_of, page
+from tests.cache.tier.rigs import RECORD, SIZES, Rig, layers_of, page
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_swapped_frames_are_misses_even_with_checksums_that_fit(disk: Rig) -> No
     segments = disk.tier._back._segments
     assert segments is not None
     name = disk.sealer.name_of(page(1))
-    other = disk.sealer.seal(page(2, "b"), layers_of(page(2, "b")))
+    other = disk.sealer.seal(page(2, "b"), b"".join(layers_of(page(2, "b"))), SIZES)
     assert name is not None
     entry = disk.tier._entries[name]
     entry.place = segments.append(name, entry.shelf, 0.0, other)

@@ -42,22 +42,22 @@ class Entry:
     """Whether the memory level has room for it; its frame may still be on its way."""
     on_disk: bool = False
     """The same of the disk."""
-    layers: tuple[bytes, ...] | None = None
-    """Copied and not yet sealed."""
-    frame: bytes | memoryview | None = None
+    page: bytes | None = None
+    """Its layers one after another, copied and not yet sealed."""
+    frame: memoryview | None = None
     place: Place | None = None
     gone: bool = False
 
     @property
     def there(self) -> bool:
         """Tell whether its bytes can be had."""
-        return self.layers is not None or self.frame is not None or self.place is not None
+        return self.page is not None or self.frame is not None or self.place is not None
 
 
 class Sealed(NamedTuple):
     """What became of a page that was to be written."""
 
-    frame: bytes | None
+    frame: memoryview | None
     place: Place | None
 
 
@@ -117,18 +117,22 @@ class Backroom:
         return self._errors + (self._segments.errors if self._segments is not None else Counter())
 
     def seal(
-        self, entry: Entry, context: SealContext, size: int, stored: Callable[[Sealed], None]
+        self,
+        entry: Entry,
+        context: SealContext,
+        page: bytes,
+        layer_bytes: Sequence[int],
+        stored: Callable[[Sealed], None],
     ) -> None:
-        """Seal a page's layers and write them where it has room on the disk."""
-        if entry.layers is not None:
-            job = partial(self._seal, entry, context, entry.layers, stored)
-            self.queue.put(entry.shelf, size, job)
+        """Seal a page and write it where it has room on the disk."""
+        job = partial(self._seal, entry, context, page, layer_bytes, stored)
+        self.queue.put(entry.shelf, len(page), job)
 
     def open(
         self,
         reading: Reading,
-        frame: bytes | memoryview | None,
-        opened: Callable[[Reading, bytes | memoryview | None], None],
+        frame: memoryview | None,
+        opened: Callable[[Reading, memoryview | None], None],
         failed: Callable[[Reading, bool], None],
     ) -> None:
         """Open a page, read first where no frame is given; `failed(_, moved)`."""
@@ -137,12 +141,15 @@ class Backroom:
     def hand_over(
         self,
         reading: Reading,
-        layers: Sequence[bytes],
-        opened: Callable[[Reading, bytes | memoryview | None], None],
+        page: bytes,
+        opened: Callable[[Reading, memoryview | None], None],
     ) -> None:
-        """Give out layers that are at hand as if they had been read."""
-        for layer, data in enumerate(layers):
-            self._post(len(data), partial(reading.install, layer, data))
+        """Give out a page that is at hand as if it had been read."""
+        at = 0
+        for layer, size in enumerate(reading.layer_bytes):
+            data = memoryview(page)[at : at + size]
+            self._post(size, partial(reading.install, layer, data))
+            at += size
         self._post(0, partial(opened, reading, None))
 
     def drop(self, name: bytes, place: Place) -> None:
@@ -178,14 +185,15 @@ class Backroom:
         self,
         entry: Entry,
         context: SealContext,
-        layers: Sequence[bytes],
+        page: bytes,
+        layer_bytes: Sequence[int],
         stored: Callable[[Sealed], None],
     ) -> None:
         if entry.gone:
             return
         frame = place = None
         try:
-            frame = self._sealer.seal(context, layers)
+            frame = self._sealer.seal(context, page, layer_bytes)
             if entry.on_disk and self._segments is not None:
                 place = self._segments.append(entry.name, entry.shelf, entry.expires_s, frame)
         except Exception as error:  # noqa: BLE001 - a page is lost, never the thread
@@ -195,14 +203,14 @@ class Backroom:
     def _open(
         self,
         reading: Reading,
-        frame: bytes | memoryview | None,
-        opened: Callable[[Reading, bytes | memoryview | None], None],
+        frame: memoryview | None,
+        opened: Callable[[Reading, memoryview | None], None],
         failed: Callable[[Reading, bool], None],
     ) -> None:
         try:
             if frame is None:
                 frame = self._read(reading)
-            layers = self._sealer.open(reading.context, memoryview(frame), reading.layer_bytes)
+            layers = self._sealer.open(reading.context, frame, reading.layer_bytes)
             for layer, data in enumerate(layers):
                 self._post(len(data), partial(reading.install, layer, data))
         except Moved:

@@ -22,7 +22,6 @@ from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tier.segments import SPARE, Place
 from kvkeep.cache.tiers import Copy, Install, TierUse
 from kvkeep.sealing import PageSealer, SealContext
-from kvkeep.types import PUBLIC_SCOPE
 
 POLL_BYTES: Final = 1 << 20
 """Installed in one step; at least one layer."""
@@ -87,15 +86,15 @@ class TieredPages:
         if entry is None or not entry.there:
             done(False)
             return
-        near = entry.layers is not None or entry.frame is not None
+        near = entry.page is not None or entry.frame is not None
         level = "memory" if self._memory is not None and near else "disk"
         for one in self._levels:
             one.touch(entry.shelf, entry.name)
         if not entry.in_memory and entry.place is not None:
             entry.in_memory = self._admit(self._memory, entry, entry.place.length)
         reading = Reading(entry, context, layer_bytes, entry.place, install, done, level)
-        if entry.layers is not None:
-            self._back.hand_over(reading, entry.layers, self._opened)
+        if entry.page is not None:
+            self._back.hand_over(reading, entry.page, self._opened)
         else:
             self._back.open(reading, entry.frame, self._opened, self._failed)
 
@@ -155,15 +154,14 @@ class TieredPages:
         self._shares, self._terms = dict(shares), dict(terms)
         if self.asleep or not shares:
             return
-        rest = max(0.0, 1.0 - sum(shares.values()))
-        shelves = {name: self._sealer.shelf_of(name) for name in (*shares, PUBLIC_SCOPE)}
+        shelves = {name: self._sealer.shelf_of(name) for name in shares}
         self._nameless = None in shelves.values()
         memory: dict[bytes, int] = {}
         disk: dict[bytes, int] = {}
         for name, shelf in shelves.items():
             if shelf is None:
                 continue
-            own, term = shares.get(name, rest), terms.get(name, Retention())
+            own, term = shares[name], terms.get(name, Retention())
             self._queue_bytes[shelf] = int(own * QUEUE_BYTES)
             if self._memory is not None:
                 memory[shelf] = int(own * self._memory.limit_bytes) * term.to_tier
@@ -218,11 +216,11 @@ class TieredPages:
         return self._back.queue.has_room(entry.shelf, size, most)
 
     def take(
-        self, entry: Entry, context: SealContext, layers: tuple[bytes, ...], size: int
+        self, entry: Entry, context: SealContext, page: bytes, layer_bytes: Sequence[int]
     ) -> None:
         """Take a page's bytes."""
-        entry.layers = layers
-        self._back.seal(entry, context, size, partial(self._stored, entry))
+        entry.page = page
+        self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry))
 
     def lose(self, entry: Entry, why: str | None = None) -> None:
         """Give up a page that was not copied; `why` is counted."""
@@ -246,7 +244,7 @@ class TieredPages:
 
     def _stored(self, entry: Entry, sealed: Sealed) -> None:
         """Take note of what was sealed and written of a page, wanted still or not."""
-        entry.layers = None
+        entry.page = None
         if sealed.place is not None:
             if entry.gone or not entry.on_disk:
                 self._back.drop(entry.name, sealed.place)
@@ -260,7 +258,7 @@ class TieredPages:
         if not entry.gone and not entry.there:
             self._remove(entry)
 
-    def _opened(self, reading: Reading, frame: bytes | memoryview | None) -> None:
+    def _opened(self, reading: Reading, frame: memoryview | None) -> None:
         entry = reading.entry
         if entry.in_memory and entry.frame is None and not entry.gone:
             entry.frame = frame
@@ -341,7 +339,7 @@ class TieredPages:
             level.remove(entry.shelf, entry.name)
         if note:
             self._leave_disk(entry)
-        entry.gone, entry.layers, entry.frame = True, None, None
+        entry.gone, entry.page, entry.frame = True, None, None
         del self._entries[entry.name]
 
 
@@ -371,8 +369,8 @@ class _PageCopy:
             if last:
                 self._tier.lose(self._entry, "queue")
             return last
-        layers = tuple(self._read(layer) for layer in range(len(self._layer_bytes)))
-        self._tier.take(self._entry, self._context, layers, size)
+        page = b"".join(self._read(layer) for layer in range(len(self._layer_bytes)))
+        self._tier.take(self._entry, self._context, page, self._layer_bytes)
         return True
 
     def cancel(self) -> None:

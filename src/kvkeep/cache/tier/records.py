@@ -65,7 +65,7 @@ def record_bytes(length: int) -> int:
     return HEADER_BYTES + length + _CRC.size
 
 
-def encode(record: Record, frame: bytes) -> bytes:
+def encode(record: Record, frame: bytes | memoryview) -> bytes:
     """Return a record's bytes."""
     fields = _FIELDS.pack(
         MAGIC,
@@ -77,9 +77,8 @@ def encode(record: Record, frame: bytes) -> bytes:
         record.shelf,
         record.expires_s,
     )
-    header = fields + _CRC.pack(google_crc32c.value(fields))
-    whole = google_crc32c.extend(google_crc32c.value(header), frame)
-    return b"".join((header, frame, _CRC.pack(whole)))
+    raw = b"".join((fields, _CRC.pack(google_crc32c.value(fields)), frame))
+    return raw + _CRC.pack(google_crc32c.value(raw))
 
 
 def decode(raw: bytes) -> Record | None:

@@ -149,7 +149,9 @@ class Segments:
         self._active = last if last is not None and last.size < self._most else None
         return [self._keep(*one) for one in sorted(best.values(), key=lambda one: one[2].seq)]
 
-    def append(self, name: bytes, shelf: bytes, expires_s: float, frame: bytes) -> Place:
+    def append(
+        self, name: bytes, shelf: bytes, expires_s: float, frame: bytes | memoryview
+    ) -> Place:
         """Write a page; one of its name that was there before is gone.
 
         Raises `OSError`: nothing has changed then.
