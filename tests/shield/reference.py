@@ -57,8 +57,8 @@ def seal(
     frame += struct.pack("<II", epoch, generation) + okm[32:]
     page = context.associated_data()
     sizes = [len(layer) for layer in layers]
-    bound = b"kvs1" + bytes([suite]) + struct.pack("<I", len(page)) + page
-    bound += struct.pack("<I", generation) + struct.pack("<I", len(sizes))
+    bound = b"kvs1" + bytes([suite]) + struct.pack("<II", len(page), generation) + page
+    bound += struct.pack("<I", len(sizes))
     bound += b"".join(struct.pack("<I", size) for size in sizes)
     plain, at = b"".join(layers), 0
     for first, last, part, tile, length in pieces(sizes):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hmac
 import os
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ KEY_BYTES = 32
 Outcome = Literal["sealed", "opened", "malformed", "changed"]
 
 _ZEROS = bytes(2 * KEY_BYTES)
+_BEGIN = struct.Struct("<4sBII")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -210,16 +212,8 @@ def _hierarchy(context: SealContext) -> str:
 def _bound(header: Header, context: SealContext, plan: FramePlan) -> bytes:
     """Return what each slice's associated data begins with; the reader makes it anew."""
     page = context.associated_data()
-    return b"".join(
-        (
-            b"kvs1",
-            header.suite.to_bytes(1, "little"),
-            len(page).to_bytes(4, "little"),
-            page,
-            header.generation.to_bytes(4, "little"),
-            plan.sizes,
-        )
-    )
+    begin = _BEGIN.pack(b"kvs1", header.suite, len(page), header.generation)
+    return b"".join((begin, page, plan.sizes))
 
 
 @functools.lru_cache(maxsize=64)
