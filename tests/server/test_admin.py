@@ -7,6 +7,8 @@ import json
 import pytest
 
 from kvkeep.engine.api import TenantTerms
+from kvkeep.errors import ConfigError
+from kvkeep.server.options import ServerOptions
 from kvkeep.server.tenants import SharingTerms
 from tests.server.conftest import Start
 
@@ -41,6 +43,34 @@ async def test_a_purge_covers_a_tenant_and_its_children(start: Start) -> None:
             refused = await admin.post("/purge", params=query)
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == "tenant"
+
+
+async def test_a_tenants_keys_go_before_its_pages(start: Start) -> None:
+    order: list[str] = []
+
+    def shred(tenant: str) -> bytes:
+        if tenant == "nobody":
+            raise ConfigError("name: there are no keys of a tenant nobody")
+        order.append(tenant)
+        return b'{"statement":"eA=="}'
+
+    options = ServerOptions(poll_s=0.05, drain_s=0.2, shred=shred)
+    async with start(options=options) as server, server.admin() as admin:
+        server.engine.purged = order
+        answer = await admin.post("/shred", params={"tenant": "gw"})
+        assert answer.json() == {"pages": 9, "receipt": {"statement": "eA=="}}
+        assert order == ["gw", "gw", "gw/a", "gw/b"]
+        refused = await admin.post("/shred", params={"tenant": "nobody"})
+        assert refused.status_code == 400
+        assert "no keys of a tenant" in refused.json()["error"]["message"]
+        left = await admin.post("/shred", params={"tenant": "left"})
+        assert left.json()["pages"] == 0, "a tenant that was removed may have keys still"
+
+
+async def test_a_server_that_seals_nothing_shreds_nothing(start: Start) -> None:
+    async with start() as server, server.admin() as admin:
+        refused = await admin.post("/shred", params={"tenant": "gw"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tenant")
 
 
 async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> None:

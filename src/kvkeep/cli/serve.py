@@ -6,12 +6,14 @@ import asyncio
 import logging
 import secrets
 import sys
+from functools import partial
 from pathlib import Path
 
 from kvkeep.cli.console import NOTES
-from kvkeep.cli.engine import checkpoint_path, running_engine
+from kvkeep.cli.engine import checkpoint_path, key_options, running_engine
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import UNSAFE_POLICIES, Settings
+from kvkeep.engine.sealers import shred_in
 from kvkeep.errors import ConfigError
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve
@@ -32,6 +34,7 @@ def server_options(settings: Settings) -> ServerOptions:
         deadline_s=settings.deadline_s,
         audit_consent=audit_consent(settings.audit_consent_file),
         share_pool=settings.share_pool,
+        shred=partial(shred_in, key_options(settings)),
         share_by_salt=settings.share == "salt",
         share_always=settings.share in ("pinned", "salt", *UNSAFE_POLICIES)
         or (settings.share != "isolate" and settings.share_pinned is not None),

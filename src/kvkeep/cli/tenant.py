@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, cast, get_args
@@ -89,25 +90,41 @@ def purge(settings: Settings, name: Name) -> None:
 
 
 @app.command()
-@with_settings("keys", "shield_store", "shield_keys")
+@with_settings(
+    "keys",
+    "shield_store",
+    "shield_keys",
+    "admin_host",
+    "admin_port",
+    "admin_socket",
+    "admin_token_file",
+)
 def shred(
     settings: Settings,
     name: Name,
     receipt: Annotated[Path | None, typer.Option(help="file for it (default: stdout)")] = None,
 ) -> None:
-    """Destroy the keys of a tenant's sealed pages, wherever copies of these lie."""
+    """Destroy the keys of a tenant's sealed pages, wherever copies of these lie.
+
+    With --admin-token-file a running server does it and drops the tenant's pages too; else it is
+    done in the key store, and servers that use it take note at once.
+    """
     from kvkeep.cli.engine import opened_store
 
-    with opened_store(settings) as store:
-        document = store.shred(name)
+    if settings.admin_token_file is None:
+        with opened_store(settings) as store:
+            document = store.shred(name)
+        memory = f"A running server still has pages in memory: `kvkeep tenant purge {name}`."
+    else:
+        answer = post_admin(settings, "/shred", {"tenant": name})
+        document = json.dumps(answer["receipt"]).encode()
+        memory = f"The server dropped {answer['pages']} pages from its memory."
     if receipt is None:
         OUT.print_json(document.decode())
     else:
         receipt.write_bytes(document + b"\n")
-    NOTES.print(
-        f"Destroyed the keys of {name}'s sealed pages: no tier or backup opens them.\n"
-        f"A running server still has pages in memory: `kvkeep tenant purge {name}` drops them."
-    )
+    NOTES.print(f"Destroyed the keys of {name}'s sealed pages: no tier or backup opens them.")
+    NOTES.print(memory)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvkeep.engine.options import EngineOptions, KeyOptions
+from kvkeep.errors import ConfigError
 from kvkeep.sealing import PageSealer
 from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.keys import KeyClient
@@ -59,6 +60,22 @@ def provider_of(options: KeyOptions) -> ProviderSpec:
     if not path.exists() and not store.exists():
         make_key_file(path)
     return ProviderSpec("file", (str(path),))
+
+
+def shred_in(options: KeyOptions, tenant: str) -> bytes:
+    """Destroy a tenant's keys by a key process of its own; returns the receipt.
+
+    Raises `ConfigError` where there is no store, or none of this tenant's keys in it.
+    """
+    store = Path(options.store or DEFAULT_STORE)
+    if not store.exists():
+        raise ConfigError(f"shield_store: there is no {store}; no page was ever sealed with it")
+    keys = KeyClient(str(provider_of(options)), str(store.absolute()))
+    try:
+        keys.start()
+        return keys.shred(tenant)
+    finally:
+        keys.close()
 
 
 def sealer_of(options: EngineOptions, folders: Iterable[Path] = ()) -> PageSealer:

@@ -58,6 +58,7 @@ def create_admin_app(front: Frontend, token: str) -> Starlette:
             plain("/ready", "GET", partial(_ready, front)),
             plain("/reload", "POST", partial(_reload, front)),
             plain("/purge", "POST", partial(_purge, front)),
+            plain("/shred", "POST", partial(_shred, front)),
         ],
         middleware=[Middleware(Gate, front, authorize)],
         exception_handlers={HTTPException: http_problem},
@@ -106,6 +107,10 @@ async def _reload(front: Frontend, _request: Request) -> Response:
 
 async def _purge(front: Frontend, request: Request) -> Response:
     return reply(await front.purge(request.query_params.get("tenant", "")))
+
+
+async def _shred(front: Frontend, request: Request) -> Response:
+    return reply(await front.shred(request.query_params.get("tenant", "")))
 
 
 async def _stats(front: Frontend) -> EngineStats | None:

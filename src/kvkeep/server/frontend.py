@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
+import msgspec
+
 from kvkeep.engine.api import EngineClient, ModelInfo, Purged
 from kvkeep.errors import (
     ConfigError,
@@ -26,6 +28,14 @@ from kvkeep.server.problems import Unavailable
 from kvkeep.server.running import Running
 from kvkeep.server.store import TenantStore
 from kvkeep.server.text import TextModel, TextWorkers
+
+
+class Shredding(msgspec.Struct, frozen=True, kw_only=True):
+    """What was destroyed and dropped of a tenant."""
+
+    pages: int
+    receipt: msgspec.Raw
+    """Signed, as `kvkeep keys verify` reads it."""
 
 
 class Health(StrEnum):
@@ -102,6 +112,21 @@ class Frontend:
             raise InvalidRequest("there is no tenant of this name", param="tenant")
         done = [await self.client.purge(account) for account in accounts]
         return Purged(pages=sum(d.pages for d in done), votes=sum(d.votes for d in done))
+
+    async def shred(self, name: str) -> Shredding:
+        """Destroy the keys of a tenant's sealed pages, then drop what is kept of it in memory.
+
+        Raises `InvalidRequest` where it has none.
+        """
+        if self.options.shred is None:
+            raise InvalidRequest("this server seals no pages", param="tenant")
+        try:
+            receipt = await asyncio.to_thread(self.options.shred, name)
+        except ConfigError as error:
+            raise InvalidRequest(str(error), param="tenant") from None
+        accounts = [a for a, t in self.tenants.accounts().items() if name in (a, t.name)]
+        done = [await self.client.purge(account) for account in accounts]
+        return Shredding(pages=sum(d.pages for d in done), receipt=msgspec.Raw(receipt))
 
     def count(self, metric: Metric, *labels: str) -> None:
         """Add one to a counter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class ServerOptions:
     """Token shown to everybody at `CONSENT_PATH`; None consents to no audit."""
     poll_s: float = 1.0
     """How often the tenant file and the engine are looked at."""
+    shred: Callable[[str], bytes] | None = None
+    """Destroys the keys of a tenant's sealed pages, away from the loop, and returns the receipt."""
     text_workers: int = 2
     """Threads that parse, render templates and tokenise."""
     limits: ServerLimits = field(default_factory=ServerLimits)

@@ -194,7 +194,11 @@ class KeyStore:
         return file
 
     def _put(self, file: KeyFile) -> None:
-        """Write a sibling (mode 0600 from its first byte), then rename it over the file."""
+        """Write a sibling (mode 0600 from its first byte), then rename it over the file.
+
+        The sibling has one name: what a killed process leaves, the next edit overwrites, so that
+        no wrapped key outlives its destruction beside the file.
+        """
         raw = msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
         sibling = self.path.with_name(self.path.name + ".new")
         try:
