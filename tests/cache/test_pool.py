@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvkeep.cache.pool import Beside, FreeList, TilePool
+from kvkeep.cache.pool import Beside, TilePool
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.types import Layout, PageKind, PageSpec, TileForm
 from tests.cache.player import SPEC, tiles_of
@@ -75,12 +75,6 @@ def test_freeing_twice_or_what_was_never_taken_is_an_error() -> None:
             pool.free_page(bad)
     with pytest.raises(EngineError, match="not in use"):
         pool.copy_page(slot, slot)
-    free = FreeList(4, "tile")
-    ids = free.take(2)
-    with pytest.raises(EngineError):
-        free.give_back(np.array([ids[0], ids[0]], np.int32))
-    free.give_back(ids[:0])
-    assert len(free) == 2
 
 
 def test_a_layer_is_read_and_installed_as_bytes() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.tier.pages import TieredPages, TierSizes
 from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tiers import TierUse
+from kvkeep.errors import KeysUnavailable
 from kvkeep.sealing import SealContext
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageTag
@@ -38,9 +39,17 @@ def layers_of(context: SealContext) -> list[bytes]:
 
 
 class NoKeys(PlainSealer):
-    """A sealer whose keys can be away."""
+    """A sealer whose keys can be away, for names or for frames alone."""
 
     away = False
+    closed = False
+
+    def open(
+        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
+    ) -> Iterator[memoryview]:
+        if self.closed:
+            raise KeysUnavailable("the keys are away")
+        return super().open(context, frame, layer_bytes)
 
     def name_of(self, context: SealContext) -> bytes | None:  # type: ignore[override]
         return None if self.away else super().name_of(context)

@@ -86,3 +86,13 @@ def test_a_failed_read_is_a_miss(disk: Rig) -> None:
     with disk.disk.during(failing("read", errno.EIO)):
         assert disk.fetch(page(1)) is None
     assert dict(disk.use().errors) == {"read:EIO": 1}
+
+
+def test_a_page_whose_keys_are_away_is_a_miss_and_stays(rig: Rig) -> None:
+    rig.store(page(1))
+    rig.settle()
+    rig.sealer.closed = True
+    assert rig.fetch(page(1)) is None
+    assert [error for use in rig.tier.uses() for error in use.errors] == [("read:keys", 1)]
+    rig.sealer.closed = False
+    assert rig.fetch(page(1)) == layers_of(page(1))

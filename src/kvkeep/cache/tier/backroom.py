@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -19,7 +20,7 @@ from kvkeep.cache.tier.records import BadRecord
 from kvkeep.cache.tier.segments import Found, Moved, Place, Segments
 from kvkeep.cache.tier.work import Workers, WriteQueue
 from kvkeep.cache.tiers import Install
-from kvkeep.errors import SealError
+from kvkeep.errors import KeysUnavailable, SealError
 from kvkeep.sealing import PageSealer, SealContext
 
 SYNC_BYTES: Final = 8 << 20
@@ -71,6 +72,16 @@ class Reading(NamedTuple):
     install: Install
     done: Callable[[bool], None]
     level: str
+
+
+class Failure(Enum):
+    """Why a page could not be had."""
+
+    MOVED = auto()
+    """It lies elsewhere by now."""
+    LOCKED = auto()
+    """Nobody gives out its keys at the moment."""
+    BROKEN = auto()
 
 
 class Backroom:
@@ -133,9 +144,9 @@ class Backroom:
         reading: Reading,
         frame: memoryview | None,
         opened: Callable[[Reading, memoryview | None], None],
-        failed: Callable[[Reading, bool], None],
+        failed: Callable[[Reading, Failure], None],
     ) -> None:
-        """Open a page, read first where no frame is given; `failed(_, moved)`."""
+        """Open a page, read first where no frame is given; `failed` hears why."""
         self._workers.read(partial(self._open, reading, frame, opened, failed))
 
     def hand_over(
@@ -205,7 +216,7 @@ class Backroom:
         reading: Reading,
         frame: memoryview | None,
         opened: Callable[[Reading, memoryview | None], None],
-        failed: Callable[[Reading, bool], None],
+        failed: Callable[[Reading, Failure], None],
     ) -> None:
         try:
             if frame is None:
@@ -214,10 +225,13 @@ class Backroom:
             for layer, data in enumerate(layers):
                 self._post(len(data), partial(reading.install, layer, data))
         except Moved:
-            self._post(0, partial(failed, reading, True))
+            self._post(0, partial(failed, reading, Failure.MOVED))
+        except KeysUnavailable as error:
+            self._note(error, "read")
+            self._post(0, partial(failed, reading, Failure.LOCKED))
         except Exception as error:  # noqa: BLE001 - a page is a miss, whatever it was
             self._note(error, "read")
-            self._post(0, partial(failed, reading, False))
+            self._post(0, partial(failed, reading, Failure.BROKEN))
         else:
             self._post(0, partial(opened, reading, frame))
 
@@ -277,4 +291,6 @@ def _kind(error: Exception) -> str:
         return errno.errorcode.get(error.errno or 0, "OSError")
     if isinstance(error, BadRecord):
         return str(error)
+    if isinstance(error, KeysUnavailable):
+        return "keys"
     return "sealed" if isinstance(error, SealError) else type(error).__name__

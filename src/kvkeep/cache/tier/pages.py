@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from kvkeep.cache.accounts import Retention
-from kvkeep.cache.tier.backroom import Backroom, Entry, Reading, Sealed
+from kvkeep.cache.tier.backroom import Backroom, Entry, Failure, Reading, Sealed
 from kvkeep.cache.tier.files import Files
 from kvkeep.cache.tier.levels import Level
 from kvkeep.cache.tier.records import record_bytes
@@ -265,14 +265,14 @@ class TieredPages:
         self._hits[reading.level] += 1
         reading.done(True)
 
-    def _failed(self, reading: Reading, moved: bool) -> None:
+    def _failed(self, reading: Reading, why: Failure) -> None:
         """Read a page where it lies now, or give it up: it is computed again."""
         entry = reading.entry
-        if moved and not entry.gone and entry.place not in (None, reading.place):
+        if why is Failure.MOVED and not entry.gone and entry.place not in (None, reading.place):
             again = reading._replace(place=entry.place)
             self._back.open(again, None, self._opened, self._failed)
             return
-        if not entry.gone:
+        if not entry.gone and why is not Failure.LOCKED:
             self._remove(entry)
         self._misses[reading.level] += 1
         reading.done(False)
