@@ -2,7 +2,8 @@
 
 `--only` names a part: `transforms` takes decoding steps of engines in turn and the published
 method's cost for one token of three models; `attacks` steals pages and counts the tokens that
-their rows give away to somebody who has the public weights.
+their rows give away to somebody who has the public weights; `sealing` holds sealed pages of 1 MiB
+beside the raw cipher, and shreds tenants.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from bench import harness, shield_attacks, shield_transforms
+from bench import harness, shield_attacks, shield_seal, shield_transforms
 from bench.harness import Cell, Figure, Options, Report, Row
 from kvkeep.errors import ConfigError
 
@@ -19,6 +20,7 @@ Part = Callable[[Options], tuple[list[Figure], list[Row]]]
 PARTS: Final[dict[str, Part]] = {
     "transforms": shield_transforms.figures,
     "attacks": shield_attacks.figures,
+    "sealing": shield_seal.figures,
 }
 
 

@@ -9,7 +9,6 @@ the real one adds to a page, on the threads that seal and open.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from typing import Final
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench import harness
-from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Report, Row, estimate, interleave
+from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Row, estimate, interleave
 from kvkeep.errors import KeysGone
 from kvkeep.sealing import SealContext
 from kvkeep.shield import envelope
@@ -183,19 +182,3 @@ def figures(options: Options) -> tuple[list[Figure], list[Row]]:
         found.append(round_trips(clients[0], options))
         found.append(shredding(Path(name), clients, options))
     return found, rows
-
-
-def measure(options: Options) -> Report:
-    """Return the report of these figures alone."""
-    found, rows = figures(options)
-    params: dict[str, Cell] = {"page_bytes": PAGE_BYTES, "servers": SERVERS, "quick": options.quick}
-    return Report("shield_seal", params, found, rows)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run from the command line."""
-    return harness.run("shield_seal", arguments, measure)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -29,7 +29,13 @@ def core_for(
     **options: object,
 ) -> EngineCore:
     """Return a warm core of a checkpoint with `pages` pages and the given tenants' shares."""
-    settings = {"threads": 2, "max_num_batched_tokens": 512, "chunk_tokens": 64, **options}
+    settings = {
+        "threads": 2,
+        "max_num_batched_tokens": 512,
+        "chunk_tokens": 64,
+        "shield": "off",
+        **options,
+    }
     if page_bytes:
         settings["kv_cache_bytes"] = pages * page_bytes
     else:

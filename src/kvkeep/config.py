@@ -140,6 +140,9 @@ class Settings(BaseSettings):
     transform_epoch: Annotated[int, Field(ge=0)] = Field(
         0, description="another epoch is another key: its pages are not found"
     )
+    shield_dumps: bool = Field(
+        False, description="let an engine that seals write cores and be attached to by its user"
+    )
     seed: int = Field(0, ge=0, description="base of the random generators")
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")

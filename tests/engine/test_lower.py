@@ -45,7 +45,8 @@ def test_a_kind_is_named_once() -> None:
 
 
 def test_a_tier_begins_asleep(tmp_path: Path) -> None:
-    options = EngineOptions(model="m", tiers=("memory:1MiB", f"disk:{tmp_path},1MiB"))
+    tiers = ("memory:1MiB", f"disk:{tmp_path},1MiB")
+    options = EngineOptions(model="m", tiers=tiers, shield="off")
     tier = tier_of(options, 1000)
     assert tier is not None
     assert tier.asleep

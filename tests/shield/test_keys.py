@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from kvkeep.shield.providers.local import make_key_file
 from kvkeep.shield.providers.provider import parse_spec
 from kvkeep.shield.receipt import SignedReceipt
 from kvkeep.types import PageTag
-from tests.shield.vaults import Clock, Vault, page_id, vault
+from tests.shield.vaults import Clock, Vault, found_in, page_id, vault
 
 LAYERS = [b"one" * 50, b"two" * 30]
 SIZES = [len(layer) for layer in LAYERS]
@@ -252,24 +251,6 @@ print(client.pid, flush=True)
 sys.stdin.read()
 client.close()
 """
-
-
-def found_in(pid: int, needles: dict[str, bytes]) -> set[str]:
-    """Which of these bytes are anywhere in a process's memory that can be read at all."""
-    found = set()
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in maps:
-            begin, end = (int(x, 16) for x in re.split("[- ]", line, maxsplit=2)[:2])
-            if " rw" not in line or "[vvar" in line:
-                continue
-            try:
-                memory.seek(begin)
-                content = memory.read(end - begin)
-            except OSError:
-                continue
-            found |= {name for name, raw in needles.items() if raw in content}
-    return found
 
 
 def test_a_servers_memory_holds_no_key_above_a_pages(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,20 +93,24 @@ class Vault:
 
     def secrets(self) -> dict[str, bytes]:
         """Every key above a page's, unwrapped with the key file alone."""
-        kek = self.kek_path.read_bytes()
-        found = {"kek": kek}
-        for owner, keys in self.store.read().owners.items():
-            root = _open(kek, keys.root, envelope.root_label(owner, keys.key_id))
-            found[f"{owner} root"] = root
-            for epoch in keys.epochs:
-                label = envelope.epoch_label(owner, keys.key_id, epoch.number)
-                found[f"{owner} epoch {epoch.number}"] = _open(root, epoch.wrapped, label)
-        return found
+        return secrets_of(self.kek_path.read_bytes(), self.store)
 
 
 def issuer(v: Vault) -> Issuer:
     """Edits of a vault's store, as a process of its own does them."""
     return Issuer(KeyStore(v.store.path), v.provider, v.region, v.clock.wall)
+
+
+def secrets_of(kek: bytes, store: KeyStore) -> dict[str, bytes]:
+    """Every key above a page's in a store, unwrapped with the provider's alone."""
+    found = {"kek": kek}
+    for owner, keys in store.read().owners.items():
+        root = _open(kek, keys.root, envelope.root_label(owner, keys.key_id))
+        found[f"{owner} root"] = root
+        for epoch in keys.epochs:
+            label = envelope.epoch_label(owner, keys.key_id, epoch.number)
+            found[f"{owner} epoch {epoch.number}"] = _open(root, epoch.wrapped, label)
+    return found
 
 
 @contextmanager
@@ -116,6 +121,24 @@ def vault(folder: Path) -> Iterator[Vault]:
         yield Vault(folder, region)
     finally:
         region.close()
+
+
+def found_in(pid: int, needles: dict[str, bytes]) -> set[str]:
+    """Which of these bytes are anywhere in a process's memory that can be read at all."""
+    found = set()
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in maps:
+            begin, end = (int(x, 16) for x in re.split("[- ]", line, maxsplit=2)[:2])
+            if " rw" not in line or "[vvar" in line:
+                continue
+            try:
+                memory.seek(begin)
+                content = memory.read(end - begin)
+            except OSError:
+                continue
+            found |= {name for name, raw in needles.items() if raw in content}
+    return found
 
 
 def page_id() -> bytes:

@@ -53,9 +53,9 @@ def hygiene_rows() -> list[tuple[str, str]]:
         "mlock": "locked, kept out of dumps; root reads it (this kernel has no memfd_secret)",
         "unlocked": "neither secret nor locked: raise RLIMIT_MEMLOCK",
     }
-    cores = "the key process writes none"
+    cores = "none of an engine that seals, nor of its key process"
     if found.core_limit_bytes != 0:
-        cores += "; a server may, with pages in it: ulimit -c 0"
+        cores += "; the front end may, with prompts in it: ulimit -c 0"
     return [
         ("key memory", memory[found.key_memory]),
         ("core dumps", cores),

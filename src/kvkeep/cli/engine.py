@@ -54,6 +54,7 @@ MODEL_SETTINGS = (
     "shield",
     "shield_keys",
     "shield_store",
+    "shield_dumps",
     "transform_key",
     "transform_epoch",
     "prefix_caching",
@@ -96,6 +97,7 @@ def key_options(settings: Settings) -> KeyOptions:
     return KeyOptions(
         provider=None if named is None else str(located(parse_spec(named))),
         store=str(key_store(settings)),
+        dumps=settings.shield_dumps,
     )
 
 

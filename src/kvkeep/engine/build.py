@@ -36,6 +36,7 @@ from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
+from kvkeep.engine.sealers import mode_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
 from kvkeep.engine.sizing import divide
@@ -344,7 +345,7 @@ def _info(
         kernel=kernel,
         kv=options.kv,
         evict=options.evict,
-        shield=describe(options.shield or "off"),
+        shield=describe(mode_of(options)),
         window_tokens=pool.spec.window_tokens,
         kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),
         staged_bytes=pool.bytes_of(PageKind.STAGED),

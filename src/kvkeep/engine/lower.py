@@ -11,9 +11,8 @@ from kvkeep.cache.tier.files import Directory
 from kvkeep.cache.tier.pages import TieredPages, TierSizes
 from kvkeep.cache.tier.segments import SPARE
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import sealing_of
 from kvkeep.errors import ConfigError
-from kvkeep.sealing import PageSealer
-from kvkeep.shield.plain import PlainSealer
 
 _UNITS: Final = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)")
@@ -21,11 +20,6 @@ LEAST_BYTES: Final = 1 << 20
 ORDER: Final = 1
 """Of how kernels and codecs arrange and compute a page's bytes; a change makes old pages misses."""
 _FORMS: Final = "use memory:4GiB or disk:DIR,64GiB"
-
-
-def sealer_of(options: EngineOptions) -> PageSealer:  # noqa: ARG001 - one sealer so far
-    """Return what seals pages below memory."""
-    return PlainSealer()
 
 
 def sizes_of(tiers: Sequence[str]) -> tuple[TierSizes, Path | None]:
@@ -66,7 +60,8 @@ def tier_of(options: EngineOptions, page_bytes: int) -> TieredPages | None:
     _check_size(sizes, page_bytes)
     directory = None if path is None else Directory(path)
     try:
-        tier = TieredPages(sealer_of(options), sizes, directory)
+        sealing = sealing_of(options, () if path is None else (path,))
+        tier = TieredPages(sealing.sealer, sizes, directory, ended=sealing.close)
     except OSError as error:
         raise ConfigError(f"tier: can't read {path}: {error.strerror}") from None
     tier.asleep = True

@@ -56,6 +56,8 @@ class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
     """File of wrapped keys; None: `kvkeep-sealing.json`."""
     epoch_s: float = 86_400.0
     """Seconds after which a tenant's pages are sealed under a new key."""
+    dumps: bool = False
+    """Whether an engine process that seals may write cores and be attached to by its user."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):

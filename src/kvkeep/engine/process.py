@@ -67,7 +67,11 @@ def _main(options: EngineOptions, pipe: Connection) -> None:
     """Run the loop; ends when the parent stops it or goes away."""
     from kvkeep.engine import loop  # noqa: PLC0415 - torch loads in this process alone
     from kvkeep.engine.build import build_core  # noqa: PLC0415
+    from kvkeep.engine.sealers import mode_of  # noqa: PLC0415
+    from kvkeep.shield.secret import forbid_dumps  # noqa: PLC0415
 
+    if mode_of(options) != "off" and not options.keys.dumps:
+        forbid_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's to handle
     inbox: m.Inbox = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvkeep.engine.options import EngineOptions, KeyOptions
+from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import PageSealer
 from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.keys import KeyClient
 from kvkeep.shield.keystore import refuse_inside
+from kvkeep.shield.plain import PlainSealer
 from kvkeep.shield.providers.local import make_key_file
 from kvkeep.shield.providers.provider import CAVEATS, ProviderSpec, parse_spec
 
@@ -24,28 +24,38 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """A sealer of frames, and the keys that it asks for."""
+    """What seals pages, and how to end it."""
 
-    sealer: FrameSealer
-    keys: KeyClient
+    sealer: PageSealer
+    close: Callable[[], None]
 
 
-def sealing_of(options: KeyOptions, folders: Iterable[Path] = ()) -> Sealing:
-    """Return a sealer whose key process runs; it ends when the sealer is let go of.
+def mode_of(options: EngineOptions) -> ShieldName:
+    """Return the mode: the one asked for, else `seal` where there is a tier below memory."""
+    return options.shield or ("seal" if options.tiers else "off")
+
+
+def sealing_of(options: EngineOptions, folders: Iterable[Path] = ()) -> Sealing:
+    """Return what seals pages below memory: every mode but `off` does.
 
     `folders` are those of tiers: the key store must lie in none. Raises `ConfigError` where store
     or provider can't be used.
     """
+    if mode_of(options) == "off":
+        return Sealing(PlainSealer(), lambda: None)
+    keys = key_client(options.keys, folders)
+    keys.start()
+    return Sealing(FrameSealer(keys), keys.close)
+
+
+def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:
+    """Return the server's side of a key process that is still to be started."""
     store = Path(options.store or DEFAULT_STORE).absolute()
     refuse_inside(store, folders)
     spec = provider_of(options)
     if spec.kind in CAVEATS:
         log.warning("sealing keys come from %s: %s", spec.kind, CAVEATS[spec.kind])
-    keys = KeyClient(str(spec), str(store), epoch_s=options.epoch_s)
-    keys.start()
-    sealer = FrameSealer(keys)
-    weakref.finalize(sealer, keys.close)
-    return Sealing(sealer, keys)
+    return KeyClient(str(spec), str(store), epoch_s=options.epoch_s)
 
 
 def provider_of(options: KeyOptions) -> ProviderSpec:
@@ -70,14 +80,9 @@ def shred_in(options: KeyOptions, tenant: str) -> bytes:
     store = Path(options.store or DEFAULT_STORE)
     if not store.exists():
         raise ConfigError(f"shield_store: there is no {store}; no page was ever sealed with it")
-    keys = KeyClient(str(provider_of(options)), str(store.absolute()))
+    keys = key_client(options)
     try:
         keys.start()
         return keys.shred(tenant)
     finally:
         keys.close()
-
-
-def sealer_of(options: EngineOptions, folders: Iterable[Path] = ()) -> PageSealer:
-    """Return what seals pages below memory, as the options ask for it."""
-    return sealing_of(options.keys, folders).sealer

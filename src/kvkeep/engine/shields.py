@@ -18,10 +18,10 @@ def shield_of(options: EngineOptions) -> Shield:
     match options.shield:
         case "perm" | "orth" | "mask" as mode:
             return LinearShield(mode, key_of(options.transform_key), options.transform_epoch)
-        case "seal" | "tile" | "tee" as other:
-            raise ConfigError(f"shield: {other!r} is not there yet; use off, perm, orth or mask")
+        case "tile" | "tee" as other:
+            raise ConfigError(f"shield: {other!r} is not there yet; use off, seal, perm or orth")
         case name if name is not None and name not in get_args(ShieldName):
-            raise ConfigError(f"shield: {name!r} is no mode; use off, perm, orth or mask")
+            raise ConfigError(f"shield: {name!r} is no mode; use off, seal, perm, orth or mask")
     if options.transform_key is not None:
         raise ConfigError("transform_key is given and nothing is transformed; set shield to orth")
     return NoShield()

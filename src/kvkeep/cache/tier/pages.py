@@ -45,12 +45,17 @@ class TieredPages:
         sizes: TierSizes,
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`files`: of the disk tier, read at once; raises `OSError` where that fails."""
+        """`files`: of the disk tier, read at once; raises `OSError` where that fails.
+
+        `ended` is called once nothing is sealed or opened any more.
+        """
         self.asleep = False
         """Nothing is taken or found while it is set."""
         self._sealer = sealer
         self._clock = clock
+        self._ended = ended
         self._memory = Level("memory", sizes.memory_bytes) if sizes.memory_bytes else None
         self._disk = Level("disk", sizes.disk_bytes) if files is not None else None
         self._levels = [level for level in (self._memory, self._disk) if level is not None]
@@ -207,6 +212,7 @@ class TieredPages:
     def close(self, wait_s: float) -> None:
         """Write what was taken, for so long at most, and end."""
         self._back.close(wait_s)
+        self._ended()
 
     # What a copy asks
 
