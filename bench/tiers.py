@@ -33,6 +33,8 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.loop import STALL_WAIT_S
+from kvkeep.engine.options import KeyOptions
+from kvkeep.engine.sealers import sealing_of
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
@@ -52,9 +54,15 @@ QUICK_STALL_BYTES: Final = 64 << 20
 DECODING: Final = 8
 KILLS: Final = 10
 PARTS: Final = ("ttft", "stall", "restart")
-SEALERS: Final[dict[str, Callable[[], PageSealer]]] = {"off": PlainSealer}
-"""By mode; `ttft_sealed_vs_plain_tier` is measured for each one but `off`."""
+MODES: Final = ("off", "seal")
 CODECS: Final[dict[str, Codec]] = {"bf16": Float(), "k2v2": Hack(Layout.K2V2)}
+
+
+def sealer_in(folder: Path, mode: str) -> PageSealer:
+    """Return a sealer; its key store and key file are made in a folder."""
+    if mode == "off":
+        return PlainSealer()
+    return sealing_of(KeyOptions(store=str(folder / "keys.json"))).sealer
 
 
 class Timed:
@@ -127,9 +135,10 @@ class Side:
     """An engine with a disk below it."""
 
     def __init__(self, model: Path, folder: Path, mode: str, codec: Codec, threads: int) -> None:
-        self.folder = folder
+        self.folder = folder / f"{mode}-tier"
+        files = Directory(self.folder)
         sizes = TierSizes(disk_bytes=DISK_BYTES)
-        self.timed = Timed(TieredPages(SEALERS[mode](), sizes, Directory(folder)))
+        self.timed = Timed(TieredPages(sealer_in(folder, mode), sizes, files))
         parts = Parts(
             techniques=Techniques(codec, NoShield(), KeepAll()),
             policy=ShareNothing(),
@@ -200,8 +209,8 @@ def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure
     rows: list[Row] = []
     with TemporaryDirectory() as directory:
         sides = {
-            mode: Side(model, Path(directory) / mode, mode, CODECS[codec], options.threads)
-            for mode in SEALERS
+            mode: Side(model, Path(directory), mode, CODECS[codec], options.threads)
+            for mode in MODES
         }
         plain = sides["off"]
         prompt = plain.prompt[:tokens]
@@ -321,8 +330,7 @@ def measure(options: Options) -> Report:
                 some, more = measure_ttft(model_in(Path(directory), LIKE), codec, options)
                 figures, rows = figures + some, rows + more
         if "stall" in wanted:
-            mode = list(SEALERS)[-1]
-            figure, row = measure_stall(model_in(Path(directory), LIKE), mode, options)
+            figure, row = measure_stall(model_in(Path(directory), LIKE), MODES[-1], options)
             figures, rows = [*figures, figure], [*rows, row]
     if "restart" in wanted:
         figure, more = measure_restart(options)

@@ -17,7 +17,7 @@ from kvkeep.config import DEMO_MODEL
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.build import build_core
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import EngineOptions, KeyOptions
 from kvkeep.types import PAGE_TOKENS
 
 PROMPTS: Final = 8
@@ -30,7 +30,8 @@ def engine(directory: Path) -> EngineCore:
         model=str(DEMO_MODEL),
         threads=1,
         kv_cache_bytes=64 << 20,
-        tiers=(f"disk:{directory},256MiB",),
+        tiers=(f"disk:{directory / 'tier'},256MiB",),
+        keys=KeyOptions(store=str(directory / "keys.json")),
     )
     core = build_core(options)
     core.set_tenants({TENANT: 1.0})

@@ -38,8 +38,8 @@ def written_pages(server: Server) -> int:
 @pytest.mark.slow
 def test_hits_outlive_a_kill(tmp_path: Path) -> None:
     tier = tmp_path / "tier"
-    options = ("--kv-cache-memory-bytes", "128MiB", "--threads", "1", "--share", "isolate")
-    options = (*options, "--tier", "memory:16MiB", "--tier", f"disk:{tier},256MiB")
+    small = ("--kv-cache-memory-bytes", "128MiB", "--threads", "1", "--share", "isolate")
+    options = (*small, "--tier", "memory:16MiB", "--tier", f"disk:{tier},256MiB")
     with serving(tmp_path, TENANTS, *options) as server:
         first = {tenant: ask(server, tenant) for tenant in TENANTS}
         assert all(cached == 0 for _, cached in first.values())
