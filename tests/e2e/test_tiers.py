@@ -6,6 +6,7 @@ import functools
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvkeep.engine.api import Chunk, SamplingParams, TenantTerms
@@ -126,3 +127,26 @@ def test_a_tenants_terms_hold_below_memory(
         cached = ask(core, PROMPTS[0])[0].cached_tokens
         assert cached == (found if turn else 0)
         core.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_disk_costs_time_and_no_token(
+    tiny: dict[str, Path], tmp_path: Path, seed: int
+) -> None:
+    tier = f"disk:{tmp_path},64MiB"
+    core = tiered(tiny["qwen2"], tier)
+    cold = [tokens(ask(core, prompt)) for prompt in PROMPTS]
+    core.close()
+    draw = np.random.default_rng(seed)
+    for path in tmp_path.glob("*.segment"):
+        data = bytearray(path.read_bytes())
+        for at in draw.integers(0, len(data), 6):
+            data[at] ^= 1 << int(draw.integers(8))
+        path.write_bytes(data[: -int(draw.integers(1, 3000))])
+    core = tiered(tiny["qwen2"], tier)
+    warm = [ask(core, prompt) for prompt in PROMPTS]
+    assert [tokens(chunks) for chunks in warm] == cold
+    (use,) = core.stats().tiers
+    assert sum(count for _, count in use.errors) > 0
+    assert any(chunks[0].cached_tokens for chunks in warm), "what is whole is still found"
+    core.close()

@@ -19,7 +19,7 @@ from kvkeep.cache.tiers import Copy, Install, Tier
 from kvkeep.sealing import SealContext
 from kvkeep.types import PageKind, PageSpec, PageTag
 
-COPY_BYTES = 1 << 20
+COPY_BYTES = 512 << 10
 """Copied to a tier in one step beside what is evicted; at least one page."""
 
 _FLUSH_S = 0.001

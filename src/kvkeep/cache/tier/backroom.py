@@ -43,8 +43,10 @@ class Entry:
     """Whether the memory level has room for it; its frame may still be on its way."""
     on_disk: bool = False
     """The same of the disk."""
-    page: bytes | None = None
+    page: memoryview | None = None
     """Its layers one after another, copied and not yet sealed."""
+    readers: int = 0
+    """That are still to be handed parts of `page`."""
     frame: memoryview | None = None
     place: Place | None = None
     gone: bool = False
@@ -131,7 +133,7 @@ class Backroom:
         self,
         entry: Entry,
         context: SealContext,
-        page: bytes,
+        page: memoryview,
         layer_bytes: Sequence[int],
         stored: Callable[[Sealed], None],
     ) -> None:
@@ -152,16 +154,21 @@ class Backroom:
     def hand_over(
         self,
         reading: Reading,
-        page: bytes,
+        page: memoryview,
         opened: Callable[[Reading, memoryview | None], None],
     ) -> None:
         """Give out a page that is at hand as if it had been read."""
+        reading.entry.readers += 1
         at = 0
         for layer, size in enumerate(reading.layer_bytes):
-            data = memoryview(page)[at : at + size]
-            self._post(size, partial(reading.install, layer, data))
+            self._post(size, partial(reading.install, layer, page[at : at + size]))
             at += size
-        self._post(0, partial(opened, reading, None))
+
+        def end() -> None:
+            reading.entry.readers -= 1
+            opened(reading, None)
+
+        self._post(0, end)
 
     def drop(self, name: bytes, place: Place) -> None:
         """Give up a page on the disk."""
@@ -196,7 +203,7 @@ class Backroom:
         self,
         entry: Entry,
         context: SealContext,
-        page: bytes,
+        page: memoryview,
         layer_bytes: Sequence[int],
         stored: Callable[[Sealed], None],
     ) -> None:

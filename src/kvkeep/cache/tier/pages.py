@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.tier.backroom import Backroom, Entry, Failure, Reading, Sealed
+from kvkeep.cache.tier.buffers import Buffers
 from kvkeep.cache.tier.files import Files
 from kvkeep.cache.tier.levels import Level
 from kvkeep.cache.tier.records import record_bytes
@@ -64,6 +65,7 @@ class TieredPages:
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
+        self._buffers = Buffers()
         self._shares: dict[str, float] = {}
         self._terms: dict[str, Retention] = {}
         self._nameless = False
@@ -222,11 +224,20 @@ class TieredPages:
         return self._back.queue.has_room(entry.shelf, size, most)
 
     def take(
-        self, entry: Entry, context: SealContext, page: bytes, layer_bytes: Sequence[int]
+        self,
+        entry: Entry,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[[int], bytes],
     ) -> None:
-        """Take a page's bytes."""
+        """Copy a page."""
+        page = self._buffers.take(sum(layer_bytes))
+        at = 0
+        for layer, size in enumerate(layer_bytes):
+            page[at : at + size] = read(layer)
+            at += size
         entry.page = page
-        self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry))
+        self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry, page))
 
     def lose(self, entry: Entry, why: str | None = None) -> None:
         """Give up a page that was not copied; `why` is counted."""
@@ -248,9 +259,11 @@ class TieredPages:
                 self._disk.add(found.shelf, found.name, record_bytes(found.place.length))
         self._back.found = []
 
-    def _stored(self, entry: Entry, sealed: Sealed) -> None:
+    def _stored(self, entry: Entry, page: memoryview, sealed: Sealed) -> None:
         """Take note of what was sealed and written of a page, wanted still or not."""
         entry.page = None
+        if not entry.readers:
+            self._buffers.give_back(page)
         if sealed.place is not None:
             if entry.gone or not entry.on_disk:
                 self._back.drop(entry.name, sealed.place)
@@ -375,8 +388,7 @@ class _PageCopy:
             if last:
                 self._tier.lose(self._entry, "queue")
             return last
-        page = b"".join(self._read(layer) for layer in range(len(self._layer_bytes)))
-        self._tier.take(self._entry, self._context, page, self._layer_bytes)
+        self._tier.take(self._entry, self._context, self._layer_bytes, self._read)
         return True
 
     def cancel(self) -> None:
