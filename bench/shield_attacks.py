@@ -39,7 +39,7 @@ from kvkeep.quant.codec import pack_float_tiles
 from kvkeep.types import PAGE_TOKENS, Layout
 
 LIKE: Final = "qwen2.5-0.5b"
-ROWS: Final = 1024
+ROWS: Final = 512
 VOCABULARIES: Final = 20
 """Of rows of sealed bytes: so many are guessed right by accident."""
 MODES: Final[tuple[ShieldName, ...]] = ("off", "perm", "orth", "mask")

@@ -10,7 +10,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.shield.policy import NoShield
 
 
-@pytest.mark.parametrize("mode", [None, "off"])
+@pytest.mark.parametrize("mode", [None, "off", "seal"])
 def test_without_a_mode_nothing_is_transformed(mode: ShieldName | None) -> None:
     assert EngineOptions(model="m").shield is None
     assert isinstance(shield_of(EngineOptions(model="m", shield=mode)), NoShield)
@@ -60,5 +60,5 @@ def test_a_key_without_a_transform_is_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["tile", "tee", "rot13"])
 def test_what_is_not_there_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match="use off, seal, perm"):
+    with pytest.raises(ConfigError, match="use off, seal, perm, orth or mask"):
         shield_of(EngineOptions(model="m", shield=mode))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Final, get_args
 
 from kvkeep.engine.options import EngineOptions, ShieldName
 from kvkeep.errors import ConfigError
@@ -12,16 +12,21 @@ from kvkeep.shield.drbg import KEY_BYTES
 from kvkeep.shield.policy import NoShield, Shield
 from kvkeep.shield.transform import LinearShield
 
+_MODES: Final = "use off, seal, perm, orth or mask"
+
 
 def shield_of(options: EngineOptions) -> Shield:
-    """Return the transform the options ask for; raises `ConfigError`."""
+    """Return the transform the options ask for; raises `ConfigError`.
+
+    Sealing transforms nothing: it begins below memory.
+    """
     match options.shield:
         case "perm" | "orth" | "mask" as mode:
             return LinearShield(mode, key_of(options.transform_key), options.transform_epoch)
         case "tile" | "tee" as other:
-            raise ConfigError(f"shield: {other!r} is not there yet; use off, seal, perm or orth")
+            raise ConfigError(f"shield: {other!r} is not there yet; {_MODES}")
         case name if name is not None and name not in get_args(ShieldName):
-            raise ConfigError(f"shield: {name!r} is no mode; use off, seal, perm, orth or mask")
+            raise ConfigError(f"shield: {name!r} is no mode; {_MODES}")
     if options.transform_key is not None:
         raise ConfigError("transform_key is given and nothing is transformed; set shield to orth")
     return NoShield()

@@ -29,8 +29,10 @@ def nearest(rows: FloatArray, table: FloatArray) -> Guesses:
     tokens, doubt = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     for begin in range(0, len(rows), step):
         part = rows[begin : begin + step]
-        apart = squares - 2 * part @ table.T
-        pair = np.argpartition(apart, min(1, len(table) - 1), axis=1)[:, :2]
+        apart = squares - 2 * (part @ table.T)
+        first = apart.argmin(1)
+        apart[np.arange(len(part)), first] = np.inf
+        pair = np.stack([first, apart.argmin(1)], 1)
         # Sums of large squares lose what tells neighbours apart: both are measured again.
         exact = np.linalg.norm(part[:, None] - table[pair], axis=2)
         order = exact.argsort(1)
