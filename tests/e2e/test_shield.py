@@ -38,7 +38,7 @@ def said(core: EngineCore) -> list[list[int]]:
     ("family", "options"),
     [
         ("qwen2", {}),
-        ("llama", {"attention_planner": "flat"}),
+        pytest.param("llama", {"attention_planner": "flat"}, marks=pytest.mark.slow),
         ("qwen3", {"evict": "corm", "evict_window": 16, "evict_recent": 8, "evict_weight": 4.0}),
     ],
     ids=["tree", "flat", "corm"],
@@ -71,6 +71,7 @@ def prompt_scores(kv: KvName, shield: ShieldName) -> np.ndarray:
     return np.array([one.logprob for one in found if one is not None])
 
 
+@pytest.mark.slow
 def test_codes_of_turned_rows_err_no_more_than_codes_of_plain_ones() -> None:
     exact = prompt_scores("bf16", "off")
     usual = np.abs(prompt_scores("k2v2", "off") - exact).mean()

@@ -31,7 +31,7 @@ def answer(asked: list[int]) -> list[int]:
     return tokens(chunks)[:TOKENS]
 
 
-@pytest.mark.parametrize("mode", ["plain", "perm", "orth"])
+@pytest.mark.parametrize("mode", ["plain", pytest.param("perm", marks=pytest.mark.slow), "orth"])
 def test_a_model_tells_what_plain_pages_hold_and_turned_ones_do_not(
     asked: list[int], answer: list[int], mode: str
 ) -> None:

@@ -71,7 +71,13 @@ def apart(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("name", MODELS)
+SELDOM = ("one KV head", "head_dim 64", "head_dim 96")
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=slow if name in SELDOM else ()) for name in MODELS]
+)
 def test_in_float32_logits_are_those_without_a_shield(name: str, checkpoint: Any) -> None:
     path = checkpoint(name)
     plain, kv = logits(path, NoShield(), "float32")
@@ -82,7 +88,14 @@ def test_in_float32_logits_are_those_without_a_shield(name: str, checkpoint: Any
             assert all(apart(mine[at], theirs[at]) > 0.3 for at in mine), (mode, fold)
 
 
-@pytest.mark.parametrize("name", ["RoPE scaling", "biases", "head_dim 80", "head_dim 128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "biases",
+        "head_dim 128",
+        *(pytest.param(n, marks=slow) for n in ("RoPE scaling", "head_dim 80")),
+    ],
+)
 def test_in_bfloat16_errors_hardly_grow(name: str, checkpoint: Any) -> None:
     path = checkpoint(name)
     exact, _ = logits(path, NoShield(), "float32")

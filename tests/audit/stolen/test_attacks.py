@@ -24,7 +24,8 @@ from kvkeep.quant.codec import pack_float_tiles
 from kvkeep.shield.transform import LinearShield
 from kvkeep.types import Layout
 
-ROWS = 512
+ROWS = 320
+slow = pytest.mark.slow
 Rows = NDArray[np.float32]
 Dump = Callable[..., Stolen]
 
@@ -93,7 +94,9 @@ def test_masked_pages_fall_to_what_all_rows_share(dump: Dump, public: PublicMode
     assert report.leaks
 
 
-@pytest.mark.parametrize("shield", ["perm", "orth", "mask"])
+@pytest.mark.parametrize(
+    "shield", [pytest.param("perm", marks=slow), pytest.param("orth", marks=slow), "mask"]
+)
 def test_any_of_them_falls_to_known_text(dump: Dump, public: PublicModel, shield: str) -> None:
     stolen = replace(dump(shield=shield), known=public.head_dim + 2)
     report = attack_rows(stolen, public)
@@ -102,7 +105,9 @@ def test_any_of_them_falls_to_known_text(dump: Dump, public: PublicModel, shield
     assert top1(few, "distances to known text") >= 0.95
 
 
-@pytest.mark.parametrize("shield", ["off", "perm", "orth"])
+@pytest.mark.parametrize(
+    "shield", [pytest.param("off", marks=slow), pytest.param("perm", marks=slow), "orth"]
+)
 def test_codes_of_four_bits_do_not_hide_it(dump: Dump, public: PublicModel, shield: str) -> None:
     report = attack_rows(dump(shield=shield, kv="k4v4"), public)
     assert report.best.top1 is not None
