@@ -8,7 +8,6 @@ the demo model answers about held-out texts, whose pages another engine goes on 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +15,9 @@ from typing import Final
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.harness import Cell, Estimate, Figure, Goal, Options, Row
+from bench.shield_seal import OwnKeys, context
 from kvkeep.audit.stolen import (
     ATTACKS,
     PublicModel,
@@ -36,6 +35,8 @@ from kvkeep.inspect.injection import inject, steal
 from kvkeep.models import make
 from kvkeep.models.text import TextModel
 from kvkeep.quant.codec import pack_float_tiles
+from kvkeep.shield.cipher import FrameSealer
+from kvkeep.shield.frame import HEADER_BYTES
 from kvkeep.types import PAGE_TOKENS, Layout
 
 LIKE: Final = "qwen2.5-0.5b"
@@ -124,16 +125,18 @@ def sealed_rows(public: PublicModel) -> Stolen:
     tokens = np.random.default_rng(1).integers(
         0, public.vocab_size, VOCABULARIES * public.vocab_size
     )
-    others = bytes((public.num_layers - 1) * 2 * 2 * public.heads * PAGE_TOKENS * public.head_dim)
-    pages = []
+    layer_bytes = 2 * 2 * public.heads * PAGE_TOKENS * public.head_dim
+    sizes, others = [layer_bytes] * public.num_layers, bytes((public.num_layers - 1) * layer_bytes)
+    sealer, bodies = FrameSealer(OwnKeys()), []
     for begin in range(0, len(tokens), PAGE_TOKENS):
         at = tokens[begin : begin + PAGE_TOKENS]
         k, v = (
             torch.tensor(x[at]).transpose(0, 1).bfloat16() for x in (public.keys, public.values)
         )
-        pages.append(pack_float_tiles(k, v, Layout.BF16).tobytes() + others)
-    frames = (AESGCM(AESGCM.generate_key(256)).encrypt(os.urandom(12), p, b"") for p in pages)
-    stolen = rows_of_bytes(b"".join(frame[: len(p)] for frame, p in zip(frames, pages)), public)
+        page = pack_float_tiles(k, v, Layout.BF16).tobytes() + others
+        frame = sealer.seal(context("victim"), page, sizes)
+        bodies.append(frame[HEADER_BYTES : HEADER_BYTES + len(page)])
+    stolen = rows_of_bytes(b"".join(bodies), public)
     return replace(stolen, tokens=tokens[: len(stolen)])
 
 

@@ -79,3 +79,18 @@ def test_codes_of_turned_rows_err_no_more_than_codes_of_plain_ones() -> None:
     for mode in ("perm", "orth"):
         got = np.abs(prompt_scores("k2v2", mode) - exact).mean()
         assert got <= 1.1 * usual, (mode, got / usual)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("mode", ["perm", "orth"])
+def test_other_kernels_turn_heads_alike(tiny: dict[str, Path], kernel: str, mode: str) -> None:
+    few = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    plain, turned = (
+        drive(
+            core_for(tiny["qwen2"], kernel=kernel, attention_planner="flat", shield=shield),
+            [request(prompt_of(70), few)],
+        )["r"]
+        for shield in (None, mode)
+    )
+    assert tokens(turned) == tokens(plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
+from bench.shield_seal import OwnKeys, context
 from kvkeep.audit.stolen import ATTACKS, PublicModel, Report, Stolen, attack_rows, open_public
 from kvkeep.audit.stolen.rows import rows_of_bytes
 from kvkeep.engine.options import EngineOptions
@@ -21,6 +20,8 @@ from kvkeep.inspect.dump import dump_rows
 from kvkeep.models.make import tiny
 from kvkeep.ops.layout import Heads
 from kvkeep.quant.codec import pack_float_tiles
+from kvkeep.shield.cipher import FrameSealer
+from kvkeep.shield.frame import HEADER_BYTES
 from kvkeep.shield.transform import LinearShield
 from kvkeep.types import Layout
 
@@ -180,10 +181,9 @@ def test_sealed_pages_stay_at_chance_where_plain_bytes_fall(public: PublicModel)
     public = replace(public, keys=public.keys[:size], values=public.values[:size])
     tokens = np.random.default_rng(2).integers(0, size, VOCABULARIES * size)
     plain = pages_of(public, tokens, Layout.F32)
-    key, nonce = AESGCM(AESGCM.generate_key(256)), os.urandom(12)
-    sealed = key.encrypt(nonce, plain, b"")
+    sealed = FrameSealer(OwnKeys()).seal(context("victim"), plain, [len(plain)])[HEADER_BYTES:]
     for data, most in ((plain[: 1 << 18], None), (sealed, 5.0)):
-        stolen = rows_of_bytes(data, public)
+        stolen = rows_of_bytes(bytes(data), public)
         report = attack_rows(replace(stolen, tokens=tokens[: len(stolen)]), public)
         assert report.over_chance is not None
         if most is None:
