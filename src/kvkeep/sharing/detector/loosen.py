@@ -3,7 +3,7 @@
 An automaton over many patterns has a state for every way to stand inside each of them. Counted
 repeats and digits of which only some fit multiply those ways, so that random digits or hashes
 make a new state with every character. Loosened patterns read a text's shape, where every digit
-is 0, and count little but digits.
+but 0 is 1, and count little but digits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_SHAPE: Final = bytes.maketrans(b"123456789", b"000000000")
+_SHAPE: Final = bytes.maketrans(b"23456789", b"11111111")
 _MOST_COUNTED: Final = 3
 _TOKEN = re.compile(
     r"""
@@ -28,12 +28,12 @@ ITEM: Final = re.compile(
 )
 """One item of a character class."""
 _QUOTED = re.compile(r"\\Q(.*?)(?:\\E|$)|(\\.)", re.DOTALL)
-_DIGITS = re.compile(r"\d(?:-\d)?|\\d")
-_NUMBER_GROUP = re.compile(r"[0 ?:().\-/ー\\s|{},\d\[\]]*")
+_DIGITS = re.compile(r"([0-9])(?:-([0-9]))?|\\d")
+_NUMBER_GROUP = re.compile(r"[ ?:().\-/ー\\s|{},\d\[\]]*")
 
 
 def shape(data: bytes) -> bytes:
-    """Return a text with 0 for every digit."""
+    """Return a text with 1 for every digit but 0."""
     return data.translate(_SHAPE)
 
 
@@ -69,19 +69,32 @@ def _repeat(least: int) -> str:
 def _plain(token: re.Match[str]) -> str:
     """Return an atom that fits the shape of all that the token fits."""
     text = token.group()
-    if token["digit"] or text == r"\d":
-        return "0"
+    if text == r"\d":
+        return "[01]"
+    if token["digit"]:
+        return min(text, "1")
     return _class(text) if token["class"] else text
 
 
 def _class(text: str) -> str:
-    """Return a class that holds 0 for any digit that `text` holds, or excludes it with all ten."""
+    """Return a class of what the shapes of all characters that `text` holds may be."""
     negated = text.startswith("[^")
     items = ITEM.findall(text[2:-1] if negated else text[1:-1])
     rest = [item for item in items if _DIGITS.fullmatch(item) is None]
     if len(rest) == len(items):
         return text
-    if not negated:
-        return f"[0{''.join(rest)}]" if rest else "0"
-    all_ten = "0-9" in items or r"\d" in items
-    return f"[^{'0' if all_ten else ''}{''.join(rest)}]" if rest or all_ten else "(?s:.)"
+    digits = {digit for item in items for digit in _digits(item)}
+    if negated:
+        kept = f"{'0' if 0 in digits else ''}{'1' if len(digits - {0}) == 9 else ''}"
+        return f"[^{kept}{''.join(rest)}]" if rest or kept else "(?s:.)"
+    kept = f"{'0' if 0 in digits else ''}{'1' if digits - {0} else ''}"
+    return f"[{kept}{''.join(rest)}]" if rest or len(kept) > 1 else kept
+
+
+def _digits(item: str) -> range:
+    """Return the digits that an item of a class stands for."""
+    match = _DIGITS.fullmatch(item)
+    if match is None:
+        return range(0)
+    first, last = match[1] or "0", match[2] or match[1] or "9"
+    return range(int(first), int(last) + 1)

@@ -59,9 +59,9 @@ def needs(pattern: str) -> frozenset[str]:
 def offers(shaped: bytes) -> frozenset[str]:
     """Return the kinds of characters that a text may hold; none that it holds is left out.
 
-    The text is a shape: its only digit is 0.
+    The text is a shape: its only digits are 0 and 1.
     """
-    digits = (DIGIT,) if b"0" in shaped else ()
+    digits = (DIGIT,) if b"0" in shaped or b"1" in shaped else ()
     if shaped.isascii():
         return frozenset(digits)
     scripts = (s for s, others in _OTHER_BYTES.items() if shaped.translate(None, others))

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.checks import CHECKS
 from kvkeep.sharing.detector.loosen import loosened, shape
-from kvkeep.sharing.detector.needs import needs, offers
+from kvkeep.sharing.detector.needs import DIGIT, needs, offers
 from kvkeep.sharing.detector.patterns import Hit, Pattern, PatternSet
 from kvkeep.sharing.detector.spans import Span
 
@@ -104,7 +104,8 @@ class RuleRecogniser:
         """What tells these rules from others."""
         groups: dict[frozenset[str], list[int]] = {}
         for index, compiled in enumerate(self._compiled):
-            groups.setdefault(compiled.needed, []).append(index)
+            scripts = compiled.needed - {DIGIT}
+            groups.setdefault(scripts or compiled.needed, []).append(index)
         self._passes = [self._pass(*part) for group in groups.items() for part in _parts(*group)]
         near = dict.fromkeys(c.only_near for c in self._compiled if c.only_near)
         places = {words: place for place, words in enumerate(near)}
