@@ -60,6 +60,12 @@ _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[\[(]")
 """How a value that code computes begins."""
 
 
+_FORM_PLACE = re.compile(
+    r"1,? rue de la paix|via roma,? ?1$|calle mayor,? ?1$|(?:12345|75000|00100) \w"
+)
+"""Streets and postal codes that forms show in French, Italian, Spanish and German."""
+
+
 _RESERVED: Final = frozenset(
     {"example", "invalid", "test", "localhost", "local"}
     | {"service", "socket", "target", "timer", "mount", "automount", "slice", "device", "scope"}
@@ -294,6 +300,7 @@ def varied(value: str) -> bool:
         "mot_de_passe",
         "contraseña",
         "secret_key",
+        "%0a",
     )
     return not any(filler in word for filler in fillers)
 
@@ -342,9 +349,9 @@ def own_date(value: str) -> bool:
 def real_place(value: str) -> bool:
     """Tell whether an address is none of those that forms show as an example."""
     word = value.lower()
-    fillers = ("example", "sample", "muster", "placeholder", "ejemplo", "esempio")
-    known = ("123 main", "1 main st", "10 downing", "1600 pennsyl")
-    return not any(part in word for part in (*fillers, *known))
+    fillers = ("example", "sample", "muster", "placeholder", "exemple", "ejemplo", "esempio")
+    known = ("123 main", "1 main st", "10 downing", "1600 pennsyl", "anytown", "calle falsa")
+    return not any(part in word for part in (*fillers, *known)) and not _FORM_PLACE.match(word)
 
 
 def placed(value: str) -> bool:
