@@ -33,14 +33,13 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.loop import STALL_WAIT_S
-from kvkeep.engine.options import KeyOptions
-from kvkeep.engine.sealers import sealing_of
+from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
+from kvkeep.engine.sealers import Sealing, sealing_of
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
-from kvkeep.sealing import PageSealer, SealContext
+from kvkeep.sealing import SealContext
 from kvkeep.sharing.policy import ShareNothing
-from kvkeep.shield.plain import PlainSealer
 from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout
 
@@ -54,15 +53,14 @@ QUICK_STALL_BYTES: Final = 64 << 20
 DECODING: Final = 8
 KILLS: Final = 10
 PARTS: Final = ("ttft", "stall", "restart")
-MODES: Final = ("off", "seal")
+MODES: Final[tuple[ShieldName, ...]] = ("off", "seal")
 CODECS: Final[dict[str, Codec]] = {"bf16": Float(), "k2v2": Hack(Layout.K2V2)}
 
 
-def sealer_in(folder: Path, mode: str) -> PageSealer:
-    """Return a sealer; its key store and key file are made in a folder."""
-    if mode == "off":
-        return PlainSealer()
-    return sealing_of(KeyOptions(store=str(folder / "keys.json"))).sealer
+def sealing_in(folder: Path, mode: ShieldName) -> Sealing:
+    """Return what seals pages; its key store and key file are made in a folder."""
+    store = KeyOptions(store=str(folder / "keys.json"))
+    return sealing_of(EngineOptions(model="", shield=mode, keys=store))
 
 
 class Timed:
@@ -134,11 +132,14 @@ class _TimedCopy(NamedTuple):
 class Side:
     """An engine with a disk below it."""
 
-    def __init__(self, model: Path, folder: Path, mode: str, codec: Codec, threads: int) -> None:
+    def __init__(
+        self, model: Path, folder: Path, mode: ShieldName, codec: Codec, threads: int
+    ) -> None:
         self.folder = folder / f"{mode}-tier"
         files = Directory(self.folder)
         sizes = TierSizes(disk_bytes=DISK_BYTES)
-        self.timed = Timed(TieredPages(sealer_in(folder, mode), sizes, files))
+        self.sealing = sealing_in(folder, mode)
+        self.timed = Timed(TieredPages(self.sealing.sealer, sizes, files))
         parts = Parts(
             techniques=Techniques(codec, NoShield(), KeepAll()),
             policy=ShareNothing(),
@@ -199,6 +200,7 @@ class Side:
         """End the engine."""
         self.core.close()
         self.timed.tier.close(5.0)
+        self.sealing.close()
 
 
 def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure], list[Row]]:
@@ -248,7 +250,7 @@ def _row(codec: str, mode: str, tokens: int, pairs: Sequence[Pair]) -> Row:
     }
 
 
-def measure_stall(model: Path, mode: str, options: Options) -> tuple[Figure, Row]:
+def measure_stall(model: Path, mode: ShieldName, options: Options) -> tuple[Figure, Row]:
     """Fill the pool with pages nobody computed and decode while they are written."""
     wanted = QUICK_STALL_BYTES if options.quick else STALL_BYTES
     with TemporaryDirectory() as directory:

@@ -1,57 +1,128 @@
-"""A server that is killed while it serves and started again finds its tenants' pages."""
+"""Servers that are killed while they serve and started again: pages come back, answers stay."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from openai import APIConnectionError, OpenAI
 
+from kvkeep.config import DEMO_MODEL
 from kvkeep.server.tenants import TenantFile
 from tests.servers import Server, serving, started
 
-TENANTS: Final = {"harbour": 0.4, "library": 0.3, "market": 0.3}
+TENANTS: Final = {"harbour": 0.25, "library": 0.25, "market": 0.2}
 LETTER: Final = "The harbour master wrote to the library about the tide tables of the year. " * 12
+QUESTIONS: Final = 30
+SMALL: Final = ("--kv-cache-memory-bytes", "128MiB", "--threads", "1")
+
+
+def opened(server: Server, tenant: str) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key=server.keys[tenant], max_retries=0)
 
 
 def ask(server: Server, tenant: str) -> tuple[str, int]:
     """Return an answer and how much of its prompt was cached."""
-    with OpenAI(base_url=f"{server.url}/v1", api_key=server.keys[tenant], max_retries=0) as client:
+    with opened(server, tenant) as client:
         answer = client.completions.create(
             model="demo", prompt=f"{tenant}: {LETTER}", max_tokens=16, temperature=0.0
         )
-    usage = answer.usage
-    assert usage is not None
-    details = usage.prompt_tokens_details
+    assert answer.usage is not None
+    details = answer.usage.prompt_tokens_details
     return answer.choices[0].text, (details.cached_tokens or 0) if details is not None else 0
 
 
-def written_pages(server: Server) -> int:
-    """Return the pages that the disk holds."""
-    return sum(1 for line in server.admin("/metrics").text.splitlines() if "tier_pages" in line)
+def kill(server: Server) -> None:
+    """End a server and all below it at once."""
+    for process in server.tree()[::-1]:
+        os.kill(process, signal.SIGKILL)
+
+
+def hits(server: Server) -> float:
+    """Return the pages that the tiers brought back."""
+    lines = server.admin("/metrics").text.splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith("kvkeep:tier_hits_total"))
 
 
 @pytest.mark.slow
 def test_hits_outlive_a_kill(tmp_path: Path) -> None:
-    tier = tmp_path / "tier"
-    small = ("--kv-cache-memory-bytes", "128MiB", "--threads", "1", "--share", "isolate")
-    options = (*small, "--tier", "memory:16MiB", "--tier", f"disk:{tier},256MiB")
+    tiers = ("--tier", "memory:16MiB", "--tier", f"disk:{tmp_path / 'tier'},256MiB")
+    options = (*SMALL, "--share", "isolate", *tiers)
     with serving(tmp_path, TENANTS, *options) as server:
         first = {tenant: ask(server, tenant) for tenant in TENANTS}
         assert all(cached == 0 for _, cached in first.values())
-        assert written_pages(server) > 0
         time.sleep(1.0)
-        for process in server.tree()[::-1]:
-            os.kill(process, signal.SIGKILL)
+        kill(server)
         with pytest.raises(APIConnectionError):
             ask(server, "market")
-    file = TenantFile(tmp_path / "keys.json")
-    with started(file, server.keys, *options) as again:
+    with started(TenantFile(tmp_path / "keys.json"), server.keys, *options) as again:
         for tenant in TENANTS:
             text, cached = ask(again, tenant)
             assert text == first[tenant][0]
             assert cached >= 128
+        assert hits(again) >= 6
+
+
+def conversations() -> list[list[Any]]:
+    """Return held-out conversations up to each question."""
+    lines = (DEMO_MODEL / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for messages in (json.loads(line)["messages"] for line in lines):
+        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        found += [messages[:turn] for turn in turns]
+    return found[:QUESTIONS]
+
+
+def answers(server: Server, tenant: str, asked: Sequence[list[Any]]) -> list[str | None]:
+    """Return a tenant's answers, as many as there are before the server ends."""
+    found: list[str | None] = []
+    with opened(server, tenant) as client:
+        for messages in asked:
+            try:
+                answer = client.chat.completions.create(
+                    model="demo", messages=messages, max_tokens=16, temperature=0.0
+                )
+            except APIConnectionError:
+                break
+            found.append(answer.choices[0].message.content)
+    return found
+
+
+def all_answers(server: Server, *, killed_after_s: float | None = None) -> dict[str, Any]:
+    """Let all tenants ask at a time."""
+    asked = conversations()
+    if killed_after_s is not None:
+        threading.Timer(killed_after_s, kill, (server,)).start()
+    with ThreadPoolExecutor(len(TENANTS)) as pool:
+        running = {t: pool.submit(answers, server, t, asked) for t in TENANTS}
+        return {tenant: future.result() for tenant, future in running.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_answer_is_the_same_over_a_kill_with_everything_on(tmp_path: Path) -> None:
+    shared = ("--share", "selective", "--share-k", "2", "--share-epoch-s", "1")
+    options = (*SMALL, *shared, "--kv", "k2v2", "--evict", "corm")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "tiered").mkdir()
+    with serving(tmp_path / "plain", TENANTS, *options, group="port") as plain:
+        right = all_answers(plain)
+    assert all(len(found) == QUESTIONS for found in right.values())
+    tier = tmp_path / "tier"
+    tiered = (*options, "--tier", "memory:8MiB", "--tier", f"disk:{tier},128MiB")
+    with serving(tmp_path / "tiered", TENANTS, *tiered, group="port") as server:
+        before = all_answers(server, killed_after_s=4.0)
+        assert any(len(found) < QUESTIONS for found in before.values()), "killed too late"
+    for tenant, found in before.items():
+        assert found == right[tenant][: len(found)]
+    with started(TenantFile(tmp_path / "tiered" / "keys.json"), server.keys, *tiered) as again:
+        assert all_answers(again) == right
+        assert hits(again) > 0
