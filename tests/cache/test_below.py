@@ -12,6 +12,7 @@ from kvkeep.cache import below as below_module
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.below import Below, form_digest
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.pace import Pace
 from kvkeep.cache.tier.pages import TieredPages, TierSizes
 from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tiers import Copy, Install
@@ -142,6 +143,7 @@ def test_a_step_copies_a_bounded_part() -> None:
     pages = 3 * (below_module.COPY_BYTES // PAGE_BYTES) // 2
     player.open("a", "a/1", prompt(*range(1, pages + 1)))
     player.end_views()
+    below_of(manager)._pace = Pace(below_module.COPY_BYTES, below_module.MOST_BYTES, lambda: 0.0)
     manager.poll()
     copied = kinds(tier).count("copy")
     assert copied == below_module.COPY_BYTES // PAGE_BYTES < pages

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvkeep.cache.accounts import Retention
+from kvkeep.cache.pace import Pace
 from kvkeep.cache.parts import Pages
 from kvkeep.cache.radix import Page
 from kvkeep.cache.tiers import Copy, Install, Tier
@@ -20,7 +21,9 @@ from kvkeep.sealing import SealContext
 from kvkeep.types import PageKind, PageSpec, PageTag
 
 COPY_BYTES = 512 << 10
-"""Copied to a tier in one step beside what is evicted; at least one page."""
+"""Copied to a tier in a short step beside what is evicted; at least one page."""
+MOST_BYTES = 16 << 20
+"""In a long one."""
 
 _FLUSH_S = 0.001
 _DIGEST_BYTES = 16
@@ -65,6 +68,7 @@ class Below:
         extra = pool.spec.num_kv_heads * pool.spec.first_extra_bytes
         self._plain, self._first = tuple(plain), tuple(size + extra for size in plain)
         self._due: dict[str, dict[Page, Copy]] = {}
+        self._pace = Pace(COPY_BYTES, MOST_BYTES)
 
     def context(self, owner: str, tag: PageTag, chain: bytes, kind: PageKind) -> SealContext:
         """Return what a page of this cache is bound to."""
@@ -119,7 +123,7 @@ class Below:
 
     def poll(self) -> None:
         """Copy a little, each owner in turn, and let the tier run what is due."""
-        self._copy(COPY_BYTES)
+        self._copy(self._pace.budget())
         self._tier.poll()
 
     def flush(self, end_s: float) -> None:

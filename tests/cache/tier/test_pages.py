@@ -184,6 +184,25 @@ def test_without_keys_pages_are_misses_and_nobody_loses_any(disk: Rig) -> None:
     assert disk.held([page(1), page(2)]) == [0]
 
 
+def test_pages_wait_for_the_keys_of_their_names(disk: Rig) -> None:
+    disk.sealer.away = True
+    copies = [
+        disk.tier.store(page(i), SIZES, layers_of(page(i)).__getitem__, None) for i in range(3)
+    ]
+    first, second, third = copies
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert not first.take(last=False)
+    assert second.take(last=True)
+    third.cancel()
+    disk.sealer.away = False
+    assert first.take(last=False)
+    disk.settle()
+    assert disk.held([page(i) for i in range(3)]) == [0]
+    assert dict(disk.use().drops) == {"keys": 1}
+
+
 def test_quotas_are_named_once_keys_are_there(disk: Rig) -> None:
     disk.sealer.away = True
     disk.tier.set_shares({"c": 0.1, **SHARES}, {})

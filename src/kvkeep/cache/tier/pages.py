@@ -15,8 +15,10 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from kvkeep.cache.accounts import Retention
+from kvkeep.cache.pace import Pace
 from kvkeep.cache.tier.backroom import Backroom, Entry, Failure, Reading, Sealed
 from kvkeep.cache.tier.buffers import Buffers
+from kvkeep.cache.tier.copies import LateCopy, PageCopy
 from kvkeep.cache.tier.files import Files
 from kvkeep.cache.tier.levels import Level
 from kvkeep.cache.tier.records import record_bytes
@@ -25,7 +27,9 @@ from kvkeep.cache.tiers import Copy, Install, TierUse
 from kvkeep.sealing import PageSealer, SealContext
 
 POLL_BYTES: Final = 1 << 20
-"""Installed in one step; at least one layer."""
+"""Installed in a short step; at least one layer."""
+MOST_BYTES: Final = 64 << 20
+"""In a long one."""
 QUEUE_BYTES: Final = 128 << 20
 """Copied and not yet written, over all owners; each has its share of it, and at least one page."""
 
@@ -66,6 +70,7 @@ class TieredPages:
         self._misses: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
         self._buffers = Buffers()
+        self._pace = Pace(POLL_BYTES, MOST_BYTES)
         self._shares: dict[str, float] = {}
         self._terms: dict[str, Retention] = {}
         self._nameless = False
@@ -117,8 +122,7 @@ class TieredPages:
             return None
         name, shelf = self._sealer.name_of(context), self._sealer.shelf_of(context.owner)
         if name is None or shelf is None:
-            self._drops["keys"] += 1
-            return None
+            return LateCopy(self, context, layer_bytes, read, expires_s)
         known = self._entries.get(name)
         if known is not None and (known.on_disk or not self._may(self._disk, shelf)):
             known.expires_s = expires_s or 0.0
@@ -137,7 +141,7 @@ class TieredPages:
             return None
         self._entries[name] = entry
         self._watch(entry)
-        return _PageCopy(self, entry, context, layer_bytes, read)
+        return PageCopy(self, entry, context, layer_bytes, read)
 
     def forget(self, owner: str) -> int:
         """Drop every page of an owner; return how many."""
@@ -152,7 +156,7 @@ class TieredPages:
 
     def poll(self) -> None:
         """Take in what the threads have found, a bounded part of it."""
-        self._back.poll(POLL_BYTES)
+        self._back.poll(self._pace.budget())
 
     # What the engine asks
 
@@ -239,11 +243,16 @@ class TieredPages:
         entry.page = page
         self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry, page))
 
-    def lose(self, entry: Entry, why: str | None = None) -> None:
+    def can_name(self, context: SealContext) -> bool:
+        """Tell whether the keys of a page's names are at hand."""
+        named = self._sealer.name_of(context), self._sealer.shelf_of(context.owner)
+        return None not in named
+
+    def lose(self, entry: Entry | None, why: str | None = None) -> None:
         """Give up a page that was not copied; `why` is counted."""
         if why is not None:
             self._drops[why] += 1
-        if not entry.gone:
+        if entry is not None and not entry.gone:
             self._remove(entry)
 
     # What the threads found
@@ -360,37 +369,3 @@ class TieredPages:
             self._leave_disk(entry)
         entry.gone, entry.page, entry.frame = True, None, None
         del self._entries[entry.name]
-
-
-class _PageCopy:
-    """A page that has room in a tier and is not copied yet."""
-
-    def __init__(
-        self,
-        tier: TieredPages,
-        entry: Entry,
-        context: SealContext,
-        layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
-    ) -> None:
-        self._tier = tier
-        self._entry = entry
-        self._context = context
-        self._layer_bytes = layer_bytes
-        self._read = read
-
-    def take(self, *, last: bool) -> bool:
-        """Copy the page, if the tier still has room for it; False where that must wait."""
-        if self._entry.gone:
-            return True
-        size = sum(self._layer_bytes)
-        if not self._tier.has_room(self._entry, size):
-            if last:
-                self._tier.lose(self._entry, "queue")
-            return last
-        self._tier.take(self._entry, self._context, self._layer_bytes, self._read)
-        return True
-
-    def cancel(self) -> None:
-        """Give the room back."""
-        self._tier.lose(self._entry)
