@@ -130,6 +130,11 @@ def test_pages_of_nothing_are_refused(sizes: tuple[int, ...]) -> None:
         FrameSealer(Ring()).frame_bytes(sizes)
 
 
+def test_a_page_of_another_length_than_its_layers_is_not_sealed() -> None:
+    with pytest.raises(SealError, match="not as long as its layers"):
+        FrameSealer(Ring()).seal(CONTEXT, bytes(9), [4, 4])
+
+
 def test_a_flip_of_any_byte_opens_nothing() -> None:
     sealer = FrameSealer(Ring(b"1" * 32, b"2" * 32))
     frame = bytearray(sealed(sealer, CONTEXT, page(SMALL)))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
@@ -14,7 +15,7 @@ from kvkeep.shield.issue import EPOCH_PAGES, EPOCH_S, RESERVED_PAGES, Issuer
 from kvkeep.shield.keyring import MAX_OWNERS, PROVIDER_PAUSE_S, REFRESH_S, UNWRAPPED_S
 from kvkeep.shield.keystore import KeyStore
 from kvkeep.shield.providers.local import LocalProvider, make_key_file
-from kvkeep.shield.receipt import shred
+from kvkeep.shield.receipt import open_store, shred
 from tests.shield import reference
 from tests.shield.vaults import Vault, issuer, page_id, vault
 
@@ -129,19 +130,25 @@ def test_a_new_root_leaves_pages_and_names_as_they_are(v: Vault) -> None:
     assert v.ring.name_key("acme") == name
     with pytest.raises(KeysUnavailable, match="meanwhile"):
         issuer(v).next_epoch("acme", old, memoryview(bytearray(32)), 2)
+    with pytest.raises(KeysGone, match="meanwhile"):
+        issuer(v).reserve("acme", "another id", 1)
 
 
 def test_another_provider_takes_over_and_the_old_key_opens_nothing(
     v: Vault, tmp_path: Path
 ) -> None:
     page = page_id()
+    open_store(v.store, v.provider, "file", v.region)
     _, epoch, (made,) = v.ring.fresh("acme", [page])
     make_key_file(tmp_path / "other")
     other = LocalProvider.of_file(tmp_path / "other", v.region)
     assert issuer(v).rewrap_all(other, "file") == 1
     with pytest.raises(SealError):
         v.new_ring().known("acme", epoch, [(page, 0)])
+    with pytest.raises(ConfigError, match="does not open"):
+        open_store(v.store, v.provider, "file", v.region)
     v.provider._inner = other
+    open_store(v.store, v.provider, "file", v.region)
     assert v.new_ring().known("acme", epoch, [(page, 0)])[1] == [made]
     assert Issuer(v.store, other, v.region).rewrap_all(other, "file") == 1
 
@@ -207,6 +214,20 @@ def test_memory_for_keys_is_shared_by_the_latest_owners(v: Vault) -> None:
     v.ring.forget()
     assert v.region.free_slots == 255
     assert MAX_OWNERS * 2 < 8192
+
+
+def test_a_spoilt_epoch_key_opens_nothing_and_takes_no_memory(v: Vault) -> None:
+    v.ring.fresh("acme", [page_id()])
+    v.ring.forget()
+    with v.store.editing() as put:
+        file = v.store.read()
+        keys = file.owners["acme"]
+        spoilt = msgspec.structs.replace(keys.epochs[0], wrapped=keys.name)
+        put(file.with_owner("acme", msgspec.structs.replace(keys, epochs=(spoilt,))))
+    for _ in range(2):
+        with pytest.raises(SealError, match="changed"):
+            v.ring.known("acme", 1, [(page_id(), 0)])
+    assert v.region.free_slots == 253, "root and name key alone are held"
 
 
 def test_rotating_who_has_no_keys_is_refused(v: Vault) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable
+from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
 from kvkeep.sealing import SealContext
 from kvkeep.shield import wire as w
 from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.keeper import Keeper, serve
-from kvkeep.shield.keys import FIRST_PAUSE_S, KeyClient
+from kvkeep.shield.keys import FIRST_PAUSE_S, KeyClient, _of_kind
 from kvkeep.shield.keystore import KeyStore
 from kvkeep.shield.opened import opened
 from kvkeep.shield.providers.local import make_key_file
@@ -124,6 +124,63 @@ def test_a_key_process_that_cannot_start_again_is_left_alone_longer_and_longer(
     assert client.pid is None
 
 
+def test_keys_that_others_made_anew_are_noticed(client: KeyClient, tmp_path: Path) -> None:
+    sealer = FrameSealer(client)
+    sealer.seal(context("acme"), PAGE, SIZES)
+    soon(lambda: sealer.name_of(context("acme")) is not None)
+    name = sealer.name_of(context("acme"))
+    with opened(tmp_path / "sealing.json", parse_spec(f"file:{tmp_path / 'kek'}")) as store:
+        store.shred("acme")
+    assert sealer.name_of(context("acme")) == name, "a step asks nobody"
+    sealer.seal(context("acme"), PAGE, SIZES)
+    soon(lambda: sealer.name_of(context("acme")) not in {None, name})
+
+
+def test_a_key_process_that_hangs_is_ended(client: KeyClient) -> None:
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    client.close()
+    assert client.pid is None
+
+
+def test_names_that_are_late_at_start_follow(client: KeyClient) -> None:
+    client.fresh("acme", page_id()).wipe()
+    late = Clock()
+
+    def slow() -> float:
+        late.pass_(60.0)
+        return late.steady()
+
+    again = KeyClient(client._begin.provider, client._begin.store, clock=slow)
+    again.start()
+    soon(lambda: again.name_key("acme") is not None)
+    again.close()
+
+
+def test_a_store_that_was_spoilt_ends_no_thread(client: KeyClient, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "sealing.json")
+    for owner in ("acme", "beta"):
+        client.fresh(owner, page_id()).wipe()
+    with store.editing() as put:
+        file = store.read()
+        keys = file.owners["acme"]
+        put(file.with_owner("acme", msgspec.structs.replace(keys, name=keys.epochs[0].wrapped)))
+    again = KeyClient(client._begin.provider, client._begin.store)
+    again.start()
+    assert again.name_key("acme") is None
+    assert again.name_key("beta") is not None
+    assert again.name_key("gamma") is None
+    soon(lambda: again.name_key("gamma") is not None)
+    with pytest.raises(SealError, match="changed"):
+        again.fresh("acme", page_id())
+    again.close()
+
+
+def test_an_answer_of_another_kind_is_no_answer() -> None:
+    with pytest.raises(KeysUnavailable, match="something else"):
+        _of_kind(w.Rotated(1), w.Status)
+
+
 def test_a_tenant_is_shredded_through_a_server_or_beside_it(
     client: KeyClient, tmp_path: Path
 ) -> None:
@@ -212,8 +269,12 @@ def test_messages_that_are_too_long_or_none_end_the_connection(tmp_path: Path) -
     assert isinstance(refused, w.Refused)
     assert refused.kind == "config"
     ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(OSError, match="too long"):
-        w.send(ours, w.NameKey("x" * w.MAX_FRAME_BYTES))
+    with ours, theirs:
+        with pytest.raises(OSError, match="too long"):
+            w.send(ours, w.NameKey("x" * w.MAX_FRAME_BYTES))
+        theirs.sendall(b"\x01\0\0\0\xc1")
+        with pytest.raises(OSError, match="can't be read"):
+            w.receive_reply(ours)
 
 
 def test_every_refusal_crosses_as_what_it_was(tmp_path: Path) -> None:
@@ -228,6 +289,7 @@ def test_every_refusal_crosses_as_what_it_was(tmp_path: Path) -> None:
         lost = keeper.answer(w.NameKey("acme"))
         assert isinstance(lost, w.Refused)
         assert isinstance(w.raised(lost), ConfigError)
+    assert type(w.raised(w.refusal(SealError("changed")))) is SealError
     for error in (KeysUnavailable("x"), RuntimeError("secret words")):
         refused = w.refusal(error)
         assert isinstance(w.raised(refused), KeysUnavailable)

@@ -66,6 +66,21 @@ def test_what_was_destroyed_is_overwritten(store: KeyStore) -> None:
     assert store.read().owners == {}
 
 
+def test_a_file_that_is_replaced_and_scrubbed_while_it_is_read_is_read_again(
+    store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, read = KeyStore(store.path), Path.read_bytes
+
+    def scrubbed(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", read)
+        with store.editing() as put:
+            put(store.read().with_owner("acme", keys()))
+        return bytes(64)
+
+    monkeypatch.setattr(Path, "read_bytes", scrubbed)
+    assert fresh.read().owners == {"acme": keys()}
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [

@@ -124,6 +124,11 @@ def test_a_machine_is_looked_at(tmp_path: Path) -> None:
     assert (bare.swap, bare.attestation) == (False, False)
 
 
+def test_no_memory_for_keys_is_told() -> None:
+    with pytest.raises(KeysUnavailable, match="can be mapped"):
+        SecretRegion(1 << 52)
+
+
 def test_more_than_may_be_locked_is_still_memory() -> None:
     if os.geteuid() == 0:
         pytest.skip("root may lock any amount")

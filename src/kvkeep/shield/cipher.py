@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from kvkeep.errors import SealError
 from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext
 from kvkeep.shield.frame import (
-    HEADER_BYTES,
     PAGE_ID_BYTES,
     FramePlan,
     Header,
@@ -101,7 +100,11 @@ class FrameSealer:
         return _keyed(key, b"kvs1|page" + context.associated_data(), NAME_BYTES)
 
     def shelf_of(self, owner: str) -> bytes | None:
-        """Return what stands for the owner, whatever becomes of its keys."""
+        """Return what stands for the owner, whatever becomes of its keys.
+
+        Whoever files an owner soon names its pages, so its name key is asked for ahead.
+        """
+        self._keys.name_key(owner)
         return _keyed(self._keys.shelf_key(), b"kvs1|shelf" + owner.encode(), SHELF_BYTES)
 
     def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
@@ -124,14 +127,10 @@ class FrameSealer:
             key.wipe()
         bound = _bound(header, context, plan)
         plain, frame = memoryview(page), np.empty(plan.frame_bytes, np.uint8).data
-        frame[:HEADER_BYTES] = header.pack()
-        for piece in plan.slices:
-            cipher.encrypt_into(
-                piece.nonce,
-                plain[piece.plain],
-                bound + piece.place,
-                frame[piece.sealed],
-            )
+        header.write(frame)
+        encrypt_into = cipher.encrypt_into
+        for nonce, place, at, sealed_at, _ in plan.slices:
+            encrypt_into(nonce, plain[at], bound + place, frame[sealed_at])
         self._count("sealed")
         return frame
 
@@ -150,18 +149,18 @@ class FrameSealer:
         bound = _bound(header, context, plan)
         plain = np.empty(plan.plain_bytes, np.uint8).data
         unproven = 0
-        for piece in plan.slices:
+        decrypt_into = cipher.decrypt_into
+        for nonce, place, at, sealed_at, layers in plan.slices:
             try:
-                cipher.decrypt_into(
-                    piece.nonce, frame[piece.sealed], bound + piece.place, plain[piece.plain]
-                )
+                decrypt_into(nonce, frame[sealed_at], bound + place, plain[at])
             except InvalidTag:
-                plain[unproven : piece.plain.stop] = bytes(piece.plain.stop - unproven)
+                plain[unproven : at.stop] = bytes(at.stop - unproven)
                 self._count("changed")
                 raise SealError("a frame was changed, or belongs to another page") from None
-            for layer in piece.layers:
-                yield plain[layer]
-                unproven = layer.stop
+            if layers:
+                unproven = at.stop
+                for layer in layers:
+                    yield plain[layer]
         self._count("opened")
 
     def _header(self, frame: memoryview, plan: FramePlan) -> Header:

@@ -7,21 +7,24 @@ destroys a wrapped root destroys all below it, which keys derived from a master 
 
 from __future__ import annotations
 
-import hmac
 import os
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from kvkeep.errors import SealError
 
 KEY_BYTES = 32
+PAGE_MATERIAL_BYTES = 64
 NONCE_BYTES = 12
 TAG_BYTES = 16
 WRAPPED_BYTES = 1 + NONCE_BYTES + KEY_BYTES + TAG_BYTES
 
 _VERSION = b"\x01"
+_SHA256 = hashes.SHA256()
 
 Secret = bytes | bytearray | memoryview
 
@@ -82,10 +85,6 @@ def unwrap(key: Secret, wrapped: bytes, label: bytes, into: memoryview) -> None:
 
 
 def page_material(epoch_key: Secret, page_id: bytes, generation: int) -> bytes:
-    """Return a page's key [32] and its commitment [32]: HKDF-Expand-SHA256 of the epoch's key.
-
-    RFC 5869, section 2.3, for two blocks.
-    """
+    """Return a page's key [32] and its commitment [32]: HKDF-Expand-SHA256 of the epoch's key."""
     info = b"kvs1|page" + page_id + generation.to_bytes(4, "little")
-    first = hmac.digest(epoch_key, info + b"\x01", "sha256")
-    return first + hmac.digest(epoch_key, first + info + b"\x02", "sha256")
+    return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, info).derive(epoch_key)

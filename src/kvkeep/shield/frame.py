@@ -51,11 +51,10 @@ class Header(NamedTuple):
     """How often the page was sealed anew."""
     commitment: bytes
 
-    def pack(self) -> bytes:
-        """Return the header's 64 bytes."""
-        return _HEADER.pack(
-            MAGIC, self.suite, 0, 0, self.page_id, self.epoch, self.generation, self.commitment
-        )
+    def write(self, frame: memoryview) -> None:
+        """Write the header's 64 bytes to the beginning of a frame."""
+        suite, page_id, epoch, generation, commitment = self
+        _HEADER.pack_into(frame, 0, MAGIC, suite, 0, 0, page_id, epoch, generation, commitment)
 
 
 class Slice(NamedTuple):

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable
+from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
 from kvkeep.shield import wire as w
 from kvkeep.shield.cipher import PageKey
 from kvkeep.shield.issue import EPOCH_S
@@ -22,6 +23,8 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 30.0
 """Between two starts of a key process that dies again; the pause doubles."""
 WARM_S = 5.0
+
+_R = TypeVar("_R", bound=w.Reply)
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +76,13 @@ class KeyClient:
         """Start the key process and learn every owner's name key; raises `ConfigError`."""
         try:
             with self._asking:
-                status = self._connect()
+                _, status = self._connect()
         except KeysUnavailable as error:
             raise ConfigError(f"shield: the key process can't be started: {error}") from None
         self._fetcher = threading.Thread(target=self._fetch, name="kvkeep-names", daemon=True)
         self._fetcher.start()
         deadline = self._clock() + WARM_S
-        known = self._ask(w.ListOwners())
-        if not isinstance(known, w.Owners):
-            raise _strange()
+        known = self._ask(w.ListOwners(), w.Owners)
         self._shelf = known.shelf
         for owner in known.owners:
             if self._clock() > deadline:
@@ -122,16 +123,11 @@ class KeyClient:
 
     def rotate(self, owner: str) -> int:
         """Begin a new epoch for an owner; returns its number."""
-        reply = self._ask(w.Rotate(owner))
-        if not isinstance(reply, w.Rotated):
-            raise _strange()
-        return reply.epoch
+        return self._ask(w.Rotate(owner), w.Rotated).epoch
 
     def shred(self, tenant: str) -> bytes:
         """Destroy a tenant's keys; returns the receipt. Raises `ConfigError` where it has none."""
-        reply = self._ask(w.Shred(tenant))
-        if not isinstance(reply, w.Receipt):
-            raise _strange()
+        reply = self._ask(w.Shred(tenant), w.Receipt)
         for owner in list(self._names):
             if owner == tenant or owner.startswith(f"{tenant}/"):
                 self._names.pop(owner, None)
@@ -139,14 +135,11 @@ class KeyClient:
 
     def status(self) -> w.Status:
         """Return how the key process stands."""
-        reply = self._ask(w.GetStatus())
-        if not isinstance(reply, w.Status):
-            raise _strange()
-        return reply
+        return self._ask(w.GetStatus(), w.Status)
 
     def _granted(self, owner: str, request: w.Fresh | w.Known) -> PageKey:
         try:
-            reply = self._ask(request)
+            reply = self._ask(request, w.Granted)
         except KeysGone:
             self.counts.gone += 1
             self._names.pop(owner, None)
@@ -154,29 +147,21 @@ class KeyClient:
         except KeysUnavailable:
             self.counts.unavailable += 1
             raise
-        if not isinstance(reply, w.Granted):
-            raise _strange()
         name = self._names.get(owner)
         if name is not None and name[0] != reply.key_id:
             self._names.pop(owner, None)
         return PageKey(reply.epoch, reply.material)
 
-    def _ask(self, request: w.Request) -> w.Reply:
-        """Return the key process's answer; a refusal is raised as what it says."""
+    def _ask(self, request: w.Request, kind: type[_R]) -> _R:
+        """Return the key process's answer of this kind; a refusal is raised as what it says."""
         with self._asking:
-            if self._channel is None:
-                self._connect_again()
-            reply = self._exchange(request)
-        if isinstance(reply, w.Refused):
-            raise w.raised(reply)
-        return reply
+            reply = self._exchange(self._channel or self._connect_again(), request)
+        return _of_kind(reply, kind)
 
-    def _exchange(self, request: w.Request) -> w.Reply:
-        if self._channel is None:
-            raise KeysUnavailable("there is no key process")
+    def _exchange(self, channel: socket.socket, request: w.Request) -> w.Reply:
         try:
-            w.send(self._channel, request)
-            return w.receive_reply(self._channel)
+            w.send(channel, request)
+            return w.receive_reply(channel)
         except (EOFError, OSError) as error:
             self.counts.deaths += 1
             self._end()
@@ -184,18 +169,19 @@ class KeyClient:
             log.warning("the key process died; sealed pages are misses until it runs again")
             raise KeysUnavailable("the key process died") from error
 
-    def _connect_again(self) -> None:
+    def _connect_again(self) -> socket.socket:
         if self._closed or self._clock() < self._not_before:
             raise KeysUnavailable("the key process is down")
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         self._not_before = self._clock() + self._pause_s
         try:
-            self._connect()
+            channel, _ = self._connect()
         except ConfigError as error:
             raise KeysUnavailable(f"the key process can't be started again: {error}") from None
         self._pause_s = FIRST_PAUSE_S
+        return channel
 
-    def _connect(self) -> w.Status:
+    def _connect(self) -> tuple[socket.socket, w.Status]:
         """Start the process and hand it what it works with; raises `ConfigError`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -208,13 +194,11 @@ class KeyClient:
         ours.settimeout(ANSWER_S)
         self._channel = ours
         self.counts.starts += 1
-        reply = self._exchange(self._begin)
+        reply = self._exchange(ours, self._begin)
         if isinstance(reply, w.Refused):
             self._end()
             raise ConfigError(reply.message)
-        if not isinstance(reply, w.Status):
-            raise _strange()
-        return reply
+        return ours, _of_kind(reply, w.Status)
 
     def _end(self) -> None:
         if self._channel is not None:
@@ -231,11 +215,10 @@ class KeyClient:
     def _learn(self, owner: str) -> None:
         """Fetch an owner's name key; without one its pages are misses until the next try."""
         try:
-            reply = self._ask(w.NameKey(owner))
-        except (ConfigError, KeysGone, KeysUnavailable):
+            reply = self._ask(w.NameKey(owner), w.Named)
+        except (ConfigError, SealError):
             return
-        if isinstance(reply, w.Named):
-            self._names[owner] = (reply.key_id, reply.key)
+        self._names[owner] = (reply.key_id, reply.key)
 
     def _fetch(self) -> None:
         while not self._closed:
@@ -248,5 +231,9 @@ class KeyClient:
                     time.sleep(FIRST_PAUSE_S)
 
 
-def _strange() -> KeysUnavailable:
-    return KeysUnavailable("the key process answered something else")
+def _of_kind(reply: w.Reply, kind: type[_R]) -> _R:
+    if isinstance(reply, w.Refused):
+        raise w.raised(reply)
+    if not isinstance(reply, kind):
+        raise KeysUnavailable("the key process answered something else")
+    return reply

@@ -8,7 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pkcs11
 import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pkcs11.exceptions import DeviceError, EncryptedDataInvalid, NoSuchToken
+from pkcs11.mechanisms import GCMParams
+
+from kvkeep.errors import ConfigError, KeysUnavailable, SealError
+from kvkeep.shield.providers.pkcs11 import HsmProvider
 
 MODULES = (
     os.environ.get("SOFTHSM2_MODULE", ""),
@@ -74,10 +82,64 @@ def test_a_module_wraps_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     assert done.stdout == "played\n", done.stderr
 
 
-def test_a_missing_pin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvkeep.errors import ConfigError
-    from kvkeep.shield.providers.pkcs11 import HsmProvider
+class Module:
+    """A module of one token and key, as the library shows it; it can be pulled out."""
 
+    def __init__(self) -> None:
+        self._cipher = AESGCM(bytes(32))
+        self.out = False
+        self.opened = 0
+
+    def lib(self, path: str) -> Module:
+        return self
+
+    def get_token(self, token_label: str) -> Module:
+        if token_label != "kvkeep":
+            raise NoSuchToken
+        return self
+
+    def open(self, user_pin: str) -> Module:
+        assert user_pin == "4321"
+        self.opened += 1
+        return self
+
+    def get_key(self, **wanted: object) -> Module:
+        return self
+
+    def encrypt(self, data: bytes, mechanism: object, mechanism_param: GCMParams) -> bytes:
+        if self.out:
+            raise DeviceError
+        return self._cipher.encrypt(mechanism_param.nonce, data, mechanism_param.aad)
+
+    def decrypt(self, data: bytes, mechanism: object, mechanism_param: GCMParams) -> bytes:
+        try:
+            return self._cipher.decrypt(mechanism_param.nonce, data, mechanism_param.aad)
+        except InvalidTag:
+            raise EncryptedDataInvalid from None
+
+
+def test_a_module_that_was_pulled_out_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module()
+    monkeypatch.setattr(pkcs11, "lib", module.lib)
+    monkeypatch.setenv("PKCS11_PIN", "4321")
+    provider = HsmProvider.connect("/module.so", "kvkeep", "kek")
+    wrapped, into = provider.wrap(memoryview(b"k" * 32), b"acme"), bytearray(32)
+    module.out = True
+    with pytest.raises(KeysUnavailable, match="the module failed: DeviceError"):
+        provider.wrap(memoryview(b"k" * 32), b"acme")
+    module.out = False
+    provider.unwrap(wrapped, b"acme", memoryview(into))
+    assert (bytes(into), module.opened) == (b"k" * 32, 2)
+    assert provider.rewrap(wrapped, b"acme") == wrapped
+    assert provider.destroy(b"acme") is False
+    for raw, label in ((wrapped, b"rival"), (wrapped[:-1], b"acme")):
+        with pytest.raises(SealError):
+            provider.unwrap(raw, label, memoryview(into))
+    with pytest.raises(ConfigError, match=r"has no key kek in a token none.*NoSuchToken"):
+        HsmProvider.connect("/module.so", "none", "kek")
+
+
+def test_a_missing_pin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PKCS11_PIN", raising=False)
     with pytest.raises(ConfigError, match="set PKCS11_PIN"):
         HsmProvider.connect("/none.so", "token", "label")

@@ -109,6 +109,14 @@ def test_a_key_file_is_made_once_for_its_user(tmp_path: Path, region: SecretRegi
         LocalProvider.of_file(path, region)
 
 
+def test_services_are_made_by_name(region: SecretRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PKCS11_PIN", raising=False)
+    made = make_provider(parse_spec("kms:arn:aws:kms:eu-central-1:123456789012:key/x"), region)
+    assert made.destroy(b"label") is False
+    with pytest.raises(ConfigError, match="set PKCS11_PIN"):
+        make_provider(parse_spec("pkcs11:/m.so,token,label"), region)
+
+
 @pytest.mark.parametrize(
     ("text", "package"),
     [("vault:https://v,k", "hvac"), ("kms:arn", "boto3"), ("pkcs11:m,t,l", "pkcs11")],

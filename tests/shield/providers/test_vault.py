@@ -37,6 +37,8 @@ def test_keys_are_bound_to_their_label(service: Transit) -> None:
     with pytest.raises(SealError, match="does not open"):
         opened(provider, wrapped, b"rival")
     assert opened(VaultProvider.connect(service.url, "kvkeep"), wrapped, b"acme") == bytes(KEY)
+    other = VaultProvider.connect(service.url, "kvkeep")
+    assert opened(provider, other.wrap(KEY, b"acme"), b"acme") == bytes(KEY)
     assert provider.destroy(b"acme") is False
 
 
