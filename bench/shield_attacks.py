@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -45,6 +46,9 @@ VOCABULARIES: Final = 20
 """Of rows of sealed bytes: so many are guessed right by accident."""
 MODES: Final[tuple[ShieldName, ...]] = ("off", "perm", "orth", "mask")
 FORMS: Final[tuple[KvName, ...]] = ("bf16", "k2v2")
+"""Of the demo model's pages, where an attacker who knows a quarter of the text tries too; the large
+vocabulary is asked the one question that the summary needs.
+"""
 ASKED: Final = 12
 """Held-out texts whose pages are gone on from."""
 NAMED: Final = {"off": "plain", "perm": "perm", "orth": "orth"}
@@ -56,20 +60,21 @@ def figures(options: Options) -> tuple[list[Figure], list[Row]]:
     rows: list[Row] = []
     least: dict[str, Estimate] = {}
     with TemporaryDirectory() as folder:
-        models = [DEMO_MODEL]
+        cases = [(DEMO_MODEL, FORMS)]
         if not options.quick:
-            models.append(make.make(LIKE, Path(folder) / LIKE, seed=0, layers=1))
-        for model in models:
+            cases.append((make.make(LIKE, Path(folder) / LIKE, seed=0, layers=1), FORMS[:1]))
+        for model, forms in cases:
             public = open_public(model)
-            for mode in MODES:
-                for kv in FORMS:
-                    stolen = steal_rows(model, public, mode, kv, options)
-                    blind = attack_rows(stolen, public)
+            for mode, kv in product(MODES, forms):
+                stolen = steal_rows(model, public, mode, kv, options)
+                blind = attack_rows(stolen, public)
+                rows.append(row_of(model, mode, kv, blind))
+                if len(forms) > 1:
                     told = attack_rows(replace(stolen, known=len(stolen) // 4), public)
-                    rows += [row_of(model, mode, kv, report) for report in (blind, told)]
-                    own = share_of(blind)
-                    if kv == "bf16" and (mode not in least or own.median < least[mode].median):
-                        least[mode] = own
+                    rows.append(row_of(model, mode, kv, told))
+                own = share_of(blind)
+                if kv == "bf16" and (mode not in least or own.median < least[mode].median):
+                    least[mode] = own
     sealed = attack_rows(sealed_rows(open_public(DEMO_MODEL)), open_public(DEMO_MODEL))
     rows.append(row_of(DEMO_MODEL, "seal", "bf16", sealed))
     rows += [injected(mode, options) for mode in MODES]
