@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
 from tests.tools.test_sharing_results import cost, leak, results
@@ -119,7 +120,7 @@ def thief_rows() -> list[dict[str, object]]:
     own = [("off", 1.0), ("orth", 0.98), ("seal", 0.0004)]
     toy = {"model": "toy", "kv": "bf16", "known": 0}
     known = {"stolen": "orth", **toy, "known": 256, "top1": 1.0}
-    return [known, *({"stolen": mode, **toy, "top1": top1} for mode, top1 in own)]
+    return [*({"stolen": mode, **toy, "top1": top1} for mode, top1 in own), known]
 
 
 def test_what_a_thief_learns_is_drawn_per_mode(tmp_path: Path) -> None:
@@ -132,6 +133,8 @@ def test_what_a_thief_learns_is_drawn_per_mode(tmp_path: Path) -> None:
     assert [text.get_text() for text in axes.get_xticklabels()] == ["as computed", "orth", "sealed"]
     heights = [bar.get_extents().height for bar in axes.patches]
     assert [h / heights[0] for h in heights] == pytest.approx([1.0, 0.98, 0.0004])
+    (mark,) = axes.lines
+    assert np.array_equal(mark.get_xydata(), [[1.0, 1.0]])
     assert figure.get_label() == "a tenant's pages are dead 12.0 s after shred"
     drawing.plt.close(figure)
 

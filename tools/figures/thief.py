@@ -1,5 +1,7 @@
 """Draw how many tokens stolen pages give away to somebody with the public weights, per mode.
 
+A bar is what is found with no text known, a mark what is found where a quarter of it is.
+
 Writes docs/figures/thief.svg from `bench/results/shield*.json`, and beside the bars what faults and
 destroyed keys left, where `bench/results/tiers*.json` or the same files say it.
 """
@@ -16,6 +18,7 @@ from tools.figures.drawing import FIGURES, ROOT, Figure, Rows, plt, rows_of, run
 OUT: Final = FIGURES / "thief.svg"
 COLUMN: Final = "stolen"
 TITLES: Final = {"off": "as computed", "seal": "sealed"}
+KNOWN: Final = "a quarter of the text known"
 BESIDE: Final = {
     "restart_hit_ratio": "found again after kill -9 and start: {:.1%}",
     "wrong_tokens_in_fault_runs": "wrong tokens after injected faults: {:.0f}",
@@ -27,7 +30,7 @@ BESIDE: Final = {
 def draw(paths: Sequence[Path]) -> Figure | None:
     """Return the figure of all modes."""
     rows = rows_of(paths)
-    found = [row for row in rows if COLUMN in row and not row["known"]]
+    found = [row for row in rows if COLUMN in row]
     if not found:
         return None
     modes = list(dict.fromkeys(str(row[COLUMN]) for row in found))
@@ -36,12 +39,19 @@ def draw(paths: Sequence[Path]) -> Figure | None:
     width = 0.8 / len(cases)
     for i, (model, kv) in enumerate(cases):
         for j, mode in enumerate(modes):
-            own = [r for r in found if (r[COLUMN], r["model"], r["kv"]) == (mode, model, kv)]
-            if own:
-                _bar(ax, j + (i - (len(cases) - 1) / 2) * width, own[0], width, i, first=not j)
+            x = j + (i - (len(cases) - 1) / 2) * width
+            for row in found:
+                if (row[COLUMN], row["model"], row["kv"]) != (mode, model, kv):
+                    continue
+                if row["known"]:
+                    ax.plot([x], [row["top1"]], "kD", markersize=4, label=KNOWN)
+                else:
+                    _bar(ax, x, row, width, i, first=not j)
     ax.set_xticks(range(len(modes)), [TITLES.get(mode, mode) for mode in modes])
     ax.set(ylabel="tokens named by the best attack", ylim=(0, 1.12))
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    ax.legend(once.values(), once, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     told = beside(rows)
     figure.set_label("\n".join(told))
     ax.annotate(
