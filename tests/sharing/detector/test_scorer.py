@@ -20,7 +20,8 @@ from kvkeep.sharing.detector.scorer import (
     shifted,
     windows,
 )
-from kvkeep.sharing.detector.spans import CATEGORIES, Recogniser, Verdict
+from kvkeep.sharing.detector.scorer import _counts as counts
+from kvkeep.sharing.detector.spans import CATEGORIES, Recogniser, Span, Verdict
 
 SHIPPED = Path(str(files("kvkeep.sharing.detector") / "scorer.npz"))
 
@@ -161,6 +162,25 @@ def test_free_text_of_each_language_is_found(
 @pytest.mark.xfail(reason="known misses of the shipped weights; better ones make this pass")
 def test_known_misses(scorer: LearnedScorer, text: str, category: str) -> None:
     assert any(span.category == category for span in scorer.spans(text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "counted"),
+    [
+        ("person_name", "Signor", False),
+        ("person_name", "Signor Rossi", True),
+        ("address", "Via Roma 1", False),
+        ("address", "Via Roma 12", True),
+        ("diagnosis", "Signor", True),
+    ],
+)
+def test_what_forms_show_does_not_count(kind: str, text: str, counted: bool) -> None:
+    assert counts(Span(0, len(text), kind, "person", 0.9, "scorer"), text) is counted
+
+
+def test_a_form_of_address_is_no_find(scorer: LearnedScorer) -> None:
+    text = "Signor Presidente, onorevoli colleghi,"
+    assert not any(span.kind == "person_name" for span in scorer.spans(text))
 
 
 def test_scoring_is_deterministic(scorer: LearnedScorer) -> None:

@@ -61,7 +61,8 @@ _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[\[(]")
 
 
 _FORM_PLACE = re.compile(
-    r"1,? rue de la paix|via roma,? ?1$|calle mayor,? ?1$|(?:12345|75000|00100) \w"
+    r"1,? rue de la paix|rue de la paix, 75000|via roma,? ?1$|calle mayor,? ?1$"
+    r"|(?:12345|75000|00100) \w"
 )
 """Streets and postal codes that forms show in French, Italian, Spanish and German."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 _NOBODY: Final = frozenset(
@@ -191,7 +192,8 @@ _BEFORE: Final = frozenset(
     [
         *("the", "das", "der", "die", "la", "le", "el", "il", "los", "les", "gli"),
         *("professor", "doktor", "direktor", "monsieur", "madame", "señor", "señora", "signora"),
-        *("signore", "judge"),
+        *("signore", "signor", "señoría", "señorías", "onorevole", "onorevoli", "judge"),
+        *("先生", "女士"),
     ]
 )
 """Articles and titles: they stand before a name, and articles end some; alone they are none."""
@@ -206,7 +208,17 @@ def person(value: str) -> bool:
         words = words[:-1]
     if not words or words[0] in _NOBODY or words[-1] in _NOBODY:
         return False
-    return " ".join(words) not in _SAMPLES
+    return not _sample(words)
+
+
+def _sample(words: Sequence[str]) -> bool:
+    return " ".join(words) in _SAMPLES
+
+
+def somebody(value: str) -> bool:
+    """Tell whether anything but offices, forms of address and a form's samples is in a name."""
+    words = value.casefold().split()
+    return not all(word in _BEFORE or word in _NOBODY for word in words) and not _sample(words)
 
 
 def filled(value: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import CheckpointError
+from kvkeep.sharing.detector.checks import real_place
 from kvkeep.sharing.detector.features import BITS, FEATURES, Tokens, tokenise
+from kvkeep.sharing.detector.fillers import somebody
 from kvkeep.sharing.detector.spans import CLEAR_BELOW, Span
 
 VERSION: Final = 1
@@ -33,6 +35,10 @@ WIDE: Final = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 BRIDGE: Final = 2
 """Tokens below the threshold that a span may run over."""
 
+_CHECKS: Final[Mapping[str, Callable[[str], bool]]] = {
+    "person_name": somebody,
+    "address": real_place,
+}
 BLOCK: Final = 12
 """Rows of a matrix product; BLOCK * 432 * 48 operations are few enough for one thread."""
 
@@ -186,7 +192,8 @@ class LearnedScorer:
             return []
         w = self._weights
         scores = 1 / (1 + np.exp(-np.clip(w.slopes * self.odds(tokens) + w.offsets, -30, 30)))
-        return [self._span(tokens, scores, run) for run in runs(scores.max(axis=1))]
+        found = (self._span(tokens, scores, run) for run in runs(scores.max(axis=1)))
+        return [span for span in found if _counts(span, text)]
 
     def _span(self, tokens: Tokens, scores: Floats, run: tuple[int, int]) -> Span:
         """Return the span of some tokens: its best score and that score's kind."""
@@ -196,6 +203,12 @@ class LearnedScorer:
         kind, category = self._weights.kinds[best]
         start, end = int(tokens.starts[first]), int(tokens.ends[last])
         return Span(start, end, kind, category, float(inside.max()), "scorer")
+
+
+def _counts(span: Span, text: str) -> bool:
+    """Tell whether a span is more than a form of address, an office or what forms show."""
+    check = _CHECKS.get(span.kind)
+    return check is None or check(text[span.start : span.end])
 
 
 def runs(scores: Floats) -> list[tuple[int, int]]:
