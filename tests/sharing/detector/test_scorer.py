@@ -170,6 +170,7 @@ def test_known_misses(scorer: LearnedScorer, text: str, category: str) -> None:
         ("person_name", "Signor", False),
         ("person_name", "Signor Rossi", True),
         ("address", "Via Roma 1", False),
+        ("address", "123", False),
         ("address", "Via Roma 12", True),
         ("diagnosis", "Signor", True),
     ],

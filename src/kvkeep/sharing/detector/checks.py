@@ -18,7 +18,7 @@ import phonenumbers
 from stdnum import iban as stdnum_iban
 from stdnum.iso7064 import mod_11_2
 
-from kvkeep.sharing.detector.fillers import filled, person
+from kvkeep.sharing.detector.fillers import filled, person, real_place
 
 Check = Callable[[str], bool]
 
@@ -58,13 +58,6 @@ _SEPARATORS: Final = str.maketrans("", "", " .-\N{KATAKANA-HIRAGANA PROLONGED SO
 
 _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[\[(]")
 """How a value that code computes begins."""
-
-
-_FORM_PLACE = re.compile(
-    r"1,? rue de la paix|rue de la paix, 75000|via roma,? ?1$|calle mayor,? ?1$"
-    r"|(?:12345|75000|00100) \w"
-)
-"""Streets and postal codes that forms show in French, Italian, Spanish and German."""
 
 
 _RESERVED: Final = frozenset(
@@ -345,14 +338,6 @@ def own_date(value: str) -> bool:
     """Tell whether a date is none of those that documentation shows: the first of January."""
     numbers = [int(part) for part in re.findall(r"[0-9]+", value)]
     return sorted(numbers)[:2] != [1, 1]
-
-
-def real_place(value: str) -> bool:
-    """Tell whether an address is none of those that forms show as an example."""
-    word = value.lower()
-    fillers = ("example", "sample", "muster", "placeholder", "exemple", "ejemplo", "esempio")
-    known = ("123 main", "1 main st", "10 downing", "1600 pennsyl", "anytown", "calle falsa")
-    return not any(part in word for part in (*fillers, *known)) and not _FORM_PLACE.match(word)
 
 
 def placed(value: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -199,6 +200,13 @@ _BEFORE: Final = frozenset(
 """Articles and titles: they stand before a name, and articles end some; alone they are none."""
 
 
+_FORM_PLACE = re.compile(
+    r"1,? rue de la paix|rue de la paix, 75000|via roma,? ?1$|calle mayor,? ?1$"
+    r"|(?:12345|75000|00100) \w"
+)
+"""Streets and postal codes that forms show in French, Italian, Spanish and German."""
+
+
 def person(value: str) -> bool:
     """Tell whether a name is neither an office, a form of address nor a form's sample."""
     words = value.casefold().split()
@@ -224,3 +232,11 @@ def somebody(value: str) -> bool:
 def filled(value: str) -> bool:
     """Tell whether a field holds more than the type or the absence of a value."""
     return value.casefold().split()[0] not in _UNFILLED
+
+
+def real_place(value: str) -> bool:
+    """Tell whether an address is none of those that forms show as an example."""
+    word = value.lower()
+    fillers = ("example", "sample", "muster", "placeholder", "exemple", "ejemplo", "esempio")
+    known = ("123 main", "1 main st", "10 downing", "1600 pennsyl", "anytown", "calle falsa")
+    return not any(part in word for part in (*fillers, *known)) and not _FORM_PLACE.match(word)

@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import CheckpointError
-from kvkeep.sharing.detector.checks import real_place
 from kvkeep.sharing.detector.features import BITS, FEATURES, Tokens, tokenise
-from kvkeep.sharing.detector.fillers import somebody
+from kvkeep.sharing.detector.fillers import real_place, somebody
 from kvkeep.sharing.detector.spans import CLEAR_BELOW, Span
 
 VERSION: Final = 1
@@ -35,9 +34,15 @@ WIDE: Final = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 BRIDGE: Final = 2
 """Tokens below the threshold that a span may run over."""
 
+
+def _somewhere(value: str) -> bool:
+    """Tell whether a span may be an address: no number alone, none of those that forms show."""
+    return any(map(str.isalpha, value)) and real_place(value)
+
+
 _CHECKS: Final[Mapping[str, Callable[[str], bool]]] = {
     "person_name": somebody,
-    "address": real_place,
+    "address": _somewhere,
 }
 BLOCK: Final = 12
 """Rows of a matrix product; BLOCK * 432 * 48 operations are few enough for one thread."""
