@@ -230,6 +230,25 @@ def test_a_spoilt_epoch_key_opens_nothing_and_takes_no_memory(v: Vault) -> None:
     assert v.region.free_slots == 253, "root and name key alone are held"
 
 
+def test_keys_in_use_are_not_dropped_for_their_own_sake(v: Vault) -> None:
+    page = page_id()
+    _, first, (made,) = v.ring.fresh("acme", [page])
+    v.ring.forget()
+    assert v.ring.rotate("acme") == first + 1
+    v.ring.name_key("beta")
+    taken = [v.region.take() for _ in range(v.region.free_slots - 3)]
+    assert v.ring.known("acme", first, [(page, 0)])[1] == [made]
+    assert v.region.free_slots == 4, "beta's two made room for one"
+    for slot in taken:
+        v.region.give(slot)
+
+
+def test_a_store_without_keys_of_its_own_is_wrapped_anew_too(v: Vault) -> None:
+    v.ring.fresh("acme", [page_id()])
+    assert issuer(v).rewrap_all(v.provider, "file") == 1
+    assert v.store.read().own is None
+
+
 def test_rotating_who_has_no_keys_is_refused(v: Vault) -> None:
     with pytest.raises(KeysGone):
         v.ring.rotate("nobody")
