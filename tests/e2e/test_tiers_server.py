@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,8 +80,13 @@ def conversations() -> list[list[Any]]:
     return found[:QUESTIONS]
 
 
-def answers(server: Server, tenant: str, asked: Sequence[list[Any]]) -> list[str | None]:
-    """Return a tenant's answers, as many as there are before the server ends."""
+def answers(
+    server: Server, tenant: str, asked: Sequence[list[Any]], killed_after: int | None
+) -> list[str | None]:
+    """Return a tenant's answers, as many as there are before the server ends.
+
+    The tenant ends it after so many.
+    """
     found: list[str | None] = []
     with opened(server, tenant) as client:
         for messages in asked:
@@ -93,16 +97,21 @@ def answers(server: Server, tenant: str, asked: Sequence[list[Any]]) -> list[str
             except APIConnectionError:
                 break
             found.append(answer.choices[0].message.content)
+            if len(found) == killed_after:
+                kill(server)
     return found
 
 
-def all_answers(server: Server, *, killed_after_s: float | None = None) -> dict[str, Any]:
-    """Let all tenants ask at a time."""
-    asked = conversations()
-    if killed_after_s is not None:
-        threading.Timer(killed_after_s, kill, (server,)).start()
+def all_answers(server: Server, *, killed_after: int | None = None) -> dict[str, Any]:
+    """Let all tenants ask at a time; the first one's count of answers ends the server."""
+    asked, first = conversations(), next(iter(TENANTS))
     with ThreadPoolExecutor(len(TENANTS)) as pool:
-        running = {t: pool.submit(answers, server, t, asked) for t in TENANTS}
+        running = {
+            tenant: pool.submit(
+                answers, server, tenant, asked, killed_after if tenant == first else None
+            )
+            for tenant in TENANTS
+        }
         return {tenant: future.result() for tenant, future in running.items()}
 
 
@@ -119,8 +128,8 @@ def test_every_answer_is_the_same_over_a_kill_with_everything_on(tmp_path: Path)
     tier = tmp_path / "tier"
     tiered = (*options, "--tier", "memory:8MiB", "--tier", f"disk:{tier},128MiB")
     with serving(tmp_path / "tiered", TENANTS, *tiered, group="port") as server:
-        before = all_answers(server, killed_after_s=4.0)
-        assert any(len(found) < QUESTIONS for found in before.values()), "killed too late"
+        before = all_answers(server, killed_after=QUESTIONS // 2)
+    assert len(before["harbour"]) == QUESTIONS // 2
     for tenant, found in before.items():
         assert found == right[tenant][: len(found)]
     with started(TenantFile(tmp_path / "tiered" / "keys.json"), server.keys, *tiered) as again:
