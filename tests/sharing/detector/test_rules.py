@@ -61,6 +61,7 @@ def test_context_counts_within_reach_only() -> None:
     assert found(rule, "чеком 1234") == [("1234", 1.0)]
     assert found(rule, "decode 1234 codes") == []
     assert found(replace(rule, alone=0.4), "1234") == [("1234", 0.4)]
+    assert found(replace(rule, edge="digit"), "1234code") == [("1234", 1.0)]
 
 
 def test_a_denying_word_just_before_wins() -> None:

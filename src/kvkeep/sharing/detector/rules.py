@@ -45,9 +45,10 @@ def words_pattern(words: Sequence[str], *, loose: bool = False) -> str:
     """Return a pattern for any of some whole words in any case; `*` at an end lets a word go on.
 
     Scripts without spaces between words have no whole words: there any occurrence counts. A loose
-    pattern takes letters that are not ASCII for an edge, in a hundredth of the automaton.
+    pattern takes all but ASCII letters for an edge, in a hundredth of the automaton: a value's last
+    digit is one to what stands right behind it.
     """
-    inside = "0-9A-Za-z" if loose else r"\pL\pN"
+    inside = "A-Za-z" if loose else r"\pL\pN"
     groups: dict[tuple[str, str], list[str]] = {}
     for word in words:
         body = word.strip("*")
