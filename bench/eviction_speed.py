@@ -73,17 +73,21 @@ def held_bytes(side: Side, sequences: int) -> int:
     return held + sequences * (core.info.window_tokens or 0) * token_bytes(Float()) // 2
 
 
-def memory_for(codec: Codec, prefix: int) -> int:
-    """Return the memory of an engine for a batch of such contexts, and some."""
-    return int(1.3 * BATCH * (prefix + 2_048) * token_bytes(codec)) + (1 << 30)
+def memory_for(codec: Codec, prefix: int, *, whole: int = BATCH) -> int:
+    """Return the memory of an engine for a batch of such contexts, `whole` of them at a time."""
+    contexts = whole + KEPT * (BATCH - whole)
+    return int(1.05 * contexts * (prefix + 1_024) * token_bytes(codec)) + (1 << 28)
 
 
 def decode(folder: Path, shares: FloatArray, options: Options) -> tuple[Figure, Row]:
     """Measure steps of a batch that keeps everything and of one that kept a quarter, in turn."""
     prefix = QUICK if options.quick else PREFIX
-    model, memory = model_in(folder, LIKE), memory_for(Float(), prefix)
-    evictors: tuple[Evictor, ...] = (KeepAll(), Prescribed(shares))
-    sides = [side_of(model, Float(), one, memory, options.threads) for one in evictors]
+    model = model_in(folder, LIKE)
+    evictors: tuple[tuple[Evictor, int], ...] = ((KeepAll(), BATCH), (Prescribed(shares), 1))
+    sides = [
+        side_of(model, Float(), one, memory_for(Float(), prefix, whole=whole), options.threads)
+        for one, whole in evictors
+    ]
     for side in sides:
         side.start(prefix)
     took: tuple[list[float], list[float]] = ([], [])
@@ -109,7 +113,7 @@ def bytes_of(folder: Path, shares: FloatArray, options: Options) -> tuple[list[F
     model, figures, rows = model_in(folder, LIKE), [], []
     codecs = (Float(), Hack(Layout.K4V2), Hack(Layout.K2V2))
     for codec in codecs:
-        memory = memory_for(codec, prefix)
+        memory = memory_for(codec, prefix) + (1 << 30)
         side = side_of(model, codec, Prescribed(shares), memory, options.threads)
         side.start(prefix, 1)
         stats, (use,) = side.ours.core.stats().evict, side.ours.core.stats().tenants
