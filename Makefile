@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction figure-thief results
+.PHONY: help setup demo serve redis-server test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction figure-thief results
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ demo: $(RUNTIME) ## three tenants, one server, one small model: answers and a ta
 
 serve: $(RUNTIME) ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
 	$(BIN)/kvkeep serve --no-auth
+
+redis-server: ## install the server that tests of remote tiers ask (Debian, as root); they are skipped without it
+	command -v redis-server >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends redis-server; }
 
 test: setup ## all tests but the slow ones, WORKERS at once
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

@@ -18,9 +18,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from bench import harness
-from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row
+from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, Stages
 from bench.made_up import MadeUpPages, kv_shape
-from bench.ours import Ours, greedy
+from bench.ours import Ours, Weights, greedy
 from bench.prescribed import KEPT, OWN, Prescribed, demo_shares
 from bench.quant_e2e import model_in
 from kvkeep.engine.batch_kv import Techniques
@@ -103,13 +103,17 @@ def _decodes(ours: Ours, requests: int) -> bool:
     return ours.core.counters.generated_tokens - before == requests
 
 
-def measure_case(case: Case, model: Path, shares: FloatArray, options: Options) -> Row:
+def measure_case(
+    case: Case, model: Path, weights: Weights, shares: FloatArray, options: Options
+) -> Row:
     """Fill a pool of the size and return what it held."""
     evictor: Evictor = Prescribed(shares) if case.evicts else KeepAll()
     parts = Parts(
         techniques=Techniques(case.codec, NoShield(), evictor),
         policy=ShareNothing(),
         tier=MadeUpPages(case.codec, kv_shape(LIKE)),
+        backend=weights.backend,
+        model=weights.model,
     )
     size = QUICK_BYTES if options.quick else POOL_BYTES
     seqs = case.seqs // 3 if options.quick else case.seqs
@@ -133,13 +137,18 @@ def measure_case(case: Case, model: Path, shares: FloatArray, options: Options) 
 
 def measure(options: Options) -> Report:
     """Fill one pool after the other."""
+    stages = Stages("capacity")
     shares = demo_shares(options)
     gc.collect()
+    stages.done("what the demo model's heads keep")
     rows: list[Row] = []
     with TemporaryDirectory() as directory:
         model = model_in(Path(directory), LIKE)
+        weights = Weights.of(model, options.threads)
+        stages.done("weights")
         for case in CASES:
-            rows.append(measure_case(case, model, shares, options))
+            rows.append(measure_case(case, model, weights, shares, options))
+            stages.done(f"{case.name}: {rows[-1]['requests']} requests")
             gc.collect()  # engines are circles, and the next case needs their memory
     held = {str(row["case"]): float(str(row["requests"])) for row in rows}
     gain = held["bf16 + corm"] / max(held["bf16"], 1)

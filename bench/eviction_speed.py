@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -19,21 +20,22 @@ import numpy as np
 import torch
 
 from bench import harness
-from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row
+from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, Stages
 from bench.made_up import MadeUpPages, kv_shape
-from bench.ours import Ours
+from bench.ours import Ours, Weights
 from bench.prescribed import KEPT, Prescribed, demo_shares
 from bench.quant_e2e import BATCH, Side, model_in
 from kvkeep import ops
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
-from kvkeep.eviction.policy import Evictor, KeepAll
-from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, float_tile_bytes
+from kvkeep.eviction.corm import PRESETS, Corm
+from kvkeep.eviction.policy import Evictor, KeepAll, Look
+from kvkeep.ops.layout import AttentionPlan, LayerKV, Observe, float_tile_bytes
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, FloatArray, Layout
+from kvkeep.types import PAGE_TOKENS, FloatArray, Layout, UInt64Array
 
 LIKE: Final = "qwen3-0.6b"
 PREFIX: Final = 32_512
@@ -42,12 +44,21 @@ PARTS: Final = ("observe", "decode", "bytes")
 STAMP_BYTES: Final = 4
 
 
-def side_of(model: Path, codec: Codec, evictor: Evictor, memory_bytes: int, threads: int) -> Side:
+def side_of(
+    model: Path,
+    codec: Codec,
+    evictor: Evictor,
+    memory_bytes: int,
+    threads: int,
+    weights: Weights | None = None,
+) -> Side:
     """Return a warm engine whose prompts come from nowhere."""
     parts = Parts(
         techniques=Techniques(codec, NoShield(), evictor),
         policy=ShareNothing(),
         tier=MadeUpPages(codec, kv_shape(LIKE)),
+        backend=weights.backend if weights else None,
+        model=weights.model if weights else None,
     )
     return Side(
         Ours(
@@ -76,25 +87,39 @@ def held_bytes(side: Side, sequences: int) -> int:
 def memory_for(codec: Codec, prefix: int, *, whole: int = BATCH) -> int:
     """Return the memory of an engine for a batch of such contexts, `whole` of them at a time."""
     contexts = whole + KEPT * (BATCH - whole)
-    return int(1.05 * contexts * (prefix + 1_024) * token_bytes(codec)) + (1 << 28)
+    return int(1.02 * contexts * (prefix + 256) * token_bytes(codec)) + (1 << 27)
 
 
-def decode(folder: Path, shares: FloatArray, options: Options) -> tuple[Figure, Row]:
+def decode(
+    folder: Path, shares: FloatArray, options: Options, stages: Stages
+) -> tuple[Figure, Row]:
     """Measure steps of a batch that keeps everything and of one that kept a quarter, in turn."""
     prefix = QUICK if options.quick else PREFIX
     model = model_in(folder, LIKE)
+    weights = Weights.of(model, options.threads)
+    stages.done("decode: weights")
     evictors: tuple[tuple[Evictor, int], ...] = ((KeepAll(), BATCH), (Prescribed(shares), 1))
     sides = [
-        side_of(model, Float(), one, memory_for(Float(), prefix, whole=whole), options.threads)
+        side_of(
+            model,
+            Float(),
+            one,
+            memory_for(Float(), prefix, whole=whole),
+            options.threads,
+            weights,
+        )
         for one, whole in evictors
     ]
-    for side in sides:
+    stages.done("decode: two engines")
+    for side, (one, _) in zip(sides, evictors, strict=True):
         side.start(prefix)
+        stages.done(f"decode: {BATCH} prompts of {prefix} tokens, {type(one).__name__}")
     took: tuple[list[float], list[float]] = ([], [])
     for turn in range(5 if options.quick else 3 * MIN_PAIRS):
         for at in (0, 1) if turn % 2 else (1, 0):
             took[at].append(sides[at].step_s())
     whole, kept = (np.array(seconds) for seconds in took)
+    stages.done(f"decode: {len(whole)} steps of each")
     row: Row = {
         "figure": "decode_long_vs_keepall",
         "model": LIKE,
@@ -107,13 +132,15 @@ def decode(folder: Path, shares: FloatArray, options: Options) -> tuple[Figure, 
     return Figure("decode_long_vs_keepall", gain, Goal(">=", 1.7)), row
 
 
-def bytes_of(folder: Path, shares: FloatArray, options: Options) -> tuple[list[Figure], list[Row]]:
+def bytes_of(
+    folder: Path, shares: FloatArray, options: Options, stages: Stages
+) -> tuple[list[Figure], list[Row]]:
     """Return what one request holds of what it would in bfloat16, with and without codes."""
     prefix = QUICK if options.quick else PREFIX
     model, figures, rows = model_in(folder, LIKE), [], []
     codecs = (Float(), Hack(Layout.K4V2), Hack(Layout.K2V2))
     for codec in codecs:
-        memory = memory_for(codec, prefix) + (1 << 30)
+        memory = memory_for(codec, prefix) + (3 << 29)
         side = side_of(model, codec, Prescribed(shares), memory, options.threads)
         side.start(prefix, 1)
         stats, (use,) = side.ours.core.stats().evict, side.ours.core.stats().tenants
@@ -135,6 +162,7 @@ def bytes_of(folder: Path, shares: FloatArray, options: Options) -> tuple[list[F
             "freed_of_removed": freed,
         }
         rows.append(row)
+        stages.done(f"bytes: {codec.name}")
         suffix = "" if codec.name == "k2v2" else f"_{codec.name}"
         figures.append(_exactly(f"combined_bytes_ratio{suffix}", held / whole, Goal("<=", 0.06)))
         if isinstance(codec, Float):
@@ -173,42 +201,59 @@ def plan_of(context: int) -> AttentionPlan:
     )
 
 
-def observe(options: Options) -> tuple[Figure, Row]:
-    """Measure attention of a decode step with and without asking who was looked at."""
+def observe(options: Options) -> tuple[list[Figure], Row]:
+    """Measure attention of a decode step with and without asking who was looked at.
+
+    One row of each request is observed, so bits are asked for, as the engine does; `taken` is with
+    the stamps that CORM's preset makes of them.
+    """
     context, kernels = QUICK if options.quick else PREFIX, ops.select("auto", options.threads)
     shape, query_heads = kv_shape(LIKE), 16
     kv, plan = layer_of(context, shape.num_kv_heads, shape.head_dim), plan_of(context)
     q = torch.randn((BATCH, query_heads, shape.head_dim)).bfloat16()
-    asked = Observe(np.full(BATCH, np.log2(4.0 / context), np.float32), stamps=True)
-    attention: AttentionOps = kernels.attention
-    pairs = harness.interleave(
-        lambda: _seconds(attention, q, kv, plan, asked),
-        lambda: _seconds(attention, q, kv, plan, None),
-        5 if options.quick else 3 * MIN_PAIRS,
-    )
-    over = harness.estimate([pair.ours / pair.theirs - 1 for pair in pairs])
-    row: Row = {
-        "figure": "observe_overhead",
-        "kernel": kernels.name,
-        "context_tokens": context,
-        "observed_us": 1e6 * float(np.median([p.ours for p in pairs])),
-        "plain_us": 1e6 * float(np.median([p.theirs for p in pairs])),
-    }
-    return Figure("observe_overhead", over, Goal("<=", 0.03)), row
+    asked = Observe(np.full(BATCH, np.log2(4.0 / context), np.float32))
+    corm, spec = Corm(PRESETS["corm"]), Float().page_spec(shape._replace(num_layers=1))
+    states = [corm.new_state(spec, corm.watch(context)) for _ in range(BATCH)]
+
+    def plain() -> None:
+        kernels.attention.attend(q, kv, plan)
+
+    def observed() -> UInt64Array:
+        hits = kernels.attention.attend(q, kv, plan, asked).hits
+        assert hits is not None
+        return hits
+
+    def taken() -> None:
+        for state, hits in zip(states, np.split(observed(), BATCH), strict=True):
+            corm.observe(state, 0, Look(context - 1, hits))
+
+    figures = []
+    row: Row = {"kernel": kernels.name, "context_tokens": context}
+    for name, ours, goal in (
+        ("observe_overhead", observed, Goal("<=", 0.03)),
+        ("observe_overhead_taken", taken, None),
+    ):
+        pairs = harness.interleave(
+            partial(_seconds, ours),
+            partial(_seconds, plain),
+            5 if options.quick else 3 * MIN_PAIRS,
+        )
+        over = harness.estimate([pair.ours / pair.theirs - 1 for pair in pairs])
+        figures.append(Figure(name, over, goal))
+        row = {
+            **row,
+            f"{name}_us": 1e6 * float(np.median([p.ours for p in pairs])),
+            "plain_us": 1e6 * float(np.median([p.theirs for p in pairs])),
+        }
+    return figures, row
 
 
-def _seconds(
-    attention: AttentionOps,
-    q: torch.Tensor,
-    kv: LayerKV,
-    plan: AttentionPlan,
-    asked: Observe | None,
-) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     """Return the least of a few calls: what it takes when nothing else runs."""
     found = []
     for _ in range(5):
         begun = time.perf_counter()
-        attention.attend(q, kv, plan, asked)
+        call()
         found.append(time.perf_counter() - begun)
     return min(found)
 
@@ -218,19 +263,23 @@ def measure(options: Options) -> Report:
     wanted = options.only or PARTS
     figures: list[Figure] = []
     rows: list[Row] = []
+    stages = Stages("eviction_speed")
     with TemporaryDirectory() as directory:
         folder = Path(directory)
         if "observe" in wanted:
-            figure, row = observe(options)
-            figures, rows = [figure], [row]
+            figures, row = observe(options)
+            rows = [row]
+            stages.done("observe")
         needed = {"decode", "bytes"} & set(wanted)
         shares = demo_shares(options) if needed else np.ones(0, np.float32)
+        if needed:
+            stages.done("what the demo model's heads keep")
         if "decode" in wanted:
-            figure, row = decode(folder, shares, options)
+            figure, row = decode(folder, shares, options, stages)
             figures, rows = [*figures, figure], [*rows, row]
             gc.collect()  # engines are circles, and the next part needs their memory
         if "bytes" in wanted:
-            more, counted = bytes_of(folder, shares, options)
+            more, counted = bytes_of(folder, shares, options, stages)
             figures, rows = [*figures, *more], [*rows, *counted]
     params: dict[str, Cell] = {"threads": options.threads, "quick": options.quick, "kept": KEPT}
     return Report("eviction_speed", params, figures, rows)

@@ -14,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,21 @@ class Report:
             "rows": [*map(dict, self.rows), *(figure.row() for figure in self.figures)],
             "summary": {figure.name: figure.estimate.median for figure in self.figures},
         }
+
+
+class Stages:
+    """Says on stderr what has been done, how long that took and how long all of it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begun = self._last = time.perf_counter()
+
+    def done(self, what: str) -> None:
+        """Say that a stage has ended."""
+        now = time.perf_counter()
+        took, whole = now - self._last, now - self._begun
+        NOTES.print(f"{self._name}: {what}: {took:.1f} s, {whole:.0f} s in all")
+        self._last = now
 
 
 def interleave(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvkeep.cache.tiers import Install
+from kvkeep.cache.tiers import Install, Read
 from kvkeep.models.shapes import LIKE
 from kvkeep.quant.codec import Codec, KVShape, Place
 from kvkeep.sealing import SealContext
@@ -22,7 +22,10 @@ def kv_shape(like: str) -> KVShape:
 
 
 class MadeUpPages:
-    """A tier that holds every page: normal numbers, the same few tiles over and over."""
+    """A tier that holds every page: normal numbers, the same few tiles over and over.
+
+    After `only` it holds the first so many pages that it is asked for.
+    """
 
     def __init__(self, codec: Codec, shape: KVShape) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -31,9 +34,21 @@ class MadeUpPages:
         self._first, self._other = (
             codec.encode(k, v, Place(0, first)).tobytes() for first in (True, False)
         )
+        self._most: int | None = None
+        self._held: set[SealContext] = set()
+
+    def only(self, pages: int | None) -> None:
+        """Hold so many pages from now on, all where it is None."""
+        self._most = pages
+        self._held.clear()
 
     def holds(self, context: SealContext) -> bool:
-        """Return True."""
+        """Return True for as many pages as there shall be."""
+        if self._most is None or context in self._held:
+            return True
+        if len(self._held) >= self._most:
+            return False
+        self._held.add(context)
         return True
 
     def fetch(
@@ -52,7 +67,7 @@ class MadeUpPages:
         self,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
         expires_s: float | None,
     ) -> None:
         """Let it go."""

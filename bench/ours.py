@@ -5,19 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
+from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
+from kvkeep.models import loader
+from kvkeep.models.host import HostedModel
 from kvkeep.ops.cpu_attention import CpuAttention
 from kvkeep.ops.cpu_leaf import CpuLeaf
 
 TENANT = "bench"
+
+
+class Weights(NamedTuple):
+    """A model that several engines share, in turn, and its kernels."""
+
+    backend: Backend
+    model: HostedModel
+
+    @classmethod
+    def of(cls, model: Path, threads: int) -> Weights:
+        """Load a model."""
+        backend = choose(EngineOptions(model=str(model), dtype="bfloat16"), threads)
+        return cls(backend, loader.load(model, dtype="bfloat16", ops=backend.ops))
 
 
 class Ours:

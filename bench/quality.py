@@ -3,7 +3,8 @@
 The suite is `bench/traces/quality.json`; the model is the demo model, a toy, or the checkpoint of
 `--model DIR`. `--only CODEC` measures one codec. Every codec sees the same split: what lies before
 the current window is coded, one of 128 tokens but for codecs named after another. A codec that the
-engine has kernels for is attended as codes; others are stored as what comes back of them.
+engine has kernels for is attended as codes; others are stored as what comes back of them. A name
+that ends in `+corm`, measured where it is asked for, drops tokens by CORM's preset too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from kvkeep.config import DEMO_MODEL
 from kvkeep.engine.build import codec_of
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.corm import PRESETS, Corm
+from kvkeep.eviction.policy import Evictor
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
 from kvkeep.quant.baselines.blocks import Q4, Q8
 from kvkeep.quant.baselines.cachegen import CacheGen
@@ -35,7 +38,11 @@ from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.types import WINDOW_STEP, Layout
 
-GOALS: Final = {"k2v2": Goal("<=", 0.015), "k4v2": Goal("<=", 0.005)}
+GOALS: Final = {
+    "k2v2": Goal("<=", 0.015),
+    "k4v2": Goal("<=", 0.005),
+    "k2v2+corm": Goal("<=", 0.025),
+}
 LEARNT_FROM: Final = 24
 """Contexts that levels and tables are learnt from; they come from the suite with another seed."""
 CODED_EVERY: Final = 64
@@ -70,7 +77,16 @@ CODECS: Final[dict[str, Make]] = {
     "k2v2-w256": _ours(Layout.K2V2, 256),
     "k2v2-w512": _ours(Layout.K2V2, 512),
     "hack-paper-nearest": _plain(lambda: HackPaper(stochastic=False)),
+    "k2v2+corm": _ours(Layout.K2V2),
+    "k4v2+corm": _ours(Layout.K4V2),
+    "bf16+corm": lambda _: Float(),
 }
+EVICTING: Final = {
+    "k2v2+corm": "combined_quality_loss",
+    "k4v2+corm": "combined_quality_loss_k4v2",
+    "bf16+corm": "combined_quality_loss_bf16",
+}
+"""With CORM beside them: their figures."""
 ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512", "hack-paper-nearest")
 """Measured where they are asked for."""
 CALIBRATED: Final = "calibrated"
@@ -86,18 +102,22 @@ class Found:
     seconds: float
     bytes_ratio: float
     """Stored bytes of closed pages over bfloat16's."""
+    kept: float
+    """Of prompts' tokens, at their ends."""
 
 
-def answered(machine: Machine, contexts: Sequence[Context], codec: Codec) -> Found:
+def answered(
+    machine: Machine, contexts: Sequence[Context], codec: Codec, evictor: Evictor | None = None
+) -> Found:
     """Return one codec's run."""
-    asked = Asked(machine, codec)
+    asked = Asked(machine, codec, evictor=evictor)
     begun = time.perf_counter()
     items = run(asked, contexts)
     seconds = time.perf_counter() - begun
     if isinstance(codec, Dequantised):
-        return Found(items, seconds, codec.stored_bytes / codec.float_bytes)
+        return Found(items, seconds, codec.stored_bytes / codec.float_bytes, asked.kept)
     stored, plain = (one.page_spec(asked.shape).page_bytes for one in (codec, Float()))
-    return Found(items, seconds, stored / plain)
+    return Found(items, seconds, stored / plain, asked.kept)
 
 
 def chosen(options: Options) -> tuple[str, ...]:
@@ -106,7 +126,7 @@ def chosen(options: Options) -> tuple[str, ...]:
     for name in options.only:
         if name not in known:
             raise ConfigError(f"only: there is no codec {name!r}; there are: {', '.join(known)}")
-    whole = tuple(name for name in CODECS if name not in ABLATIONS)
+    whole = tuple(name for name in CODECS if name not in (*ABLATIONS, *EVICTING))
     return options.only or (QUICK if options.quick else whole)
 
 
@@ -137,20 +157,21 @@ def measure(options: Options) -> Report:
     rows: list[Row] = []
     figures: list[Figure] = []
     for name in names:
-        found = answered(machine, contexts, made(name, sample, machine.model))
+        evictor = Corm(PRESETS["corm"]) if name in EVICTING else None
+        found = answered(machine, contexts, made(name, sample, machine.model), evictor)
         tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
         rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
         loss = quality_stats.overall(base.items, found.items, suite.weights)
         NOTES.print(f"{name}: loss {loss.median:.4f} after {found.seconds:.0f} s")
-        figures.append(Figure(f"quality_loss_{name.replace('-', '_')}", loss, GOALS.get(name)))
-        rows.append(
-            {
-                "codec": name,
-                "loss": loss.median,
-                "bytes_over_bf16": found.bytes_ratio,
-                "seconds": found.seconds,
-            }
-        )
+        figure = EVICTING.get(name, f"quality_loss_{name.replace('-', '_')}")
+        figures.append(Figure(figure, loss, GOALS.get(name)))
+        row: Row = {
+            "codec": name,
+            "loss": loss.median,
+            "bytes_over_bf16": found.bytes_ratio,
+            "seconds": found.seconds,
+        }
+        rows.append(row if evictor is None else {**row, "kept": found.kept})
     params: dict[str, Cell] = {
         "model": options.model or "demo, a toy",
         "items": len(base.items),

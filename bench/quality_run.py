@@ -18,7 +18,7 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import EngineError
-from kvkeep.eviction.policy import KeepAll
+from kvkeep.eviction.policy import Evictor, KeepAll
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import AttentionOps
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
@@ -76,8 +76,14 @@ Wrap = Callable[[AttentionOps], AttentionOps]
 class Asked:
     """An engine under one codec, asked in batches."""
 
-    def __init__(self, machine: Machine, codec: Codec, wrap: Wrap | None = None) -> None:
-        """`wrap`: what attention is taken through, to look on."""
+    def __init__(
+        self,
+        machine: Machine,
+        codec: Codec,
+        wrap: Wrap | None = None,
+        evictor: Evictor | None = None,
+    ) -> None:
+        """`wrap`: what attention is taken through, to look on; `evictor`: None keeps all."""
         options = EngineOptions(
             model=str(machine.model),
             dtype="bfloat16",
@@ -94,7 +100,7 @@ class Asked:
         self._core = build_core(
             options,
             parts=Parts(
-                techniques=Techniques(codec, NoShield(), KeepAll()),
+                techniques=Techniques(codec, NoShield(), evictor or KeepAll()),
                 planner=FlatPlanner(),
                 policy=ShareNothing(),
                 backend=backend,
@@ -110,6 +116,12 @@ class Asked:
             self.info.head_dim,
             backend.ops.layouts[torch.bfloat16],
         )
+
+    @property
+    def kept(self) -> float:
+        """Return which share of prompts' tokens was kept at their ends; 1 where nothing goes."""
+        found = self._core.stats().evict
+        return found.prompt_kept_tokens_total / (found.prompt_tokens_total or 1) or 1.0
 
     def answer(
         self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams

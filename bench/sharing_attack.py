@@ -1,8 +1,10 @@
 """The attack part of `kvkeep bench sharing`: audits of a policy, and what they say as figures.
 
 Before an audit, bystanders send a public prompt, more of them than a policy asks for, and every
-prompt of the audit begins with it: so there is something public to go on from. A control audits
-what enough accounts did send: a policy that shares must show it.
+prompt of the audit begins with it: so there is something public to go on from. Answers have two
+tokens and votes no bound: else the monitor would take the attacker for one and leave it alone in
+its own scope, and votes would run out, and the index would not be asked. A control audits what
+enough accounts did send: a policy that shares must show it.
 """
 
 from __future__ import annotations
@@ -36,8 +38,14 @@ INDEX_CHANNELS: Final = (
 QUICK_CHANNELS: Final = 2
 CAST: Final = {"victim": 0.3, "attacker": 0.3, "sybil-1": 0.1, "sybil-2": 0.1}
 """Beside the attacker k - 1 accounts; what all leave of the pool holds public pages."""
+CONTROL_CAST: Final = dict.fromkeys((*CAST, "sybil-3"), 0.06)
+"""One account more, and room for what becomes public by it."""
+ANSWER_TOKENS: Final = 2
+UNBOUND: Final = ("--share-units-per-day", "1000000")
+"""Of the audited server."""
 BYSTANDERS: Final = tuple(f"bystander-{i}" for i in range(K + 1))
 AUDITED: Final = CAST | dict.fromkeys(BYSTANDERS, 0.02)
+CONTROLLED: Final = CONTROL_CAST | dict.fromkeys(BYSTANDERS, 0.02)
 BEHIND: Final = public_prompts(1)[0][:1200]
 """Some 300 tokens that are public before an audit begins."""
 AUDIT_PAGES: Final = 16384
@@ -86,6 +94,7 @@ def attacked(target: Target, seed: int, *, settle_s: float, quick: bool, seconds
         batch=BATCH if settle_s and not quick else 4,
         per_second=1000.0,
         prompt_tokens=512,
+        answer_tokens=ANSWER_TOKENS,
         seed=seed,
     )
     return asyncio.run(audit(told, transport=target.transport()))
@@ -94,10 +103,9 @@ def attacked(target: Target, seed: int, *, settle_s: float, quick: bool, seconds
 def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
     """Return the audit of what k accounts sent, the victim the last of them: it must be seen."""
     make_public(target, settle_s)
-    accounts = (*CAST, BYSTANDERS[0])
     told = Options(
         target.url,
-        cast_of([f"{name}={target.keys[name]}" for name in accounts]),
+        cast_of([f"{name}={target.keys[name]}" for name in CONTROL_CAST]),
         channels=("sybils",),
         margin=0.03,
         seconds=300.0,
@@ -106,6 +114,7 @@ def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
         batch=16,
         per_second=1000.0,
         prompt_tokens=512,
+        answer_tokens=ANSWER_TOKENS,
         behind=BEHIND,
         seed=seed,
     )

@@ -239,5 +239,5 @@ def measure(options: Options) -> Report:
         figures += found
         attacks += attack_rows(tried.engine.name, way, tried.reports)
         if tried.played is not None:
-            rows.append(policy_row(tried.engine.name, way, tried.played, worst))
+            rows.append(policy_row(tried.engine.name, MODEL, way, tried.played, worst))
     return Report("sharing", params, figures, [*rows, *attacks])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -36,20 +37,11 @@ class Replay:
 
     samples: tuple[Sample, ...]
     """In the order of the trace."""
-    begun_s: float
+    rates: tuple[float, ...]
+    """Tokens per second of each window."""
     hit_ratio: float
     scan_share: float
     """Of the server's processor time: the detector's."""
-
-    def window_rates(self) -> list[float]:
-        """Return tokens per second in parts of equal numbers of requests, by time of ending."""
-        ordered = sorted(self.samples, key=lambda sample: sample.ended_s)
-        since, rates = self.begun_s, []
-        for part in np.array_split(np.arange(len(ordered)), WINDOWS):
-            until = ordered[part[-1]].ended_s
-            rates.append(sum(ordered[i].tokens for i in part) / (until - since))
-            since = until
-        return rates
 
 
 class Player:
@@ -105,18 +97,65 @@ def tenant_name(number: int) -> str:
     return f"tenant-{number}"
 
 
-def replay(player: Player, trace: Sequence[Ask], settle_s: float) -> Replay:
-    """Play the whole trace; measure from `MEASURED_FROM` on."""
-    target = player.target
-    numbered = list(enumerate(trace))
+def warm_up(player: Player, trace: Sequence[Ask], settle_s: float) -> None:
+    """Play what comes before `MEASURED_FROM`, and wait after each epoch."""
     for epoch in range(1, MEASURED_FROM):
-        asyncio.run(player.play([one for one in numbered if one[1].epoch == epoch]))
+        asyncio.run(player.play([one for one in enumerate(trace) if one[1].epoch == epoch]))
         time.sleep(settle_s)
-    before, begun = target.counted(), time.perf_counter()
-    measured = [one for one in numbered if one[1].epoch >= MEASURED_FROM]
-    samples = asyncio.run(player.play(measured))
-    grown = target.counted().since(before)
-    return Replay(tuple(samples), begun, grown.hit_ratio, grown.scan_share)
+
+
+def replay(player: Player, trace: Sequence[Ask], settle_s: float) -> Replay:
+    """Play the whole trace to one server; measure from `MEASURED_FROM` on."""
+    warm_up(player, trace, settle_s)
+    before, begun = player.target.counted(), time.perf_counter()
+    samples = asyncio.run(player.play(measured_of(trace)))
+    grown = player.target.counted().since(before)
+    rates = window_rates(samples, begun)
+    return Replay(tuple(samples), rates, grown.hit_ratio, grown.scan_share)
+
+
+def window_rates(samples: Sequence[Sample], begun_s: float) -> tuple[float, ...]:
+    """Return tokens per second in parts of equal numbers of requests, by time of ending."""
+    ordered = sorted(samples, key=lambda sample: sample.ended_s)
+    since, rates = begun_s, []
+    for part in np.array_split(np.arange(len(ordered)), WINDOWS):
+        until = ordered[part[-1]].ended_s
+        rates.append(sum(ordered[i].tokens for i in part) / (until - since))
+        since = until
+    return tuple(rates)
+
+
+def take_turns(players: Mapping[str, Player], trace: Sequence[Ask]) -> dict[str, Replay]:
+    """Play what is measured window by window, each to every warm server before the next.
+
+    Who is first changes from window to window. Processor time is that of a server's own windows.
+    """
+    measured = measured_of(trace)
+    before = {name: player.target.counted() for name, player in players.items()}
+    samples: dict[str, list[Sample]] = defaultdict(list)
+    rates: dict[str, list[float]] = defaultdict(list)
+    busy_s: dict[str, float] = defaultdict(float)
+    names = [*players]
+    for turn, part in enumerate(np.array_split(np.arange(len(measured)), WINDOWS)):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            player = players[name]
+            idle, begun = player.target.counted(), time.perf_counter()
+            played = asyncio.run(player.play([measured[i] for i in part]))
+            rates[name].append(sum(one.tokens for one in played) / (time.perf_counter() - begun))
+            samples[name] += played
+            busy_s[name] += player.target.counted().since(idle).processor_s
+    found = {}
+    for name, player in players.items():
+        grown = player.target.counted().since(before[name])._replace(processor_s=busy_s[name])
+        told = tuple(samples[name]), tuple(rates[name])
+        found[name] = Replay(*told, grown.hit_ratio, grown.scan_share)
+    return found
+
+
+def measured_of(trace: Sequence[Ask]) -> list[tuple[int, Ask]]:
+    """Return the numbered requests that are measured."""
+    return [one for one in enumerate(trace) if one[1].epoch >= MEASURED_FROM]
 
 
 def played_params(trace: Sequence[Ask], shape: Shape) -> dict[str, Cell]:
@@ -126,21 +165,22 @@ def played_params(trace: Sequence[Ask], shape: Shape) -> dict[str, Cell]:
         "templates": f"{shape.templates} of {shape.template_tokens} tokens, Zipf(1)",
         "suffix_tokens": f"{shape.suffix_tokens[0]} to {shape.suffix_tokens[1]}",
         "answer_tokens": shape.answer_tokens,
-        "requests_measured": len([ask for ask in trace if ask.epoch >= MEASURED_FROM]),
+        "requests_measured": len(measured_of(trace)),
         "clients": CLIENTS,
         "pool": f"{POOL_SHARE:.0%} of what isolation needs",
     }
 
 
-def policy_row(engine: str, policy: str, played: Replay, worst: Estimate | None) -> Row:
+def policy_row(engine: str, model: str, policy: str, played: Replay, worst: Estimate | None) -> Row:
     """Return a policy's row: what it costs and what it tells."""
     ttft = [sample.ttft_s for sample in played.samples]
     return {
         "engine": engine,
+        "model": model,
         "policy": policy,
         "ttft_median_ms": float(np.median(ttft)) * 1e3,
         "ttft_p90_ms": float(np.percentile(ttft, 90)) * 1e3,
-        "tokens_per_s": float(np.median(played.window_rates())),
+        "tokens_per_s": float(np.median(played.rates)),
         "hit_ratio": played.hit_ratio,
         "attack_auc": worst.median if worst else None,
         "attack_auc_halfwidth": (worst.high - worst.low) / 2 if worst else None,

@@ -1,7 +1,8 @@
 """What sealing costs beside the raw cipher, and how soon destroyed keys open nothing.
 
-Pages of 1 MiB on one core. The raw cipher is one call of AES-256-GCM over buffers made before;
-sealing derives the page's key and commitment, binds the context, and makes the frame. Page keys
+Pages of 1 MiB on one core. The raw cipher is one call of AES-256-GCM over buffers made before, and
+sealing uses such buffers too, as a tier does: it derives the page's key and commitment, binds the
+context, and makes the frame. Page keys
 come from this process there, by the key process's arithmetic; `key_round_trip_us` is what asking
 the real one adds to a page, on the threads that seal and open.
 """
@@ -96,14 +97,17 @@ def speeds(options: Options) -> tuple[list[Figure], list[Row]]:
     found: list[Figure] = []
     rows: list[Row] = []
     for layers in LAYERS:
-        sizes = [PAGE_BYTES // layers] * layers
+        sizes = (PAGE_BYTES // layers,) * layers
         frame = sealer.seal(context("acme"), page, sizes)
+        room, ours_back = memoryview(bytearray(len(frame))), memoryview(bytearray(PAGE_BYTES))
 
-        def sealing(sizes: list[int] = sizes) -> None:
-            sealer.seal(context("acme"), page, sizes)
+        def sealing(sizes: tuple[int, ...] = sizes, room: memoryview = room) -> None:
+            sealer.seal(context("acme"), page, sizes, room)
 
-        def opening(sizes: list[int] = sizes, frame: memoryview = frame) -> None:
-            for _ in sealer.open(context("acme"), frame, sizes):
+        def opening(
+            sizes: tuple[int, ...] = sizes, frame: memoryview = frame, into: memoryview = ours_back
+        ) -> None:
+            for _ in sealer.open(context("acme"), frame, sizes, into):
                 pass
 
         sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

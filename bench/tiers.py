@@ -3,7 +3,8 @@
 `--only ttft`: a prompt of 4,096 tokens whose pages lie on a disk that the system holds nothing of,
 beside computing it. `--only stall`: the time that steps spend in the tiers' code while a gigabyte
 of pages is written beside eight answers. `--only restart`: a process is killed while it serves;
-what the next one finds again of what had been written.
+what the next one finds again of what had been written. `--only faults`: answers of a server whose
+disk fails and changes, that is killed and started again, beside those of one without tiers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,10 +27,12 @@ from bench import harness
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Pair, Report, Row
 from bench.ours import TENANT, Ours, greedy
 from bench.quant_e2e import model_in
+from bench.tiers_faults import QUICK_TURNS, TURNS, fault_runs
 from bench.tiers_restart import durable, found_again
 from kvkeep.cache.tier.files import Directory
-from kvkeep.cache.tier.pages import TieredPages, TierSizes
-from kvkeep.cache.tiers import Copy, Install
+from kvkeep.cache.tier.lowest import TierSizes
+from kvkeep.cache.tier.pages import TieredPages
+from kvkeep.cache.tiers import Copy, Install, Read
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
@@ -51,8 +55,10 @@ DISK_BYTES: Final = 4 << 30
 STALL_BYTES: Final = 1 << 30
 QUICK_STALL_BYTES: Final = 64 << 20
 DECODING: Final = 8
+UNDISTURBED: Final = 50
+"""Steps before anything is written."""
 KILLS: Final = 10
-PARTS: Final = ("ttft", "stall", "restart")
+PARTS: Final = ("ttft", "stall", "restart", "faults")
 MODES: Final[tuple[ShieldName, ...]] = ("off", "seal")
 CODECS: Final[dict[str, Codec]] = {"bf16": Float(), "k2v2": Hack(Layout.K2V2)}
 
@@ -68,14 +74,20 @@ class Timed:
 
     def __init__(self, tier: TieredPages) -> None:
         self.tier = tier
-        self.spent_s = 0.0
+        self.spent_s = self.worked_s = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is done: by the clock, and this thread's own work of that."""
+        begun, worked = time.perf_counter(), time.thread_time()
+        yield
+        self.spent_s += time.perf_counter() - begun
+        self.worked_s += time.thread_time() - worked
 
     def holds(self, context: SealContext) -> bool:
         """Ask the tier."""
-        begun = time.perf_counter()
-        found = self.tier.holds(context)
-        self.spent_s += time.perf_counter() - begun
-        return found
+        with self.counted():
+            return self.tier.holds(context)
 
     def fetch(
         self,
@@ -85,21 +97,19 @@ class Timed:
         done: Callable[[bool], None],
     ) -> None:
         """Ask the tier."""
-        begun = time.perf_counter()
-        self.tier.fetch(context, layer_bytes, install, done)
-        self.spent_s += time.perf_counter() - begun
+        with self.counted():
+            self.tier.fetch(context, layer_bytes, install, done)
 
     def store(
         self,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
         expires_s: float | None,
     ) -> Copy | None:
         """Ask the tier."""
-        begun = time.perf_counter()
-        copy = self.tier.store(context, layer_bytes, read, expires_s)
-        self.spent_s += time.perf_counter() - begun
+        with self.counted():
+            copy = self.tier.store(context, layer_bytes, read, expires_s)
         return None if copy is None else _TimedCopy(self, copy)
 
     def forget(self, owner: str) -> int:
@@ -108,9 +118,8 @@ class Timed:
 
     def poll(self) -> None:
         """Ask the tier."""
-        begun = time.perf_counter()
-        self.tier.poll()
-        self.spent_s += time.perf_counter() - begun
+        with self.counted():
+            self.tier.poll()
 
 
 class _TimedCopy(NamedTuple):
@@ -119,10 +128,8 @@ class _TimedCopy(NamedTuple):
 
     def take(self, *, last: bool) -> bool:
         """Copy the page."""
-        begun = time.perf_counter()
-        taken = self.copy.take(last=last)
-        self.timed.spent_s += time.perf_counter() - begun
-        return taken
+        with self.timed.counted():
+            return self.copy.take(last=last)
 
     def cancel(self) -> None:
         """Let it go."""
@@ -259,13 +266,17 @@ def measure_stall(model: Path, mode: ShieldName, options: Options) -> tuple[Figu
             side.ours.submit(side.ours.prompt(64), greedy(4_000))
         for _ in range(20):
             side.core.step()
+        before = [_step_ms(side) for _ in range(UNDISTURBED)]
         _rest(side.core, wanted)
         stalls: list[float] = []
+        works: list[float] = []
+        steps: list[float] = []
         begun = time.perf_counter()
         while side.core.caches.pause_s(1.0, 0.0) < 1.0 and len(stalls) < 10_000:
-            side.timed.spent_s = 0.0
-            side.core.step()
+            side.timed.spent_s = side.timed.worked_s = 0.0
+            steps.append(_step_ms(side))
             stalls.append(1e3 * side.timed.spent_s)
+            works.append(1e3 * side.timed.worked_s)
         took = time.perf_counter() - begun
         written = side.timed.tier.uses()[-1].used_bytes
         side.close()
@@ -278,8 +289,19 @@ def measure_stall(model: Path, mode: ShieldName, options: Options) -> tuple[Figu
         "stall_ms_p50": float(np.median(stalls)),
         "stall_ms_p99": p99,
         "stall_ms_max": max(stalls),
+        "work_ms_p50": float(np.median(works)),
+        "work_ms_p99": float(np.percentile(works, 99)),
+        "step_ms_p50": float(np.median(steps)),
+        "step_ms_p99": float(np.percentile(steps, 99)),
+        "undisturbed_step_ms_p50": float(np.median(before)),
     }
     return Figure("engine_stall_ms_p99", _exactly(p99, len(stalls)), Goal("<=", 2.0)), row
+
+
+def _step_ms(side: Side) -> float:
+    begun = time.perf_counter()
+    side.core.step()
+    return 1e3 * (time.perf_counter() - begun)
 
 
 def _rest(core: EngineCore, wanted: int) -> None:
@@ -317,6 +339,14 @@ def measure_restart(options: Options) -> tuple[Figure, list[Row]]:
     return Figure("restart_hit_ratio", harness.estimate(ratios), Goal(">=", 0.99)), rows
 
 
+def measure_faults(options: Options) -> tuple[Figure, Row]:
+    """Count the answers that differ under faults from those of a server without tiers."""
+    counted = fault_runs(QUICK_TURNS if options.quick else TURNS)
+    row: Row = {"fault_run": "demo", **counted._asdict()}
+    wrong = _exactly(counted.wrong, counted.answers)
+    return Figure("wrong_tokens_in_fault_runs", wrong, Goal("<=", 0.0)), row
+
+
 def _exactly(value: float, samples: int) -> Estimate:
     return Estimate(value, value, value, max(samples, MIN_PAIRS))
 
@@ -337,6 +367,9 @@ def measure(options: Options) -> Report:
     if "restart" in wanted:
         figure, more = measure_restart(options)
         figures, rows = [*figures, figure], [*rows, *more]
+    if "faults" in wanted:
+        figure, row = measure_faults(options)
+        figures, rows = [*figures, figure], [*rows, row]
     params: dict[str, Cell] = {
         "like": LIKE,
         "threads": options.threads,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
@@ -31,3 +32,11 @@ def test_a_refusal_carries_its_status_and_field(
     error = kind("too long", param="prompt")
     assert (str(error), error.param, error.status) == ("too long", "prompt", status)
     assert kind("no").param is None
+
+
+def test_a_fault_is_told_by_kind_and_line_and_not_in_its_words() -> None:
+    with pytest.raises(ValueError, match="a secret") as caught:
+        int("a secret")
+    told = errors.unexpected(caught.value)
+    assert re.fullmatch(r"ValueError at test_errors\.py:\d+", told)
+    assert errors.unexpected(ValueError("a secret")) == "ValueError"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from kvkeep.attention.planner import FlatPlanner
-from kvkeep.cache.tiers import Install
-from kvkeep.eviction.policy import empty_state
+from kvkeep.cache.tiers import Install, Read
+from kvkeep.eviction.policy import Look, empty_state
 from kvkeep.ops.layout import AttentionPlan, Heads, Ops, WeightFold
 from kvkeep.quant.codec import Float, KVShape, Place, Tiles
 from kvkeep.sealing import SealContext
@@ -44,8 +45,10 @@ class WindowEvictor:
     def thresholds(self, state: EvictState, position: int) -> FloatArray:
         return np.full((1, 1), -np.log2(position + 1), np.float32)
 
-    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
-        assert stamps.max() >= state.watch.first, "some token always has at least the mean weight"
+    def observe(self, state: EvictState, layer: int, looks: Int32Array | Look) -> None:
+        last = looks.position if isinstance(looks, Look) else looks.max()
+        assert last >= state.watch.first, "some token always has at least the mean weight"
+        assert not isinstance(looks, Look) or looks.hits.any()
         self.observed += 1
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
@@ -160,19 +163,44 @@ class RowPlanner:
         self.forgotten += 1
 
 
-class DelayedTier:
-    """Keeps pages in memory and answers fetches only after some polls."""
+class KeptPages:
+    """The half of a tier that keeps pages in memory, copied at once."""
+
+    def __init__(self) -> None:
+        self.kept: dict[SealContext, list[bytes]] = {}
+
+    def holds(self, context: SealContext) -> bool:
+        return context in self.kept
+
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Read,
+        expires_s: float | None,
+    ) -> None:
+        page = memoryview(bytearray(sum(layer_bytes)))
+        read(page)
+        ends = list(itertools.accumulate(layer_bytes, initial=0))
+        self.kept[context] = [bytes(page[at:end]) for at, end in itertools.pairwise(ends)]
+
+    def forget(self, owner: str) -> int:
+        mine = [context for context in self.kept if context.owner == owner]
+        for context in mine:
+            del self.kept[context]
+        return len(mine)
+
+
+class DelayedTier(KeptPages):
+    """Answers fetches only after some polls."""
 
     def __init__(self, polls: int, *, fail: bool = False) -> None:
+        super().__init__()
         self._polls = polls
         self._fail = fail
-        self._pages: dict[SealContext, list[bytes]] = {}
         self._due: list[tuple[int, Callable[[], None]]] = []
         self._now = 0
         self.fetched = 0
-
-    def holds(self, context: SealContext) -> bool:
-        return context in self._pages
 
     def fetch(
         self,
@@ -183,7 +211,7 @@ class DelayedTier:
     ) -> None:
         def deliver() -> None:
             if not self._fail:
-                for layer, data in enumerate(self._pages[context]):
+                for layer, data in enumerate(self.kept[context]):
                     install(layer, data)
             self.fetched += 1
             done(not self._fail)
@@ -197,21 +225,6 @@ class DelayedTier:
         for call in due:
             call()
 
-    def store(
-        self,
-        context: SealContext,
-        layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
-        expires_s: float | None,
-    ) -> None:
-        self._pages[context] = [read(layer) for layer in range(len(layer_bytes))]
-
-    def forget(self, owner: str) -> int:
-        mine = [context for context in self._pages if context.owner == owner]
-        for context in mine:
-            del self._pages[context]
-        return len(mine)
-
     def lose_first(self) -> None:
         """Lose the page that was stored first: a chain's last, since leaves are evicted first."""
-        del self._pages[next(iter(self._pages))]
+        del self.kept[next(iter(self.kept))]

@@ -1,7 +1,8 @@
 """What the files of `bench/results/sharing*.json` say together: each policy's cost and leak.
 
 A policy's replay and its audit may stand in different files, of different commits. Of two files
-that have the same, the later one counts. Files of several machines and quick runs are refused.
+that have the same, the later one counts. Replays of other models than the demo model don't. Files
+of several machines and quick runs are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ORDER: Final = (
     "vllm_salted",
 )
 OURS: Final = "kvkeep"
+MODEL: Final = "demo"
 AUC: Final = re.compile(r"attack_auc_private_(?P<policy>\w+?)(?P<other>_halfwidth|_holds_chance)?")
 
 
@@ -109,7 +111,7 @@ def source_of(name: str, document: Mapping[str, Any]) -> Source:
 
 def cost_of(row: Mapping[str, Any], source: Source) -> dict[str, Cost]:
     """Return the cost that a row tells of, by policy."""
-    if row.get("ttft_median_ms") is None:
+    if row.get("ttft_median_ms") is None or row.get("model", MODEL) != MODEL:
         return {}
     cost = Cost(
         engine=str(row["engine"]),

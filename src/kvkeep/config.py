@@ -129,7 +129,8 @@ class Settings(BaseSettings):
         None, description="how pages are kept from who reads them (default: seal, with a tier)"
     )
     shield_keys: str | None = Field(
-        None, description="who wraps sealing keys: file:, env:, fd:, vault:, kms: or pkcs11:"
+        None,
+        description="who wraps sealing keys: file:, env:, fd:, vault:, kms:, pkcs11: or attested:",
     )
     shield_store: Path | None = Field(
         None, description="file of wrapped sealing keys (default: beside the keys)"
@@ -147,7 +148,9 @@ class Settings(BaseSettings):
 
     prefix_caching: bool = Field(True, description="keep pages for later requests")
     tier: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="where pages go that memory has no room for: memory:4GiB, disk:DIR,64GiB"
+        (),
+        description="where pages go that memory has no room for: memory:4GiB, disk:DIR,64GiB"
+        " or redis://HOST:PORT/DB,64GiB",
     )
     attention_planner: Literal["tree", "flat"] = Field(
         "tree", description="tree: a prefix that several requests hold is read once a step"

@@ -19,6 +19,8 @@ KvkeepError
 ├── SealError                  sealed bytes do not open in the reader's context
 │   ├── KeysGone               the keys of these bytes were destroyed, or never were
 │   └── KeysUnavailable        the key process or its provider does not answer now
+├── WireError                  a link between workers carries what it should not
+│   └── LinkLost               it has ended, or nothing comes any more
 ├── AuditError                 a target can't be audited: it doesn't answer, or refuses
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
@@ -127,6 +129,14 @@ class KeysUnavailable(SealError):
     """The key process or its provider does not answer now."""
 
 
+class WireError(KvkeepError):
+    """What came over a link between workers is not what this worker can use."""
+
+
+class LinkLost(WireError):
+    """A link between workers has ended, or nothing comes over it any more."""
+
+
 class AuditError(KvkeepError):
     """A target can't be audited: it doesn't answer as expected, or refuses."""
 
@@ -164,3 +174,14 @@ class RequestCancelled(EngineError):
 
 class DeadlineExceeded(EngineError):
     """The request's own deadline passed."""
+
+
+def unexpected(error: BaseException) -> str:
+    """Return the kind of a fault and the line it comes from, and none of its words."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return type(error).__name__
+    file = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
+    return f"{type(error).__name__} at {file}:{trace.tb_lineno}"

@@ -145,6 +145,21 @@ ALERTS_FAILED = Metric("sharing_alerts_failed", Kind.COUNTER, "Alerts that could
 TIER_LIMIT = Metric("tier_limit_bytes", Kind.GAUGE, "Size of a tier below memory.", ("tier",))
 TIER_BYTES = Metric("tier_bytes", Kind.GAUGE, "Bytes of the pages in a tier.", ("tier",))
 TIER_PAGES = Metric("tier_pages", Kind.GAUGE, "Pages in a tier.", ("tier",))
+TIER_KEYS = Metric(
+    "tier_keys_answering",
+    Kind.GAUGE,
+    "1 while the key process runs and gave keys when it was last asked.",
+    ("tier",),
+)
+TIER_FREE = Metric(
+    "tier_disk_free_bytes", Kind.GAUGE, "What the disk of a tier has left.", ("tier",)
+)
+TIER_RENEWED = Metric(
+    "tier_renewed",
+    Kind.COUNTER,
+    "Pages of former key epochs that were sealed anew when they were read.",
+    ("tier",),
+)
 TIER_HITS = Metric("tier_hits", Kind.COUNTER, "Pages that a tier brought back.", ("tier",))
 TIER_MISSES = Metric(
     "tier_misses", Kind.COUNTER, "Pages of a tier that could not be read or opened.", ("tier",)

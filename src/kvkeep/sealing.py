@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +53,23 @@ def _digest(tag: PageTag) -> bytes:
     return tag.digest()
 
 
+@dataclass(frozen=True, slots=True)
+class KeyState:
+    """Who holds the keys that seal pages, and how that one stands."""
+
+    provider: str
+    memory: str
+    """How the key process's memory is kept from others."""
+    running: bool
+    answering: bool
+    """Whether keys were to be had when they were last asked for."""
+    starts: int = 0
+
+
+Opened = Generator[memoryview, None, bool]
+"""A page's layers; returns whether its owner seals under a newer key by now."""
+
+
 class PageSealer(Protocol):
     """Turns pages into frames that say nothing, and back; a step may ask for names alone."""
 
@@ -74,20 +91,28 @@ class PageSealer(Protocol):
         """Return how long every frame of pages with layers of these sizes is."""
 
     def seal(
-        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+        self,
+        context: SealContext,
+        page: bytes | memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
     ) -> memoryview:
-        """Return a page, its layers one after another, as a frame in memory of its own.
+        """Return a page, its layers one after another, as a frame.
 
-        May wait for keys.
+        It lies in `into`, as long as the frame, or in memory of its own. May wait for keys.
         Raises `SealError` where there are none.
         """
 
     def open(
-        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[memoryview]:
-        """Yield a page's layers in order, each as soon as it is open, in memory of the page's own.
+        self,
+        context: SealContext,
+        frame: memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
+    ) -> Opened:
+        """Yield a page's layers in order, each as soon as it is open.
 
-        May wait for keys.
+        They lie in `into`, as long as the page, or in memory of the page's own. May wait for keys.
         Raises `SealError` where the frame is another context's, was changed, or its keys are gone:
         nothing of a layer is yielded before its bytes are proven.
         """

@@ -104,6 +104,12 @@ async def test_prompts_of_unequal_counts_void_the_audit() -> None:
     assert report.unequal_pairs > 0
 
 
+async def test_answers_are_as_long_as_they_shall_be() -> None:
+    server = FakeServer()
+    await seen(server, replace(BASE, answer_tokens=3))
+    assert {body["max_tokens"] for body in server.bodies} == {3}
+
+
 async def test_the_wait_lies_between_the_victim_and_the_attacker() -> None:
     server = FakeServer()
     report = await seen(server, replace(BASE, settle_s=60.0, batch=64))
@@ -196,6 +202,7 @@ async def test_a_bad_key_ends_the_audit() -> None:
         ({"prompt_tokens": 8}, "prompt_tokens"),
         ({"prompt_tokens": 999}, "prompt_tokens"),
         ({"batch": 0}, "batch"),
+        ({"answer_tokens": 0}, "answer_tokens"),
     ],
 )
 def test_options_out_of_range_name_their_field(change: Mapping[str, Any], field: str) -> None:

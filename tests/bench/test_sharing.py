@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 
@@ -16,13 +17,15 @@ from bench import (
     sharing_trace,
 )
 from bench.harness import Figure
-from bench.sharing_replay import WINDOWS, Replay, Sample
+from bench.sharing_replay import WINDOWS, Player, Replay, Sample, take_turns, window_rates
+from bench.sharing_target import Counted, Target
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, Report, audit
 from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
 from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
+from kvkeep.sharing.monitor import MonitorLimits
 from tests.audit.fakes import CAST, URL, FakeServer
 
 
@@ -68,7 +71,7 @@ def test_every_policy_of_the_server_is_measured_as_it_asks_to_be_told() -> None:
 
 def played(ttft_s: float, tokens: int = 100, hit_ratio: float = 0.5) -> Replay:
     samples = tuple(Sample(ttft_s, tokens, 10.0 + i) for i in range(1, 25))
-    return Replay(samples, 10.0, hit_ratio, 0.0)
+    return Replay(samples, window_rates(samples, 10.0), hit_ratio, 0.0)
 
 
 def by_name(figures: list[Figure]) -> dict[str, float]:
@@ -86,13 +89,64 @@ def test_policies_are_compared_request_by_request() -> None:
         "ttft_overhead_isolate_vs_share_all": pytest.approx(0.5),
         "throughput_selective_vs_isolate": pytest.approx(4.0),
         "hit_ratio_selective_over_share_all": pytest.approx(0.95),
-        "scan_share_demo_model": 0.01,
+        "scan_share": 0.01,
     }
     assert by_name(sharing.ratios({"isolate": found["isolate"]})) == {}
+    told = sharing.ratios({"selective": found["selective"]}, sharing.DEMO)
+    assert [(figure.name, figure.goal) for figure in told] == [("scan_share_demo_model", None)]
 
 
 def test_a_window_rate_is_tokens_over_its_time() -> None:
-    assert played(0.1).window_rates() == pytest.approx([100.0] * WINDOWS)
+    assert played(0.1).rates == pytest.approx([100.0] * WINDOWS)
+
+
+class Counting:
+    """A server that scans ten seconds of processor time while others are asked, one while it is."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+        self.asked = 0
+
+    def counted(self) -> Counted:
+        others = sum(name != self.name for name in self.log)
+        return Counted(self.asked, 2 * self.asked, 0.1 * self.asked, self.asked + 10 * others)
+
+
+class Scripted(Player):
+    """Answers at once, and notes whom it was and what was asked."""
+
+    def __init__(self, server: Counting) -> None:
+        self.server = server
+        self.target = cast("Target", server)
+        self.numbers: list[int] = []
+
+    async def play(self, numbered: Sequence[tuple[int, Ask]]) -> list[Sample]:
+        self.server.log.append(self.server.name)
+        self.server.asked += len(numbered)
+        self.numbers += [number for number, _ in numbered]
+        return [Sample(float(number), 100, 0.0) for number, _ in numbered]
+
+
+def test_servers_take_turns_with_the_same_requests() -> None:
+    trace = sharing_trace.make(FULL)
+    log: list[str] = []
+    players = {name: Scripted(Counting(log, name)) for name in ("a", "b", "c")}
+    found = take_turns(players, trace)
+    first = next(i for i, ask in enumerate(trace) if ask.epoch == MEASURED_FROM)
+    for name, one in found.items():
+        assert players[name].numbers == [*range(first, len(trace))]
+        assert [sample.ttft_s for sample in one.samples] == [*range(first, len(trace))]
+        assert (len(one.rates), one.hit_ratio) == (WINDOWS, 0.5)
+        assert one.scan_share == pytest.approx(0.1), "of the time of its own windows"
+    turns = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
+    assert turns == ["abc", "bca", "cab"] * (WINDOWS // 3)
+
+
+def test_audits_stay_below_what_the_monitor_takes_for_probing_and_the_control_reaches_k() -> None:
+    assert MonitorLimits().tiny_tokens < sharing_attack.ANSWER_TOKENS
+    assert len(sharing_attack.CAST) - 1 < K, "the attacker aside"
+    assert len(sharing_attack.CONTROL_CAST) - 1 == K
+    assert sum(sharing_attack.CONTROLLED.values()) < 0.5, "most of the pool is left to be public"
 
 
 def audited(leak: str) -> Report:
@@ -165,7 +219,7 @@ def test_parts_and_policies_can_be_measured_alone() -> None:
         return parts, [policy.name for policy in policies]
 
     everything = [policy.name for policy in sharing_server.POLICIES]
-    assert names() == (["replay", "audit", "scan"], everything)
+    assert names() == (["replay", "shapes", "audit"], everything)
     assert names(quick=True)[0] == ["replay", "audit"], "a quick run ends within a minute"
     assert names("audit", "selective") == (["audit"], ["selective"])
     assert names(quick=True)[1] == [n for n in everything if n in sharing_server.QUICK_POLICIES]

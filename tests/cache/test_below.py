@@ -13,9 +13,10 @@ from kvkeep.cache.accounts import Retention
 from kvkeep.cache.below import Below, form_digest
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.pace import Pace
-from kvkeep.cache.tier.pages import TieredPages, TierSizes
+from kvkeep.cache.tier.lowest import TierSizes
+from kvkeep.cache.tier.pages import TieredPages
 from kvkeep.cache.tier.records import record_bytes
-from kvkeep.cache.tiers import Copy, Install
+from kvkeep.cache.tiers import Copy, Install, Read
 from kvkeep.sealing import SealContext
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageKind
@@ -49,10 +50,10 @@ class Order:
         self,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
         expires_s: float | None,
     ) -> Copy:
-        assert [len(read(layer)) for layer in range(len(layer_bytes))] == list(layer_bytes)
+        read(memoryview(bytearray(sum(layer_bytes))))
         self.asked.append(("room", context.chain_hash))
         self.expires.append(expires_s)
         return Noted(self, context.chain_hash)

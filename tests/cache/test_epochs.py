@@ -264,7 +264,7 @@ def test_what_may_not_leave_memory_goes_to_no_tier() -> None:
         player.open("a", "a/1", prompt(1, 2))
         player.end_views()
         manager.evict_pages("a", 9)
-        assert bool(tier._pages) is to_tier
+        assert bool(tier.kept) is to_tier
 
 
 def test_unused_pages_go_when_their_time_is_over_and_used_ones_stay() -> None:

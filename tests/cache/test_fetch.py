@@ -10,19 +10,17 @@ from kvkeep.errors import EngineError
 from kvkeep.sealing import SealContext
 from kvkeep.types import PAGE_TOKENS
 from tests.cache.player import Player, check, check_rows, make_manager, prompt
+from tests.toys import KeptPages
 
 
-class SlowTier:
+class SlowTier(KeptPages):
     """Holds what was evicted; each poll brings one page, its last layer first."""
 
     def __init__(self) -> None:
-        self.kept: dict[SealContext, list[bytes]] = {}
+        super().__init__()
         self.due: list[Callable[[], None]] = []
         self.failing: set[SealContext] = set()
         self.last_first = False
-
-    def holds(self, context: SealContext) -> bool:
-        return context in self.kept
 
     def fetch(
         self,
@@ -39,21 +37,6 @@ class SlowTier:
             done(context not in self.failing)
 
         self.due.insert(0 if self.last_first else len(self.due), run)
-
-    def store(
-        self,
-        context: SealContext,
-        layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
-        expires_s: float | None,
-    ) -> None:
-        self.kept[context] = [read(layer) for layer in range(len(layer_bytes))]
-
-    def forget(self, owner: str) -> int:
-        mine = [context for context in self.kept if context.owner == owner]
-        for context in mine:
-            del self.kept[context]
-        return len(mine)
 
     def poll(self) -> None:
         if self.due:

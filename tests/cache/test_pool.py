@@ -87,6 +87,9 @@ def test_a_layer_is_read_and_installed_as_bytes() -> None:
     pool.install(b, 1, data)
     assert pool.read(b, 1) == data
     assert not any(pool.read(b, 0))
+    page = memoryview(bytearray(2 * len(data)))
+    pool.read_page(a, page)
+    assert page == pool.read(a, 0) + data
     for layer, wrong in ((1, data[1:]), (2, data), (-1, data)):
         with pytest.raises(EngineError, match="does not fit"):
             pool.install(b, layer, wrong)
@@ -215,6 +218,9 @@ def test_tiles_of_several_sizes_are_read_written_copied_and_installed() -> None:
     assert np.array_equal(pool.read_tiles(one, 0), tiles)
     assert np.array_equal(pool.read_tiles(one, 1), tiles[:, :192])
     assert pool.read(one, 0) == tiles[0].tobytes() + tiles[1, :192].tobytes()
+    whole = memoryview(bytearray(len(pool.read(one, 0) + pool.read(one, 1))))
+    pool.read_page(one, whole)
+    assert whole == pool.read(one, 0) + pool.read(one, 1)
     pool.copy_page(one, other)
     for layer in (0, 1):
         pool.install(third, layer, pool.read(other, layer))

@@ -8,6 +8,9 @@ import pytest
 from kvkeep.cli import run
 from kvkeep.cli.doctor import cpu_flags
 from kvkeep.models.make import tiny
+from kvkeep.shield.opened import opened
+from kvkeep.shield.providers.local import make_key_file
+from kvkeep.shield.providers.provider import parse_spec
 
 
 @pytest.fixture
@@ -68,3 +71,25 @@ def test_template_keeps_and_breaks(model: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert run(["doctor", "template", str(model)]) == 1
     assert "breaks reuse" in capsys.readouterr().out
+
+
+def test_doctor_says_where_pages_would_go_and_whose_keys_seal_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, kek = tmp_path / "store.json", tmp_path / "kek"
+    told = ["doctor", "--model", str(model), "--kernel", "reference"]
+    told += ["--tier", f"disk:{tmp_path / 'new'},64MiB", "--shield-store", str(store)]
+    told += ["--shield-keys", f"file:{kek}"]
+
+    def shown() -> str:
+        run(told)
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    assert "free" in shown()
+    assert "the first start with a tier makes it" in shown()
+    make_key_file(kek)
+    with opened(store, parse_spec(f"file:{kek}")):
+        pass
+    assert "of 0 owners, wrapped by file, in" in shown()
+    kek.unlink()
+    assert "NONE: shield_keys: can't read" in shown()

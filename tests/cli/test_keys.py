@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.cache.tier.files import Directory
+from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.cli import run
+from kvkeep.shield.cipher import FrameSealer
+from kvkeep.shield.keys import KeyClient
 from kvkeep.shield.keystore import KeyStore
 from kvkeep.shield.opened import opened
 from kvkeep.shield.providers.provider import parse_spec
+from tests.cache.tier.rigs import Rig, page
 from tests.shield.vaults import page_id, vault
 
 
@@ -104,3 +109,41 @@ def test_a_store_never_opened_signs_nothing_yet(
     store.create()
     assert run(["keys", "status", "--shield-store", str(store.path)]) == 0
     assert "provider: none yet; receipts are signed by none yet" in capsys.readouterr().out
+
+
+def test_pages_that_are_left_by_epoch_are_told_and_old_keys_go(
+    store: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = KeyClient(store[3], store[1])
+    client.start()
+    try:
+        rig = Rig(
+            TierSizes(disk_bytes=1 << 24),
+            disk=Directory(tmp_path / "tier"),  # type: ignore[arg-type]
+            shares={"acme": 0.5},
+            real=FrameSealer(client),
+        )
+        rig.tier.can_name(page(0, "acme"))
+        rig.until(lambda: rig.tier.can_name(page(0, "acme")))
+        rig.tier.set_shares(rig.shares, {})
+        rig.store(*(page(number, "acme") for number in range(4)))
+        rig.settle()
+        client.rotate("acme")
+        rig.tier.forget("acme")
+        rig.store(*(page(number, "acme") for number in range(3, 5)))
+        rig.settle()
+        rig.tier.close(5.0)
+    finally:
+        client.close()
+    named = ["--tier", f"disk:{tmp_path / 'tier'},64MiB"]
+    assert run(["keys", "rotate", "acme", *store, *named]) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "acme is in epoch 4" in said, "the store's first was made when clocks were ahead"
+    assert "epoch 3: 2 pages in" in said
+    assert "epoch 2" not in said, "pages that have gone do not count"
+    assert run(["keys", "rotate", "rival", *store, *named]) == 0
+    assert "pages in" not in capsys.readouterr().err
+    assert run(["keys", "retire", "acme", "4", *store]) == 0
+    assert "Destroyed 3 keys of acme" in capsys.readouterr().err
+    assert run(["keys", "retire", "nobody", "3", *store]) == 1
+    assert "the owner has no keys" in capsys.readouterr().err

@@ -83,3 +83,21 @@ def test_what_cannot_be_asked_for_is_refused(
     text.write_text("The north gate. " * 100)
     assert calibrated(model, text, *told) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_sealed_model_is_written_and_its_weights_stay_shut(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvkeep.shield.secret.forbid_dumps", lambda: None)
+    assert run(["model", "seal", str(model), "--out", "sealed"]) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "Wrote sealed: 1 sealed files, by a key of file." in said
+    assert "whoever reads the key file" in said
+    monkeypatch.setenv("KVKEEP_KERNEL", "reference")
+    assert run(["doctor", "--model", "sealed"]) == 0
+    assert "can be served (qwen2); sealed: an engine needs its key" in capsys.readouterr().out
+    assert run(["model", "info", "sealed"]) == 1
+    assert "is sealed; only an engine that has its key opens it" in capsys.readouterr().err
+    assert run(["model", "seal", str(model), "--out", "sealed"]) == 1
+    assert "out: can't write sealed: is not empty" in capsys.readouterr().err

@@ -44,9 +44,9 @@ def test_settings_reach_the_engine_and_the_server() -> None:
 def test_tiers_are_given_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     settings = load({"tier": ["memory:1GiB", "disk:/a,2GiB"]})
     assert engine_options(settings).tiers == ("memory:1GiB", "disk:/a,2GiB")
-    arguments = ["serve", "--no-auth", "--tier", "memory:1GiB", "--tier", "redis:x"]
+    arguments = ["serve", "--no-auth", "--tier", "memory:1GiB", "--tier", "swift:x"]
     assert run([*arguments, *FREE_PORTS]) == 1
-    assert "tier: 'redis:x' is of no known kind" in one_sentence(capsys)
+    assert "tier: 'swift:x' is of no known kind" in one_sentence(capsys)
 
 
 @pytest.mark.parametrize(

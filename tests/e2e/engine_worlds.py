@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
+from kvkeep.cache.tier.files import Directory
+from kvkeep.cache.tier.lowest import TierSizes
+from kvkeep.cache.tier.pages import TieredPages
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams, TenantTerms
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts, build_core, codec_of
-from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.evictors import evictor_of
 from kvkeep.engine.options import EngineOptions, EvictName, KvName, PolicyName, SharingOptions
 from kvkeep.models.text import TextModel
+from kvkeep.sealing import PUBLIC_OWNER
 from kvkeep.sharing.promotion import Promotion
+from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.policy import NoShield
 from tests.engine.test_sharing import ClearsAll, wait_for_scans
+from tests.shield.test_cipher import Ring
 
 K: Final = 4
 BYSTANDERS: Final = tuple(f"b{i}" for i in range(K + 1))
@@ -41,6 +48,13 @@ class Turn(NamedTuple):
     how: str = "ask"
 
 
+class OneShelf(FrameSealer):
+    """Files all owners' pages under one name."""
+
+    def shelf_of(self, owner: str) -> bytes | None:
+        return super().shelf_of("all")
+
+
 class Setup(NamedTuple):
     """What a world is started with."""
 
@@ -50,6 +64,10 @@ class Setup(NamedTuple):
     evict: EvictName = "off"
     guard_share: float = 0.0
     kv_cache_bytes: int = 32 << 20
+    below: TierSizes = TierSizes()
+    """What the tiers below memory may take; their pages are sealed."""
+    one_shelf: bool = False
+    """Plants a leak: all tenants' pages below memory make way for each other's."""
 
 
 def changed(**changes: object) -> SamplingParams:
@@ -104,20 +122,57 @@ class World:
         self.evicted = 0
         self._sent = 0
         self._now = 0.0
+        self._folder = folder
+        self.tier: TieredPages | None = None
+        self.tier_hits = 0
         self.core = self._start()
 
     def _start(self) -> EngineCore:
         """Start an engine; the bystanders make their text public."""
         options = self._options
         techniques = Techniques(codec_of(options), NoShield(), evictor_of(options))
-        self.core = build_core(options, parts=Parts(techniques=techniques, inspector=ClearsAll()))
+        self.tier = self._below()
+        parts = Parts(techniques=techniques, inspector=ClearsAll(), tier=self.tier)
+        self.core = build_core(options, parts=parts)
         terms = {name: TenantTerms(voter=name, group="all") for name in TENANTS}
-        self.core.set_tenants(dict.fromkeys(TENANTS, SHARE), terms)
+        shares = dict.fromkeys(TENANTS, SHARE)
+        self.core.set_tenants(shares, terms)
+        if self.tier is not None:
+            self.tier.set_shares({**shares, PUBLIC_OWNER: SHARE}, {})
         for name in BYSTANDERS:
             self.submit(name, self.texts[2])
         self.end_epoch()
         self.end_epoch()
         return self.core
+
+    def _below(self) -> TieredPages | None:
+        """Return what lies below memory, over a directory that outlives a restart."""
+        sizes = self.setup.below
+        if not any(sizes):
+            return None
+        files = Directory(self._folder / "tier") if sizes.disk_bytes else None
+        sealer = (OneShelf if self.setup.one_shelf else FrameSealer)(Ring())
+        return TieredPages(sealer, sizes, files)
+
+    def step(self) -> list[Output]:
+        """Step once all pages are where they are going: how fast they do is the load's doing."""
+        self._arrive()
+        return self.core.step()
+
+    def _arrive(self) -> None:
+        """Wait for pages on their way."""
+        while self.tier is not None and self._moving(self.tier):
+            for manager in self.core.caches.managers.values():
+                manager.poll()
+            time.sleep(0.0002)
+
+    def _moving(self, tier: TieredPages) -> bool:
+        managers = self.core.caches.managers.values()
+        fetching = any(not fetch.done for m in managers for fetch in m._fetches)
+        recalls = [m._promoter._recall for m in managers]
+        coming = [one for r in recalls if r is not None for one in r._incoming.values()]
+        fetching |= any(one.whole is None for one in coming)
+        return fetching or tier.due() or tier._back.queue.busy
 
     def submit(self, tenant: str, prompt: Sequence[int], how: str = "ask") -> str:
         """Send a prompt; return the request's id."""
@@ -140,7 +195,7 @@ class World:
         """Send a prompt; the attackers' are read to their end, others' run beside them."""
         if tenant not in self._attackers:
             name = self.submit(tenant, prompt, "two" if how == "two" else "ask")
-            self.core.step()
+            self.step()
             if how == "leave":
                 self.core.cancel(name)
             return
@@ -157,7 +212,7 @@ class World:
     def settle(self) -> None:
         """Let everything end that runs."""
         while not self.core.idle():
-            self.core.step()
+            self.step()
 
     def _crowd(self, tenant: str, prompt: Sequence[int]) -> None:
         """Send more at once than fits: some wait, are preempted, lose pages."""
@@ -171,7 +226,7 @@ class World:
         """Send a prompt, hang up before its first token or after, and send it again."""
         left = self.submit(tenant, prompt)
         for _ in range(len(prompt) % 3):
-            self.core.step()
+            self.step()
         self.core.cancel(left)
         self._read([self.submit(tenant, prompt)])
 
@@ -181,7 +236,7 @@ class World:
         chunks: list[tuple[int, Chunk]] = []
         open_ends = {name: asked[name].spec.params.n if name in asked else 1 for name in names}
         while any(open_ends.values()):
-            for output in self.core.step():
+            for output in self.step():
                 if output.request_id in open_ends:
                     chunks.append((names.index(output.request_id), output.chunk))
                     open_ends[output.request_id] -= output.chunk.finish is not None
@@ -191,8 +246,11 @@ class World:
         self.settle()
         if isinstance(self.core.sharing.policy, Promotion):
             wait_for_scans(self.core.sharing.policy)
+        self._arrive()
         self._now += 60.0
         self.core.end_epoch(self._now)
+        if self.tier is not None:
+            self.tier.end_epoch(self._now)
 
     def play(self, turns: Sequence[Turn]) -> bytes:
         for turn in turns:
@@ -213,6 +271,9 @@ class World:
             uses = manager.stats().accounts
             self.evicted += sum(uses[name].evicted_pages for name in self._attackers)
         self.core.close()
+        if self.tier is not None:
+            self.tier_hits += sum(use.hits for use in self.tier.uses())
+            self.tier.close(5.0)
 
 
 def script(seed: int, cast: int = 0, *, at_length: bool = False) -> list[Turn]:

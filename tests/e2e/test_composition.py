@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvkeep.attention.planner import FlatPlanner
+from kvkeep.cache.tiers import ClosedPage
 from kvkeep.engine.api import SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
@@ -36,8 +37,8 @@ class ClosedLayers:
     def __init__(self) -> None:
         self.seen: Counter[tuple[int, int]] = Counter()
 
-    def layer_closed(self, page: int, layer: int) -> None:
-        self.seen[page, layer] += 1
+    def layer_closed(self, page: ClosedPage, layer: int) -> None:
+        self.seen[page.slot, layer] += 1
 
 
 def parts(**changes: object) -> Parts:
@@ -163,6 +164,20 @@ def test_a_sequence_waits_for_pages_of_a_lower_tier(tiny: dict[str, Path], fail:
     assert tier.fetched > 0
     assert again[0].cached_tokens == (0 if fail else 256)
     assert tokens(again) == tokens(cold)
+
+
+def test_what_a_tier_holds_is_fetched_whole_once_there_is_room(tiny: dict[str, Path]) -> None:
+    tier = DelayedTier(polls=1)
+    page_bytes = core_for(tiny["qwen2"]).info.bytes_per_token * 64
+    core = core_for(
+        tiny["qwen2"], tenants={"a": 1.0}, parts=parts(tier=tier), pages=8, page_bytes=page_bytes
+    )
+    prompt = prompt_of(256, 1)
+    drive(core, [request(prompt, id="cold")])
+    drive(core, [request(prompt_of(450, 2), id="other")])
+    told = drive(core, [request(prompt_of(300, 3), id="before"), request(prompt, id="again")])
+    assert told["again"][0].cached_tokens == 256, "half of it fetched and half computed"
+    assert tier.fetched == 4
 
 
 def test_all_seams_together(tiny: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ from kvkeep.eviction.policy import Evictor, KeepAll
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import Layout
+from kvkeep.types import Access, Layout
 from tests.e2e.test_coded import bits, everything_is_given_back, prompt_of
 from tests.e2e.test_guard import Exact, use_of
 from tests.engines import core_for, drive, manager_of, request
@@ -48,7 +48,7 @@ def test_an_evictor_that_forgets_nothing_is_no_different_from_its_shadow(
     core = guarded(tiny["qwen2"], Corm(SOUND))
     told = conversation(core, 6)
     use = use_of(core)
-    assert use.shadowed == 12, "each request and its probe"
+    assert use.shadowed == 6, "probes are nobody's requests"
     assert use.compared_tokens == use.agreed_tokens == 6 * (8 + PASSAGE_TOKENS)
     assert (use.kl_nats, use.forgotten_tokens, use.steps_back) == (0.0, 0, 0)
     assert core.stats().requests_running == 0
@@ -78,7 +78,7 @@ def test_where_pages_are_coded_too_eviction_ends_first(tiny: dict[str, Path]) ->
     told = conversation(core, 10)
     assert use_of(core).steps_back == 2
     forms = dict(core.stats().kv_chosen)
-    assert forms[KEPT] == 4, "of two requests, and of the probes beside them"
+    assert forms[KEPT] == 2, "probes beside them are nobody's requests"
     coded = guarded(tiny["qwen2"], KeepAll(), Hack(Layout.K2V2), guard_share=0.0)
     masked = [bits(a) == bits(b) for a, b in zip(told, conversation(coded, 10), strict=True)]
     assert masked == [False] * 4 + [True] * 4 + [False] * 2
@@ -94,6 +94,47 @@ def test_a_codec_that_loses_nothing_and_an_evictor_that_forgets_nothing(
     assert use.compared_tokens == use.agreed_tokens == 3 * (20 + PASSAGE_TOKENS)
     assert use.kl_nats == 0.0
     everything_is_given_back(core)
+
+
+class Hears(PromoteOffered):
+    """Notes what it hears of prompts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Access] = []
+
+    def observe(self, access: Access) -> None:
+        self.heard.append(access)
+
+
+def test_a_probe_counts_nowhere_but_with_the_guard(tiny: dict[str, Path]) -> None:
+    """Its tenant's figures, and what the sharing policy's monitor hears, are those without it."""
+    figures, heard, compared = [], [], 0
+    for share in (0.0, 1.0):
+        policy = Hears()
+        parts = Parts(techniques=Techniques(Float(), NoShield(), Corm(SOUND)), policy=policy)
+        core = core_for(tiny["qwen2"], parts=parts, max_num_seqs=8, guard_share=share)
+        conversation(core, 3)
+        stats = core.stats()
+        evict = msgspec.structs.replace(stats.evict, packed_views_total=0, freed_bytes_total=0)
+        figures.append(
+            (
+                stats.prompt_tokens_total,
+                stats.generation_tokens_total,
+                stats.prefix_cache_queries_total,
+                stats.prefix_cache_hits_total,
+                stats.finished,
+                [times.counts[-1] for times in (stats.ttft_s, stats.tpot_s, stats.e2e_s)],
+                sum(count for _, count in stats.kv_chosen),
+                evict,
+            )
+        )
+        heard.append(policy.heard)
+        compared = sum(use.compared_tokens for use in stats.guard)
+    assert compared == 3 * (8 + PASSAGE_TOKENS), "there were probes"
+    assert figures[0] == figures[1]
+    assert heard[0] == heard[1]
+    assert [access.at for access in heard[1] if access.tenant == "a"] == [0, 1, 2]
 
 
 def test_a_probe_ends_with_the_request_that_is_cancelled(tiny: dict[str, Path]) -> None:

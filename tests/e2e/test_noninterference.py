@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.engine.options import EvictName, KvName, PolicyName
 from tests.calibrated import calibrated
 from tests.e2e.engine_worlds import CASTS, Setup, Turn, World, script
 
 TIGHT = 11 << 20
 """Memory for pages in which an attacker's requests evict and preempt each other."""
+MEMORY_BYTES = 20 << 20
+"""Of sealed pages: an attacker's part holds twice what its part of the pool does."""
+
+MEMORY = TierSizes(memory_bytes=MEMORY_BYTES)
+BOTH = TierSizes(MEMORY_BYTES, 3 * MEMORY_BYTES)
 
 
 def same(setup: Setup, folder: Path, seed: int, *, at_length: bool = False) -> bool:
@@ -73,6 +79,26 @@ def test_tenants_step_back_in_that_test(tiny: dict[str, Path], tmp_path: Path) -
     assert set(back.values()) == {0, 1}
 
 
+def test_an_attacker_is_told_the_same_of_pages_below_memory(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    assert same(Setup(tiny["llama"], kv_cache_bytes=TIGHT, below=MEMORY), tmp_path, 0)
+
+
+def test_one_order_of_use_for_all_tenants_pages_below_memory_is_seen(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    setup = Setup(tiny["llama"], kv_cache_bytes=TIGHT, below=MEMORY, one_shelf=True)
+    assert not same(setup, tmp_path, 0)
+
+
+def test_pages_come_from_below_memory_in_these_tests(tiny: dict[str, Path], tmp_path: Path) -> None:
+    world = World(Setup(tiny["llama"], kv_cache_bytes=TIGHT, below=BOTH), tmp_path, ("x0",))
+    asked = [Turn("x0", which, 600) for which in (0, 1, 2)]
+    world.play([*asked, *asked, Turn("restart"), *asked])
+    assert world.tier_hits > 0
+
+
 AT_LENGTH = [
     Setup(Path()),
     Setup(Path(), kv_cache_bytes=TIGHT),
@@ -82,6 +108,8 @@ AT_LENGTH = [
     Setup(Path(), evict="corm"),
     Setup(Path(), kv="k2v2", evict="corm"),
     Setup(Path(), kv="k2v2", guard_share=0.5),
+    Setup(Path(), kv_cache_bytes=TIGHT, below=MEMORY),
+    Setup(Path(), kv_cache_bytes=TIGHT, below=BOTH),
 ]
 
 

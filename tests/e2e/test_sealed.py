@@ -17,24 +17,27 @@ from kvkeep.errors import ConfigError
 from kvkeep.shield.receipt import read_receipt
 from tests.e2e.test_composition import prompt_of
 from tests.engines import core_for, drive, request, tokens
+from tests.shield.providers.machines import machine, verifier
 
 SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 PROMPTS = {"a": prompt_of(300, 1), "b": prompt_of(300, 2)}
 
 
-def sealed(model: Path, folder: Path, shield: str | None = None) -> EngineCore:
+def sealed(
+    model: Path, folder: Path, shield: str | None = None, provider: str | None = None
+) -> EngineCore:
     """Return an engine with a disk below it, by default sealed since it has one."""
     return core_for(
         model,
         tenants={"a": 0.4, "b": 0.4},
         tiers=(f"disk:{folder / 'tier'},64MiB",),
         shield=shield,
-        keys=keys_in(folder),
+        keys=keys_in(folder, provider),
     )
 
 
-def keys_in(folder: Path) -> KeyOptions:
-    return KeyOptions(store=str(folder / "keys" / "sealing.json"))
+def keys_in(folder: Path, provider: str | None = None) -> KeyOptions:
+    return KeyOptions(store=str(folder / "keys" / "sealing.json"), provider=provider)
 
 
 def ask(core: EngineCore, tenant: str) -> list[Chunk]:
@@ -115,15 +118,26 @@ def test_a_key_process_that_is_killed_costs_hits_and_nothing_else(
     before = keepers()
     core = sealed(tiny["qwen2"], folder)
     (keeper,) = keepers() - before
+    assert state(core) == ("file", True, True)
     os.kill(keeper, signal.SIGKILL)
     first = ask(core, "a")
     assert first[0].cached_tokens == 0
+    assert state(core) == ("file", False, False)
     assert dict(core.stats().tiers[0].errors)["read:keys"] >= 1
     core.purge("a")
     core.close()
     core = sealed(tiny["qwen2"], folder)
     assert ask(core, "b")[0].cached_tokens == 256
     core.close()
+
+
+def state(core: EngineCore) -> tuple[str, bool, bool]:
+    """Return the provider of keys, whether their process runs, and whether it gave any lately."""
+    (use,) = core.stats().tiers
+    assert use.room is not None
+    assert use.keys is not None
+    assert not use.room.read_only
+    return use.keys.provider, use.keys.running, use.keys.answering
 
 
 def keepers() -> set[int]:
@@ -159,3 +173,23 @@ def test_a_tier_is_sealed_unless_told_otherwise() -> None:
     assert mode_of(EngineOptions(model="m", tiers=tiers)) == "seal"
     assert mode_of(EngineOptions(model="m", tiers=tiers, shield="off")) == "off"
     assert mode_of(EngineOptions(model="m", tiers=tiers, shield="orth")) == "orth"
+
+
+def test_pages_outlive_a_restart_on_an_attested_machine_alone(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "tier").mkdir()
+    with verifier() as service, machine(tmp_path / "entry") as guest:
+        provider = f"attested:{service.url},kek,{guest.path}"
+        core = sealed(tiny["qwen2"], tmp_path, "tee", provider)
+        assert core.info.shield.startswith("tee: as seal, with keys released to an attested")
+        cold = tokens(ask(core, "a"))
+        rested(core, 4 * len(PROMPTS))
+        core.close()
+        core = sealed(tiny["qwen2"], tmp_path, "tee", provider)
+        warm = ask(core, "a")
+        assert (tokens(warm), warm[0].cached_tokens) == (cold, 256)
+        core.close()
+        guest.measurement = b"changed"
+        with pytest.raises(ConfigError, match="the verifier refuses this machine's report"):
+            sealed(tiny["qwen2"], tmp_path, "tee", provider)

@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 
 from kvkeep.engine.api import Chunk, SamplingParams, TenantTerms
+from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions, KeyOptions, SharingOptions
+from kvkeep.eviction.policy import KeepAll
+from kvkeep.models.text import TextModel
+from kvkeep.quant.codec import Float
+from kvkeep.sharing.promotion import Promotion
+from kvkeep.shield.policy import NoShield
+from tests.cache.tier.services import redis_server
 from tests.e2e.test_composition import prompt_of
+from tests.engine.test_sharing import TEMPLATE, ClearsAll, wait_for_scans
 from tests.engines import core_for, drive, request, tokens
 
 SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -79,6 +89,25 @@ def test_hits_outlive_a_restart(tiny: dict[str, Path], tmp_path: Path, kv: str) 
     other = tiered(tiny["qwen2"], tier, weights="int8")
     assert ask(other, PROMPTS[0])[0].cached_tokens == 0, "other weights compute other pages"
     other.close()
+
+
+def test_hits_outlive_a_restart_in_a_server(tiny: dict[str, Path], tmp_path: Path) -> None:
+    warm = []
+    with redis_server(tmp_path) as port:
+        for _ in range(2):
+            core = core_for(
+                tiny["qwen2"],
+                tenants={"a": 0.9},
+                tiers=(f"redis://127.0.0.1:{port}/1,64MiB",),
+                shield="seal",
+                keys=KeyOptions(store=str(tmp_path / "keys.json")),
+            )
+            warm.append([ask(core, prompt) for prompt in PROMPTS])
+            core.close()
+    told = [[tokens(chunks) for chunks in found] for found in warm]
+    assert told[0] == told[1]
+    cached = [chunks[0].cached_tokens for chunks in warm[1]]
+    assert cached == [len(prompt) // 64 * 64 for prompt in PROMPTS]
 
 
 def test_pages_at_rest_are_written_before_anything_evicts_them(
@@ -150,3 +179,55 @@ def test_a_damaged_disk_costs_time_and_no_token(
     assert sum(count for _, count in use.errors) > 0
     assert any(chunks[0].cached_tokens for chunks in warm), "what is whole is still found"
     core.close()
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_a_snapshot_outlives_a_restart_where_its_votes_do(
+    tiny: dict[str, Path], tmp_path: Path, *, state: bool
+) -> None:
+    share = SharingOptions(
+        policy="selective", k=2, state=str(tmp_path / "votes") if state else None
+    )
+    options = EngineOptions(
+        model=str(tiny["qwen2"]),
+        threads=2,
+        kv_cache_bytes=16 << 20,
+        share=share,
+        tiers=(f"disk:{tmp_path / 'tier'},64MiB",),
+        keys=KeyOptions(store=str(tmp_path / "keys.json")),
+    )
+    prompt, saved = TextModel.load(tiny["qwen2"]).encode(TEMPLATE)[:600], []
+    for turn in range(2):
+        core = build_core(
+            options,
+            parts=Parts(
+                techniques=Techniques(Float(), NoShield(), KeepAll()), inspector=ClearsAll()
+            ),
+        )
+        terms = {name: TenantTerms(voter=name, group="all") for name in "abcd"}
+        core.set_tenants(dict.fromkeys("abcd", 0.15), terms)
+        for name in "" if turn else "abc":
+            ask(core, prompt, name)
+        for epoch in range(2):
+            assert isinstance(core.sharing.policy, Promotion)
+            wait_for_scans(core.sharing.policy)
+            core.end_epoch(60.0 * (2 * turn + epoch))
+            until_quiet(core)
+        before = core.counters.saved_tokens
+        drive(core, [request(prompt, SHORT, id="d", tenant="d")])
+        saved.append(core.counters.saved_tokens - before)
+        core.purge("d")
+        core.close()
+    assert saved == [512, 512 if state else 0]
+
+
+def until_quiet(core: EngineCore) -> None:
+    """Wait until nothing moves below memory."""
+    end = time.monotonic() + 10
+    quiet = 0
+    while quiet < 100:
+        quiet = 0 if core.caches.pause_s(1.0, 0.0) < 1.0 else quiet + 1
+        core.step()
+        core.caches.poll()
+        time.sleep(0.001)
+        assert time.monotonic() < end

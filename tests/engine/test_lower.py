@@ -4,23 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.cache.tier.pages import TierSizes
-from kvkeep.engine.lower import order_of, sizes_of, tier_of
-from kvkeep.engine.options import EngineOptions
+from kvkeep.cache.tier.lowest import TierSizes
+from kvkeep.engine.lower import order_of, room_in, sizes_of, tier_of
+from kvkeep.engine.options import EngineOptions, KeyOptions
 from kvkeep.errors import ConfigError
 
 
 def test_sizes_are_read() -> None:
-    assert sizes_of([]) == (TierSizes(), None)
-    assert sizes_of(["memory:4GiB"]) == (TierSizes(4 << 30, 0), None)
+    assert sizes_of([]) == (TierSizes(), None, None)
+    assert sizes_of(["memory:4GiB"]) == (TierSizes(4 << 30, 0), None, None)
     both = sizes_of(["disk:/a,b/c,1.5GiB", "memory:512 MiB"])
-    assert both == (TierSizes(512 << 20, 3 << 29), Path("/a,b/c"))
+    assert both == (TierSizes(512 << 20, 3 << 29), Path("/a,b/c"), None)
+    url = "redis://10.0.0.7:6379/3"
+    assert sizes_of([f"{url},64GiB"]) == (TierSizes(remote_bytes=64 << 30), None, url)
+    assert sizes_of([f"{url.replace('redis', 'rediss')},1TiB"]).url == "rediss://10.0.0.7:6379/3"
 
 
 @pytest.mark.parametrize(
     ("tier", "told"),
     [
-        ("redis:host", "of no known kind"),
+        ("swift:host", "of no known kind"),
+        ("redis://host", "needs a size"),
+        ("redis://host,2", "needs a size"),
         ("", "of no known kind"),
         ("memory", "needs a size"),
         ("memory:4", "needs a size"),
@@ -42,6 +47,23 @@ def test_a_kind_is_named_once() -> None:
         sizes_of(["memory:1GiB", "memory:1GiB"])
     with pytest.raises(ConfigError, match="tier: 'disk' is named twice"):
         sizes_of(["disk:/a,1GiB", "disk:/b,1GiB"])
+    with pytest.raises(ConfigError, match="tier: 'redis' is named twice"):
+        sizes_of(["redis://a,1GiB", "redis://b,1GiB"])
+    with pytest.raises(ConfigError, match="a disk or a server"):
+        sizes_of(["redis://a,1GiB", "disk:/b,1GiB"])
+
+
+def test_a_server_gets_sealed_pages_alone() -> None:
+    options = EngineOptions(model="m", tiers=("redis://127.0.0.1:1,1GiB",), shield="off")
+    with pytest.raises(ConfigError, match="sealed pages alone"):
+        tier_of(options, 1000)
+
+
+def test_a_password_is_not_given_where_others_read_it(tmp_path: Path) -> None:
+    keys = KeyOptions(store=str(tmp_path / "keys.json"))
+    options = EngineOptions(model="m", tiers=("redis://:pw@127.0.0.1:1,1GiB",), keys=keys)
+    with pytest.raises(ConfigError, match="REDIS_PASSWORD"):
+        tier_of(options, 1000)
 
 
 def test_a_tier_begins_asleep(tmp_path: Path) -> None:
@@ -67,3 +89,22 @@ def test_pages_of_another_build_are_other_pages() -> None:
     options = EngineOptions(model="m")
     assert order_of(options, "avx2") != order_of(options, "avx512")
     assert order_of(options) != order_of(EngineOptions(model="m", weights="int8"))
+
+
+def test_a_disk_that_takes_nothing_is_told_from_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = room_in(tmp_path / "not" / "there")
+    assert room is not None
+    assert room.free_bytes > 0
+    assert not room.read_only
+    monkeypatch.setattr("kvkeep.engine.lower.os.access", lambda *_: False)
+    shut = room_in(tmp_path)
+    assert shut is not None
+    assert shut.read_only
+
+    def gone(_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("kvkeep.engine.lower.os.statvfs", gone)
+    assert room_in(tmp_path) is None

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.engine.options import EngineOptions, ShieldName
+from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
 from kvkeep.engine.shields import shield_of
 from kvkeep.errors import ConfigError
-from kvkeep.shield.policy import NoShield
+from kvkeep.shield.policy import NoShield, Shield
 
 
 @pytest.mark.parametrize("mode", [None, "off", "seal"])
@@ -58,7 +58,20 @@ def test_a_key_without_a_transform_is_refused() -> None:
         shield_of(EngineOptions(model="m", transform_key="key"))
 
 
-@pytest.mark.parametrize("mode", ["tile", "tee", "rot13"])
+@pytest.mark.parametrize("mode", ["tile", "rot13"])
 def test_what_is_not_there_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match="use off, seal, perm, orth or mask"):
+    with pytest.raises(ConfigError, match="use off, seal, perm, orth, mask or tee"):
         shield_of(EngineOptions(model="m", shield=mode))  # type: ignore[arg-type]
+
+
+def test_tee_needs_a_verifier_and_a_machine_that_attests(tmp_path: Path) -> None:
+    def tee(provider: str | None) -> Shield:
+        options = EngineOptions(model="m", shield="tee", keys=KeyOptions(provider=provider))
+        return shield_of(options)
+
+    for other in (None, f"file:{tmp_path / 'kek'}"):
+        with pytest.raises(ConfigError, match="tee needs keys that an attested machine alone"):
+            tee(other)
+    with pytest.raises(ConfigError, match="this machine gives no attestation reports"):
+        tee(f"attested:https://example.org,kek,{tmp_path / 'nowhere'}")
+    assert isinstance(tee(f"attested:https://example.org,kek,{tmp_path}"), NoShield)

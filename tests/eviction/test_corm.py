@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.calibration import HeadRule
 from kvkeep.eviction.corm import (
+    FOREVER,
     PRESETS,
     Birth,
     Corm,
@@ -20,6 +21,7 @@ from kvkeep.eviction.corm import (
     spread_over,
     unpack,
 )
+from kvkeep.eviction.policy import Look
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 from kvkeep.watch import EvictState
 from tests.eviction.literal import LiteralHead, Scores
@@ -178,6 +180,23 @@ def test_tokens_after_an_important_one_stay_with_it() -> None:
     assert state.last_hit[0, 0, 0, 43:46].tolist() == [99, 90, 90], "the later row counts"
     stamps = stamps_of({5: [1]}, 3)
     assert spread_over(stamps, 64)[0, 0, 1:].tolist() == [5] * 63
+
+
+@pytest.mark.parametrize("spread", [0, 1, 12, 63, 64])
+def test_bits_of_one_row_say_what_its_stamps_do(spread: int) -> None:
+    corm, draw = Corm(dataclasses.replace(SMALL, spread=spread)), np.random.default_rng(spread)
+    for share in (0.02, 0.3, 1.0):
+        states = [corm.new_state(SPEC, corm.watch(100), ((10, 13),)) for _ in range(2)]
+        seen = draw.random((5, HEADS, PAGE_TOKENS)) < share
+        hits = np.packbits(seen, -1, bitorder="little").view(np.uint64)[..., 0]
+        earlier = draw.integers(-1, 90, seen.shape, np.int32)
+        for state in states:
+            corm.observe(state, 1, earlier)
+        corm.observe(states[0], 1, np.where(seen, np.int32(319), np.int32(-1)))
+        corm.observe(states[1], 1, Look(319, hits))
+        assert np.array_equal(states[0].last_hit, states[1].last_hit)
+        assert (states[1].last_hit == 319).any()
+        assert (states[1].last_hit[:, 0, :, 10:13] == FOREVER).all()
 
 
 def test_few_rows_decide_on_the_prompt_and_a_longer_window_on_the_answer() -> None:

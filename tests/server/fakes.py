@@ -8,7 +8,7 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvkeep.cache.tiers import TierUse
+from kvkeep.cache.tiers import Room, TierUse
 from kvkeep.engine.api import (
     Chunk,
     EngineStats,
@@ -24,6 +24,7 @@ from kvkeep.engine.api import (
     TokenLogprob,
 )
 from kvkeep.errors import EngineStopped, InvalidRequest
+from kvkeep.sealing import KeyState
 from kvkeep.server.text import ChatMessage
 
 VOCAB = 300
@@ -31,6 +32,20 @@ MAX_LEN = 512
 MODEL = "tiny"
 BOS = 256
 REPLY = "Hello, wörld!"
+
+DISK = TierUse(
+    "disk",
+    100,
+    40,
+    4,
+    3,
+    2,
+    (("queue", 5),),
+    (("read:EIO", 6),),
+    7,
+    Room(free_bytes=1000, read_only=False),
+    KeyState("file", "memfd_secret", running=True, answering=False),
+)
 
 
 class ByteText:
@@ -215,7 +230,7 @@ class FakeEngine:
                     steps_back=1,
                 ),
             ),
-            tiers=(TierUse("disk", 100, 40, 4, 3, 2, (("queue", 5),), (("read:EIO", 6),)),),
+            tiers=(DISK,),
         )
 
     async def set_tenants(

@@ -30,6 +30,9 @@ async def test_the_last_bound_of_a_histogram_is_told_apart_from_none(start: Star
         }
     assert ready["engine"]["finished"] == [["stop", 3], ["length", 4]]
     assert ready["model"]["eos_token_ids"] == [257]
+    (tier,) = ready["engine"]["tiers"]
+    assert tier["room"] == {"free_bytes": 1000, "read_only": False}
+    assert (tier["keys"]["provider"], tier["keys"]["answering"]) == ("file", False)
 
 
 async def test_a_purge_covers_a_tenant_and_its_children(start: Start) -> None:
@@ -97,6 +100,9 @@ async def test_the_policys_figures_are_on_the_admin_port_alone(start: Start) -> 
         'kvkeep:tier_misses_total{model_name="tiny",tier="disk"} 2.0',
         'kvkeep:tier_drops_total{model_name="tiny",reason="queue"} 5.0',
         'kvkeep:tier_errors_total{kind="read:EIO",model_name="tiny"} 6.0',
+        'kvkeep:tier_keys_answering{model_name="tiny",tier="disk"} 0.0',
+        'kvkeep:tier_disk_free_bytes{model_name="tiny",tier="disk"} 1000.0',
+        'kvkeep:tier_renewed_total{model_name="tiny",tier="disk"} 7.0',
         'kvkeep:sharing_scanned_bytes_total{model_name="tiny",tenant="acme"} 512.0',
         'kvkeep:sharing_alerts_total{action="notify",model_name="tiny",rule="probe share"} 1.0',
     ):

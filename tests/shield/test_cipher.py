@@ -35,6 +35,7 @@ class Ring:
 
     def __init__(self, *epochs: bytes, shelf: bytes | None = b"s" * 32) -> None:
         self.shelf = shelf
+        self.newest = 0
         self.epochs = dict(enumerate(epochs or (b"k" * 32,), start=1))
         self.granted: list[tuple[bytes, bytes]] = []
         self.given: list[PageKey] = []
@@ -56,7 +57,7 @@ class Ring:
     def _made(self, epoch: int, owner: str, page_id: bytes, generation: int) -> PageKey:
         material = envelope.page_material(self.key(epoch, owner), page_id, generation)
         self.granted.append((material[:32], page_id))
-        self.given.append(PageKey(epoch, memoryview(bytearray(material))))
+        self.given.append(PageKey(epoch, memoryview(bytearray(material)), self.newest))
         return self.given[-1]
 
     def key(self, epoch: int, owner: str) -> bytes:
@@ -323,3 +324,37 @@ def test_the_cipher_follows_the_processor(tmp_path: Path) -> None:
     assert suite_of(info) is Suite.CHACHA20_POLY1305
     assert suite_of(tmp_path / "none") is Suite.AES_256_GCM
     assert FrameSealer(Ring(), Suite.CHACHA20_POLY1305).name == "chacha20-poly1305"
+
+
+@pytest.mark.parametrize("sizes", [SMALL, MIXED])
+def test_memory_that_is_given_is_used(sizes: Sequence[int]) -> None:
+    sealer, layers = FrameSealer(Ring()), page(sizes)
+    room = memoryview(bytearray(sealer.frame_bytes(sizes)))
+    back = memoryview(bytearray(b"x" * sum(sizes)))
+    frame = sealer.seal(CONTEXT, b"".join(layers), sizes, room)
+    assert frame is room
+    assert list(sealer.open(CONTEXT, frame, sizes, back)) == layers
+    assert back == b"".join(layers)
+    frame[-1] ^= 1
+    with pytest.raises(SealError):
+        list(sealer.open(CONTEXT, frame, sizes, back))
+    last = SLICE_BYTES if sizes is MIXED else sum(sizes)
+    assert back[-last:] == bytes(last), "what was not proven is zeroed"
+
+
+def test_a_reader_is_told_that_its_owner_seals_under_a_newer_key() -> None:
+    ring = Ring()
+    sealer, sizes = FrameSealer(ring), [4, 4]
+    frame = sealer.seal(CONTEXT, b"12345678", sizes)
+
+    def is_old() -> bool:
+        layers = sealer.open(CONTEXT, frame, sizes)
+        while True:
+            try:
+                next(layers)
+            except StopIteration as end:
+                return bool(end.value)
+
+    assert not is_old()
+    ring.newest = 2
+    assert is_old()

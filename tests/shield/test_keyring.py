@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import signal
 import subprocess
 import sys
@@ -340,3 +341,28 @@ def test_a_store_that_cannot_be_written_says_so(v: Vault) -> None:
     assert v.ring.fresh("acme", [page_id()])[1] == 1
     sibling.rmdir()
     assert v.ring.rotate("acme") == 2
+
+
+def test_retired_epochs_open_nothing_and_the_newest_is_never_retired(v: Vault) -> None:
+    pages = []
+    for _ in range(3):
+        page = page_id()
+        pages.append((page, v.ring.fresh("acme", [page])[1]))
+        v.ring.rotate("acme")
+    assert [epoch for _, epoch in pages] == [1, 2, 3]
+    assert v.ring.newest("acme") == 4
+    text = v.store.path.read_text()
+    first = base64.b64encode(v.store.read().owners["acme"].epochs[0].wrapped).decode()
+    assert first in text
+    assert issuer(v).retire("acme", 3) == 2
+    assert issuer(v).retire("acme", 3) == 0
+    assert first not in v.store.path.read_text()
+    for page, epoch in pages[:2]:
+        with pytest.raises(KeysGone, match="destroyed"):
+            v.ring.known("acme", epoch, [(page, 0)])
+    assert v.ring.known("acme", 3, [(pages[2][0], 0)])
+    assert issuer(v).retire("acme", 99) == 1
+    assert [e.number for e in v.store.read().owners["acme"].epochs] == [4]
+    assert v.ring.rotate("acme") == 5
+    with pytest.raises(KeysGone, match="has no keys"):
+        issuer(v).retire("nobody", 2)

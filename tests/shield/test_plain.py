@@ -57,3 +57,11 @@ def test_no_changed_byte_is_given_out() -> None:
 def test_frames_have_one_length(sizes: list[int]) -> None:
     with pytest.raises(SealError, match="length"):
         next(SEALER.open(CONTEXT, memoryview(FRAME), sizes))
+
+
+def test_memory_that_is_given_is_used() -> None:
+    room, back = memoryview(bytearray(len(FRAME))), memoryview(bytearray(sum(SIZES)))
+    assert SEALER.seal(CONTEXT, b"".join(LAYERS), SIZES, room) is room
+    assert room == FRAME
+    assert list(SEALER.open(CONTEXT, room, SIZES, back)) == LAYERS
+    assert back == b"".join(LAYERS)

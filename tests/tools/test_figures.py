@@ -135,7 +135,7 @@ def test_what_a_thief_learns_is_drawn_per_mode(tmp_path: Path) -> None:
     assert [h / heights[0] for h in heights] == pytest.approx([1.0, 0.98, 0.0004])
     (mark,) = axes.lines
     assert np.array_equal(mark.get_xydata(), [[1.0, 1.0]])
-    assert figure.get_label() == "a tenant's pages are dead 12.0 s after shred"
+    assert figure.get_label() == "a tenant's pages are dead 12 s after shred"
     drawing.plt.close(figure)
 
 

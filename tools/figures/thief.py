@@ -22,7 +22,7 @@ KNOWN: Final = "a quarter of the text known"
 BESIDE: Final = {
     "restart_hit_ratio": "found again after kill -9 and start: {:.1%}",
     "wrong_tokens_in_fault_runs": "wrong tokens after injected faults: {:.0f}",
-    "shred_s": "a tenant's pages are dead {:.1f} s after shred",
+    "shred_s": "a tenant's pages are dead {:.2g} s after shred",
 }
 """Figures of the summary that stand beside the bars, where they were measured."""
 

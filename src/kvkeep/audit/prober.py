@@ -62,10 +62,17 @@ class Prober:
     """Sends prompts to one target."""
 
     def __init__(
-        self, client: httpx.AsyncClient, model: str, *, per_second: float, clock: Clock
+        self,
+        client: httpx.AsyncClient,
+        model: str,
+        *,
+        per_second: float,
+        clock: Clock,
+        answer_tokens: int = 1,
     ) -> None:
         self._client = client
         self._model = model
+        self._answer_tokens = answer_tokens
         self._gap_s = 1.0 / per_second
         self._clock = clock
         self._due = clock.now()
@@ -159,7 +166,12 @@ class Prober:
             if self._path == COMPLETIONS
             else {"messages": [{"role": "user", "content": prompt.text}]}
         )
-        body = {"model": self._model, "max_tokens": 1, "temperature": 0, **content}
+        body = {
+            "model": self._model,
+            "max_tokens": self._answer_tokens,
+            "temperature": 0,
+            **content,
+        }
         body |= dict(prompt.fields)
         headers = {"Authorization": f"Bearer {account.key}"} if account.key else {}
         headers |= dict(prompt.headers)

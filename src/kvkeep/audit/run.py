@@ -66,6 +66,8 @@ class Options:
     """Pairs between one wait and the next."""
     least_pairs: int = 0
     """Before any verdict, for those who want an interval more than a quick end."""
+    answer_tokens: int = 1
+    """Of each answer: a target that takes answers of one token for probing may tell nothing."""
     consent: str | None = None
     seed: int | None = None
 
@@ -85,8 +87,9 @@ class Options:
             raise ConfigError("settle: must be 0 or more seconds")
         if not 32 <= self.prompt_tokens <= self.max_prompt_tokens:
             raise ConfigError("prompt_tokens: must be at least 32 and at most max_prompt_tokens")
-        if self.batch < 1:
-            raise ConfigError("batch: must be 1 or more")
+        for name, count in (("batch", self.batch), ("answer_tokens", self.answer_tokens)):
+            if count < 1:
+                raise ConfigError(f"{name}: must be 1 or more")
 
 
 @dataclass(slots=True)
@@ -125,7 +128,13 @@ class Audit:
         options = self._options
         await check_consent(self._client, options.consent)
         model = options.model or await first_model(self._client, options.cast.attacker)
-        prober = Prober(self._client, model, per_second=options.per_second, clock=self._clock)
+        prober = Prober(
+            self._client,
+            model,
+            per_second=options.per_second,
+            clock=self._clock,
+            answer_tokens=options.answer_tokens,
+        )
         stage = Stage(
             prober, options.cast, PromptMaker(self._seed, options.behind), options.settle_s
         )

@@ -11,6 +11,7 @@ from kvkeep.cache.accounts import Forgotten, Retention
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.tiers import NoTiers, TierControl, TierUse
 from kvkeep.errors import EngineError
+from kvkeep.sealing import PUBLIC_OWNER
 from kvkeep.types import EpochDelta, SharingPolicy, View
 
 CLOSE_S: Final = 8.0
@@ -89,7 +90,8 @@ class Caches:
         """Say how long accounts keep pages, and how far down; after their parts are set."""
         for manager in self.managers.values():
             manager.set_retention(terms)
-        self.tiers.set_shares(self._shares, terms)
+        rest = max(0.0, 1.0 - sum(self._shares.values())) if self._shares else 0.0
+        self.tiers.set_shares({**self._shares, **({PUBLIC_OWNER: rest} if rest else {})}, terms)
 
     def poll(self) -> None:
         """Let the tier run what is due."""

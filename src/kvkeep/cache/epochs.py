@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvkeep.cache.radix import Page, path_to
+from kvkeep.cache.below import Below
+from kvkeep.cache.radix import Page
+from kvkeep.cache.recall import Recall, hang
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, EpochDelta, PageKind, PageTag, chain_hash
+from kvkeep.types import (
+    PAGE_TOKENS,
+    PUBLIC_SCOPE,
+    EpochDelta,
+    PageKind,
+    PageTag,
+    SharingPolicy,
+    chain_hash,
+)
 
 
 class Promoter:
@@ -16,9 +26,13 @@ class Promoter:
     goes: what does not fit in the public share is not published, and nothing is evicted for it.
     """
 
-    def __init__(self, store: PageStore, public_tag: PageTag, *, at_once: bool) -> None:
+    def __init__(
+        self, store: PageStore, public_tag: PageTag, policy: SharingPolicy, below: Below | None
+    ) -> None:
         self._store = store
-        self._at_once = at_once
+        self._at_once = policy.at_once
+        lasting = below is not None and not (policy.at_once or policy.by_scope)
+        self._recall = Recall(store, below, public_tag) if lasting and below is not None else None
         self._tag = public_tag
         self._tag_digest = public_tag.digest()
 
@@ -29,15 +43,17 @@ class Promoter:
         """
         for chain in delta.withdrawn:
             self.withdraw(chain)
+        if self._recall is not None:
+            self._recall.arrive(frozenset(delta.promoted))
         public = self._store.index.public_pages
         missing = [chain for chain in delta.promoted if chain not in public]
-        if not missing:
-            return
-        held = self._own_pages_by_public_hash()
+        held = self._own_pages_by_public_hash() if missing else {}
         for chain in missing:
             page = held.get(chain)
             if page is not None:
                 self.promote(page)
+        if self._recall is not None:
+            self._recall.settle(delta.promoted)
 
     def withdraw(self, chain: bytes) -> int:
         """Take a public page and all below it out of the index; return how many.
@@ -75,25 +91,15 @@ class Promoter:
         public = store.account(PUBLIC_ACCOUNT)
         if public.is_full(first=page.kind is PageKind.FIRST):
             return None
-        above: list[Page] = []
+        parent: Page | None = None
         if page.index > 0:
             start = page.parent.hash if len(hashes) == 1 and page.parent else hashes[-2]
             parent = store.index.public_pages.get(start)
             if parent is None:
                 return None
-            above = path_to(parent)
         twin = store.share_pages(PUBLIC_ACCOUNT, self._tag, [page])[0]
-        twin.since_s = store.now
-        store.attach(above[-1] if above else self._root(), twin, page.key)
-        for one in above:
-            store.lock(one)
-        for one in (twin, *reversed(above)):
-            store.unlock(one)
+        hang(store, self._tag, twin, page.key, parent)
         return twin
-
-    def _root(self) -> Page:
-        index = self._store.index
-        return index.root(index.model_digest, PUBLIC_ACCOUNT, self._tag)
 
     def _public_hashes(self, page: Page) -> list[bytes]:
         """Return the public hashes of a page's chain from its tree's root down.

@@ -19,6 +19,7 @@ from kvkeep.cache.accounts import CacheStats, Forgotten, Retention
 from kvkeep.cache.below import Below
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
+from kvkeep.cache.hold import Holds
 from kvkeep.cache.matching import Match, Matcher
 from kvkeep.cache.packing import Packing
 from kvkeep.cache.parts import Pages
@@ -30,7 +31,6 @@ from kvkeep.errors import CapacityError, EngineError
 from kvkeep.types import (
     PAGE_TOKENS,
     PUBLIC_SCOPE,
-    Access,
     EpochDelta,
     PageTag,
     SharingPolicy,
@@ -65,9 +65,10 @@ class CacheManager:
         self._matcher = Matcher(index, policy, tag_of, self.below, pool.spec)
         self._closer = Closer(self._store, policy, public_tag)
         self._tag_of = tag_of
-        self._promoter = Promoter(self._store, public_tag, at_once=policy.at_once)
+        self._promoter = Promoter(self._store, public_tag, policy, self.below)
         self._held: dict[int, HeldView] = {}
         self.packing = Packing(self._store, self._held)
+        self.holds = Holds(self._store)
         self._fetches: set[Fetch] = set()
         self._next_view = first_view
 
@@ -95,6 +96,11 @@ class CacheManager:
     def room(self, account: str) -> int:
         """Return the new pages an account could hold now, evicting all it does not use."""
         return max(self._store.share(account).room_pages, 0)
+
+    def has_room(self, match: Match, n_tokens: int) -> bool:
+        """Tell whether a view of a match and so many tokens in all would find room now."""
+        there = sum(p.ref_count > 0 or p.account == PUBLIC_ACCOUNT for p in match.attached())
+        return -(-n_tokens // PAGE_TOKENS) - there <= self.room(match.account)
 
     def used(self, account: str) -> int:
         """Return the pages charged to an account, in use or cached."""
@@ -161,7 +167,14 @@ class CacheManager:
 
     # Views
 
-    def open_view(self, match: Match, prompt_len: int, *, answer_tokens: int | None = None) -> View:
+    def open_view(
+        self,
+        match: Match,
+        prompt_len: int,
+        *,
+        answer_tokens: int | None = None,
+        heard_of: bool = True,
+    ) -> View:
         """Return a view of what a match found, its pages locked.
 
         A page evicted since then ends it sooner, at the block before it. The snapshot's pages
@@ -170,7 +183,7 @@ class CacheManager:
 
         `View.length` says how much of the prompt it holds: all of it where all was cached. Rows of
         a partial match are copied to a page of the view's own; where the account has no room for it
-        they are left out.
+        they are left out. The policy hears of it, unless nobody asked for it: a guard's probe.
         """
         pages = match.attached()
         pages = pages[: len(pages) - len(pages) % self.pool.spec.block_pages]
@@ -193,7 +206,10 @@ class CacheManager:
         full = len(held.pages) - (rows > 0)
         view.length = min(full * PAGE_TOKENS + rows, prompt_len)
         self._held[view.id] = held
-        self._observe(held, match, prompt_len, tuple(served), answer_tokens)
+        if heard_of:
+            owner = self._store.share(held.account)
+            at, owner.clock = owner.clock, owner.clock + 1
+            self._policy.observe(match.access(at, prompt_len, tuple(served), answer_tokens))
         return view
 
     def reserve_view(self, n_tokens: int, *, account: str, scope: str) -> View:
@@ -310,9 +326,7 @@ class CacheManager:
     def _require(self, view: View) -> HeldView:
         held = self._held.get(view.id)
         if held is None or held.view is not view:
-            raise EngineError(
-                f"view {view.id} is not open: it was released, or another cache made it"
-            )
+            raise EngineError(f"view {view.id} is not open: it was released, or is another's")
         return held
 
     def _reserve(self, match: Match, prefix: list[Page], tokens: TokenIds) -> Fetch | None:
@@ -366,23 +380,6 @@ class CacheManager:
             self._store.unlock(match.partial[0])
         held.pages += self._store.share_pages(held.account, held.view.tag, match.snapshot)
         return True
-
-    def _observe(
-        self,
-        held: HeldView,
-        match: Match,
-        prompt_len: int,
-        served: tuple[bytes, ...],
-        answer_tokens: int | None,
-    ) -> None:
-        owner = self._store.share(held.account)
-        at, owner.clock = owner.clock, owner.clock + 1
-        own = max(min(match.cached_tokens, prompt_len) - len(match.public) * PAGE_TOKENS, 0)
-        self._policy.observe(
-            Access(
-                held.account, at, prompt_len, own, served, match.branch, answer_tokens, match.node
-            )
-        )
 
     def _drop_trees(self, account: str, scope: str | None) -> int:
         """Drop an account's trees, all or one scope's; nothing in flight is indexed after it."""

@@ -12,7 +12,15 @@ from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_byte
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import SealContext
-from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, PageSpec, PageTag, SharingPolicy, chain_hash
+from kvkeep.types import (
+    PAGE_TOKENS,
+    PUBLIC_SCOPE,
+    Access,
+    PageSpec,
+    PageTag,
+    SharingPolicy,
+    chain_hash,
+)
 
 
 def public_start(index: RadixIndex, policy: SharingPolicy, scope: str) -> bytes:
@@ -48,6 +56,15 @@ class Match:
     def attached(self) -> list[Page]:
         """Return the matched pages up to the first that has left the index since."""
         return list(takewhile(lambda page: page.attached, self.public + self.own))
+
+    def access(
+        self, at: int, prompt_len: int, served: tuple[bytes, ...], answer_tokens: int | None
+    ) -> Access:
+        """Return what a policy hears of a prompt that was `served` these public pages."""
+        own = max(min(self.cached_tokens, prompt_len) - len(self.public) * PAGE_TOKENS, 0)
+        return Access(
+            self.account, at, prompt_len, own, served, self.branch, answer_tokens, self.node
+        )
 
 
 class Matcher:

@@ -19,7 +19,8 @@ class PoolPart:
             pool.free_page,
             pool.copy_page,
         )
-        self.read, self.install, self.holders = pool.read, pool.install, pool.holders
+        self.read, self.read_page, self.install = pool.read, pool.read_page, pool.install
+        self.holders = pool.holders
         self.tile_table = pool.tile_table
         self._pool = pool
 

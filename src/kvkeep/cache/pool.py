@@ -215,6 +215,23 @@ class TilePool:
         tiles, sizes = self.read_tiles(slot, layer), self._sizes(slot, layer)
         return b"".join(tile[:size].tobytes() for tile, size in zip(tiles, sizes, strict=True))
 
+    def read_page(self, slot: int, into: memoryview) -> None:
+        """Write all layers of a page one after another, in as few copies as its tiles allow.
+
+        Tiles that follow each other are one copy that keeps the interpreter's lock: giving it up
+        would cost a wait for whoever takes it.
+        """
+        parts = self._require(slot).parts
+        if len(parts) == 1:
+            tiles = self._storage.read(parts[0].place, self.tile_table[slot].reshape(-1))
+            into[:] = tiles.reshape(-1).data
+            return
+        at = 0
+        for layer in range(self.spec.num_layers):
+            data = self.read(slot, layer)
+            into[at : at + len(data)] = data
+            at += len(data)
+
     def read_tiles(self, slot: int, layer: int) -> Tiles:
         """Return one layer of a page, [Hkv, bytes of the largest tile]; perhaps a view.
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvkeep.cache.accounts import Retention
-from kvkeep.sealing import SealContext
+from kvkeep.sealing import KeyState, SealContext
+from kvkeep.types import View
 
 Install = Callable[[int, bytes | memoryview], None]
 """Hears of a layer of a page on its way up."""
+
+Read = Callable[[memoryview], None]
+"""Writes a page's layers one after another."""
 
 
 class Copy(Protocol):
@@ -52,12 +56,12 @@ class Tier(Protocol):
         self,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
         expires_s: float | None,
     ) -> Copy | None:
         """Make room for a page that nothing uses any more, at the cost of its owner's oldest.
 
-        `read(layer)` is valid until the copy was taken or cancelled. None: there is nothing to
+        `read` is valid until the copy was taken or cancelled. None: there is nothing to
         copy. `expires_s`: Unix time from which it is not to be found.
         """
 
@@ -66,6 +70,21 @@ class Tier(Protocol):
 
     def poll(self) -> None:
         """Run the callbacks that are due, on the caller's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the file system of a disk tier has left."""
+
+    free_bytes: int
+    read_only: bool
+
+
+class Surroundings(NamedTuple):
+    """What a tier depends on, at one moment."""
+
+    room: Room | None = None
+    keys: KeyState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,12 @@ class TierUse:
     """(why, pages) that were not taken."""
     errors: tuple[tuple[str, int], ...] = ()
     """(kind, count)."""
+    renewed: int = 0
+    """Pages of former key epochs that were sealed anew when they were read."""
+    room: Room | None = None
+    """Of the disk it is on."""
+    keys: KeyState | None = None
+    """None: pages are not sealed."""
 
 
 class TierControl(Protocol):
@@ -130,8 +155,20 @@ class NoTiers:
         """Nothing to write."""
 
 
+@dataclass(frozen=True, slots=True)
+class ClosedPage:
+    """A page of a view whose last row a step has computed."""
+
+    request_id: str
+    view: View
+    index: int
+    """Its place in the view."""
+    slot: int
+    """Where it lies until the view is changed: read it now or not at all."""
+
+
 class PageListener(Protocol):
     """Hears of a page's layers as a forward pass completes them."""
 
-    def layer_closed(self, page: int, layer: int) -> None:
-        """All S rows of the page in this slot are stored in this layer."""
+    def layer_closed(self, page: ClosedPage, layer: int) -> None:
+        """All S rows of the page are stored in this layer, in the codec's form."""

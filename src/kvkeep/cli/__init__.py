@@ -15,13 +15,14 @@ COMMANDS: Final = {
     "chat": "talk to a running server, or to a model in this process",
     "generate": "complete one prompt and end",
     "bench": "run a benchmark (from a checkout)",
+    "simulate": "plan a cluster on paper, from measured costs of steps",
     "attack": "test a server for leaks between tenants",
     "attack-cache": "see which tokens stolen pages give away",
     "doctor": "look at the machine, a model, or a chat template",
     "tenant": "add, revoke, rotate and list tenants' keys",
     "keys": "make, rotate and look at the keys that seal pages below memory",
     "detect": "find what in a text must stay private",
-    "model": "make or describe a checkpoint",
+    "model": "make, seal, describe or calibrate a checkpoint",
     "inspect": "draw what a codec does to a prompt's pages, or write what lies there",
 }
 

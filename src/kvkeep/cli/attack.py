@@ -89,6 +89,7 @@ def attack(
     prompt_tokens: Annotated[int, typer.Option(help="length of the first prompts")] = 256,
     max_prompt_tokens: Annotated[int, typer.Option(help="length they may grow to")] = 2048,
     behind: Annotated[Path | None, typer.Option(help="text file that prompts begin with")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="of an answer; 1 looks like a probe")] = 1,
     consent: Annotated[str | None, typer.Option(help="token that the target serves")] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and coins (default: random)")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="report as JSON")] = None,
@@ -110,6 +111,7 @@ def attack(
         prompt_tokens=prompt_tokens,
         max_prompt_tokens=max_prompt_tokens,
         behind=read(behind),
+        answer_tokens=answer_tokens,
         consent=consent,
         seed=seed,
     )

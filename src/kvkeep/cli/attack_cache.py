@@ -43,16 +43,9 @@ def show(report: Report) -> None:
 
 def with_text(stolen: Stolen, model: Path, text: Path) -> Stolen:
     """Return the rows with the tokens of what was said."""
-    from tokenizers import Tokenizer
+    from kvkeep.models.text import TextModel
 
-    content = read_text(text)
-    try:
-        encoded = Tokenizer.from_file(str(model / "tokenizer.json"))
-    except Exception as error:  # noqa: BLE001 - the library raises bare exceptions
-        raise ConfigError(
-            f"model: {model} has no tokenizer.json that can be read: {error}"
-        ) from None
-    ids: list[int] = encoded.encode(content, add_special_tokens=False).ids
+    ids = TextModel.load(model).encode(read_text(text))
     if len(ids) < len(stolen):
         raise ConfigError(f"text: {len(ids)} tokens do not cover {len(stolen)} stolen rows")
     import numpy as np

@@ -64,20 +64,53 @@ def hygiene_rows() -> list[tuple[str, str]]:
     ]
 
 
+def tier_rows(settings: Settings) -> list[tuple[str, str]]:
+    """Return where pages would go below memory, and who would wrap the keys that seal them."""
+    from kvkeep.cli.engine import key_options
+    from kvkeep.engine.lower import room_in, sizes_of
+    from kvkeep.engine.sealers import key_state
+
+    rows: list[tuple[str, str]] = []
+    folder = sizes_of(settings.tier).directory
+    room = None if folder is None else room_in(folder)
+    for tier in settings.tier:
+        found = tier
+        if tier.startswith("disk:") and room is not None:
+            found += f": {human_bytes(room.free_bytes)} free"
+            found += ", READ-ONLY: nothing new is kept there" if room.read_only else ""
+        rows.append(("tier", found))
+    if settings.tier or settings.shield_keys is not None:
+        rows.append(("sealing keys", key_state(key_options(settings))))
+    return rows
+
+
 def model_verdict(settings: Settings) -> str:
     """Return whether the model can be served, or why not."""
     from kvkeep.models.check import check_directory
     from kvkeep.models.hub import resolve
+    from kvkeep.shield.folder import is_sealed
 
     try:
         path = resolve(settings.model, allow_download=settings.allow_download)
-        return f"can be served ({check_directory(path)})"
+        sealed = "; sealed: an engine needs its key" if is_sealed(path) else ""
+        return f"can be served ({check_directory(path)}){sealed}"
     except ModelError as error:
         return f"can't be served: {error}"
 
 
 @app.callback(invoke_without_command=True)
-@with_settings("config", "model", "allow_download", "device", "kernel", "threads")
+@with_settings(
+    "config",
+    "model",
+    "allow_download",
+    "device",
+    "kernel",
+    "threads",
+    "tier",
+    "keys",
+    "shield_keys",
+    "shield_store",
+)
 def doctor(settings: Settings, context: typer.Context) -> None:
     """Describe the machine and say whether the model can be served."""
     if context.invoked_subcommand is not None:
@@ -86,6 +119,7 @@ def doctor(settings: Settings, context: typer.Context) -> None:
     rows = [
         *machine_rows(settings),
         *hygiene_rows(),
+        *tier_rows(settings),
         ("model", settings.model),
         ("verdict", verdict),
     ]

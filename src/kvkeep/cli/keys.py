@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,21 @@ def status(settings: Settings) -> None:
 
 @app.command()
 @with_settings("keys", "shield_store", "shield_keys")
+def retire(
+    settings: Settings,
+    owner: Owner,
+    before: Annotated[int, typer.Argument(help="the first epoch to keep", min=1)],
+) -> None:
+    """Destroy an owner's keys of former epochs; pages still sealed under them open nowhere."""
+    from kvkeep.cli.engine import opened_store
+
+    with opened_store(settings) as store:
+        count = store.retire(owner, before)
+    NOTES.print(f"Destroyed {count} keys of {owner}; its pages under them are misses from now on.")
+
+
+@app.command()
+@with_settings("keys", "shield_store", "shield_keys", "tier")
 def rotate(
     settings: Settings,
     owner: Owner,
@@ -68,6 +84,8 @@ def rotate(
             NOTES.print(f"{owner} has a new root; its pages stay as they are.")
         else:
             NOTES.print(f"{owner} is in epoch {store.rotate(owner)}; older ones still open.")
+            for line in _left(settings, store.shelf, owner):
+                NOTES.print(line)
 
 
 @app.command()
@@ -109,6 +127,17 @@ def verify(
     OUT.print(f"{said.tenant}: {len(said.destroyed)} sets of keys destroyed {_day(said.at)}")
     for line in said.not_covered:
         OUT.print(f"  not covered: {line}")
+
+
+def _left(settings: Settings, shelf_key: bytes, owner: str) -> Iterator[str]:
+    """Yield how many pages of an owner a disk tier holds, by epoch; reading seals them anew."""
+    from kvkeep.engine.epochs import pages_by_epoch
+    from kvkeep.engine.lower import sizes_of
+
+    folder = sizes_of(settings.tier).directory
+    if folder is not None:
+        for epoch, count in pages_by_epoch(folder, shelf_key, owner):
+            yield f"  epoch {epoch}: {count} pages in {folder}"
 
 
 def _hex(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""`kvkeep model`: make random checkpoints, describe any, measure the bits its keys need."""
+"""`kvkeep model`: make random checkpoints, seal or describe any, measure the bits keys need."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 import typer
 
 from kvkeep.cli.console import NOTES, OUT, counting_bar, human_bytes, make_table
-from kvkeep.cli.engine import checkpoint_path, engine_options
+from kvkeep.cli.engine import checkpoint_path, engine_options, key_options
 from kvkeep.cli.files import read_text
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import DEMO_MODEL, Settings
 from kvkeep.errors import ConfigError
 
-app = new_app("Make, describe or calibrate a checkpoint.")
+app = new_app("Make, seal, describe or calibrate a checkpoint.")
 
 
 @app.command()
@@ -34,6 +34,30 @@ def make(
         raise ConfigError("random: only random weights can be made; add --random")
     path = maker.make(like, out, seed=seed, layers=layers, dtype=dtype)
     NOTES.print(f"Wrote {path}")
+
+
+@app.command()
+@with_settings("keys", "shield_store", "shield_keys")
+def seal(
+    settings: Settings,
+    model: Annotated[Path, typer.Argument(help="checkpoint directory")],
+    *,
+    out: Annotated[Path, typer.Option(help="new directory")],
+) -> None:
+    """Write a checkpoint whose weights open under a provider's key alone, at load.
+
+    Config and tokenizer stay readable; they can't be changed unnoticed.
+    """
+    from kvkeep.engine.sealers import seal_model
+    from kvkeep.shield.providers.provider import CAVEATS
+    from kvkeep.shield.secret import forbid_dumps
+
+    forbid_dumps()
+    body = seal_model(key_options(settings), model, out)
+    NOTES.print(f"Wrote {out}: {len(body.sealed)} sealed files, by a key of {body.provider}.")
+    if body.provider in CAVEATS:
+        NOTES.print(f"Note: {CAVEATS[body.provider]}.")
+    NOTES.print(f"Serve it with --model {out} --shield-keys ...; {model} is still in the clear.")
 
 
 @app.command()

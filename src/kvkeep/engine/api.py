@@ -66,6 +66,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.use_beam_search or self.width > self.n
 
 
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's part in a request whose prompt another computes than its answer."""
+
+    role: Literal["prefill", "decode"]
+    """`prefill`: it ends with its first token, and its pages go to whoever asks for them.
+    `decode`: its pages come from `link`, and its first token by `Begin`.
+    """
+    link: str = ""
+    """Where the prompt's pages are handed over."""
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, tokenised, with the identity its cache use is bound to."""
 
@@ -84,6 +95,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether tokens of it may be evicted, where an engine does so."""
     protected: tuple[tuple[int, int], ...] = ()
     """Ranges of its prompt that are never evicted."""
+    handover: Handover | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -148,6 +160,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     staged_bytes: int = 0
     """Memory of pages in the model's dtype beside the coded ones."""
     eos_token_ids: tuple[int, ...]
+    link: str = ""
+    """Where it hands pages over to other engines; '': nowhere."""
 
 
 class TenantUse(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.tiers import PageListener
+from kvkeep.cache.tiers import ClosedPage, PageListener
 from kvkeep.engine.turning import Turning
 from kvkeep.errors import NonFiniteKV
-from kvkeep.eviction.policy import Evictor
-from kvkeep.ops.layout import AttentionOps, AttentionPlan, LayerKV, Observe, Run, chains
+from kvkeep.eviction.policy import Evictor, Look
+from kvkeep.ops.layout import (
+    Attended,
+    AttentionOps,
+    AttentionPlan,
+    LayerKV,
+    Observe,
+    Run,
+    chains,
+)
 from kvkeep.quant.codec import Codec, KVShape, Place, values_of
 from kvkeep.shield.policy import Shield, Transform
-from kvkeep.types import PAGE_TOKENS, BatchGeometry, FloatArray, Int32Array, View
+from kvkeep.types import PAGE_TOKENS, BatchGeometry, FloatArray, Int32Array
 from kvkeep.watch import EvictState
+
+N = TypeVar("N", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
     """A page completed in this step."""
 
-    slot: int
+    page: ClosedPage
     staged: int
     """The slot it was written in; -1 where it stays as it was written."""
-    index: int
-    """Its place in the view."""
-    view: View
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,15 @@ class Techniques:
     codec: Codec
     shield: Shield
     evictor: Evictor
+
+
+class _Watched(NamedTuple):
+    """Rows that are observed and what they see; a view's rows may see several sets."""
+
+    state: EvictState
+    runs: list[Run]
+    position: int
+    """Of the only one; where a step has several such rows of a view, stamps are asked for."""
 
 
 class BatchKV:
@@ -78,8 +95,10 @@ class BatchKV:
         self._shape = shape
         self._turning = turning
         self._listeners = listeners
-        self._observe = self._thresholds()
-        self._watched_runs = self._watched()
+        thresholds = self._thresholds()
+        self._watched, several = self._watch(thresholds)
+        self._observe = [Observe(one, stamps=several) for one in thresholds]
+        """Once for all layers or for each; empty: nobody is observed."""
         self.encoded = 0
         """Pages encoded so far, counted per layer."""
         self.failed: dict[int, NonFiniteKV] = {}
@@ -90,19 +109,19 @@ class BatchKV:
         stored = self._transform.transform
         keys = self._turning.keys(stored(k, "k", layer))
         self._ops.append(self._layers[layer], keys, stored(v, "v", layer), self._step.slots)
-        for page in self._step.closing:
-            if page.staged >= 0 and not self._encode(page, layer):
+        for closing in self._step.closing:
+            if closing.staged >= 0 and not self._encode(closing, layer):
                 continue
             for listener in self._listeners:
-                listener.layer_closed(page.slot, layer)
+                listener.layer_closed(closing.page, layer)
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Return attention [T, Hq, D] of the step's rows over their views."""
         queries = self._turning.queries(self._transform.transform(q, "q", layer))
         observe = self._observe[layer % len(self._observe)] if self._observe else None
         attended = self._ops.attend(queries, self._layers[layer], self._step.plan, observe)
-        if attended.stamps is not None:
-            self._hand_out(layer, attended.stamps)
+        if observe is not None:
+            self._hand_out(layer, attended)
         return self._transform.restore(attended.out, layer)
 
     def finish(self) -> None:
@@ -118,14 +137,15 @@ class BatchKV:
             view.evict.pending |= masks is not view.evict.masks
             view.evict.masks = masks
 
-    def _encode(self, page: Closing, layer: int) -> bool:
+    def _encode(self, closing: Closing, layer: int) -> bool:
         """Write the codec's tiles of one staged page and layer.
 
         False where a value can't be stored: that request fails, and the step goes on.
         """
+        page = closing.page
         if page.view.id in self.failed:
             return False
-        k, v = values_of(self._pool.tiles_there(page.staged, layer), self._shape)
+        k, v = values_of(self._pool.tiles_there(closing.staged, layer), self._shape)
         try:
             tiles = self._codec.encode(k, v, Place(layer, page.index == 0))
         except NonFiniteKV as error:
@@ -136,8 +156,8 @@ class BatchKV:
         self.encoded += 1
         return True
 
-    def _thresholds(self) -> list[Observe]:
-        """Return the thresholds of observed rows, once for all layers or for each; or nothing."""
+    def _thresholds(self) -> list[FloatArray]:
+        """Return thresholds [T, Hkv or 1], once for all layers or for each; or nothing."""
         found: dict[int, FloatArray] = {}
         for segment in self._step.geometry.segments:
             state, begin = segment.view.evict, segment.first_position
@@ -152,27 +172,39 @@ class BatchKV:
         by_layer = np.full((layers, self._step.geometry.num_rows, heads), np.inf, np.float32)
         for row, one in found.items():
             by_layer[:, row] = one
-        return [Observe(thresholds, stamps=True) for thresholds in by_layer]
+        return list(by_layer)
 
-    def _watched(self) -> list[tuple[EvictState, list[Run]]]:
-        """Return whose rows are observed, and what they see; a view's rows may see several sets."""
-        if not self._observe:
-            return []
-        observed: NDArray[np.bool_] = np.isfinite(self._observe[0].log2_thresholds[:, 0])
+    def _watch(self, thresholds: list[FloatArray]) -> tuple[list[_Watched], bool]:
+        """Return whose rows are observed, and whether several rows of one view are."""
+        if not thresholds:
+            return [], False
+        observed: NDArray[np.bool_] = np.isfinite(thresholds[0][:, 0])
         owners = {
             row: segment.view.evict
             for segment in self._step.geometry.segments
             for row in range(segment.first_row, segment.first_row + segment.num_rows)
         }
-        found = []
+        found, several = [], False
         for rows, runs in chains(self._step.plan):
-            state = owners[rows[0]] if observed[rows].any() else None
-            if state is not None:
-                found.append((state, runs))
-        return found
+            state, seen = owners[rows[0]], [row for row in rows if observed[row]]
+            if state is not None and seen:
+                position = int(self._step.plan.row_positions[seen[-1]])
+                several |= len(seen) > 1
+                found.append(_Watched(state, runs, position))
+        return found, several
 
-    def _hand_out(self, layer: int, stamps: Int32Array) -> None:
+    def _hand_out(self, layer: int, attended: Attended) -> None:
         """Give each observed view what its rows looked at; nobody else looked there."""
-        for state, runs in self._watched_runs:
-            own = [stamps[run.page_begin : run.page_begin + run.page_count] for run in runs]
-            self._evictor.observe(state, layer, own[0] if len(own) == 1 else np.concatenate(own))
+        hits, stamps = attended.hits, attended.stamps
+        for one in self._watched:
+            if stamps is not None:
+                self._evictor.observe(one.state, layer, _of_runs(stamps, one.runs))
+            elif hits is not None:
+                look = Look(one.position, _of_runs(hits, one.runs))
+                self._evictor.observe(one.state, layer, look)
+
+
+def _of_runs(entries: NDArray[N], runs: Sequence[Run]) -> NDArray[N]:
+    """Return what belongs to the pages of some runs."""
+    own = [entries[run.page_begin : run.page_begin + run.page_count] for run in runs]
+    return own[0] if len(own) == 1 else np.concatenate(own)

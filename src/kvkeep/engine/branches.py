@@ -18,7 +18,7 @@ import torch
 
 from kvkeep.engine.api import Chunk, FinishReason
 from kvkeep.engine.beams import BeamSearch, Hypothesis, Ranked, places
-from kvkeep.engine.held import GOOD, failures, joined, told
+from kvkeep.engine.held import GOOD, BestOf, Held, failures, joined, told
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.sampling import Sampler
 from kvkeep.engine.scheduler import Scheduler
@@ -121,3 +121,14 @@ class Beams:
             if chunk is not None:
                 chunks.append(chunk)
         return msgspec.structs.replace(joined(chunks), score=kept.score)
+
+
+def held_of(request: Request, outputs: OutputFactory, max_model_len: int) -> Held | None:
+    """Return where a request's chunks wait for their ranking, if it asks for one."""
+    spec = request.spec
+    if not spec.params.ranks:
+        return None
+    if not spec.params.use_beam_search:
+        return BestOf(spec.params.n)
+    search = outputs.search(spec, max_model_len - len(spec.prompt_ids))
+    return Beams(search, request.sequences[0], outputs)

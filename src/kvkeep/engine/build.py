@@ -20,6 +20,7 @@ from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.parts import PoolPart
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import RadixIndex
+from kvkeep.cache.tier.files import Directory, Files
 from kvkeep.cache.tiers import PageListener, Tier
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
@@ -36,7 +37,7 @@ from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.scheduler import SchedulerLimits
-from kvkeep.engine.sealers import mode_of
+from kvkeep.engine.sealers import mode_of, unwrap_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
 from kvkeep.engine.sizing import divide
@@ -86,8 +87,12 @@ class Parts(msgspec.Struct, kw_only=True):
     """The inspector's rules that may change while the engine runs."""
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
+    files: Callable[[Path], Files] = Directory
+    """How the directory of a disk tier is opened."""
     backend: Backend | None = None
     """None: the one the options ask for."""
+    model: HostedModel | None = None
+    """None: the one the options name; another engine's on the same backend, where two run."""
 
 
 def default_parts(options: EngineOptions) -> Parts:
@@ -133,19 +138,19 @@ def build_core(
     """Load the model, reserve the pool and warm up; raises `ModelError` or `ConfigError`."""
     sizes_of(options.tiers)  # refused before anything slow
     parts = parts or default_parts(options)
-    threads = options.threads or len(os.sched_getaffinity(0))
-    backend = parts.backend or choose(options, threads)
+    backend = parts.backend or choose(options, options.threads or len(os.sched_getaffinity(0)))
     kernels = backend.ops
     torch.set_num_threads(backend.torch_threads)
     path = hub.resolve(options.model, allow_download=options.allow_download)
     text = TextModel.load(path)
-    model = loader.load(
+    model = parts.model or loader.load(
         path,
         dtype=options.dtype,
         ops=kernels,
         weights=options.weights,
         folds=parts.techniques.shield.folds,
         progress=lambda done, total: reply(m.Loading(done, total)),
+        unwrap=unwrap_of(options.keys),
     )
     _require_measured(options, path, model.spec.digest)
     shape = _shape_of(model, kernels)
@@ -197,7 +202,8 @@ def _caches(
     order: bytes,
 ) -> Caches:
     """Return the cache of the codec's pages and, where requests differ, that of kept ones."""
-    techniques, lower = parts.techniques, tier_of(options, pool.spec.first_page_bytes)
+    techniques = parts.techniques
+    lower = tier_of(options, pool.spec.first_page_bytes, parts.files)
     tier = parts.tier or lower
 
     def tag_of(codec: str) -> Callable[[str], PageTag]:

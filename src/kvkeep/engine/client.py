@@ -18,6 +18,7 @@ from kvkeep.engine.api import (
     ModelInfo,
     Purged,
     TenantTerms,
+    TokenLogprob,
 )
 from kvkeep.errors import ConfigError, EngineError, EngineStopped
 
@@ -106,6 +107,13 @@ class MessageClient:
         self._drained.clear()
         self._transport.send(m.Submit(request))
         return _Stream(request, stream, self._ended)
+
+    def begin(
+        self, request_id: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> None:
+        """Let a request go on after another engine's tokens; see `messages.Begin`."""
+        if self._failure is None and request_id in self._streams:
+            self._transport.send(m.Begin(request_id, token_ids, logprobs))
 
     async def info(self) -> ModelInfo:
         """Return the model's description, once loaded and warm."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kvkeep.cache.caches import Caches
+from kvkeep.engine import messages as m
 from kvkeep.engine.admission import check_request
 from kvkeep.engine.api import (
     Chunk,
@@ -22,10 +23,11 @@ from kvkeep.engine.api import (
     Purged,
     TenantTerms,
 )
-from kvkeep.engine.branches import Beams
+from kvkeep.engine.branches import Beams, held_of
 from kvkeep.engine.divergence import compare
 from kvkeep.engine.forms import Forms
-from kvkeep.engine.held import GOOD, BestOf, Held
+from kvkeep.engine.handing import awaits, begin, hands_over
+from kvkeep.engine.held import GOOD, BestOf
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.probes import probe_beside, probe_id
 from kvkeep.engine.prompt_rows import take_prompt_rows
@@ -84,6 +86,7 @@ class EngineCore:
         self.stalled = False
         """Whether the last step found nothing it could run."""
         self.counters = EngineCounters()
+        self._of_probes = EngineCounters()
 
     def set_tenants(
         self, shares: Mapping[str, float], terms: Mapping[str, TenantTerms] | None = None
@@ -117,7 +120,7 @@ class EngineCore:
             spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        request = Request(spec, now, deadline)
+        request = Request(spec, now, deadline, awaits=awaits(spec))
         request.watch = self._runner.watch(spec) if self.sharing.may_evict(spec) else None
         request.epoch, request.sample = self._forms.enter(spec, evicts=request.watch is not None)
         self._queue(request)
@@ -129,9 +132,9 @@ class EngineCore:
         spec = request.spec
         seed = spec.params.seed if spec.params.seed is not None else secrets.randbits(63)
         request.sequences.append(self._sequence(request, 0, seed))
-        request.held = self._held(request)
+        request.held = held_of(request, self._outputs, self.info.max_model_len)
         self._requests[spec.id] = request
-        self.counters.prompt_tokens += len(spec.prompt_ids)
+        self._counters_of(request).prompt_tokens += len(spec.prompt_ids)
         self._scheduler.add(request.sequences[0])
 
     def cancel(self, request_id: str) -> None:
@@ -139,6 +142,11 @@ class EngineCore:
         for name in (request_id, probe_id(request_id)):
             if (request := self._requests.get(name)) is not None:
                 self._end_request(request, FinishReason.CANCELLED)
+
+    def begin(self, handed: m.Begin) -> None:
+        """Let a request go on after another engine's tokens; one that has ended is left alone."""
+        if (request := self._requests.get(handed.request_id)) is not None:
+            begin(request, handed, time.monotonic())
 
     def purge(self, tenant: str) -> Purged:
         """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""
@@ -182,18 +190,11 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Return a snapshot for the admin port."""
-        return snapshot(
-            Sources(
-                self.caches,
-                self._scheduler,
-                self._runner,
-                self.sharing,
-                self._forms.guard,
-                self.info.max_model_len,
-            ),
-            self.counters,
-            self._shares,
+        most = self.info.max_model_len
+        sources = Sources(
+            self.caches, self._scheduler, self._runner, self.sharing, self._forms.guard, most
         )
+        return snapshot(sources, self.counters, self._shares)
 
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
         spec = request.spec
@@ -205,16 +206,6 @@ class EngineCore:
             sampling=self._outputs.sampling(spec, index, seed),
             output=self._outputs.sequence(spec, index),
         )
-
-    def _held(self, request: Request) -> Held | None:
-        """Return where the request's chunks wait for their ranking, if it asks for one."""
-        spec = request.spec
-        if not spec.params.ranks:
-            return None
-        if not spec.params.use_beam_search:
-            return BestOf(spec.params.n)
-        search = self._outputs.search(spec, self.info.max_model_len - len(spec.prompt_ids))
-        return Beams(search, request.sequences[0], self._outputs)
 
     def _after(self, work: list[Work], stepped: Stepped) -> None:
         """Index what closed, take in prompt log-probabilities, sample and emit."""
@@ -306,11 +297,11 @@ class EngineCore:
         """Count a request's first token, once."""
         if request.first_token_s is None:
             request.first_token_s = now
-            self.counters.ttft.add(now - request.arrived_s)
-            self.counters.chosen[request.codec] += 1
-            self.counters.cache_queries += len(request.spec.prompt_ids)
-            self.counters.cache_hits += request.saved_tokens
-            self.counters.saved_tokens += request.saved_tokens - (request.cached_tokens or 0)
+            self._counters_of(request).begin(request, now)
+
+    def _counters_of(self, request: Request) -> EngineCounters:
+        """Return where a request counts: a guard's own ones are not their tenant's."""
+        return self._of_probes if request.is_probe else self.counters
 
     def _accept(
         self, sequence: Sequence, token: int, scores: TokenScores | None, now: float
@@ -330,10 +321,12 @@ class EngineCore:
             sequence.tokens.append(token)
             sequence.sampling.accept(token)
             sequence.generated += 1
-            self.counters.generated_tokens += 1
+            self._counters_of(request).generated_tokens += 1
             full = len(sequence.tokens) >= self.info.max_model_len
             last = full or sequence.generated >= params.max_tokens
             chunk = sequence.output.push(token, scores, cached, last=last)
+            if hands_over(request) and (chunk is None or chunk.finish is None):
+                chunk = sequence.output.hand_over(chunk, cached)
         if chunk is not None:
             self._tell(request, chunk)
             if chunk.finish is not None:
@@ -363,12 +356,13 @@ class EngineCore:
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
         request = sequence.request
+        counters = self._counters_of(request)
         self._scheduler.remove(sequence)
-        self.counters.finished[reason] += 1
+        counters.finished[reason] += 1
         if sequence.generated > 1 and request.first_token_s is not None:
-            self.counters.tpot.add((now - request.first_token_s) / (sequence.generated - 1))
+            counters.tpot.add((now - request.first_token_s) / (sequence.generated - 1))
         if all(s.status is Status.FINISHED for s in request.sequences):
-            self.counters.e2e.add(now - request.arrived_s)
+            counters.e2e.add(now - request.arrived_s)
             self._forms.guard.settle(request.sample, counts=reason in GOOD)
             self._requests.pop(request.spec.id, None)
             for chunk in () if request.held is None else request.held.result():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvkeep.engine.api import EvictStats
-from kvkeep.types import PAGE_TOKENS, BatchGeometry, Segment
+from kvkeep.types import PAGE_TOKENS, Segment
 from kvkeep.watch import EvictState
 
 
@@ -23,16 +24,16 @@ class EvictCounts:
     kept_tokens: float = 0.0
     """Tokens of these prompts that were kept at their ends."""
 
-    def take(self, geometry: BatchGeometry) -> None:
+    def take(self, segments: Sequence[Segment]) -> None:
         """Count a step's rows, before what they lead to is decided."""
-        for segment in geometry.segments:
+        for segment in segments:
             state = segment.view.evict
             if state is not None:
                 self._rows(segment, dropped_tokens(state))
 
-    def decided(self, geometry: BatchGeometry) -> None:
+    def decided(self, segments: Sequence[Segment]) -> None:
         """Count what is left of the prompts that end in a step."""
-        for segment in geometry.segments:
+        for segment in segments:
             state, end = segment.view.evict, segment.first_position + segment.num_rows
             if state is not None and end == state.watch.prompt_tokens:
                 self.prompt_tokens += end

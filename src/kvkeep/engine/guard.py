@@ -130,11 +130,11 @@ class _History:
     kl_nats: float = 0.0
 
     def count(self, sample: Sample | None) -> None:
-        """Count a drawn request; None: it could not carry a shadow."""
+        """Count a drawn request; None: it could not carry a shadow. Of a probe its tokens alone."""
         if sample is None or not sample.compared:
-            self.unshadowed += 1
+            self.unshadowed += sample is None or not sample.probe
             return
-        self.shadowed += 1
+        self.shadowed += not sample.probe
         self.compared += sample.compared
         self.agreed += sample.agreed
         self.recalled += sample.recalled

@@ -17,16 +17,22 @@ from kvkeep.engine.options import EngineOptions
 class ThreadTransport:
     """Runs the loop in a daemon thread."""
 
-    def __init__(self, build: Callable[[m.Sink], EngineCore]) -> None:
+    def __init__(
+        self,
+        build: Callable[[m.Sink], EngineCore],
+        beside: Callable[[m.Inbox], loop.Beside] = lambda _: loop.NothingBeside(),
+    ) -> None:
+        """`beside` makes what works on the same thread, given the loop's queue."""
         self._build = build
         self._inbox: m.Inbox = queue.SimpleQueue()
+        self._beside = beside(self._inbox)
         self._thread: threading.Thread | None = None
 
     def start(self, deliver: Callable[[m.Reply], None]) -> None:
         """Start the thread."""
         self._thread = threading.Thread(
             target=loop.run,
-            args=(self._build, self._inbox, deliver),
+            args=(self._build, self._inbox, deliver, self._beside),
             name="kvkeep-engine",
             daemon=True,
         )

@@ -14,6 +14,7 @@ from kvkeep.engine.api import (
     ModelInfo,
     Purged,
     TenantTerms,
+    TokenLogprob,
 )
 
 
@@ -27,6 +28,19 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     """End a request within a step."""
 
     request_id: str
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Let a request go on after tokens that another engine has generated; none: by itself."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of these tokens, where they were asked for."""
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Look at what has arrived beside the queue."""
 
 
 class SetTenants(msgspec.Struct, frozen=True, tag=True):
@@ -50,7 +64,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the loop now."""
 
 
-Command = Submit | Cancel | SetTenants | Purge | GetStats | Stop
+Command = Submit | Cancel | Begin | Wake | SetTenants | Purge | GetStats | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

@@ -99,6 +99,10 @@ class SequenceOutput:
             return None
         return self._chunk(verdict.text, cached)
 
+    def hand_over(self, chunk: Chunk | None, cached: int) -> Chunk:
+        """End a sequence whose text goes on elsewhere: what is held back there is not told here."""
+        return msgspec.structs.replace(chunk or self._chunk("", cached), finish=FinishReason.LENGTH)
+
     def finish(self, reason: FinishReason, cached: int, text: str = "") -> Chunk:
         """End the sequence, sending `text` and what was held back; a late stop still counts."""
         verdict = self._stops.finish(self._stream.finish())

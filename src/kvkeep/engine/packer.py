@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -21,8 +22,11 @@ from kvkeep.quant.codec import KVShape
 from kvkeep.quant.regroup import regroup
 from kvkeep.types import PAGE_TOKENS, Int32Array, View
 
-PARTS: Final = 40
+PARTS: Final = 64
 """A prompt's pages are moved and let go of in so many parts: more memory than one is never held."""
+
+TILES: Final = 512
+"""So many tiles are put together at a time, or those of one layer."""
 
 
 class Packer:
@@ -52,8 +56,8 @@ class Packer:
             moving = packing.begin(view, found.end, found.stays, cuts)
             for begin, wanted in cuts:
                 packing.take(moving, wanted)
-                for layer in range(spec.num_layers):
-                    self._move(packing.pool, found, sources, moving.table, wanted, layer)
+                for layers in _few(wanted):
+                    self._move(packing.pool, found, sources, moving.table, wanted, layers)
                 packing.let_go(moving, begin)
             repack(state, found)
             view.pack(packing.finish(moving, found.end))
@@ -75,28 +79,38 @@ class Packer:
         sources: Int32Array,
         tiles: Int32Array,
         wanted: Bools,
-        layer: int,
+        layers: slice,
     ) -> None:
-        """Write a layer's wanted tiles that are not what they were; all is read before."""
-        stays, ids, old = (x[:, layer] for x in (found.stays, tiles, sources))
+        """Write some layers' wanted tiles that are not what they were; all is read before."""
+        source = found.source[layers]
+        stays, ids, old = (x[:, layers] for x in (found.stays, tiles, sources))
         same = ids == np.take_along_axis(old, np.maximum(stays, 0), 0)
         fresh: list[tuple[Int32Array, Tiles]] = []
         for alike in pool.spec.alike():
-            there = wanted[:, layer] & alike[layer]
-            at, head = np.nonzero(there & (stays >= 0) & ~same)
-            if len(at):
-                fresh.append((ids[at, head], pool.read_ids(old[stays[at, head], head]).copy()))
-            at, head = np.nonzero(there & (stays == WRITTEN))
-            if len(at):
-                tokens = _filled(found.source[layer, head, at])
-                places = head[:, None] * len(old) + tokens // PAGE_TOKENS
+            there = wanted[:, layers] & alike[layers]
+            at = np.nonzero(there & (stays >= 0) & ~same)
+            if len(at[0]):
+                fresh.append((ids[at], pool.read_ids(old[stays[at], *at[1:]]).copy()))
+            place, layer, head = at = np.nonzero(there & (stays == WRITTEN))
+            if len(place):
+                tokens = _filled(source[layer, head, place])
+                of_head = (layer * source.shape[1] + head) * len(old)
+                places = of_head[:, None] + tokens // PAGE_TOKENS
                 read, rows = np.unique(places, return_inverse=True)
                 rows = rows.reshape(tokens.shape) * PAGE_TOKENS + tokens % PAGE_TOKENS
-                raw = pool.read_ids(old[read % len(old), read // len(old)])
-                layout = pool.spec.layout_at(layer, int(head[0]))
-                fresh.append((ids[at, head], regroup(raw, rows, layout, self._shape)))
+                by_head = np.ascontiguousarray(np.moveaxis(old, 0, -1))
+                raw = pool.read_ids(by_head.ravel()[read])
+                layout = pool.spec.layout_at(layers.start + int(layer[0]), int(head[0]))
+                fresh.append((ids[at], regroup(raw, rows, layout, self._shape)))
         for where, content in fresh:
             pool.write_ids(where, content)
+
+
+def _few(wanted: Bools) -> Iterator[slice]:
+    """Return layers that are moved at a time, so that few tiles are beside the pool."""
+    layers = wanted.shape[1]
+    step = max(1, layers * TILES // max(1, int(wanted.sum())))
+    return (slice(begin, begin + step) for begin in range(0, layers, step))
 
 
 def _filled(source: Int64Array) -> Int64Array:

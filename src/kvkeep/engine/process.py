@@ -8,21 +8,32 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvkeep.engine import messages as m
 from kvkeep.engine.client import MessageClient, Progress
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import mode_of
+from kvkeep.shield.folder import is_sealed
+from kvkeep.shield.secret import forbid_dumps
+
+if TYPE_CHECKING:
+    from kvkeep.engine.engine import EngineCore
+    from kvkeep.engine.loop import Beside
 
 
 class PipeTransport:
     """Runs the loop in a spawned process, messages over a pipe as msgpack."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, main: Callable[[Connection], None]) -> None:
+        """`main` runs there, given the process's end of the pipe; it must be picklable."""
         context = mp.get_context("spawn")
         self._pipe, self._child_pipe = context.Pipe()
         self._process = context.Process(
-            target=_main, args=(options, self._child_pipe), name="kvkeep-engine", daemon=True
+            target=main, args=(self._child_pipe,), name="kvkeep-engine", daemon=True
         )
         self._sending = threading.Lock()
 
@@ -52,7 +63,7 @@ class PipeTransport:
 
 def spawn_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
     """Return a client of an engine in a process; call inside a running event loop."""
-    return MessageClient(PipeTransport(options), progress)
+    return MessageClient(PipeTransport(partial(_main, options)), progress)
 
 
 def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:
@@ -64,18 +75,29 @@ def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:
 
 
 def _main(options: EngineOptions, pipe: Connection) -> None:
-    """Run the loop; ends when the parent stops it or goes away."""
-    from kvkeep.engine import loop  # noqa: PLC0415 - torch loads in this process alone
-    from kvkeep.engine.build import build_core  # noqa: PLC0415
-    from kvkeep.engine.sealers import mode_of  # noqa: PLC0415
-    from kvkeep.shield.secret import forbid_dumps  # noqa: PLC0415
+    """Run an engine alone; ends when the parent stops it or goes away."""
+    from kvkeep.engine.build import build_core  # noqa: PLC0415 - torch loads in this process alone
 
-    if mode_of(options) != "off" and not options.keys.dumps:
+    run_loop(options, pipe, lambda reply: build_core(options, reply))
+
+
+def run_loop(
+    options: EngineOptions,
+    pipe: Connection,
+    build: Callable[[m.Sink], EngineCore],
+    beside: Callable[[m.Inbox], Beside] | None = None,
+) -> None:
+    """Run the loop over a pipe; `beside` makes what works on its thread, given its queue."""
+    from kvkeep.engine import loop  # noqa: PLC0415 - torch loads in this process alone
+
+    secret = mode_of(options) != "off" or is_sealed(Path(options.model).expanduser())
+    if secret and not options.keys.dumps:
         forbid_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's to handle
     inbox: m.Inbox = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()
-    loop.run(lambda reply: build_core(options, reply), inbox, lambda r: _reply(pipe, r))
+    companion = None if beside is None else beside(inbox)
+    loop.run(build, inbox, lambda r: _reply(pipe, r), companion)
 
 
 def _read_commands(pipe: Connection, inbox: m.Inbox) -> None:

@@ -13,7 +13,7 @@ import torch
 from kvkeep.attention.planner import AttentionPlanner
 from kvkeep.cache.packing import Packing
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.tiers import PageListener
+from kvkeep.cache.tiers import ClosedPage, PageListener
 from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
@@ -119,9 +119,14 @@ class ModelRunner:
         )
         logits = parts.model.forward(ids_there, positions_there, kv, rows_there)
         model_s = time.perf_counter() - begun
-        self._evicted.take(step.geometry)
+        asked = [
+            segment
+            for segment, item in zip(step.geometry.segments, work, strict=True)
+            if not item.sequence.request.is_probe
+        ]
+        self._evicted.take(asked)
         kv.finish()
-        self._evicted.decided(step.geometry)
+        self._evicted.decided(asked)
         for item in work:
             item.view.length = max(item.view.length, item.start + item.count)
         self._staging.drop_encoded(step.geometry)
@@ -174,7 +179,8 @@ class ModelRunner:
                 () if item.shadow else range(view.length // PAGE_TOKENS, end // PAGE_TOKENS)
             ):
                 slot, written = int(view.slots[page]), int(staged[page - staged_from])
-                closing.append(Closing(slot, written if written != slot else -1, page, view))
+                closed = ClosedPage(request.spec.id, view, page, slot)
+                closing.append(Closing(closed, written if written != slot else -1))
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,

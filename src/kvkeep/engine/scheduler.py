@@ -214,10 +214,9 @@ class Scheduler:
         request, tokens = sequence.request, sequence.tokens.ids()
         manager, spec = self._caches.of(request.codec), request.spec
         if sequence.fetch is not None:
-            if not sequence.fetch.done:
+            if not sequence.fetch.done or request.awaits:
                 return False
-            manager.end_fetch(sequence.fetch)
-            sequence.fetch = None
+            self._end_fetch(sequence)
         if not alone and not self._shadows.fits(sequence):
             return False
         match = manager.match(
@@ -228,11 +227,17 @@ class Scheduler:
         if not alone and self._awaited(sequence, match, manager):
             return False
         if match.pending and sequence.status is Status.WAITING:
+            if not alone and not manager.has_room(match, len(tokens)):
+                return False  # what were fetched for half of it now would be computed later
             sequence.fetch = manager.begin_fetch(match, tokens)
             if sequence.fetch is not None:
                 sequence.status = Status.WAITING_FETCH
                 return False
-        view = manager.open_view(match, len(tokens), answer_tokens=spec.params.max_tokens)
+        if request.awaits:
+            return False
+        view = manager.open_view(
+            match, len(tokens), answer_tokens=spec.params.max_tokens, heard_of=not request.is_probe
+        )
         try:
             manager.extend(view, len(tokens) - view.length)
         except CapacityError:
@@ -288,7 +293,7 @@ class Scheduler:
         self._shadows.drop_served(tenant.running)
         work = []
         for sequence in list(tenant.running):
-            if sequence.status is not Status.RUNNING or _prefills(sequence):
+            if sequence.status is not Status.RUNNING or sequence.prefills():
                 continue
             if self._make_room(tenant, sequence):
                 work.append(Work(sequence, sequence.next_position(), 1))
@@ -304,6 +309,11 @@ class Scheduler:
             except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
+                    # Pages for those who wait make way for who runs, and come again later.
+                    if fetching := [one for one in tenant.waiting if self._end_fetch(one)]:
+                        for one in fetching:
+                            one.status = Status.WAITING
+                        continue
                     self._exhausted(sequence)
                     return False
                 self._preempt(tenant, victim)
@@ -331,10 +341,15 @@ class Scheduler:
         victim.status = Status.WAITING
         tenant.waiting.appendleft(victim)
 
+    def _end_fetch(self, sequence: Sequence) -> bool:
+        """Hold pages on their way up no longer; False where there are none."""
+        fetch, sequence.fetch = sequence.fetch, None
+        if fetch is not None:
+            self._caches.of(sequence.request.codec).end_fetch(fetch)
+        return fetch is not None
+
     def _release(self, sequence: Sequence) -> None:
-        if sequence.fetch is not None:
-            self._caches.of(sequence.request.codec).end_fetch(sequence.fetch)
-            sequence.fetch = None
+        self._end_fetch(sequence)
         self._shadows.drop(sequence)
         if sequence.view is not None:
             self._keeper.forget(sequence.view)
@@ -347,7 +362,7 @@ class Scheduler:
         for sequence in tenant.running:
             begin = planned.get(Lane(sequence), sequence.next_position())
             left = begin < len(sequence.tokens) and sequence.to_edge(begin)
-            if left and (Lane(sequence) in planned or _prefills(sequence)):
+            if left and (Lane(sequence) in planned or sequence.prefills()):
                 return self._piece(sequence, planned)
         return None
 
@@ -383,14 +398,3 @@ class Scheduler:
 
 def _cost(chunk: tuple[Lane, int] | None) -> int | None:
     return None if chunk is None else chunk[1]
-
-
-def _prefills(sequence: Sequence) -> bool:
-    """Tell whether a sequence waits its turn for the prefill, its own or its shadow's.
-
-    One that the snapshot has brought to its last row does too, and one whose last row is held back:
-    what others sent changes when a tenant's requests are answered, but not in which order.
-    """
-    waits = sequence.hidden_hit or sequence.opens_s is not None
-    behind = sequence.shadow_position() < len(sequence.tokens) - 1
-    return behind or sequence.remaining() > 1 or (waits and not sequence.generated)

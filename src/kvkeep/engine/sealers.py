@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
-from kvkeep.errors import ConfigError
-from kvkeep.sealing import PageSealer
+from kvkeep.errors import ConfigError, KeysUnavailable, SealError
+from kvkeep.models.checkpoint import open_checkpoint
+from kvkeep.sealing import KeyState, PageSealer
+from kvkeep.shield import envelope
+from kvkeep.shield.attestation import can_attest
 from kvkeep.shield.cipher import FrameSealer
-from kvkeep.shield.keys import KeyClient
+from kvkeep.shield.folder import Body, Unwrap, seal_folder
+from kvkeep.shield.keeper import MODEL_SLOTS
+from kvkeep.shield.keys import KeyClient, unwrap_model
 from kvkeep.shield.keystore import refuse_inside
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.shield.providers.local import make_key_file
-from kvkeep.shield.providers.provider import CAVEATS, ProviderSpec, parse_spec
+from kvkeep.shield.providers.make import make_provider
+from kvkeep.shield.providers.provider import CAVEATS, FORMS, ProviderSpec, parse_spec
+from kvkeep.shield.secret import SecretRegion
 
 DEFAULT_STORE = "kvkeep-sealing.json"
 
@@ -28,6 +35,8 @@ class Sealing:
 
     sealer: PageSealer
     close: Callable[[], None]
+    keys: Callable[[], KeyState | None]
+    """How the keys stand; None: nothing is sealed."""
 
 
 def mode_of(options: EngineOptions) -> ShieldName:
@@ -42,10 +51,10 @@ def sealing_of(options: EngineOptions, folders: Iterable[Path] = ()) -> Sealing:
     or provider can't be used.
     """
     if mode_of(options) == "off":
-        return Sealing(PlainSealer(), lambda: None)
+        return Sealing(PlainSealer(), lambda: None, lambda: None)
     keys = key_client(options.keys, folders)
     keys.start()
-    return Sealing(FrameSealer(keys), keys.close)
+    return Sealing(FrameSealer(keys), keys.close, lambda: keys.state)
 
 
 def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:
@@ -65,11 +74,93 @@ def provider_of(options: KeyOptions) -> ProviderSpec:
     """
     if options.provider is not None:
         return parse_spec(options.provider)
-    store = Path(options.store or DEFAULT_STORE).absolute()
-    path = store.with_name(f"{store.name}.kek")
-    if not path.exists() and not store.exists():
+    path = _own_key_file(options)
+    if not path.exists() and not Path(options.store or DEFAULT_STORE).exists():
         make_key_file(path)
     return ProviderSpec("file", (str(path),))
+
+
+def _own_key_file(options: KeyOptions) -> Path:
+    """Return the key file that is used where no provider is named."""
+    store = Path(options.store or DEFAULT_STORE).absolute()
+    return store.with_name(f"{store.name}.kek")
+
+
+def require_attested(options: KeyOptions) -> None:
+    """Raise `ConfigError` where keys are not released against attestation, or it can't be had."""
+    spec = parse_spec(options.provider) if options.provider else None
+    if spec is None or spec.kind != "attested":
+        raise ConfigError(
+            "shield: tee needs keys that an attested machine alone is given;"
+            f" set shield_keys to {FORMS['attested']}"
+        )
+    if not can_attest(spec.parts[2] if len(spec.parts) > 2 else None):
+        raise ConfigError(
+            "shield: tee: this machine gives no attestation reports; use seal, or see"
+            " `kvkeep doctor`"
+        )
+
+
+def key_state(options: KeyOptions) -> str:
+    """Return whether keys could be had now; starts a key process where there is a store."""
+    store = Path(options.store or DEFAULT_STORE)
+    if not store.exists():
+        return f"no {store} yet; the first start with a tier makes it"
+    keys = key_client(options)
+    try:
+        status = keys.start()
+    except ConfigError as error:
+        return f"NONE: {error}"
+    finally:
+        keys.close()
+    return f"of {status.owners} owners, wrapped by {status.provider}, in {status.key_memory} memory"
+
+
+def unwrap_of(options: KeyOptions) -> Unwrap:
+    """Return what asks a key process for a sealed checkpoint's key."""
+
+    def unwrap(body: Body) -> memoryview:
+        if options.provider is None and not _own_key_file(options).exists():
+            raise ConfigError(
+                f"shield_keys: the model is sealed by a key of {body.provider}; name its provider"
+            )
+        spec = provider_of(options)
+        try:
+            return unwrap_model(str(spec), body.model_id, body.wrapped)
+        except KeysUnavailable as error:
+            raise ConfigError(
+                f"shield_keys: {spec.kind} can't be used now: {error}; see that it answers"
+            ) from None
+        except SealError:
+            raise ConfigError(
+                f"shield_keys: {spec.kind} does not open the model's key; name the provider"
+                f" ({body.provider}) and key that sealed it"
+            ) from None
+
+    return unwrap
+
+
+def seal_model(options: KeyOptions, source: Path, target: Path) -> Body:
+    """Write a checkpoint to a new folder with its weights sealed; raises `ConfigError`.
+
+    The provider's key comes to this process, which should forbid dumps of itself first.
+    """
+    names = [file.name for file in open_checkpoint(source).files]
+    spec = provider_of(options)
+    region = SecretRegion(MODEL_SLOTS)
+    try:
+        provider = make_provider(spec, region)
+
+        def wrap(key: memoryview, model_id: str) -> bytes:
+            return provider.wrap(key, envelope.model_label(model_id))
+
+        return seal_folder(source, target, names, wrap, spec.kind)
+    except KeysUnavailable as error:
+        raise ConfigError(f"shield_keys: {spec.kind} can't be used now: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"out: can't write {target}: {error.strerror}; name a new one") from None
+    finally:
+        region.close()
 
 
 def shred_in(options: KeyOptions, tenant: str) -> bytes:

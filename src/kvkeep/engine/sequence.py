@@ -68,6 +68,8 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int | None = None
     """Prompt tokens found among its own and pinned pages when it was first admitted."""
+    awaits: bool = False
+    """Whether its first token is still to come from another engine."""
     codec: str = "float"
     """What stores its pages; fixed once, when it is first admitted."""
     settled: bool = False
@@ -85,6 +87,11 @@ class Request:
     first_token_s: float | None = None
     held: Held | None = None
     """Where its chunks wait, if only the best sequences are told."""
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether a guard asks, and not its tenant: then nobody counts or hears of it."""
+        return bool(self.planted)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,3 +154,14 @@ class Sequence:
         """Return the first position its shadow has to compute, or the last token's."""
         last = len(self.tokens) - 1
         return last if self.shadow is None else min(self.shadow.length, last)
+
+    def prefills(self) -> bool:
+        """Tell whether it waits its turn for the prefill, its own or its shadow's.
+
+        One that the snapshot has brought to its last row does too, and one whose last row is held
+        back: what others sent changes when a tenant's requests are answered, but not in which
+        order.
+        """
+        waits = self.hidden_hit or self.opens_s is not None
+        behind = self.shadow_position() < len(self.tokens) - 1
+        return behind or self.remaining() > 1 or (waits and not self.generated)

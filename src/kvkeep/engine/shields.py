@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Final, get_args
 
 from kvkeep.engine.options import EngineOptions, ShieldName
+from kvkeep.engine.sealers import require_attested
 from kvkeep.errors import ConfigError
 from kvkeep.shield.drbg import KEY_BYTES
 from kvkeep.shield.policy import NoShield, Shield
 from kvkeep.shield.transform import LinearShield
 
-_MODES: Final = "use off, seal, perm, orth or mask"
+_MODES: Final = "use off, seal, perm, orth, mask or tee"
 
 
 def shield_of(options: EngineOptions) -> Shield:
@@ -23,8 +24,10 @@ def shield_of(options: EngineOptions) -> Shield:
     match options.shield:
         case "perm" | "orth" | "mask" as mode:
             return LinearShield(mode, key_of(options.transform_key), options.transform_epoch)
-        case "tile" | "tee" as other:
-            raise ConfigError(f"shield: {other!r} is not there yet; {_MODES}")
+        case "tile":
+            raise ConfigError(f"shield: 'tile' is not there: the index keeps tokens; {_MODES}")
+        case "tee":
+            require_attested(options.keys)
         case name if name is not None and name not in get_args(ShieldName):
             raise ConfigError(f"shield: {name!r} is no mode; {_MODES}")
     if options.transform_key is not None:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kvkeep.engine.api import FinishReason, Histogram
+from kvkeep.engine.sequence import Request
 
 TTFT_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 TPOT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -59,3 +60,11 @@ class EngineCounters:
     tpot: Observations = field(default_factory=lambda: Observations(TPOT_BOUNDS_S))
     e2e: Observations = field(default_factory=lambda: Observations(E2E_BOUNDS_S))
     step: Observations = field(default_factory=lambda: Observations(STEP_BOUNDS_S))
+
+    def begin(self, request: Request, now: float) -> None:
+        """Count a request's first token."""
+        self.ttft.add(now - request.arrived_s)
+        self.chosen[request.codec] += 1
+        self.cache_queries += len(request.spec.prompt_ids)
+        self.cache_hits += request.saved_tokens
+        self.saved_tokens += request.saved_tokens - (request.cached_tokens or 0)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.calibration import HeadRule
-from kvkeep.eviction.policy import empty_state, positions
+from kvkeep.eviction.policy import Look, empty_state, positions
 from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, PageSpec, UInt64Array
 from kvkeep.watch import EvictState, Spans, Watch
 
@@ -168,12 +168,16 @@ class Corm:
             return np.full((1, 1), np.inf, np.float32)
         return (self._log2_weights - (math.log2(seen) + _SLACK)).astype(np.float32)
 
-    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+    def observe(self, state: EvictState, layer: int, looks: Int32Array | Look) -> None:
         """Raise the layer's stamps [P, Hkv, S]."""
-        pages = len(stamps)
+        pages = len(looks.hits if isinstance(looks, Look) else looks)
         self._cover(state, pages)
-        own = state.last_hit[layer, :pages]
-        np.maximum(own, spread_over(stamps, self.options.spread), out=own)
+        own, spread = state.last_hit[layer, :pages], self.options.spread
+        if isinstance(looks, Look):
+            at, flat = tokens_of(bits_over(looks.hits, spread)), own.reshape(-1)
+            flat[at] = np.maximum(flat[at], looks.position)
+        else:
+            np.maximum(own, spread_over(looks, spread), out=own)
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
         """Return the masks after the row at `position`; what is dropped once stays so."""
@@ -241,6 +245,24 @@ def spread_over(stamps: Int32Array, count: int) -> Int32Array:
     for ahead in range(1, min(count, flat.shape[1] - 1) + 1):
         np.maximum(found[:, ahead:], flat[:, :-ahead], out=found[:, ahead:])
     return np.ascontiguousarray(found.reshape(heads, pages, rows).transpose(1, 0, 2))
+
+
+def bits_over(hits: UInt64Array, count: int) -> UInt64Array:
+    """Return [P, Hkv] the bits of each token and so many before it, as `spread_over` of stamps."""
+    found, done = hits, 0
+    while done < count:
+        ahead = min(done + 1, count - done)
+        over = found >> np.uint64(PAGE_TOKENS - ahead)
+        found = found | (found << np.uint64(ahead))
+        found[1:] |= over[:-1]
+        done += ahead
+    return found
+
+
+def tokens_of(hits: UInt64Array) -> NDArray[np.int64]:
+    """Return where the bits of [P, Hkv] are set, counted over [P, Hkv, S]."""
+    bits = np.unpackbits(hits.ravel().view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits.view(np.bool_))
 
 
 def unpack(masks: UInt64Array, shape: tuple[int, ...]) -> Bools:

@@ -17,6 +17,9 @@ WORTH: Final = 0.75
 tiles put together anew if so much of them is.
 """
 
+WORTH_PLAIN: Final = 0.9
+"""The same of tiles in the model's dtype, which lose nothing by it."""
+
 WRITTEN: Final = -1
 """Of a tile: its tokens are put together."""
 ABSENT: Final = -2
@@ -67,8 +70,7 @@ def arrangement(view: View, window_tokens: int | None) -> Arrangement | None:
     """Return how a view may be packed now; None where nothing may, or where it would not pay.
 
     Of coded pages, in blocks of `window_tokens`, those whose block has ended. Tokens stand densely,
-    in order; where putting them together means coding them again, a later packing only appends, as
-    long as that takes hardly more.
+    in order; a later packing only appends, as long as that takes hardly more.
     """
     state = view.evict
     if state is None or state.watch.recent is None or not state.masks.size:
@@ -86,8 +88,8 @@ def arrangement(view: View, window_tokens: int | None) -> Arrangement | None:
     need = -(-live.sum((2, 3)) // PAGE_TOKENS)
     if not own and need.sum() > WORTH * live[..., 0].size:
         return None
-    kept = own if window_tokens is not None else 0
-    by_head = [_arranged(live[at], kept) for at in np.ndindex(layers, heads)]
+    worth = WORTH_PLAIN if window_tokens is None else WORTH
+    by_head = [_arranged(live[at], own, worth) for at in np.ndindex(layers, heads)]
     most = max(len(tiles) for tiles in by_head)
     source = np.full((layers * heads, most, PAGE_TOKENS), -1, np.int64)
     for at, tiles in enumerate(by_head):
@@ -98,10 +100,10 @@ def arrangement(view: View, window_tokens: int | None) -> Arrangement | None:
     return Arrangement(end, entries, source, stays, view.packed is None)
 
 
-def _arranged(live: Bools, own: int) -> Int64Array:
+def _arranged(live: Bools, own: int, worth: float) -> Int64Array:
     """Return the tokens [n, S] of one head's tiles, for live ones [tiles, S] of old ones.
 
-    The first `own` are better left as they are.
+    The first `own` are better left as they are, if more than so much of them is needed.
     """
     index = np.arange(live.size).reshape(live.shape)
     dense = _dense(index[live])
@@ -112,7 +114,7 @@ def _arranged(live: Bools, own: int) -> Int64Array:
     loose = _dense(index[moved][live[moved]])
     left = np.where(live[left], index[left], -1)
     apart = np.concatenate([left, loose])
-    return dense if not own or len(dense) <= WORTH * len(apart) else apart
+    return dense if not own or len(dense) <= worth * len(apart) else apart
 
 
 def _dense(tokens: Int64Array) -> Int64Array:

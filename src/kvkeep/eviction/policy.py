@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, PageSpec, UInt64Array
 from kvkeep.watch import EvictState, Spans, Watch
+
+
+class Look(NamedTuple):
+    """What a view's only observed row of a step looked at, in one layer."""
+
+    position: int
+    hits: UInt64Array
+    """[P, Hkv] a bit per token."""
 
 
 class Evictor(Protocol):
@@ -25,8 +33,12 @@ class Evictor(Protocol):
     def thresholds(self, state: EvictState, position: int) -> FloatArray:
         """Return [L or 1, Hkv or 1] log2 of the weight that makes a hit; +inf: unobserved."""
 
-    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
-        """Take in stamps [P, Hkv, S] of one layer: who looked last at each token, -1 for nobody."""
+    def observe(self, state: EvictState, layer: int, looks: Int32Array | Look) -> None:
+        """Take in one layer's looks.
+
+        Of several rows as stamps [P, Hkv, S]: the last position that looked at each token, -1
+        where none did.
+        """
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:
         """Return live masks [P, L, Hkv]; an empty array keeps everything."""
@@ -46,7 +58,7 @@ class KeepAll:
         """No query is observed."""
         return np.full((1, 1), np.inf, np.float32)
 
-    def observe(self, state: EvictState, layer: int, stamps: Int32Array) -> None:
+    def observe(self, state: EvictState, layer: int, looks: Int32Array | Look) -> None:
         """Nothing is remembered."""
 
     def keep(self, state: EvictState, position: int) -> UInt64Array:

@@ -20,6 +20,7 @@ from torch.nn.functional import max_pool1d, pad
 
 from kvkeep.engine.backend import choose
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import unwrap_of
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.calibration import HeadRule
 from kvkeep.eviction.corm import CormOptions
@@ -101,7 +102,13 @@ def calibrate(
     threads = options.threads or len(os.sched_getaffinity(0))
     backend = choose(options, threads)
     path = hub.resolve(options.model, allow_download=options.allow_download)
-    model = loader.load(path, dtype=options.dtype, ops=backend.ops, weights=options.weights)
+    model = loader.load(
+        path,
+        dtype=options.dtype,
+        ops=backend.ops,
+        weights=options.weights,
+        unwrap=unwrap_of(options.keys),
+    )
     return measure(model, pieces, most_lost, preset, progress)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvkeep.errors import CheckpointError, UnsupportedModel
-from kvkeep.models.checkpoint import Json, open_checkpoint
+from kvkeep.models.checkpoint import Json, open_checkpoint, read_json
+from kvkeep.models.shards import check_sealed
+from kvkeep.shield.folder import is_sealed
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -58,14 +60,25 @@ def check_directory(path: Path) -> str:
     Reads the config and the weight files' headers alone: what only the model's code can tell, such
     as shapes, is left to the loader.
     """
+    family = _check_sealed(path) if is_sealed(path) else _check_open(path)
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path} has no tokenizer.json; no other tokenizer is supported")
+    return family
+
+
+def _check_open(path: Path) -> str:
     checkpoint = open_checkpoint(path)
     family = check_config(checkpoint.config)
     for name in _needed(checkpoint.config, family):
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{path} lacks tensor {name}, which config.json calls for")
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path} has no tokenizer.json; no other tokenizer is supported")
     return family
+
+
+def _check_sealed(path: Path) -> str:
+    """Return the family that a sealed checkpoint says it is of; its weights stay shut."""
+    check_sealed(path)
+    return check_config(read_json(path / "config.json"))
 
 
 def check_config(config: Json) -> str:

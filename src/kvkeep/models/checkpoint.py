@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvkeep.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from kvkeep.models.shards import PlainShard, Shard, open_shards
+from kvkeep.shield.folder import Unwrap, is_sealed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -31,6 +32,8 @@ class StoredTensor(NamedTuple):
     dtype: str
     """Safetensors' name: F32, BF16 or F16."""
     shape: tuple[int, ...]
+    begin: int
+    """Of its bytes in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +44,33 @@ class Checkpoint:
     config: Json
     generation: Json
     """generation_config.json; empty where there is none."""
-    files: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the weight files; those of a sealed checkpoint as they were named before."""
+        return tuple(shard.file for shard in self.shards)
 
     def digest(self) -> bytes:
         """Return 32 bytes over config.json and every byte of the weight files."""
-        files = (self.path / "config.json", *self.files)
-        spans = [span for file in files for span in _spans(file)]
+        files = (PlainShard(self.path / "config.json"), *self.shards)
+        spans = [span for shard in files for span in _spans(shard)]
         with ThreadPoolExecutor(max_workers=2) as pool:
             parts = list(pool.map(_hash_span, spans))
         root = hashlib.sha256(b"kvkeep-model")
-        for (file, begin, size), part in zip(spans, parts, strict=True):
-            name = file.name.encode()
+        for (shard, begin, size), part in zip(spans, parts, strict=True):
+            name = shard.file.name.encode()
             root.update(len(name).to_bytes(4, "little") + name)
             root.update(begin.to_bytes(8, "little") + size.to_bytes(8, "little") + part)
         return root.digest()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a directory's config and headers; raises `ModelError` for what is wrong with them."""
+def open_checkpoint(path: Path, unwrap: Unwrap | None = None) -> Checkpoint:
+    """Read a directory's config and headers; raises `ModelError` for what is wrong with them.
+
+    `unwrap` gives the key of a sealed one, and raises what it will where there is none.
+    """
     if not path.is_dir():
         raise ModelNotFound(f"{path} is not a directory; give a checkpoint directory or a hub id")
     if not (path / "config.json").is_file():
@@ -67,15 +78,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     generation_file = path / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
-    files = tuple(_weight_files(path))
+    shards = _shards(path, unwrap)
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in _read_header(file):
+    for shard in shards:
+        for name, tensor in _read_header(shard):
             if name in tensors:
-                raise CheckpointError(f"tensor {name} is both in {tensors[name].file} and {file}")
+                first = tensors[name].file
+                raise CheckpointError(f"tensor {name} is both in {first} and {shard.file}")
             tensors[name] = tensor
     _check_index(path, tensors)
-    return Checkpoint(path, config, generation, files, tensors)
+    return Checkpoint(path, config, generation, shards, tensors)
 
 
 def read_json(file: Path) -> Json:
@@ -87,6 +99,14 @@ def read_json(file: Path) -> Json:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return value
+
+
+def _shards(path: Path, unwrap: Unwrap | None) -> tuple[Shard, ...]:
+    if not is_sealed(path):
+        return tuple(PlainShard(file) for file in _weight_files(path))
+    if unwrap is None:
+        raise CheckpointError(f"{path} is sealed; only an engine that has its key opens it")
+    return open_shards(path, unwrap)
 
 
 def _weight_files(path: Path) -> Iterator[Path]:
@@ -121,28 +141,27 @@ def _check_index(path: Path, tensors: dict[str, StoredTensor]) -> None:
             raise CheckpointError(f"{path / INDEX_NAME} says {name} is in {file}; it is not")
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the file's tensors after checking that header and data fit its size."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{file} is truncated or not safetensors: its header is cut off")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as err:
-            raise CheckpointError(f"{file} is not safetensors: its header is malformed") from err
+    file, size = shard.file, shard.size()
+    length = int.from_bytes(shard.read(0, 8), "little") if size >= 8 else size
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(f"{file} is truncated or not safetensors: its header is cut off")
+    try:
+        header = json.loads(bytes(shard.read(8, length)))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as err:
+        raise CheckpointError(f"{file} is not safetensors: its header is malformed") from err
     if size != 8 + length + end:
         raise CheckpointError(
             f"{file} is truncated: {size} bytes, its header says {8 + length + end}"
         )
     for name, entry in entries.items():
-        yield name, _stored(file, name, entry)
+        yield name, _stored(file, name, entry, 8 + length)
 
 
-def _stored(file: Path, name: str, entry: Json) -> StoredTensor:
+def _stored(file: Path, name: str, entry: Json, data_at: int) -> StoredTensor:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
@@ -152,16 +171,15 @@ def _stored(file: Path, name: str, entry: Json) -> StoredTensor:
         raise UnsupportedModel(f"tensor {name} has dtype {dtype}; supported are F32, BF16 and F16")
     if begin < 0 or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise CheckpointError(f"{file} is not safetensors: {name} has {end - begin} bytes")
-    return StoredTensor(file, dtype, shape)
+    return StoredTensor(file, dtype, shape, data_at + begin)
 
 
-def _spans(file: Path) -> Iterator[tuple[Path, int, int]]:
-    size = file.stat().st_size
+def _spans(shard: Shard) -> Iterator[tuple[Shard, int, int]]:
+    size = shard.size()
     for begin in range(0, max(size, 1), DIGEST_CHUNK_BYTES):
-        yield file, begin, min(DIGEST_CHUNK_BYTES, size - begin)
+        yield shard, begin, min(DIGEST_CHUNK_BYTES, size - begin)
 
 
-def _hash_span(span: tuple[Path, int, int]) -> bytes:
-    file, begin, size = span
-    with file.open("rb") as stream:
-        return hashlib.sha256(os.pread(stream.fileno(), size, begin)).digest()
+def _hash_span(span: tuple[Shard, int, int]) -> bytes:
+    shard, begin, size = span
+    return hashlib.sha256(shard.read(begin, size)).digest()

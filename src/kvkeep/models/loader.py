@@ -28,8 +28,10 @@ from kvkeep.models.graft import (
 from kvkeep.models.host import HostedModel
 from kvkeep.models.leaf import Packing
 from kvkeep.models.memory import check_fits, free_on
+from kvkeep.models.shards import PlainShard, Shard
 from kvkeep.models.spec import ModelSpec
 from kvkeep.ops.layout import Heads, Ops, WeightFold
+from kvkeep.shield.folder import Unwrap
 
 DtypeName = Literal["auto", "bfloat16", "float32"]
 WeightFormat = Literal["float", "int8"]
@@ -53,12 +55,14 @@ def load(
     weights: WeightFormat = "float",
     folds: FoldsOf = lambda _: (),
     progress: Progress | None = None,
+    unwrap: Unwrap | None = None,
 ) -> HostedModel:
     """Return the hosted model of a checkpoint directory; raises `ModelError` with one sentence.
 
-    `folds` is asked once, what changes of weights a model with such heads is to be loaded with.
+    `folds` is asked once, what changes of weights a model with such heads is to be loaded with;
+    `unwrap` for the key of a sealed checkpoint.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, unwrap)
     check_config(checkpoint.config)
     model_dtype = _choose_dtype(checkpoint, dtype)
     config = read_config(path)
@@ -164,13 +168,27 @@ def _put(
 
 
 def _stream(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    for file in checkpoint.files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} can't be read: {error}") from error
+    for shard in checkpoint.shards:
+        yield from _mapped(shard) if isinstance(shard, PlainShard) else _read(shard, checkpoint)
+
+
+def _mapped(shard: PlainShard) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(shard.file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - a handle, no mapping
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard.file} can't be read: {error}") from error
+
+
+def _read(shard: Shard, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield a sealed file's tensors, each opened into memory of its own."""
+    for name, stored in checkpoint.tensors.items():
+        if stored.file == shard.file:
+            raw = shard.read(stored.begin, _stored_bytes(checkpoint, name))
+            dtype = getattr(torch, STORED_DTYPES[stored.dtype])
+            flat = torch.frombuffer(raw, dtype=dtype) if len(raw) else torch.empty(0, dtype=dtype)
+            yield name, flat.reshape(stored.shape)
 
 
 def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:

@@ -123,6 +123,9 @@ def _tiers(uses: tuple[TierUse, ...], model: str) -> Iterator[Family]:
         (m.TIER_PAGES, [(u.tier, u.pages) for u in uses]),
         (m.TIER_HITS, [(u.tier, u.hits) for u in uses]),
         (m.TIER_MISSES, [(u.tier, u.misses) for u in uses]),
+        (m.TIER_KEYS, [(u.tier, u.keys.answering) for u in uses if u.keys is not None]),
+        (m.TIER_FREE, [(u.tier, u.room.free_bytes) for u in uses if u.room is not None]),
+        (m.TIER_RENEWED, [(u.tier, u.renewed) for u in uses]),
         (m.TIER_DROPS, [drop for u in uses for drop in u.drops]),
         (m.TIER_ERRORS, [error for u in uses for error in u.errors]),
     ):

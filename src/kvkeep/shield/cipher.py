@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,7 +22,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from kvkeep.errors import SealError
-from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext
+from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, Opened, SealContext
 from kvkeep.shield.frame import (
     PAGE_ID_BYTES,
     FramePlan,
@@ -49,6 +49,8 @@ class PageKey:
     epoch: int
     material: memoryview
     """[64] key and commitment, writable."""
+    newest: int = 0
+    """The owner's newest epoch, as far as the one who granted it knows."""
 
     @property
     def key(self) -> memoryview:
@@ -100,19 +102,20 @@ class FrameSealer:
         return _keyed(key, b"kvs1|page" + context.associated_data(), NAME_BYTES)
 
     def shelf_of(self, owner: str) -> bytes | None:
-        """Return what stands for the owner, whatever becomes of its keys.
-
-        Whoever files an owner soon names its pages, so its name key is asked for ahead.
-        """
-        self._keys.name_key(owner)
-        return _keyed(self._keys.shelf_key(), b"kvs1|shelf" + owner.encode(), SHELF_BYTES)
+        """Return what stands for the owner, whatever becomes of its keys."""
+        key = self._keys.shelf_key()
+        return None if key is None else shelf_under(key, owner)
 
     def frame_bytes(self, layer_bytes: Sequence[int]) -> int:
         """Return the length of every frame of such pages."""
         return _planned(tuple(layer_bytes)).frame_bytes
 
     def seal(
-        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+        self,
+        context: SealContext,
+        page: bytes | memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
     ) -> memoryview:
         """Return the page as a frame under a key of its own."""
         plan = _planned(tuple(layer_bytes))
@@ -126,7 +129,8 @@ class FrameSealer:
         finally:
             key.wipe()
         bound = _bound(header, context, plan)
-        plain, frame = memoryview(page), np.empty(plan.frame_bytes, np.uint8).data
+        plain = memoryview(page)
+        frame = np.empty(plan.frame_bytes, np.uint8).data if into is None else into
         header.write(frame)
         encrypt_into = cipher.encrypt_into
         for nonce, place, at, sealed_at, _ in plan.slices:
@@ -135,8 +139,12 @@ class FrameSealer:
         return frame
 
     def open(
-        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[memoryview]:
+        self,
+        context: SealContext,
+        frame: memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
+    ) -> Opened:
         """Yield the page's layers, each once its tags held."""
         plan = _planned(tuple(layer_bytes))
         header = self._header(frame, plan)
@@ -147,7 +155,7 @@ class FrameSealer:
         finally:
             key.wipe()
         bound = _bound(header, context, plan)
-        plain = np.empty(plan.plain_bytes, np.uint8).data
+        plain = np.empty(plan.plain_bytes, np.uint8).data if into is None else into
         unproven = 0
         decrypt_into = cipher.decrypt_into
         for nonce, place, at, sealed_at, layers in plan.slices:
@@ -162,6 +170,7 @@ class FrameSealer:
                 for layer in layers:
                     yield plain[layer]
         self._count("opened")
+        return key.newest > header.epoch
 
     def _header(self, frame: memoryview, plan: FramePlan) -> Header:
         try:
@@ -197,6 +206,11 @@ def suite_of(cpu_info: Path) -> Suite:
 
 def _cipher(suite: Suite, key: memoryview) -> Cipher:
     return AESGCM(key) if suite is Suite.AES_256_GCM else ChaCha20Poly1305(key)
+
+
+def shelf_under(key: bytes, owner: str) -> bytes:
+    """Return what an owner's pages are filed under by a store's shelf key."""
+    return hmac.digest(key, b"kvs1|shelf" + owner.encode(), "sha256")[:SHELF_BYTES]
 
 
 def _keyed(key: bytes | None, what: bytes, size: int) -> bytes | None:

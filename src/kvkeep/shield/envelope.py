@@ -66,6 +66,11 @@ def epoch_label(owner: str, key_id: str, epoch: int) -> bytes:
     return label_of("dek", owner, key_id, epoch)
 
 
+def model_label(model_id: str) -> bytes:
+    """Return what a wrapped model key is bound to: never a root's label, nor any other's."""
+    return label_of("model", model_id)
+
+
 def wrap(key: Secret, inner: Secret, label: bytes) -> bytes:
     """Return `inner` [32] wrapped under `key` [32], bound to a label."""
     nonce = os.urandom(NONCE_BYTES)
@@ -88,3 +93,8 @@ def page_material(epoch_key: Secret, page_id: bytes, generation: int) -> bytes:
     """Return a page's key [32] and its commitment [32]: HKDF-Expand-SHA256 of the epoch's key."""
     info = b"kvs1|page" + page_id + generation.to_bytes(4, "little")
     return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, info).derive(epoch_key)
+
+
+def model_material(model_key: Secret, what: bytes) -> bytes:
+    """Return the key [32] of one part of a sealed checkpoint, and its commitment [32]."""
+    return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, b"kvs1|model|" + what).derive(model_key)

@@ -123,6 +123,13 @@ def read_header(frame: memoryview, plan: FramePlan) -> Header:
     return Header(suite, page_id, epoch, generation, commitment)
 
 
+def epoch_of(raw: bytes) -> int | None:
+    """Return the key epoch that the beginning of a frame names; None where it is no sealed one."""
+    if len(raw) < HEADER_BYTES or not raw.startswith(MAGIC):
+        return None
+    return int(_HEADER.unpack_from(raw)[5])
+
+
 def _parts(layer_bytes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield runs [first, last) of layers: one large layer, or small ones up to a slice's size."""
     first, size = 0, 0

@@ -43,7 +43,7 @@ GUARANTEES: Final = {
     ),
     "tee": Guarantee(
         "as seal, with keys released to an attested machine alone",
-        "physical interposers, the tile in use, when and how much is read",
+        "physical interposers, who is inside that machine, when and how much is read",
         True,
     ),
 }

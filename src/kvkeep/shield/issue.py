@@ -105,6 +105,23 @@ class Issuer:
             put(file.with_owner(owner, msgspec.structs.replace(keys, epochs=epochs)))
         return RESERVED_PAGES
 
+    def retire(self, owner: str, before: int) -> int:
+        """Destroy an owner's keys of the epochs before one, never its newest; returns how many.
+
+        Raises `KeysGone` where the owner has no keys.
+        """
+        with self._store.editing() as put:
+            file = self._store.read()
+            keys = file.owners.get(owner)
+            if keys is None:
+                raise KeysGone("the owner has no keys")
+            newest = last_of(keys).number
+            kept = tuple(e for e in keys.epochs if e.number >= min(before, newest))
+            left = file.with_owner(owner, msgspec.structs.replace(keys, epochs=kept))
+            if len(kept) < len(keys.epochs):
+                self._store.scrub_after(lambda: put(left))
+        return len(keys.epochs) - len(kept)
+
     def renew_root(self, owner: str) -> None:
         """Give an owner a new root, which wraps its keys; pages stay as they are."""
         old, new, inner = self._region.take(), self._region.random(), self._region.take()

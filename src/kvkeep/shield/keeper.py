@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvkeep.errors import KvkeepError
+from kvkeep.shield import envelope
 from kvkeep.shield import wire as w
 from kvkeep.shield.keyring import Keyring
 from kvkeep.shield.opened import OpenedStore, opened
+from kvkeep.shield.providers.make import make_provider
 from kvkeep.shield.providers.provider import parse_spec
-from kvkeep.shield.secret import forbid_dumps
+from kvkeep.shield.secret import SecretRegion, forbid_dumps
+
+MODEL_SLOTS = 8
+"""Of secret memory, where a checkpoint is opened."""
 
 
 class Keeper:
@@ -41,7 +46,8 @@ class Keeper:
                 return w.Granted(key_id, epoch, memoryview(b"".join(made)))
             case w.Known(owner, epoch, pages):
                 key_id, made = self._ring.known(owner, epoch, pages)
-                return w.Granted(key_id, epoch, memoryview(b"".join(made)))
+                newest = self._ring.newest(owner)
+                return w.Granted(key_id, epoch, memoryview(b"".join(made)), newest)
             case w.NameKey(owner):
                 return w.Named(*self._ring.name_key(owner))
             case w.ListOwners():
@@ -69,6 +75,9 @@ class Keeper:
 def serve(channel: socket.socket) -> None:
     """Answer one server until it goes away, or says what can't be read."""
     begin = w.receive_request(channel)
+    if isinstance(begin, w.OpenModel):
+        w.send(channel, _model_key(begin))
+        return
     if not isinstance(begin, w.Begin):
         raise OSError("the first message to the key process must be its beginning")
     try:
@@ -76,6 +85,20 @@ def serve(channel: socket.socket) -> None:
             _answer_all(channel, Keeper(begin, store))
     except KvkeepError as error:
         w.send(channel, w.refusal(error))
+
+
+def _model_key(asked: w.OpenModel) -> w.Reply:
+    """Return the key of a sealed checkpoint: by its label no other key is ever given out."""
+    region = SecretRegion(MODEL_SLOTS)
+    try:
+        provider = make_provider(parse_spec(asked.provider), region)
+        key = region.view(region.take())
+        provider.unwrap(asked.wrapped, envelope.model_label(asked.model_id), key)
+        return w.ModelKey(memoryview(bytes(key)))
+    except Exception as error:  # noqa: BLE001 - the one who asked is told
+        return w.refusal(error)
+    finally:
+        region.close()
 
 
 def _answer_all(channel: socket.socket, keeper: Keeper) -> None:

@@ -123,6 +123,10 @@ class Keyring:
         self.counts.granted += len(made)
         return held.key_id, made
 
+    def newest(self, owner: str) -> int:
+        """Return the newest epoch of an owner that has keys."""
+        return last_of(self._keys_of(owner, make=False)).number
+
     def rotate(self, owner: str) -> int:
         """Begin a new epoch for an owner that has keys; returns its number."""
         keys = self._keys_of(owner, make=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
+from kvkeep.sealing import KeyState
 from kvkeep.shield import wire as w
 from kvkeep.shield.cipher import PageKey
 from kvkeep.shield.issue import EPOCH_S
@@ -61,6 +62,8 @@ class KeyClient:
         self._pause_s = FIRST_PAUSE_S
         self._not_before = float("-inf")
         self._closed = False
+        self._told = ("", "")
+        self._refused = False
         self._names: dict[str, tuple[str, bytes]] = {}
         self._shelf: bytes | None = None
         self._wanted: set[str] = set()
@@ -71,6 +74,14 @@ class KeyClient:
     def pid(self) -> int | None:
         """Return the key process's number; None while there is none."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def state(self) -> KeyState:
+        """Return how the key process stands, as far as is known without asking it."""
+        provider, memory = self._told
+        running = self._channel is not None
+        answering = running and not self._refused
+        return KeyState(provider, memory, running, answering, self.counts.starts)
 
     def start(self) -> w.Status:
         """Start the key process and learn every owner's name key; raises `ConfigError`."""
@@ -142,15 +153,18 @@ class KeyClient:
             reply = self._ask(request, w.Granted)
         except KeysGone:
             self.counts.gone += 1
+            self._refused = False
             self._names.pop(owner, None)
             raise
         except KeysUnavailable:
             self.counts.unavailable += 1
+            self._refused = True
             raise
+        self._refused = False
         name = self._names.get(owner)
         if name is not None and name[0] != reply.key_id:
             self._names.pop(owner, None)
-        return PageKey(reply.epoch, reply.material)
+        return PageKey(reply.epoch, reply.material, reply.newest)
 
     def _ask(self, request: w.Request, kind: type[_R]) -> _R:
         """Return the key process's answer of this kind; a refusal is raised as what it says."""
@@ -183,22 +197,16 @@ class KeyClient:
 
     def _connect(self) -> tuple[socket.socket, w.Status]:
         """Start the process and hand it what it works with; raises `ConfigError`."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - this program's own module
-                [sys.executable, "-P", "-m", "kvkeep.shield.keeper", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
-        ours.settimeout(ANSWER_S)
+        ours, self._process = _spawned()
         self._channel = ours
         self.counts.starts += 1
         reply = self._exchange(ours, self._begin)
         if isinstance(reply, w.Refused):
             self._end()
             raise ConfigError(reply.message)
-        return ours, _of_kind(reply, w.Status)
+        status = _of_kind(reply, w.Status)
+        self._told = (status.provider, status.key_memory)
+        return ours, status
 
     def _end(self) -> None:
         if self._channel is not None:
@@ -229,6 +237,38 @@ class KeyClient:
                 self._learn(owner)
                 if owner not in self._names:
                     time.sleep(FIRST_PAUSE_S)
+
+
+def unwrap_model(provider: str, model_id: str, wrapped: bytes) -> memoryview:
+    """Return the key of a sealed checkpoint, writable: unwrapped by a key process of its own.
+
+    Raises `SealError` where the provider does not open it, `ConfigError` where it can't be used.
+    """
+    channel, process = _spawned()
+    with channel:
+        try:
+            w.send(channel, w.OpenModel(provider, model_id, wrapped))
+            reply = w.receive_reply(channel)
+        except (EOFError, OSError) as error:
+            process.kill()
+            raise KeysUnavailable("the key process died") from error
+        finally:
+            process.wait(ANSWER_S)
+    return _of_kind(reply, w.ModelKey).key
+
+
+def _spawned() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a key process; returns our end of what connects it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - this program's own module
+            [sys.executable, "-P", "-m", "kvkeep.shield.keeper", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+        )
+    ours.settimeout(ANSWER_S)
+    return ours, process
 
 
 def _of_kind(reply: w.Reply, kind: type[_R]) -> _R:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from kvkeep.errors import ConfigError
+from kvkeep.files import sync_folder
 
 FORMAT = 1
 OPEN_TO_OTHERS = 0o077
@@ -209,7 +210,7 @@ class KeyStore:
                 writer.flush()
                 os.fsync(handle)
             sibling.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise ConfigError(f"shield_store: can't write {self.path}: {error.strerror}") from None
 
@@ -225,11 +226,3 @@ def refuse_inside(store: Path, folders: Iterable[Path]) -> None:
                 f"shield_store: {store} lies in the tier's directory {folder};"
                 " put it where backups of that directory don't reach"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

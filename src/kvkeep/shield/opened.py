@@ -33,6 +33,10 @@ class OpenedStore:
         """Begin a new epoch for an owner; returns its number."""
         return Keyring(self.store, self.provider, self.region).rotate(owner)
 
+    def retire(self, owner: str, before: int) -> int:
+        """Destroy an owner's keys of the epochs before one; returns how many."""
+        return Issuer(self.store, self.provider, self.region).retire(owner, before)
+
     def renew_root(self, owner: str) -> None:
         """Give an owner a new root; no page is sealed anew."""
         Issuer(self.store, self.provider, self.region).renew_root(owner)

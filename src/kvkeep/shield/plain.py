@@ -15,7 +15,7 @@ from typing import Final
 import google_crc32c
 
 from kvkeep.errors import SealError
-from kvkeep.sealing import NAME_BYTES, SHELF_BYTES, SealContext
+from kvkeep.sealing import NAME_BYTES, SHELF_BYTES, Opened, SealContext
 
 _DIGEST_BYTES: Final = 32
 _CRC: Final = struct.Struct("<I")
@@ -40,18 +40,30 @@ class PlainSealer:
         return _DIGEST_BYTES + len(layer_bytes) * _CRC.size + sum(layer_bytes)
 
     def seal(
-        self, context: SealContext, page: bytes | memoryview, layer_bytes: Sequence[int]
+        self,
+        context: SealContext,
+        page: bytes | memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
     ) -> memoryview:
         """Return a page's layers behind their checksums."""
         bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
         seed = google_crc32c.value(bound)
         layers = _cut(memoryview(page), layer_bytes)
         sums = (_CRC.pack(google_crc32c.extend(seed, layer)) for layer in layers)
-        return memoryview(b"".join((bound, *sums, page)))
+        frame = memoryview(b"".join((bound, *sums, page)))
+        if into is None:
+            return frame
+        into[:] = frame
+        return into
 
     def open(
-        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[memoryview]:
+        self,
+        context: SealContext,
+        frame: memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
+    ) -> Opened:
         """Yield the layers in order; raises `SealError` where a byte differs."""
         if len(frame) != self.frame_bytes(layer_bytes):
             raise SealError("a frame has another length than its page")
@@ -60,11 +72,16 @@ class PlainSealer:
             raise SealError("a frame is another page's")
         seed = google_crc32c.value(bound)
         page = frame[_DIGEST_BYTES + len(layer_bytes) * _CRC.size :]
+        at = 0
         for layer, data in enumerate(_cut(page, layer_bytes)):
             (crc,) = _CRC.unpack_from(frame, _DIGEST_BYTES + layer * _CRC.size)
             if google_crc32c.extend(seed, data) != crc:
                 raise SealError("a layer of a frame was changed")
-            yield memoryview(data)
+            if into is not None:
+                into[at : at + len(data)] = data
+            yield memoryview(data) if into is None else into[at : at + len(data)]
+            at += len(data)
+        return False
 
 
 def _cut(page: memoryview, layer_bytes: Sequence[int]) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
+from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError, unexpected
 
 MAX_FRAME_BYTES = 1 << 20
 """Of one message; a longer one ends the connection."""
@@ -21,6 +21,14 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     provider: str
     store: str
     epoch_s: float
+
+
+class OpenModel(msgspec.Struct, frozen=True, tag=True):
+    """Ask for the key of a sealed checkpoint; the first message, and the last."""
+
+    provider: str
+    model_id: str
+    wrapped: bytes
 
 
 class Fresh(msgspec.Struct, frozen=True, tag=True):
@@ -64,7 +72,7 @@ class GetStatus(msgspec.Struct, frozen=True, tag=True):
     """Ask how the key process stands."""
 
 
-Request = Begin | Fresh | Known | NameKey | ListOwners | Rotate | Shred | GetStatus
+Request = Begin | OpenModel | Fresh | Known | NameKey | ListOwners | Rotate | Shred | GetStatus
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
@@ -73,6 +81,14 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     key_id: str
     epoch: int
     material: memoryview
+    newest: int = 0
+    """The owner's newest epoch, where keys of an older one were asked for."""
+
+
+class ModelKey(msgspec.Struct, frozen=True, tag=True):
+    """The key of a sealed checkpoint."""
+
+    key: memoryview
 
 
 class Named(msgspec.Struct, frozen=True, tag=True):
@@ -120,7 +136,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Reply = Granted | Named | Owners | Rotated | Receipt | Status | Refused
+Reply = Granted | ModelKey | Named | Owners | Rotated | Receipt | Status | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -163,7 +179,7 @@ def refusal(error: Exception) -> Refused:
         case SealError():
             return Refused("seal", str(error))
         case _:
-            return Refused("unavailable", f"the key process failed: {type(error).__name__}")
+            return Refused("unavailable", f"the key process failed: {unexpected(error)}")
 
 
 def raised(refused: Refused) -> ConfigError | SealError:

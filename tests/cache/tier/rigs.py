@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvkeep.cache.accounts import Retention
-from kvkeep.cache.tier.pages import TieredPages, TierSizes
+from kvkeep.cache.tier.frames import Frames
+from kvkeep.cache.tier.lowest import TierSizes
+from kvkeep.cache.tier.pages import TieredPages
 from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tiers import TierUse
 from kvkeep.errors import KeysUnavailable
-from kvkeep.sealing import SealContext
+from kvkeep.sealing import Opened, PageSealer, SealContext
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageTag
 from tests.cache.tier.disks import Disk
@@ -38,6 +41,10 @@ def layers_of(context: SealContext) -> list[bytes]:
     return [(f"{layer}.{text}".encode() * size)[:size] for layer, size in enumerate(SIZES)]
 
 
+def write_layers(context: SealContext, into: memoryview) -> None:
+    into[:] = b"".join(layers_of(context))
+
+
 class NoKeys(PlainSealer):
     """A sealer whose keys can be away, for names or for frames alone."""
 
@@ -45,11 +52,15 @@ class NoKeys(PlainSealer):
     closed = False
 
     def open(
-        self, context: SealContext, frame: memoryview, layer_bytes: Sequence[int]
-    ) -> Iterator[memoryview]:
+        self,
+        context: SealContext,
+        frame: memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
+    ) -> Opened:
         if self.closed:
             raise KeysUnavailable("the keys are away")
-        return super().open(context, frame, layer_bytes)
+        return super().open(context, frame, layer_bytes, into)
 
     def name_of(self, context: SealContext) -> bytes | None:  # type: ignore[override]
         return None if self.away else super().name_of(context)
@@ -67,17 +78,21 @@ class Rig:
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     terms: dict[str, Retention] = field(default_factory=dict)
     now: float = 1000.0
+    real: PageSealer | None = None
+    """What seals in place of `sealer`."""
+    remote: Callable[[], Frames] | None = None
 
     def __post_init__(self) -> None:
         self.sealer = NoKeys()
         files = self.disk if self.sizes.disk_bytes else None
-        self.tier = TieredPages(self.sealer, self.sizes, files, lambda: self.now)
+        remote = None if self.remote is None else self.remote()
+        sealer, clock = self.real or self.sealer, lambda: self.now
+        self.tier = TieredPages(sealer, self.sizes, files, clock, remote=remote)
         self.tier.set_shares(self.shares, self.terms)
 
     def store(self, *pages: SealContext, expires_s: float | None = None) -> None:
         for context in pages:
-            layers = layers_of(context)
-            copy = self.tier.store(context, SIZES, layers.__getitem__, expires_s)
+            copy = self.tier.store(context, SIZES, partial(write_layers, context), expires_s)
             if copy is not None:
                 copy.take(last=True)
 

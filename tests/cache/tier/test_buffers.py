@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import time
 
-from kvkeep.cache.tier.buffers import Buffers
-from kvkeep.cache.tier.pages import TierSizes
+from kvkeep.cache.tier.buffers import PREPARED, Buffers
+from kvkeep.cache.tier.lowest import TierSizes
 from tests.cache.tier.rigs import MIB, SIZES, Rig, layers_of, page
 
 
@@ -16,6 +16,15 @@ def test_memory_is_used_again_by_pages_of_its_size() -> None:
     assert buffers.take(11) is not second
     assert {id(buffers.take(10)), id(buffers.take(10))} == {id(first), id(second)}
     assert buffers.kept_bytes == 0
+
+
+def test_memory_is_made_before_it_is_needed() -> None:
+    buffers = Buffers(kept_bytes=1000)
+    assert [buffers.lacks(size) for size in (10, 10, 300, 2000)] == [PREPARED, 0, 3, 0]
+    rig = Rig(TierSizes(disk_bytes=MIB))
+    rig.store(page(1))
+    rig.until(lambda: rig.tier._buffers.kept_bytes >= PREPARED * sum(SIZES))
+    rig.tier.close(5.0)
 
 
 def test_a_page_still_handed_out_keeps_its_memory() -> None:

@@ -40,7 +40,7 @@ def test_swapped_records_are_misses(disk: Rig) -> None:
 def test_swapped_frames_are_misses_even_with_checksums_that_fit(disk: Rig) -> None:
     disk.store(page(1), page(2, "b"))
     disk.settle()
-    segments = disk.tier._back._segments
+    segments = disk.tier._back._frames
     assert segments is not None
     name = disk.sealer.name_of(page(1))
     other = disk.sealer.seal(page(2, "b"), b"".join(layers_of(page(2, "b"))), SIZES)

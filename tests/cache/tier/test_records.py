@@ -18,7 +18,7 @@ from tests.cache.tier.disks import Disk
 
 FRAME = bytes(range(200))
 RECORD = Record(b"n" * 24, b"s" * 16, 7, 12.5, Flag.FRAME, len(FRAME))
-RAW = encode(RECORD, FRAME)
+RAW = b"".join(encode(RECORD, FRAME))
 
 
 def test_a_record_comes_back() -> None:

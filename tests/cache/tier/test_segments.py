@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from kvkeep.cache.tier.frames import Moved, Place
 from kvkeep.cache.tier.records import BadRecord, record_bytes
-from kvkeep.cache.tier.segments import Moved, Place, Segments, segment_bytes
+from kvkeep.cache.tier.segments import Segments, segment_bytes
 from tests.cache.tier.disks import Disk, Killed, failing, killed_at
 
 LIMIT = 64 << 10

@@ -45,6 +45,17 @@ def test_forgotten_jobs_never_run() -> None:
     assert not work.busy
 
 
+def test_what_runs_is_busy_whatever_it_is() -> None:
+    urgent, other = WriteQueue(), WriteQueue()
+    urgent.put_first(nothing)
+    other.put(A, 1, nothing)
+    for work in (urgent, other):
+        assert work.get(0) is not None
+        assert work.busy, "the job that was given out runs"
+        assert work.get(0) is None
+        assert not work.busy
+
+
 def test_threads_run_jobs_and_end() -> None:
     work = WriteQueue()
     wrote, read = threading.Event(), threading.Event()

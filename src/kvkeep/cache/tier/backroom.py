@@ -15,18 +15,21 @@ from enum import Enum, auto
 from functools import partial
 from typing import Final, NamedTuple
 
-from kvkeep.cache.tier.files import Files
+from kvkeep.cache.tier.buffers import Buffers, touched
+from kvkeep.cache.tier.frames import Away, Found, Frames, Moved, Place
 from kvkeep.cache.tier.records import BadRecord
-from kvkeep.cache.tier.segments import Found, Moved, Place, Segments
 from kvkeep.cache.tier.work import Workers, WriteQueue
 from kvkeep.cache.tiers import Install
-from kvkeep.errors import KeysUnavailable, SealError
+from kvkeep.errors import KeysUnavailable, SealError, unexpected
 from kvkeep.sealing import PageSealer, SealContext
 
 SYNC_BYTES: Final = 8 << 20
 SYNC_S: Final = 0.1
 """What was written is durable after so many bytes or so long."""
 _WAIT_S: Final = 0.001
+
+Moving = Callable[[bytes, Place | None, int], None]
+"""Hears of a name, where it lies now, and the number of what was moved."""
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,12 @@ class Reading(NamedTuple):
     install: Install
     done: Callable[[bool], None]
     level: str
+    into: memoryview | None = None
+    """Where its layers are opened into; the reader's again once it heard of the outcome."""
+
+
+Heard = Callable[[Reading, memoryview | None, bool], None]
+"""Hears of an opened page: its frame, and whether it should be sealed anew."""
 
 
 class Failure(Enum):
@@ -81,8 +90,8 @@ class Failure(Enum):
 
     MOVED = auto()
     """It lies elsewhere by now."""
-    LOCKED = auto()
-    """Nobody gives out its keys at the moment."""
+    AWAY = auto()
+    """Nobody gives it or its keys out at the moment."""
     BROKEN = auto()
 
 
@@ -92,34 +101,39 @@ class Backroom:
     def __init__(
         self,
         sealer: PageSealer,
-        files: Files | None,
-        disk_bytes: int,
-        moved: Callable[[bytes, Place | None, int], None],
-        now: float,
+        make: Callable[[Moving], Frames] | None,
+        moved: Moving,
+        found: Callable[[list[Found]], None],
+        clock: Callable[[], float],
     ) -> None:
-        """Read the disk's index; `moved` hears of pages that lie elsewhere. Raises `OSError`."""
+        """Read what a disk or a service holds, which `make` makes; raises `OSError`.
+
+        `moved` hears of pages that lie elsewhere, `found` of those that outlived a restart.
+        """
         self._sealer = sealer
         self._moved = moved
+        self._found = found
+        self._clock = clock
         self._events: deque[tuple[int, Callable[[], None]]] = deque()
         self._errors: Counter[str] = Counter()
         self._unsynced_s: float | None = None
-        self._segments: Segments | None = None
-        self.found: list[Found] = []
-        """What outlived a restart."""
-        if files is not None:
-            self._segments = Segments(files, disk_bytes, self._post_move)
-            self.found = self._segments.open(now)
+        self._spare = Buffers()
+        """The writer's own: for frames that are written and not kept."""
+        self._frames: Frames | None = None if make is None else make(self._post_move)
+        found([] if self._frames is None else self._frames.open(clock()))
         self.queue = WriteQueue()
         self._workers = Workers(self.queue, self._rest)
 
     # On the engine's thread
 
-    def poll(self, most_bytes: int) -> None:
-        """Run events until so many bytes were handed over; at least one."""
+    def poll(self, most_bytes: int, over: Callable[[], bool] = lambda: False) -> None:
+        """Run events until so many bytes were handed over, or time is over; at least one."""
         while self._events and most_bytes > 0:
             size, event = self._events.popleft()
             most_bytes -= size
             event()
+            if over():
+                return
 
     def due(self) -> bool:
         """Tell whether events wait."""
@@ -127,7 +141,7 @@ class Backroom:
 
     def errors(self) -> Counter[str]:
         """Return how often what went wrong."""
-        return self._errors + (self._segments.errors if self._segments is not None else Counter())
+        return self._errors + (self._frames.errors if self._frames is not None else Counter())
 
     def seal(
         self,
@@ -145,7 +159,7 @@ class Backroom:
         self,
         reading: Reading,
         frame: memoryview | None,
-        opened: Callable[[Reading, memoryview | None], None],
+        opened: Heard,
         failed: Callable[[Reading, Failure], None],
     ) -> None:
         """Open a page, read first where no frame is given; `failed` hears why."""
@@ -155,7 +169,7 @@ class Backroom:
         self,
         reading: Reading,
         page: memoryview,
-        opened: Callable[[Reading, memoryview | None], None],
+        opened: Heard,
     ) -> None:
         """Give out a page that is at hand as if it had been read."""
         reading.entry.readers += 1
@@ -166,20 +180,25 @@ class Backroom:
 
         def end() -> None:
             reading.entry.readers -= 1
-            opened(reading, None)
+            opened(reading, None, False)
 
         self._post(0, end)
 
+    def prepare(self, size: int, count: int, ready: Callable[[memoryview], None]) -> None:
+        """Have so much memory made and touched, so often."""
+        for _ in range(count):
+            self._workers.read(lambda: self._post(0, partial(ready, touched(size))))
+
     def drop(self, name: bytes, place: Place) -> None:
         """Give up a page on the disk."""
-        if self._segments is not None:
-            self.queue.put_first(partial(self._drop, self._segments, name, place.seq))
+        if self._frames is not None:
+            self.queue.put_first(partial(self._drop, self._frames, name, place.seq))
 
     def purge(self, shelf: bytes) -> None:
         """Give up a shelf: what waits, and what is on the disk."""
         self.queue.forget(shelf)
-        if self._segments is not None:
-            self.queue.put_first(partial(self._purge, self._segments, shelf))
+        if self._frames is not None:
+            self.queue.put_first(partial(self._purge, self._frames, shelf))
 
     def close(self, wait_s: float) -> None:
         """Do what waits, for so long at most, and end."""
@@ -187,9 +206,9 @@ class Backroom:
         while self.queue.busy and time.monotonic() < end_s:
             self.poll(SYNC_BYTES)
             time.sleep(_WAIT_S)
-        if self._workers.stop() and self._segments is not None:
-            self._sync(self._segments)
-            self._segments.close()
+        if self._workers.stop() and self._frames is not None:
+            self._sync(self._frames)
+            self._frames.close()
 
     # On the threads
 
@@ -209,74 +228,100 @@ class Backroom:
     ) -> None:
         if entry.gone:
             return
-        frame = place = None
+        frame = place = own = None
         try:
-            frame = self._sealer.seal(context, page, layer_bytes)
-            if entry.on_disk and self._segments is not None:
-                place = self._segments.append(entry.name, entry.shelf, entry.expires_s, frame)
+            if not entry.in_memory:
+                own = self._spare.take(self._sealer.frame_bytes(layer_bytes))
+            frame = self._sealer.seal(context, page, layer_bytes, own)
+            if entry.on_disk and self._frames is not None:
+                place = self._frames.append(entry.name, entry.shelf, entry.expires_s, frame)
         except Exception as error:  # noqa: BLE001 - a page is lost, never the thread
             self._note(error, "write")
+        if own is not None:
+            self._spare.give_back(own)
+            frame = None
         self._post(0, partial(stored, Sealed(frame, place)))
 
     def _open(
         self,
         reading: Reading,
         frame: memoryview | None,
-        opened: Callable[[Reading, memoryview | None], None],
+        opened: Heard,
         failed: Callable[[Reading, Failure], None],
     ) -> None:
         try:
             if frame is None:
                 frame = self._read(reading)
-            layers = self._sealer.open(reading.context, frame, reading.layer_bytes)
-            for layer, data in enumerate(layers):
-                self._post(len(data), partial(reading.install, layer, data))
+            stale = self._hand_out(reading, frame)
         except Moved:
             self._post(0, partial(failed, reading, Failure.MOVED))
-        except KeysUnavailable as error:
+        except (KeysUnavailable, Away) as error:
             self._note(error, "read")
-            self._post(0, partial(failed, reading, Failure.LOCKED))
+            self._post(0, partial(failed, reading, Failure.AWAY))
         except Exception as error:  # noqa: BLE001 - a page is a miss, whatever it was
             self._note(error, "read")
             self._post(0, partial(failed, reading, Failure.BROKEN))
         else:
-            self._post(0, partial(opened, reading, frame))
+            self._post(0, partial(opened, reading, frame, stale))
+
+    def _hand_out(self, reading: Reading, frame: memoryview) -> bool:
+        """Give out a page's layers as they open; tell whether it should be sealed anew."""
+        layers = self._sealer.open(reading.context, frame, reading.layer_bytes, reading.into)
+        layer = 0
+        while True:
+            try:
+                data = next(layers)
+            except StopIteration as end:
+                return bool(end.value)
+            self._post(len(data), partial(reading.install, layer, data))
+            layer += 1
 
     def _read(self, reading: Reading) -> memoryview:
-        if self._segments is None or reading.place is None:
+        if self._frames is None or reading.place is None:
             raise Moved
-        return self._segments.read(reading.entry.name, reading.place)
+        return self._frames.read(reading.entry.name, reading.place)
 
-    def _drop(self, segments: Segments, name: bytes, seq: int) -> None:
+    def _drop(self, frames: Frames, name: bytes, seq: int) -> None:
         try:
-            segments.drop(name, seq)
+            frames.drop(name, seq)
         except OSError as error:
             self._note(error, "drop")
 
-    def _purge(self, segments: Segments, shelf: bytes) -> None:
+    def _purge(self, frames: Frames, shelf: bytes) -> None:
         try:
-            segments.purge(shelf)
+            frames.purge(shelf)
         except OSError as error:
             self._note(error, "purge")
 
     def _rest(self) -> float | None:
-        """Make what was written durable in time; return how long that may wait."""
-        if self._segments is None or not self._segments.unsynced_bytes:
+        """Make what was written durable in time; return how long that may wait.
+
+        And list what could not be listed before.
+        """
+        if self._frames is not None and self._frames.unread():
+            self._list(self._frames)
+        if self._frames is None or not self._frames.unsynced_bytes:
             self._unsynced_s = None
             return None
         now = time.monotonic()
         if self._unsynced_s is None:
             self._unsynced_s = now
         left_s = self._unsynced_s + SYNC_S - now
-        if left_s > 0 and self._segments.unsynced_bytes < SYNC_BYTES:
+        if left_s > 0 and self._frames.unsynced_bytes < SYNC_BYTES:
             return left_s
-        self._sync(self._segments)
+        self._sync(self._frames)
         self._unsynced_s = None
         return None
 
-    def _sync(self, segments: Segments) -> None:
+    def _list(self, frames: Frames) -> None:
         try:
-            segments.sync()
+            self._post(0, partial(self._found, frames.open(self._clock())))
+        except OSError as error:
+            self._note(error, "list")
+
+    def _sync(self, frames: Frames) -> None:
+        try:
+            frames.sync()
         except OSError as error:
             self._note(error, "sync")
 
@@ -294,10 +339,12 @@ class Backroom:
 
 def _kind(error: Exception) -> str:
     """Return a word for an error."""
+    if isinstance(error, Away):
+        return "away"
     if isinstance(error, OSError):
         return errno.errorcode.get(error.errno or 0, "OSError")
     if isinstance(error, BadRecord):
         return str(error)
     if isinstance(error, KeysUnavailable):
         return "keys"
-    return "sealed" if isinstance(error, SealError) else type(error).__name__
+    return "sealed" if isinstance(error, SealError) else unexpected(error)

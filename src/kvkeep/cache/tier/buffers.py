@@ -8,6 +8,8 @@ import numpy as np
 
 KEPT_BYTES: Final = 32 << 20
 """Of memory nobody uses, at most."""
+PREPARED: Final = 16
+"""Buffers of a size made before they are needed."""
 
 
 class Buffers:
@@ -16,7 +18,15 @@ class Buffers:
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._most = kept_bytes
         self._free: dict[int, list[memoryview]] = {}
+        self._known: set[int] = set()
         self.kept_bytes = 0
+
+    def lacks(self, size: int) -> int:
+        """Return how many of a size are to be prepared; the first time it is asked about alone."""
+        if size in self._known:
+            return 0
+        self._known.add(size)
+        return min(PREPARED, (self._most - self.kept_bytes) // max(size, 1))
 
     def take(self, size: int) -> memoryview:
         """Return so many bytes; what they hold is of no account."""
@@ -31,3 +41,10 @@ class Buffers:
         if self.kept_bytes + len(buffer) <= self._most:
             self._free.setdefault(len(buffer), []).append(buffer)
             self.kept_bytes += len(buffer)
+
+
+def touched(size: int) -> memoryview:
+    """Return fresh memory that is there already; for a thread that has time."""
+    buffer = np.empty(size, np.uint8)
+    buffer.fill(0)
+    return buffer.data

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvkeep.cache.tier.backroom import Entry
-from kvkeep.cache.tiers import Copy
+from kvkeep.cache.tiers import Copy, Read
 from kvkeep.sealing import SealContext
-
-Read = Callable[[int], bytes]
 
 
 class Taker(Protocol):

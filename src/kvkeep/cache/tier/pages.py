@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.pace import Pace
@@ -20,10 +20,11 @@ from kvkeep.cache.tier.backroom import Backroom, Entry, Failure, Reading, Sealed
 from kvkeep.cache.tier.buffers import Buffers
 from kvkeep.cache.tier.copies import LateCopy, PageCopy
 from kvkeep.cache.tier.files import Files
+from kvkeep.cache.tier.frames import Found, Frames, Place
 from kvkeep.cache.tier.levels import Level
+from kvkeep.cache.tier.lowest import TierSizes, lowest_of
 from kvkeep.cache.tier.records import record_bytes
-from kvkeep.cache.tier.segments import SPARE, Place
-from kvkeep.cache.tiers import Copy, Install, TierUse
+from kvkeep.cache.tiers import Copy, Install, Read, Surroundings, TierUse
 from kvkeep.sealing import PageSealer, SealContext
 
 POLL_BYTES: Final = 1 << 20
@@ -32,13 +33,6 @@ MOST_BYTES: Final = 64 << 20
 """In a long one."""
 QUEUE_BYTES: Final = 128 << 20
 """Copied and not yet written, over all owners; each has its share of it, and at least one page."""
-
-
-class TierSizes(NamedTuple):
-    """What a tier may take; 0: there is none."""
-
-    memory_bytes: int = 0
-    disk_bytes: int = 0
 
 
 class TieredPages:
@@ -51,18 +45,22 @@ class TieredPages:
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
         ended: Callable[[], None] = lambda: None,
+        look: Callable[[], Surroundings] = Surroundings,
+        remote: Frames | None = None,
     ) -> None:
-        """`files`: of the disk tier, read at once; raises `OSError` where that fails.
+        """`files`: of the disk tier, or `remote`: read at once; raises `OSError` where that fails.
 
-        `ended` is called once nothing is sealed or opened any more.
+        `ended` is called once nothing is sealed or opened any more; `look` tells what it is on.
         """
         self.asleep = False
         """Nothing is taken or found while it is set."""
         self._sealer = sealer
         self._clock = clock
         self._ended = ended
+        self._look = look
         self._memory = Level("memory", sizes.memory_bytes) if sizes.memory_bytes else None
-        self._disk = Level("disk", sizes.disk_bytes) if files is not None else None
+        lowest = lowest_of(sizes, files, remote)
+        self._disk, self._usable = lowest.level, lowest.usable  # what is remote, perhaps
         self._levels = [level for level in (self._memory, self._disk) if level is not None]
         self._entries: dict[bytes, Entry] = {}
         self._expiring: list[tuple[float, bytes]] = []
@@ -76,8 +74,8 @@ class TieredPages:
         self._nameless = False
         """Whether some account's shelf could not be named when quotas were set."""
         self._queue_bytes: dict[bytes, int] = {}
-        self._back = Backroom(sealer, files, sizes.disk_bytes, self._move, clock())
-        self._take_back()
+        self._renewed = 0
+        self._back = Backroom(sealer, lowest.make, self._move, self._take_back, clock)
 
     # What the cache asks
 
@@ -99,7 +97,8 @@ class TieredPages:
             done(False)
             return
         near = entry.page is not None or entry.frame is not None
-        level = "memory" if self._memory is not None and near else "disk"
+        lower = "disk" if self._disk is None else self._disk.name
+        level = "memory" if self._memory is not None and near else lower
         for one in self._levels:
             one.touch(entry.shelf, entry.name)
         if not entry.in_memory and entry.place is not None:
@@ -108,13 +107,14 @@ class TieredPages:
         if entry.page is not None:
             self._back.hand_over(reading, entry.page, self._opened)
         else:
+            reading = reading._replace(into=self._buffers.take(sum(layer_bytes)))
             self._back.open(reading, entry.frame, self._opened, self._failed)
 
     def store(
         self,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
         expires_s: float | None,
     ) -> Copy | None:
         """Make room for a page that nothing uses any more, see `Tier.store`."""
@@ -132,6 +132,8 @@ class TieredPages:
             return None
         if known is not None:
             self._remove(known)
+        page_bytes = sum(layer_bytes)
+        self._back.prepare(page_bytes, self._buffers.lacks(page_bytes), self._buffers.give_back)
         entry = Entry(name, shelf, expires_s or 0.0)
         frame_bytes = self._sealer.frame_bytes(layer_bytes)
         entry.in_memory = self._admit(self._memory, entry, frame_bytes)
@@ -156,7 +158,8 @@ class TieredPages:
 
     def poll(self) -> None:
         """Take in what the threads have found, a bounded part of it."""
-        self._back.poll(self._pace.budget())
+        budget = self._pace.budget()
+        self._back.poll(budget.most_bytes, partial(self._pace.over, budget))
 
     # What the engine asks
 
@@ -177,7 +180,7 @@ class TieredPages:
             if self._memory is not None:
                 memory[shelf] = int(own * self._memory.limit_bytes) * term.to_tier
             if self._disk is not None:
-                usable = self._disk.limit_bytes * (1 - SPARE)
+                usable = self._disk.limit_bytes * self._usable
                 disk[shelf] = int(own * usable) * (term.to_tier and term.to_disk)
         self._resize(self._memory, memory)
         self._resize(self._disk, disk)
@@ -199,6 +202,7 @@ class TieredPages:
     def uses(self) -> tuple[TierUse, ...]:
         """Return the figures of every tier; what concerns all stands with the last."""
         found = []
+        around = self._look()
         for level in self._levels:
             last = level is self._levels[-1]
             found.append(
@@ -211,6 +215,9 @@ class TieredPages:
                     self._misses[level.name],
                     tuple(sorted(self._drops.items())) if last else (),
                     tuple(sorted(self._back.errors().items())) if last else (),
+                    self._renewed if last else 0,
+                    around.room if level is self._disk else None,
+                    around.keys,
                 )
             )
         return tuple(found)
@@ -232,14 +239,11 @@ class TieredPages:
         entry: Entry,
         context: SealContext,
         layer_bytes: Sequence[int],
-        read: Callable[[int], bytes],
+        read: Read,
     ) -> None:
         """Copy a page."""
         page = self._buffers.take(sum(layer_bytes))
-        at = 0
-        for layer, size in enumerate(layer_bytes):
-            page[at : at + size] = read(layer)
-            at += size
+        read(page)
         entry.page = page
         self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry, page))
 
@@ -257,19 +261,26 @@ class TieredPages:
 
     # What the threads found
 
-    def _take_back(self) -> None:
-        """Index what outlived a restart."""
-        for found in self._back.found if self._disk is not None else ():
+    def _take_back(self, pages: list[Found]) -> None:
+        """Index what outlived a restart, within the quotas that are set by now."""
+        for found in pages:
+            if self._disk is None or found.name in self._entries:
+                continue
             entry = Entry(found.name, found.shelf, found.expires_s, on_disk=True)
             entry.place = found.place
             self._entries[found.name] = entry
             self._watch(entry)
-            if self._disk is not None:
-                self._disk.add(found.shelf, found.name, record_bytes(found.place.length))
-        self._back.found = []
+            self._disk.add(found.shelf, found.name, record_bytes(found.place.length))
+        if pages and self._shares:
+            self.set_shares(self._shares, self._terms)
 
-    def _stored(self, entry: Entry, page: memoryview, sealed: Sealed) -> None:
-        """Take note of what was sealed and written of a page, wanted still or not."""
+    def _stored(
+        self, entry: Entry, page: memoryview, sealed: Sealed, *, again: bool = False
+    ) -> None:
+        """Take note of what was sealed and written of a page, wanted still or not.
+
+        `again`: it was there before, and still is where this time it failed.
+        """
         entry.page = None
         if not entry.readers:
             self._buffers.give_back(page)
@@ -278,20 +289,28 @@ class TieredPages:
                 self._back.drop(entry.name, sealed.place)
             else:
                 entry.place = sealed.place
-        elif entry.on_disk and not entry.gone and self._disk is not None:
+        elif entry.on_disk and not (entry.gone or again) and self._disk is not None:
             self._disk.remove(entry.shelf, entry.name)
             entry.on_disk = False
         if entry.in_memory and not entry.gone:
-            entry.frame = sealed.frame
+            entry.frame = sealed.frame or entry.frame
         if not entry.gone and not entry.there:
             self._remove(entry)
 
-    def _opened(self, reading: Reading, frame: memoryview | None) -> None:
+    def _opened(self, reading: Reading, frame: memoryview | None, stale: bool) -> None:
         entry = reading.entry
         if entry.in_memory and entry.frame is None and not entry.gone:
             entry.frame = frame
         self._hits[reading.level] += 1
         reading.done(True)
+        into = reading.into
+        if into is not None and stale and self._may_seal_anew(entry, len(into)):
+            entry.page = into
+            self._renewed += 1
+            stored = partial(self._stored, entry, into, again=True)
+            self._back.seal(entry, reading.context, into, reading.layer_bytes, stored)
+        elif into is not None:
+            self._buffers.give_back(into)
 
     def _failed(self, reading: Reading, why: Failure) -> None:
         """Read a page where it lies now, or give it up: it is computed again."""
@@ -300,7 +319,9 @@ class TieredPages:
             again = reading._replace(place=entry.place)
             self._back.open(again, None, self._opened, self._failed)
             return
-        if not entry.gone and why is not Failure.LOCKED:
+        if reading.into is not None:
+            self._buffers.give_back(reading.into)
+        if not entry.gone and why is not Failure.AWAY:
             self._remove(entry)
         self._misses[reading.level] += 1
         reading.done(False)
@@ -322,6 +343,9 @@ class TieredPages:
         if entry is not None and 0 < entry.expires_s <= self._clock():
             return None
         return entry
+
+    def _may_seal_anew(self, entry: Entry, size: int) -> bool:
+        return entry.page is None and not entry.gone and self.has_room(entry, size)
 
     def _may(self, level: Level | None, shelf: bytes) -> bool:
         return level is not None and level.quota(shelf) > 0

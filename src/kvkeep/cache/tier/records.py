@@ -12,11 +12,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from enum import IntFlag
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from kvkeep.cache.tier.files import File
 from kvkeep.sealing import NAME_BYTES, SHELF_BYTES
 
 MAGIC: Final = b"KvR\x01"
@@ -25,6 +24,17 @@ _FIELDS: Final = struct.Struct(f"<4sHHIQ{NAME_BYTES}s{SHELF_BYTES}sd")
 _CRC: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _FIELDS.size + _CRC.size
 _SEARCH_BYTES: Final = 1 << 20
+_SLICE_BYTES: Final = 128 << 10
+
+
+class Readable(Protocol):
+    """What a segment is read from; raises `OSError`."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return so many bytes, fewer at the end."""
+
+    def size(self) -> int:
+        """Return the length in bytes."""
 
 
 class BadRecord(Exception):
@@ -65,8 +75,8 @@ def record_bytes(length: int) -> int:
     return HEADER_BYTES + length + _CRC.size
 
 
-def encode(record: Record, frame: bytes | memoryview) -> bytes:
-    """Return a record's bytes."""
+def encode(record: Record, frame: bytes | memoryview) -> tuple[bytes, memoryview, bytes]:
+    """Return a record's bytes in three parts, the frame as it is: it is long, and copies cost."""
     fields = _FIELDS.pack(
         MAGIC,
         VERSION,
@@ -77,8 +87,9 @@ def encode(record: Record, frame: bytes | memoryview) -> bytes:
         record.shelf,
         record.expires_s,
     )
-    raw = b"".join((fields, _CRC.pack(google_crc32c.value(fields)), frame))
-    return raw + _CRC.pack(google_crc32c.value(raw))
+    header = fields + _CRC.pack(google_crc32c.value(fields))
+    view = memoryview(frame)
+    return header, view, _CRC.pack(_extended(google_crc32c.value(header), view))
 
 
 def decode(raw: bytes) -> Record | None:
@@ -103,9 +114,17 @@ def frame_of(raw: bytes, name: bytes, seq: int) -> memoryview:
     if (record.name, record.seq, record.size) != (name, seq, len(raw)):
         raise BadRecord("swapped" if record.size == len(raw) else "length")
     (crc,) = _CRC.unpack_from(raw, len(raw) - _CRC.size)
-    if google_crc32c.value(raw[: -_CRC.size]) != crc:
+    checked = memoryview(raw)[: -_CRC.size]
+    if _extended(0, checked) != crc:
         raise BadRecord("frame")
-    return memoryview(raw)[HEADER_BYTES : -_CRC.size]
+    return checked[HEADER_BYTES:]
+
+
+def _extended(crc: int, data: memoryview) -> int:
+    """Return a checksum with more bytes taken in, a slice at a time: each is copied for it."""
+    for at in range(0, len(data), _SLICE_BYTES):
+        crc = google_crc32c.extend(crc, bytes(data[at : at + _SLICE_BYTES]))
+    return crc
 
 
 class Scan(NamedTuple):
@@ -119,7 +138,7 @@ class Scan(NamedTuple):
     """Where the last good record ends."""
 
 
-def scan(file: File) -> Scan:
+def scan(file: Readable) -> Scan:
     """Return the records of a segment by their headers; frames are checked when they are read."""
     size = file.size()
     found: list[tuple[int, Record]] = []
@@ -135,7 +154,7 @@ def scan(file: File) -> Scan:
     return Scan(found, bad + (end < size and not bad), end)
 
 
-def _later(file: File, at: int, size: int) -> Iterator[int]:
+def _later(file: Readable, at: int, size: int) -> Iterator[int]:
     """Yield where whole records begin from an offset on."""
     while at + record_bytes(0) <= size:
         window = file.read(at, _SEARCH_BYTES)

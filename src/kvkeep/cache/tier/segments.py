@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from kvkeep.cache.tier.files import File, Files
+from kvkeep.cache.tier.frames import Found, Moved, Place
 from kvkeep.cache.tier.records import (
     HEADER_BYTES,
     BadRecord,
@@ -34,28 +35,6 @@ PARTS: Final = 16
 """A tier has at least so many segments, and up to sixteen times as many."""
 SPARE: Final = 0.25
 """Of a tier's size, room for what has gone and not yet been cleared away."""
-
-
-class Place(NamedTuple):
-    """Where a frame is; `seq` tells it from others of its name, wherever it is moved."""
-
-    segment: int
-    offset: int
-    length: int
-    seq: int
-
-
-class Found(NamedTuple):
-    """A page that outlived a restart."""
-
-    name: bytes
-    shelf: bytes
-    place: Place
-    expires_s: float
-
-
-class Moved(Exception):
-    """A page is no longer where it was."""
 
 
 class _Dead(NamedTuple):
@@ -213,6 +192,10 @@ class Segments:
                 self._active = None  # what it holds is checked when it is read
                 raise
 
+    def unread(self) -> bool:
+        """Return False: files are read at start or not at all."""
+        return False
+
     def close(self) -> None:
         """Let go of all files."""
         self._segments.clear()
@@ -294,14 +277,17 @@ class Segments:
         self._seq += 1
         return self._seq - 1
 
-    def _write(self, raw: bytes, size: int) -> tuple[_Segment, int]:
+    def _write(self, parts: Sequence[bytes | memoryview], size: int) -> tuple[_Segment, int]:
         """Append bytes to the active segment, or to a new one; return it and where they begin."""
         segment = self._active
         if segment is None or (segment.size and segment.size + size > self._most):
             segment = self._roll()
         offset = segment.size
+        at = offset
         try:
-            _write_all(segment.file, offset, memoryview(raw))
+            for part in parts:
+                _write_all(segment.file, at, memoryview(part))
+                at += len(part)
         except OSError:
             self._cut(segment, offset)
             raise
@@ -350,7 +336,7 @@ class Segments:
                 self._note(name, shelf, Flag.GONE)
                 self._moved(name, None, place.seq)
                 continue
-            target, offset = self._write(raw, len(raw))
+            target, offset = self._write((raw,), len(raw))
             self._forget(name)
             new = place._replace(segment=target.number, offset=offset)
             target.live[name] = (new, shelf)

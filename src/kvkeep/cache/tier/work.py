@@ -26,6 +26,7 @@ class WriteQueue:
         self._jobs: dict[bytes, deque[tuple[int, Job]]] = {}
         self._bytes: dict[bytes, int] = {}
         self._running: tuple[bytes, int] | None = None
+        self._urgent_runs = False
 
     def has_room(self, shelf: bytes, size: int, most: int) -> bool:
         """Tell whether a shelf may have so many bytes more under way; one job always may."""
@@ -57,9 +58,11 @@ class WriteQueue:
             if self._running is not None:
                 self._free(*self._running)
                 self._running = None
+            self._urgent_runs = False
             if not (self._urgent or self._jobs):
                 self._ready.wait(wait_s)
             if self._urgent:
+                self._urgent_runs = True  # before it is taken: `busy` asks without the lock
                 return self._urgent.popleft()
             if not self._jobs:
                 return None
@@ -74,7 +77,7 @@ class WriteQueue:
     @property
     def busy(self) -> bool:
         """Tell whether jobs wait or run."""
-        return bool(self._bytes or self._urgent)
+        return bool(self._bytes or self._urgent or self._urgent_runs)
 
     def _free(self, shelf: bytes, size: int) -> None:
         self._bytes[shelf] -= size

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -14,17 +15,43 @@ constexpr int64_t kAppendAlone =
 
 constexpr int64_t kMostKept = 16 << 20;  // floats: keys are read again where it would take more
 
-// Note where the scores of each observed row are to be kept; return how many floats that takes.
+// Note where each observed row's notes are to be kept; return how many floats they may take.
 int64_t keep_at(const PreparedPlan& prepared, const Job& job, std::vector<int64_t>& kept) {
   kept.assign(prepared.num_rows, -1);
   int64_t floats = 0;
   for (int64_t row = 0; row < prepared.num_rows; row++) {
     if (!std::isfinite(job.thresholds[row * prepared.kv_heads * prepared.group])) continue;
     kept[row] = floats;
-    const int64_t each = (job.plan.positions[row] / kStep + 1) * int64_t{kStep};
+    const int64_t each = (job.plan.positions[row] / kStep + 1) * int64_t{kNoted};
     floats += each * prepared.group * prepared.kv_heads;
   }
   return floats;
+}
+
+// The share of an item's tiles that its KV head still has in this layer.
+double kept_share(const Job& job, const Item& item) {
+  int64_t live = 0, tiles = 0;
+  for (int r = item.run_begin; r < item.run_end; r++) {
+    const Run& run = job.plan.runs[r];
+    const int from = std::max(0, (item.begin - run.first_position) / kPage);
+    const int to = std::min(run.page_count, (item.end - run.first_position + kPage - 1) / kPage);
+    for (int i = from; i < to; i++)
+      live += job.plan.masks[job.cache.tile_of(run.page_begin + i, item.head)] != 0;
+    tiles += std::max(0, to - from);
+  }
+  return tiles ? static_cast<double>(live) / tiles : 0.0;
+}
+
+// Work in the order in which it is best taken: as it is, but longest first in this layer where
+// heads keep different numbers of tiles.
+std::vector<int> order_of(const Job& job, const std::vector<PreparedPlan::Work>& work) {
+  std::vector<int> order(work.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (!job.plan.masks) return order;
+  std::vector<double> cost;
+  for (const auto& one : work) cost.push_back(one.cost * kept_share(job, one.item));
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost[a] > cost[b]; });
+  return order;
 }
 
 // Write the rows of one KV head whose index lies in [begin, end).
@@ -116,14 +143,15 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   job.records = records_.reserve<float>(prepared.record_floats);
   job.record_rows = static_cast<int>(prepared.num_rows * prepared.group);
   const auto run = [&](const std::vector<PreparedPlan::Work>& work, auto kernel_of_work) {
+    const std::vector<int> order = order_of(job, work);
     backend_.pool.parallel_for(static_cast<int64_t>(work.size()), [&](int64_t i, int thread) {
-      kernel_of_work(work[i], scratch + each * thread);
+      kernel_of_work(work[order[i]], scratch + each * thread);
     });
   };
   std::vector<int64_t> kept;
   const int64_t floats = job.thresholds && !job.decoded ? keep_at(prepared, job, kept) : 0;
   job.kept = kept.data();
-  job.scores = floats && floats <= kMostKept ? scores_.reserve<float>(floats) : nullptr;
+  job.scores = floats && floats <= kMostKept ? scores_.reserve<float>(floats + kPage) : nullptr;
   const auto count = [&](uint64_t bytes) {
     bytes_read_.fetch_add(bytes, std::memory_order_relaxed);
   };

@@ -41,6 +41,19 @@ struct Isa {
                             _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
   }
 
+  // Which lanes are at least `least`, a bit each; what is not a number is not.
+  static uint32_t from(V x, V least) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));
+  }
+  // The lanes of x whose bit is set, side by side.
+  static void pack(float* p, uint32_t bits, V x) {
+    alignas(32) float lane[kWidth];
+    _mm256_store_ps(lane, x);
+    for (; bits; bits &= bits - 1) *p++ = lane[__builtin_ctz(bits)];
+  }
+  // The lowest bits of x, each where `places` has one of its own.
+  static uint64_t spread(uint64_t x, uint64_t places) { return _pdep_u64(x, places); }
+
   // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
   // = 1 exactly. What is not a number stays so.
   static V exp2(V x) {

@@ -30,6 +30,15 @@ struct Isa {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), set1(-__builtin_inff()), x);
   }
 
+  // Which lanes are at least `least`, a bit each; what is not a number is not.
+  static uint32_t from(V x, V least) { return _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ); }
+  // The lanes of x whose bit is set, side by side; what lies in p behind them is lost.
+  static void pack(float* p, uint32_t bits, V x) {
+    store(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x));
+  }
+  // The lowest bits of x, each where `places` has one of its own.
+  static uint64_t spread(uint64_t x, uint64_t places) { return _pdep_u64(x, places); }
+
   // 2^x for x <= 0; -inf gives 0, by scalef's rule for a NaN times 2^-inf. Relative error 1e-7;
   // derived, minimax over
   // [-1/2, 1/2] with 2^0 = 1 exactly.

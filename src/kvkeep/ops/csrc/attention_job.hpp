@@ -8,11 +8,13 @@
 namespace kvkeep::attention {
 
 // The constants of kvkeep/ops/layout.py.
-inline constexpr int kPage = 64;    // tokens per page and per tile
-inline constexpr int kStep = 128;   // tokens per online-softmax step
-inline constexpr int kSpan = 1024;  // tokens per carried state
-inline constexpr int kPanel = 126;  // rows scored together: 21 blocks of 6
-inline constexpr int kSinks = 4;    // tokens that the first coded page keeps in 16 bits
+inline constexpr int kPage = 64;              // tokens per page and per tile
+inline constexpr int kStep = 128;             // tokens per online-softmax step
+inline constexpr int kSpan = 1024;            // tokens per carried state
+inline constexpr int kPanel = 126;            // rows scored together: 21 blocks of 6
+inline constexpr int kBits = 4;               // floats that a bit for each token of a step takes
+inline constexpr int kNoted = kBits + kStep;  // floats noted of an observed row and step, at most
+inline constexpr int kSinks = 4;              // tokens that the first coded page keeps in 16 bits
 
 // kvkeep.types.Layout; the first kLayouts are those of the model's dtype.
 enum class Layout : int32_t {
@@ -123,8 +125,8 @@ struct Job {
   const float* thresholds;  // [T, Hq] or null: nothing is observed
   uint64_t* hits;           // [E, Hkv]
   int32_t* stamps;          // [E, Hkv, S] or null: only hits are asked for
-  float* scores;            // of observed rows, kept until lse2 is final; or null: computed anew
-  const int64_t* kept;      // [T] where a row's scores [Hq, its steps' tokens] begin; or -1
+  float* scores;            // noted of observed rows until lse2 is final; or null: computed anew
+  const int64_t* kept;      // [T] where a row's notes [Hq, its steps' kNoted] begin; or -1
   float* states;            // where pieces leave theirs
   int* bad_tile;            // set where a tile id lies outside the pool
 };

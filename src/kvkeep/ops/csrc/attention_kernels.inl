@@ -8,4 +8,5 @@
 #include "attention_halves.inl"
 #include "attention_walk.inl"
 #include "attention_between.inl"
+#include "attention_looked.inl"
 #include "attention_nest.inl"

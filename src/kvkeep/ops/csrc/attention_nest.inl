@@ -1,4 +1,4 @@
-// The loop nest of attention over items: whole groups, pieces of them, folds and hits.
+// The loop nest of attention over items: whole groups, pieces of them, folds.
 
 template <class K>
 void finish(const Job& job, const Panel<K>& panel, const State& state) {
@@ -62,6 +62,12 @@ inline void in_spans(int begin, int end, Fn&& fn) {
   }
 }
 
+// A span's share is complete.
+template <class K>
+inline void raise_floors(const Job& job, const Panel<K>& panel, const State& part) {
+  for (int r = 0; job.scores && r < panel.rows; r++) panel.noted[r].raise(part.m[r], part.l[r]);
+}
+
 // A piece of a group's tokens: the states of its spans, left for `fold`.
 template <class K, class Other>
 uint64_t attend_piece(const Job& job, const Item& item, const Panel<K>& panel, Other& between) {
@@ -76,6 +82,7 @@ uint64_t attend_piece(const Job& job, const Item& item, const Panel<K>& panel, O
       state.clear(panel.rows, dim);
     }
     bytes += walk(job, item, panel, from, to, state, between);
+    raise_floors(job, panel, state);
     memory += state_floats(panel.rows, dim);
   });
   return bytes;
@@ -90,6 +97,7 @@ uint64_t attend_whole(const Job& job, const Item& item, const Panel<K>& panel, O
   in_spans(item.begin, item.end, [&](int from, int to, int span_end) {
     if (from % kSpan == 0) carried.part.clear(panel.rows, dim);
     bytes += walk(job, item, panel, from, to, carried.part, between);
+    raise_floors(job, panel, carried.part);
     if (to == span_end) merge_states(carried.total, carried.part, panel.rows, dim);
   });
   if (!item.leaf) return bytes;
@@ -132,91 +140,6 @@ void fold(const Job& job, const Item& item, char* scratch) {
     memory += state_floats(panel.rows, dim);
   });
   if (item.leaf) finish(job, panel, carried.total);
-}
-
-// The last position at which an observed row looked at each of a step's tokens; -1: none did.
-struct Looked {
-  int32_t at[kStep];
-
-  Looked() {
-    for (int t = 0; t < kStep; t++) at[t] = -1;
-  }
-
-  // Take in the tokens that row `row`, of scores `s`, gives its threshold or more.
-  template <class K>
-  void mark(const Job& job, const Panel<K>& panel, const Step& step, int row, const float* s) {
-    uint64_t seen[2];
-    seen_by(step, panel.position[row], seen);
-    const float least = job.lse2[panel.query[row]] + job.thresholds[panel.query[row]];
-    const int32_t position = panel.position[row];
-    for (int begin = 0; begin < kStep; begin += 32) {
-      const auto alive = static_cast<uint32_t>(seen[begin / kPage] >> (begin % kPage));
-      for (int t = 0; t < 32; t++) {
-        const int32_t mine = (alive >> t & 1u) & (s[begin + t] >= least ? 1u : 0u) ? position : -1;
-        at[begin + t] = mine > at[begin + t] ? mine : at[begin + t];
-      }
-    }
-  }
-
-  // Join tile j's tokens to what other items have found.
-  void hand_out(const Job& job, const Item& item, const Step& step, int j) const {
-    const int64_t tile = int64_t{step.entry[j]} * job.cache.kv_heads + item.head;
-    int32_t latest = -1;
-    for (int t = 0; t < kPage; t++)
-      latest = at[j * kPage + t] > latest ? at[j * kPage + t] : latest;
-    if (latest < 0) return;
-    uint64_t hit = 0;
-    for (int t = 0; t < kPage; t++) {
-      const int32_t position = at[j * kPage + t];
-      if (position < 0) continue;
-      hit |= uint64_t{1} << t;
-      if (!job.stamps) continue;
-      int32_t* stamp = job.stamps + tile * kPage + t;
-      int32_t known = __atomic_load_n(stamp, __ATOMIC_RELAXED);
-      while (known < position && !__atomic_compare_exchange_n(stamp, &known, position, true,
-                                                              __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-      }
-    }
-    if (hit) __atomic_fetch_or(job.hits + tile, hit, __ATOMIC_RELAXED);
-  }
-};
-
-// Mark the tokens that an observed row of the panel gives a weight of at least its threshold; lse2
-// is final by now.
-template <class K>
-uint64_t observe(const Job& job, const Item& item, char* scratch) {
-  Panel<K> panel(scratch, job.cache.dim, item.row_end - item.row_begin);
-  for (int row = item.row_begin; row < item.row_end; row++) {
-    const int32_t place = item.first_place + row / job.group;
-    const int64_t token = job.plan.order ? job.plan.order[place] : place;
-    if (__builtin_isfinite(job.thresholds[token * job.cache.kv_heads * job.group]))
-      panel.push(job, item, row);
-  }
-  if (panel.rows == 0) return 0;
-  uint64_t bytes = 0;
-  int run = item.run_begin;
-  const int last = panel.last < item.end - 1 ? panel.last : item.end - 1;
-  for (int position = item.begin; position <= last; position += kStep) {
-    Step step;
-    if (!find_step(job, item, last, last, position, run, step)) continue;
-    Looked looked;
-    if (job.scores) {
-      for (int r = 0; r < panel.rows; r++)
-        if (const float* kept = kept_scores(job, panel, step, r))
-          looked.mark(job, panel, step, r, kept);
-    } else {
-      bytes += step.bytes(job.cache.dim, true);
-      Alone alone;
-      in_panels(0, panel.rows, [&](int from, int to, bool prefetches) {
-        score_step(job, panel, step, from, to, prefetches, alone);
-        for (int r = from; r < to; r++)
-          looked.mark(job, panel, step, r, panel.s + (r - from) * kStep);
-      });
-    }
-    for (int j = 0; j < 2; j++)
-      if (step.tile[j]) looked.hand_out(job, item, step, j);
-  }
-  return bytes;
 }
 
 template <class K>

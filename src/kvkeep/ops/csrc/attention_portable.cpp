@@ -39,6 +39,22 @@ struct Isa {
     return (Bits{low, low, low, low} & lane) == lane ? x : set1(-__builtin_inff());
   }
 
+  // Which lanes are at least `least`, a bit each; what is not a number is not.
+  static uint32_t from(V x, V least) {
+    const Bits found = (x >= least) & Bits{1, 2, 4, 8};
+    return static_cast<uint32_t>(found[0] | found[1] | found[2] | found[3]);
+  }
+  // The lanes of x whose bit is set, side by side.
+  static void pack(float* p, uint32_t bits, V x) {
+    for (; bits; bits &= bits - 1) *p++ = x[__builtin_ctz(bits)];
+  }
+  // The lowest bits of x, each where `places` has one of its own.
+  static uint64_t spread(uint64_t x, uint64_t places) {
+    uint64_t found = 0;
+    for (; x; x >>= 1, places &= places - 1) found |= x & 1 ? places & -places : 0;
+    return found;
+  }
+
   // 2^x for x <= 0; 0 below -126.5. Relative error 1e-7; derived, minimax over [-1/2, 1/2] with 2^0
   // = 1 exactly. What is not a number stays so.
   static V exp2(V x) {

@@ -51,6 +51,46 @@ constexpr int64_t halves_bytes(int dim) {
   return K::kLooksUp ? int64_t{2} * (2 * kPage + 4 * 16) * dim : 0;
 }
 
+// What is noted of an observed row while it is attended: which tokens may turn out to have its
+// threshold or more, and their scores. Its final lse2 is not known yet, but what it has summed so
+// far bounds it from below.
+struct Noted {
+  char* bits;       // [its steps][2] words; null: nothing is noted
+  float* scores;    // of tokens whose bit is set, side by side: where the next ones are
+  float threshold;  // log2 of the weight that is looked for
+  float floor;      // lse2 of the item's complete spans
+
+  // Of a row of an item that begins at token `begin`.
+  static Noted of(const Job& job, int begin, int query, int position) {
+    const int heads = job.cache.kv_heads * job.group;
+    if (!job.scores || job.kept[query / heads] < 0) return {nullptr, nullptr, 0, kEmpty};
+    const int64_t steps = position / kStep + 1;
+    float* own = job.scores + job.kept[query / heads] + query % heads * steps * kNoted;
+    return {reinterpret_cast<char*>(own), own + kBits * steps + begin / kStep * kStep,
+            job.thresholds[query], kEmpty};
+  }
+
+  char* bits_at(int position) const { return bits + position / kStep * (4 * kBits); }
+
+  // A span of the item is complete.
+  void raise(float m, float l) {
+    if (!bits || m == kEmpty) return;
+    const float span = m + __builtin_log2f(l);
+    const float high = span > floor ? span : floor, low = span > floor ? floor : span;
+    floor = low == kEmpty ? high : high + __builtin_log2f(1.0f + exp2_one(low - high));
+  }
+
+  // No score below it can have the threshold, if (m, l) is what the span has summed: the logarithm
+  // lies above its chords. The slack is far more than rounding takes.
+  float least(float m, float l) const {
+    int32_t l_bits;
+    __builtin_memcpy(&l_bits, &l, sizeof(l_bits));
+    const float span = m + (l_bits - 0x3f800000) * 0x1p-23f;
+    const float lse2 = span > floor ? span : floor;
+    return lse2 - (0x1p-6f + 0x1p-17f * __builtin_fabsf(lse2)) + threshold;
+  }
+};
+
 // An item's rows and working memory; scores and weights are held for a panel of rows at a time.
 template <class K>
 struct Panel {
@@ -59,12 +99,14 @@ struct Panel {
   float *s, *wide, *codes, *memory;  // wide: queries as floats, where some tiles are codes
   uint16_t* halves;  // a coded tile in bf16, where that is asked for
   int32_t *position, *query;
+  Noted* noted;
   int rows = 0, first = 0, last = 0;  // lowest and highest position
 
   static int64_t bytes(int dim, int rows) {
     const int64_t count = kPanel * kStep * (sizeof(A) + 4) +
-                          rows * ((int64_t{sizeof(A)} + 4) * dim + 8) + CodeMemory::bytes(dim) +
-                          8 * state_floats(rows, dim) + halves_bytes<K>(dim) + 512;
+                          rows * ((int64_t{sizeof(A)} + 4) * dim + 8 + int64_t{sizeof(Noted)}) +
+                          CodeMemory::bytes(dim) + 8 * state_floats(rows, dim) +
+                          halves_bytes<K>(dim) + 512;
     return (count + 63) / 64 * 64;
   }
 
@@ -74,11 +116,17 @@ struct Panel {
     q = p + kPanel * kStep;
     position = reinterpret_cast<int32_t*>(q + int64_t{most} * dim);
     query = position + most;
-    codes =
-        reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(query + most) + 63) & ~uintptr_t{63});
+    noted = line_of<Noted>(query + most);
+    codes = line_of<float>(noted + most);
     wide = codes + CodeMemory::bytes(dim) / 4;
     memory = wide + int64_t{most} * dim;
     halves = reinterpret_cast<uint16_t*>(memory + 2 * state_floats(most, dim));
+  }
+
+  // The first whole line of 64 bytes from there on.
+  template <class T>
+  static T* line_of(void* memory) {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t{63});
   }
 
   // Take in packed row `row` of the group.
@@ -93,6 +141,7 @@ struct Panel {
     query[rows] = token * job.cache.kv_heads * job.group + head;
     const int32_t at = job.plan.positions[token];
     position[rows] = at;
+    noted[rows] = Noted::of(job, item.begin, query[rows], at);
     first = rows == 0 || at < first ? at : first;
     last = rows == 0 || at > last ? at : last;
     rows++;
@@ -175,17 +224,6 @@ inline uint64_t low_bits(int count) {
 inline void seen_by(const Step& step, int position, uint64_t (&seen)[2]) {
   for (int j = 0; j < 2; j++)
     seen[j] = low_bits(position - step.position - j * kPage + 1) & step.live[j];
-}
-
-// Where the scores of a panel's row in a step are kept; null where they are not, or it sees none.
-template <class K>
-inline float* kept_scores(const Job& job, const Panel<K>& panel, const Step& step, int row) {
-  if (!job.scores || panel.position[row] < step.position) return nullptr;
-  const int heads = job.cache.kv_heads * job.group, query = panel.query[row];
-  const int64_t begin = job.kept[query / heads];
-  if (begin < 0) return nullptr;
-  const int64_t each = (panel.position[row] / kStep + 1) * int64_t{kStep};
-  return job.scores + begin + (query % heads) * each + step.position;
 }
 
 // Who hears of the blocks that an item is computed in; nobody.

@@ -26,14 +26,27 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step& step, 
   }
 }
 
-// Keep the scores of observed rows [begin, end), at most a panel, before they become weights.
+// Note the tokens that observed rows [begin, end), at most a panel, may look at, before scores
+// become weights.
 template <class K>
-inline void keep_scores(const Job& job, const Panel<K>& panel, const Step& step, int begin,
-                        int end) {
+inline void note(const Job& job, const Panel<K>& panel, const Step& step, int begin, int end,
+                 const State& state) {
   if (!job.scores) return;
   for (int row = begin; row < end; row++) {
-    if (float* kept = kept_scores(job, panel, step, row))
-      __builtin_memcpy(kept, panel.s + (row - begin) * kStep, sizeof(float) * kStep);
+    Noted& noted = panel.noted[row];
+    if (!noted.bits || panel.position[row] < step.position) continue;
+    uint64_t seen[2], found[2] = {0, 0};
+    seen_by(step, panel.position[row], seen);
+    const V least = Isa::set1(noted.least(state.m[row], state.l[row]));
+    const float* s = panel.s + (row - begin) * kStep;
+    for (int t = 0; t < kStep; t += W) {
+      const V x = Isa::load(s + t);
+      const uint64_t bits = Isa::from(x, least) & seen[t / kPage] >> (t % kPage);
+      Isa::pack(noted.scores, static_cast<uint32_t>(bits), x);
+      noted.scores += __builtin_popcountll(bits);
+      found[t / kPage] |= bits << (t % kPage);
+    }
+    __builtin_memcpy(noted.bits_at(step.position), found, sizeof(found));
   }
 }
 
@@ -122,7 +135,7 @@ uint64_t walk(const Job& job, const Item& item, const Panel<K>& panel, int begin
           return attend_halved(job, panel, step, from, to, prefetches, state, between);
       }
       score_step(job, panel, step, from, to, prefetches, between);
-      keep_scores(job, panel, step, from, to);
+      note(job, panel, step, from, to, state);
       if (is_coded(step.layout)) {
         soften_rows<FloatWeights>(panel, step, from, to, panel.s, state, dim);
         weigh_coded(job, panel, step, from, to, prefetches, state.o, between);

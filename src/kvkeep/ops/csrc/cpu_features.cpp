@@ -8,6 +8,7 @@ const char* missing_feature([[maybe_unused]] Isa isa) {
   if (isa == Isa::kPortable) return nullptr;
   if (!__builtin_cpu_supports("avx2")) return "avx2";
   if (!__builtin_cpu_supports("fma")) return "fma";
+  if (!__builtin_cpu_supports("bmi2")) return "bmi2";
   if (isa == Isa::kAvx2) return nullptr;
   if (!__builtin_cpu_supports("avx512f")) return "avx512f";
   if (!__builtin_cpu_supports("avx512bw")) return "avx512bw";

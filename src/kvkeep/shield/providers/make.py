@@ -20,6 +20,11 @@ def make_provider(spec: ProviderSpec, region: SecretRegion) -> KeyProvider:
             return LocalProvider.of_variable(parts[0], region)
         case "fd":
             return LocalProvider.of_descriptor(parts[0], region)
+        case "attested":
+            from kvkeep.shield.providers.attested import AttestedProvider  # noqa: PLC0415 - slow
+
+            entry = parts[2] if len(parts) > 2 else None
+            return AttestedProvider.connect(parts[0], parts[1], entry, region)
         case _:
             return _service(spec)
 
@@ -29,15 +34,15 @@ def _service(spec: ProviderSpec) -> KeyProvider:
     try:
         match spec.kind:
             case "vault":
-                from kvkeep.shield.providers.vault import VaultProvider  # noqa: PLC0415
+                from kvkeep.shield.providers.vault import VaultProvider  # noqa: PLC0415 - an extra
 
                 return VaultProvider.connect(parts[0], parts[1])
             case "kms":
-                from kvkeep.shield.providers.kms import KmsProvider  # noqa: PLC0415
+                from kvkeep.shield.providers.kms import KmsProvider  # noqa: PLC0415 - an extra
 
                 return KmsProvider.connect(parts[0])
             case _:
-                from kvkeep.shield.providers.pkcs11 import HsmProvider  # noqa: PLC0415
+                from kvkeep.shield.providers.pkcs11 import HsmProvider  # noqa: PLC0415 - an extra
 
                 return HsmProvider.connect(*parts)
     except ImportError as error:

@@ -6,10 +6,12 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, cast, get_args
+from urllib.parse import urlsplit
 
+from kvkeep.config import is_loopback
 from kvkeep.errors import ConfigError
 
-Kind = Literal["file", "env", "fd", "vault", "kms", "pkcs11"]
+Kind = Literal["file", "env", "fd", "vault", "kms", "pkcs11", "attested"]
 
 FORMS: Final = {
     "file": "file:PATH",
@@ -18,6 +20,7 @@ FORMS: Final = {
     "vault": "vault:URL,KEY",
     "kms": "kms:KEY-ARN",
     "pkcs11": "pkcs11:MODULE,TOKEN,LABEL",
+    "attested": "attested:URL,KEY[,ENTRY]",
 }
 CAVEATS: Final = {
     "file": "whoever reads the key file and the key store opens every page; keep them apart",
@@ -64,12 +67,23 @@ def parse_spec(text: str) -> ProviderSpec:
         raise ConfigError(
             f"shield_keys: {kind!r} is no provider; use one of {', '.join(FORMS.values())}"
         )
-    parts = tuple(rest.split(",")) if kind in {"vault", "pkcs11"} else (rest,)
-    if len(parts) != FORMS[kind].count(",") + 1 or not all(parts):
+    parts = tuple(rest.split(",")) if "," in FORMS[kind] else (rest,)
+    least, most = (form.count(",") + 1 for form in (FORMS[kind].split("[")[0], FORMS[kind]))
+    if not least <= len(parts) <= most or not all(parts):
         raise ConfigError(f"shield_keys: {kind} is written {FORMS[kind]}")
     if kind == "fd" and re.fullmatch(r"\d+(@\d+)?", rest) is None:
         raise ConfigError(f"shield_keys: fd is written {FORMS[kind]}, an open file's number")
     return ProviderSpec(cast("Kind", kind), parts)
+
+
+def check_url(url: str, form: str) -> None:
+    """Raise `ConfigError` for what is no URL of a service, or has keys cross a network."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        kind = form.partition(":")[0]
+        raise ConfigError(f"shield_keys: {kind} is written {form} with an https URL")
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise ConfigError("shield_keys: keys would cross a network in the clear; use https")
 
 
 def located(spec: ProviderSpec) -> ProviderSpec:

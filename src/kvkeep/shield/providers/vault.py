@@ -10,15 +10,14 @@ import base64
 import hashlib
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import hvac
 import requests
 from hvac import exceptions
 
-from kvkeep.config import is_loopback
 from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
 from kvkeep.shield.envelope import KEY_BYTES
+from kvkeep.shield.providers.provider import check_url
 
 ANSWER_S = 2.0
 _EACH = "*"
@@ -35,11 +34,7 @@ class VaultProvider:
     @classmethod
     def connect(cls, url: str, key: str) -> VaultProvider:
         """Return the provider of a service; raises `ConfigError` where it can't be talked to."""
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigError("shield_keys: vault is written vault:URL,KEY with an https URL")
-        if parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise ConfigError("shield_keys: keys would cross a network in the clear; use https")
+        check_url(url, "vault:URL,KEY")
         client = hvac.Client(url=url, timeout=ANSWER_S)
         if not client.token:
             raise ConfigError("shield_keys: vault needs a token; set VAULT_TOKEN")

@@ -1,0 +1,1 @@
+"""Prefill and decode in engines of their own: pages go from one to the other as they close."""

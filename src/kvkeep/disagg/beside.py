@@ -1,0 +1,33 @@
+"""What stands beside a worker's loop, and the core that it works with; loads torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvkeep.disagg.decode import DecodeSide
+from kvkeep.disagg.options import LinkOptions, Role
+from kvkeep.disagg.prefill import NothingBelow, PrefillSide
+from kvkeep.engine import messages as m
+from kvkeep.engine.build import build_core, default_parts
+from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
+
+
+def side_of(
+    role: Role, engine: EngineOptions, link: LinkOptions, inbox: m.Inbox
+) -> PrefillSide | DecodeSide:
+    """Return what stands beside a worker's loop; raises `ConfigError`."""
+    return (PrefillSide if role == "prefill" else DecodeSide)(engine, link, inbox)
+
+
+def build_beside(
+    engine: EngineOptions, side: PrefillSide | DecodeSide, reply: m.Sink
+) -> EngineCore:
+    """Return a core whose pages a side sends, or whose tier it is."""
+    parts = default_parts(engine)
+    if isinstance(side, DecodeSide):
+        parts = msgspec.structs.replace(parts, tier=side)
+    else:
+        tier = None if engine.tiers else NothingBelow()
+        parts = msgspec.structs.replace(parts, tier=tier, listeners=(side,))
+    return build_core(engine, reply, parts)

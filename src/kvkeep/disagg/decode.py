@@ -1,0 +1,267 @@
+"""The worker that goes on with answers: another's prompt pages are a tier that is being filled."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.radix import KEY_BYTES, token_bytes
+from kvkeep.cache.tiers import Copy, Install
+from kvkeep.disagg.incoming import Incoming
+from kvkeep.disagg.inlet import Inlet
+from kvkeep.disagg.link import Faults, LinkThread, Waker
+from kvkeep.disagg.options import LinkOptions, check_engine
+from kvkeep.disagg.prompt import PromptPages, below_of, hello_of
+from kvkeep.disagg.wire import Block, Credit, Drop
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.engine import EngineCore, Output
+from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import Sealing, sealing_of
+from kvkeep.errors import ConfigError
+from kvkeep.sealing import SealContext
+from kvkeep.types import PageKind, chain_hash
+
+POLL_BYTES: Final = 4 << 20
+"""Installed in one step, and at least one frame."""
+AGAIN_S: Final = 0.5
+"""A worker that did not answer is left alone for so long."""
+
+
+class DecodeSide:
+    """Stands beside a decode engine's loop and is its tier; a `Tier` and a `Beside`."""
+
+    def __init__(
+        self,
+        engine: EngineOptions,
+        options: LinkOptions,
+        inbox: m.Inbox,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_engine(engine)
+        if engine.tiers:
+            raise ConfigError("tier: a decode worker has none below memory yet; leave tiers out")
+        self._engine = engine
+        self._options = options
+        self._clock = clock
+        self._waker = Waker(inbox)
+        self._faults = Faults()
+        self._numbers = itertools.count(1)
+        self._requests: dict[str, list[tuple[Inlet, Incoming]]] = {}
+        self._names: dict[SealContext, list[tuple[Incoming, int]]] = {}
+        self._inlets: dict[str, Inlet] = {}
+        self._again_s: dict[str, float] = {}
+        self._asking: list[tuple[Inlet, Incoming]] = []
+        self._events: deque[tuple[int, Callable[[], None]]] = deque()
+        self._thread: LinkThread | None = None
+        self._sealing: Sealing | None = None
+        self.installed_pages = 0
+        """Whole pages that other workers have computed."""
+
+    @property
+    def faults(self) -> Faults:
+        """Return what went wrong on links."""
+        return self._faults
+
+    @property
+    def pending(self) -> int:
+        """Return the prompts on their way in, and what is known of them."""
+        return len(self._requests) + len(self._names) + len(self._asking)
+
+    @property
+    def inlets(self) -> list[Inlet]:
+        """Return the links there are."""
+        return list(self._inlets.values())
+
+    # Beside the loop
+
+    def begin(self, core: EngineCore) -> None:
+        """Take note of the engine."""
+        self._core = core
+        self._sealing = sealing_of(self._engine)
+        self._own = hello_of(
+            core.info, core.caches.managers, self._sealing.sealer.name, self._options.window_bytes
+        )
+        self._thread = LinkThread()
+        wanted = partial(bool, self._requests)
+        self._thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
+
+    def before(self, command: m.Command) -> None:
+        """Note whose pages are to come."""
+        match command:
+            case m.Wake():
+                self._waker.looked()
+            case m.Submit(spec) if spec.handover is not None and spec.handover.role == "decode":
+                self._expect(spec, spec.handover.link)
+            case m.Begin(request_id, ()):
+                self._forget(request_id)  # nobody computes it elsewhere
+
+    def after(self, outputs: Sequence[Output]) -> None:
+        """Forget requests that have ended, and what has taken too long."""
+        for output in outputs:
+            if output.chunk.finish is not None:
+                self._forget(output.request_id)
+        now = self._clock()
+        for request_id, own in list(self._requests.items()):
+            if any(incoming.expires_s <= now for _, incoming in own):
+                self._forget(request_id)
+
+    def close(self) -> None:
+        """End all links."""
+        if self._thread is not None:
+            self._thread.close()
+        if self._sealing is not None:
+            self._sealing.close()
+
+    # Below the cache
+
+    def holds(self, context: SealContext) -> bool:
+        """Tell whether a page is to come."""
+        return self._find(context) is not None
+
+    def fetch(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
+        done: Callable[[bool], None],
+    ) -> None:
+        """Ask for a page, together with the others of its prompt; see `Tier.fetch`."""
+        found = self._find(context)
+        if found is None:
+            done(False)
+            return
+        incoming, page = found
+        incoming.wait(page, install, done)
+        own = next(one for one in self._requests[incoming.request_id] if one[1] is incoming)
+        if own not in self._asking:
+            self._asking.append(own)
+
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[..., object],
+        expires_s: float | None,
+    ) -> Copy | None:
+        """Take nothing."""
+        return None
+
+    def forget(self, owner: str) -> int:
+        """Return 0: what is on its way is given up with the cache's fetch of it."""
+        return 0
+
+    def poll(self) -> None:
+        """Ask for what the cache waits for, and install what came, up to a budget."""
+        asking, self._asking = self._asking, []
+        for inlet, incoming in asking:
+            inlet.say(incoming.want())
+        budget = POLL_BYTES
+        while self._events and budget > 0:
+            size, event = self._events.popleft()
+            budget -= size
+            event()
+        if self._events:
+            self._waker.wake()
+
+    # Inside
+
+    def _expect(self, spec: GenerateRequest, link: str) -> None:
+        """Note the names of the pages that the cache lacks of a prompt."""
+        if self._core.sharing.stores_nothing(spec.tenant) or not spec.store:
+            return
+        inlet = self._inlet(link)
+        if inlet is None:
+            return
+        self._requests[spec.id] = own = []
+        for manager in self._core.caches.managers.values():
+            incoming = self._incoming(spec, manager)
+            if incoming is not None:
+                inlet.incoming[incoming.number] = incoming
+                own.append((inlet, incoming))
+
+    def _incoming(self, spec: GenerateRequest, manager: CacheManager) -> Incoming | None:
+        """Return what is to come of a prompt into one cache, its pages named as that names them."""
+        tokens = np.array(spec.prompt_ids, np.int32)
+        match = manager.match(tokens, account=spec.tenant, scope=spec.scope)
+        known = match.attached()
+        pages = PromptPages(manager, spec, match.tag)
+        if len(known) >= len(pages.hashes):
+            return None
+        most_s = self._options.expires_s
+        ends_s = self._clock() + (most_s if spec.deadline_s is None else spec.deadline_s)
+        incoming = Incoming(spec.id, next(self._numbers), pages, len(known), ends_s)
+        last = known[-1].hash if known else manager.index.model_digest
+        digest, raw, below = match.tag.digest(), token_bytes(tokens), below_of(manager)
+        for page in range(len(known), len(pages.hashes)):
+            last = chain_hash(last, digest, raw[page * KEY_BYTES : (page + 1) * KEY_BYTES])
+            first = page == 0 and manager.pool.num_first > 0
+            kind = PageKind.FIRST if first else PageKind.PLAIN
+            name = below.context(spec.tenant, match.tag, last, kind)
+            self._names.setdefault(name, []).append((incoming, page))
+            incoming.names.append(name)
+        return incoming
+
+    def _find(self, context: SealContext) -> tuple[Incoming, int] | None:
+        found = self._names.get(context, ())
+        return next(((one, page) for one, page in found if one.has(page)), None)
+
+    def _inlet(self, link: str) -> Inlet | None:
+        """Return the link to a worker; None while that does not answer."""
+        inlet = self._inlets.get(link)
+        if inlet is not None and not inlet.closed:
+            return inlet
+        now = self._clock()
+        if self._thread is None or self._sealing is None or now < self._again_s.get(link, now):
+            return None
+        self._again_s[link] = now + AGAIN_S
+        inlet = Inlet(
+            link, self._thread, self._sealing.sealer, self._options, self._faults,
+            self._arrived, self._lost,
+        )  # fmt: skip
+        self._inlets[link] = inlet
+        self._thread.start(inlet.run(self._own))
+        return inlet
+
+    def _arrived(self, inlet: Inlet, block: Block, layers: list[memoryview], size: int) -> None:
+        """Hear of pages; on the link's thread."""
+        self._events.append((size, partial(self._install, inlet, block, layers, size)))
+        self._waker.wake()
+
+    def _lost(self, inlet: Inlet, number: int | None, page: int) -> None:
+        """Hear of pages that do not come; on the link's thread."""
+        self._events.append((0, partial(self._lose, inlet, number, page)))
+        self._waker.wake()
+
+    def _install(self, inlet: Inlet, block: Block, layers: list[memoryview], size: int) -> None:
+        incoming = inlet.incoming.get(block.request)
+        if incoming is not None:
+            self.installed_pages += incoming.arrived(block, layers)
+        inlet.say(Credit(size))
+
+    def _lose(self, inlet: Inlet, number: int | None, page: int) -> None:
+        for one in list(inlet.incoming.values()):
+            if number is None or one.number == number:
+                one.lose(page)
+
+    def _forget(self, request_id: str) -> None:
+        """Wait for nothing more of a request, and say so."""
+        for inlet, incoming in self._requests.pop(request_id, ()):
+            if incoming.asked and not incoming.done:
+                inlet.say(Drop(incoming.number))
+            incoming.lose(0)
+            inlet.incoming.pop(incoming.number, None)
+            self._asking = [one for one in self._asking if one[1] is not incoming]
+            for name in incoming.names:
+                left = [one for one in self._names[name] if one[0] is not incoming]
+                if left:
+                    self._names[name] = left
+                else:
+                    del self._names[name]

@@ -1,0 +1,58 @@
+"""How workers are linked; light to import, crosses process boundaries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
+
+Role = Literal["prefill", "decode"]
+"""Of a worker."""
+
+
+class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """PEM files of one worker: its own certificate and key, and who signs the cluster's."""
+
+    certificate: str
+    key: str
+    authority: str
+
+
+class PaceOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """A slower link than there is, emulated where it is sent from."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+
+def check_engine(engine: EngineOptions) -> None:
+    """Refuse what can't be handed over; raises `ConfigError`."""
+    if not engine.prefix_caching:
+        raise ConfigError("link: pages are handed over from cache to cache; keep prefix_caching")
+    if engine.guard_share:
+        raise ConfigError("guard_share: shadows are not handed over; leave it at 0")
+
+
+class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about links of one worker."""
+
+    listen: str = "tcp://127.0.0.1:0"
+    """`tcp://HOST:PORT`, port 0: any free one; or `shm://PATH` of a socket on this host."""
+    advertise: str | None = None
+    """What others dial, where that is not what is listened at."""
+    tls: TlsFiles | None = None
+    """Needed wherever another host could connect."""
+    pace: PaceOptions | None = None
+    queue_bytes: int = 64 << 20
+    """Copied by a prefill worker and not yet sent, per link; what exceeds it is sent later."""
+    window_bytes: int = 64 << 20
+    """Sent to a decode worker and not yet installed, per link."""
+    beat_s: float = 0.25
+    silence_s: float = 3.0
+    """A link over which nothing came for so long is given up."""
+    dial_s: float = 5.0
+    expires_s: float = 600.0
+    """A transfer that lasts longer is given up."""

@@ -1,0 +1,278 @@
+"""The worker that computes prompts: it sends their pages, layer by layer, to whoever asks."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.tiers import ClosedPage, Copy, Install
+from kvkeep.disagg.connector import Channel
+from kvkeep.disagg.link import Faults, LinkThread, Waker, connector_of
+from kvkeep.disagg.options import LinkOptions, check_engine
+from kvkeep.disagg.outgoing import Outgoing
+from kvkeep.disagg.outlet import Event, Outlet
+from kvkeep.disagg.prompt import PromptPages, hello_of
+from kvkeep.disagg.wire import Drop, Lost, Want
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.engine import EngineCore, Output
+from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import Sealing, sealing_of
+from kvkeep.sealing import SealContext
+
+PUMP_BYTES: Final = 4 << 20
+"""Copied out of the cache in one turn of the loop."""
+EARLY_S: Final = 10.0
+"""A prompt that nobody asks for, and a wish without its prompt, are forgotten after so long."""
+
+
+class PrefillSide:
+    """Stands beside a prefill engine's loop and hears of the layers its steps close."""
+
+    def __init__(
+        self,
+        engine: EngineOptions,
+        options: LinkOptions,
+        inbox: m.Inbox,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_engine(engine)
+        self._engine = engine
+        self._options = options
+        self._clock = clock
+        self._waker = Waker(inbox)
+        self._faults = Faults()
+        self._events: deque[tuple[Outlet, Event]] = deque()
+        self._specs: OrderedDict[str, tuple[GenerateRequest, float | None]] = OrderedDict()
+        """By request: its prompt, and when it is forgotten once it has ended."""
+        self._early: list[tuple[Outlet, Want, float]] = []
+        self._going: dict[str, Outgoing] = {}
+        self._thread: LinkThread | None = None
+        self._sealing: Sealing | None = None
+        self.outlets: list[Outlet] = []
+        self.address = ""
+        """What is listened at."""
+
+    @property
+    def faults(self) -> Faults:
+        """Return what went wrong on links."""
+        return self._faults
+
+    @property
+    def pending(self) -> int:
+        """Return the prompts on their way out."""
+        return len(self._going)
+
+    # Beside the loop
+
+    def begin(self, core: EngineCore) -> None:
+        """Listen; raises `ConfigError` where that can't or must not be done."""
+        self._core = core
+        self._sealing = sealing = sealing_of(self._engine)
+        self._thread = thread = LinkThread()
+        options, managers = self._options, core.caches.managers
+        own = hello_of(core.info, managers, sealing.sealer.name, options.window_bytes)
+        self._connector = connector_of(options, options.listen)
+
+        async def accepted(channel: Channel) -> None:
+            outlet = Outlet(
+                channel, thread, sealing.sealer, options, self._faults, self._heard, self._room
+            )
+            self.outlets.append(outlet)
+            await outlet.serve(own)
+
+        self.address = thread.wait(self._connector.listen(options.listen, accepted))
+        core.info = msgspec.structs.replace(core.info, link=options.advertise or self.address)
+        thread.start(self._waker.now_and_then(options.beat_s, self._may_expire))
+
+    def before(self, command: m.Command) -> None:
+        """Note the prompts that are to be handed over."""
+        match command:
+            case m.Wake():
+                self._waker.looked()
+            case m.Submit(spec) if spec.handover is not None and spec.handover.role == "prefill":
+                self._specs[spec.id] = (spec, None)
+                early, self._early = self._early, []
+                for outlet, want, expires_s in early:
+                    self._ask(outlet, want, expires_s)
+            case m.Cancel(request_id):
+                self._specs.pop(request_id, None)
+                self._give_up(request_id)
+            case m.Purge(tenant):
+                for request_id, going in list(self._going.items()):
+                    if going.spec.tenant == tenant:
+                        self._give_up(request_id)
+
+    def after(self, outputs: Sequence[Output]) -> None:
+        """Take in what askers said, and send what has closed or lies in the cache."""
+        now = self._clock()
+        for output in outputs:
+            known = self._specs.get(output.request_id)
+            if output.chunk.finish is None or known is None:
+                continue
+            self._specs[output.request_id] = (known[0], now + EARLY_S)
+            if (going := self._going.get(output.request_id)) is not None:
+                going.hold(ended=True)
+        while self._events:
+            self._take_in(*self._events.popleft(), now)
+        self._expire(now)
+        budget = PUMP_BYTES
+        for request_id, going in list(self._going.items()):
+            budget -= going.pump(budget)
+            going.flush()
+            missing = going.missing()
+            if missing is not None:
+                going.outlet.put(Lost(going.want.request, missing))
+            if going.done or missing is not None:
+                self._end(request_id)
+        if self._going and budget <= 0:
+            self._waker.wake()
+
+    def close(self) -> None:
+        """End all links."""
+        for request_id in list(self._going):
+            self._end(request_id)
+        if self._thread is not None:
+            self._thread.close(self._connector.close)
+        if self._sealing is not None:
+            self._sealing.close()
+
+    # In a step
+
+    def layer_closed(self, page: ClosedPage, layer: int) -> None:
+        """Take a layer of a page for whoever waits for it."""
+        going = self._going.get(page.request_id)
+        if going is not None:
+            going.closed(page, layer)
+
+    # Inside
+
+    def _heard(self, outlet: Outlet, event: Event) -> None:
+        """Hear of an asker; on the link's thread."""
+        if event is None and outlet in self.outlets:
+            self.outlets.remove(outlet)
+        self._events.append((outlet, event))
+        self._waker.wake()
+
+    def _may_expire(self) -> bool:
+        return bool(self._going or self._early)
+
+    def _room(self) -> None:
+        """Hear that a queue has room again; on the link's thread."""
+        if self._going:
+            self._waker.wake()
+
+    def _take_in(self, outlet: Outlet, event: Event, now: float) -> None:
+        match event:
+            case Want():
+                self._ask(outlet, event, now + EARLY_S)
+            case Drop(request):
+                outlet.drop(request)
+                for request_id, going in list(self._going.items()):
+                    if going.outlet is outlet and going.want.request == request:
+                        self._end(request_id)
+            case None:
+                for request_id, going in list(self._going.items()):
+                    if going.outlet is outlet:
+                        self._end(request_id)
+
+    def _ask(self, outlet: Outlet, want: Want, expires_s: float) -> None:
+        """Begin to send what was asked for; a wish that comes before its prompt waits for it."""
+        spec, forgotten_s = self._specs.get(want.id, (None, None))
+        if spec is None:
+            self._early.append((outlet, want, expires_s))
+            return
+        going = self._going_of(outlet, want, spec)
+        if going is None or want.id in self._going:
+            outlet.put(Lost(want.request, want.first_page))
+            return
+        self._going[want.id] = going
+        going.hold(ended=forgotten_s is not None)
+
+    def _going_of(self, outlet: Outlet, want: Want, spec: GenerateRequest) -> Outgoing | None:
+        """Return what is to be sent; None where the two sides' pages are not the same ones."""
+        manager, pages = self._pages_of(want, spec)
+        if manager is None or pages is None:
+            return None
+        inside = want.first_page < want.end_page <= len(pages.hashes)
+        if not inside or pages.chain(want.first_page) != want.chain:
+            return None
+        most_s = self._options.expires_s
+        ends_s = self._clock() + min(most_s, most_s if spec.deadline_s is None else spec.deadline_s)
+        return Outgoing(want, spec, manager, pages, outlet, ends_s)
+
+    def _pages_of(
+        self, want: Want, spec: GenerateRequest
+    ) -> tuple[CacheManager | None, PromptPages | None]:
+        """Return the cache whose pages have the tag asked for, and the prompt's names in it."""
+        for manager in self._core.caches.managers.values():
+            tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
+            if tag.digest() == want.tag:
+                return manager, PromptPages(manager, spec, tag)
+        return None, None
+
+    def _expire(self, now: float) -> None:
+        for request_id, going in list(self._going.items()):
+            if going.expires_s <= now:
+                self._give_up(request_id)
+        early = self._early
+        self._early = [one for one in early if one[2] > now and not one[0].closed]
+        for outlet, want, expires_s in early:
+            if expires_s <= now:
+                outlet.put(Lost(want.request, want.first_page))
+        while self._specs:
+            request_id, (_, forgotten_s) = next(iter(self._specs.items()))
+            if forgotten_s is None or forgotten_s > now:
+                break
+            del self._specs[request_id]
+
+    def _give_up(self, request_id: str) -> None:
+        """Send nothing more of a prompt, and say so."""
+        going = self._going.get(request_id)
+        if going is not None:
+            going.outlet.drop(going.want.request)
+            going.outlet.put(Lost(going.want.request, going.want.first_page))
+            self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
+        self._going.pop(request_id).release()
+
+
+class NothingBelow:
+    """A `Tier` that holds nothing: it is there so that pages have names outside memory."""
+
+    def holds(self, context: SealContext) -> bool:
+        """Return False."""
+        return False
+
+    def fetch(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
+        done: Callable[[bool], None],
+    ) -> None:
+        """Fetch nothing."""
+        done(False)
+
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Callable[..., object],
+        expires_s: float | None,
+    ) -> Copy | None:
+        """Take nothing."""
+        return None
+
+    def forget(self, owner: str) -> int:
+        """Return 0."""
+        return 0
+
+    def poll(self) -> None:
+        """Nothing is due."""

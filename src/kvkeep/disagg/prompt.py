@@ -1,0 +1,86 @@
+"""A prompt's pages as two workers name them: from its own tokens, never from what came."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+
+from kvkeep.cache.below import Below, layer_bytes
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.radix import KEY_BYTES, token_bytes
+from kvkeep.disagg.wire import Block, Hello
+from kvkeep.engine.api import GenerateRequest, ModelInfo
+from kvkeep.errors import ConfigError
+from kvkeep.sealing import SealContext
+from kvkeep.types import PageKind, PageTag, chain_hash
+
+_PLACE = struct.Struct("<HHII")
+_DIGEST_BYTES = 16
+
+
+class PromptPages:
+    """What the pages of one prompt are called and bound to on a link.
+
+    The chain is that of the scope's own pages from the first on: which of them either worker
+    holds as public ones is nothing to the other.
+    """
+
+    def __init__(self, manager: CacheManager, spec: GenerateRequest, tag: PageTag) -> None:
+        self._below = below_of(manager)
+        self._account, self.tag, self.digest = spec.tenant, tag, tag.digest()
+        self._first = manager.pool.num_first > 0
+        self._sizes = {kind: layer_bytes(manager.pool, kind) for kind in PageKind}
+        self.num_layers = manager.pool.spec.num_layers
+        raw = token_bytes(spec.prompt_ids)
+        self.hashes: list[bytes] = []
+        last = manager.index.model_digest
+        for begin in range(0, len(raw) - KEY_BYTES + 1, KEY_BYTES):
+            last = chain_hash(last, self.digest, raw[begin : begin + KEY_BYTES])
+            self.hashes.append(last)
+        self._root = manager.index.model_digest
+
+    def chain(self, page: int) -> bytes:
+        """Return the hash of the chain up to a page."""
+        return self.hashes[page - 1] if page else self._root
+
+    def size(self, page: int, layer: int) -> int:
+        """Return the bytes of a layer of a page."""
+        return self._sizes[self._kind(page)][layer]
+
+    def sizes(self, block: Block) -> tuple[int, ...]:
+        """Return the bytes of each layer of each page of a block, in its order."""
+        return tuple(
+            self.size(page, layer)
+            for layer in range(block.layer, block.layer + block.layers)
+            for page in range(block.first_page, block.first_page + block.pages)
+        )
+
+    def context(self, block: Block) -> SealContext:
+        """Return what a block is bound to: its last page's chain, and its place."""
+        last = block.first_page + block.pages - 1
+        kind = self._kind(block.first_page)
+        page = self._below.context(self._account, self.tag, self.hashes[last], kind)
+        place = hashlib.blake2b(page.spec_digest, digest_size=_DIGEST_BYTES, person=b"kvkeep-wire")
+        place.update(_PLACE.pack(block.layer, block.layers, block.first_page, block.pages))
+        return SealContext(
+            page.owner, page.tag, page.chain_hash, page.model_digest, place.digest(), kind
+        )
+
+    def _kind(self, page: int) -> PageKind:
+        return PageKind.FIRST if page == 0 and self._first else PageKind.PLAIN
+
+
+def hello_of(
+    info: ModelInfo, managers: Mapping[str, CacheManager], sealer: str, window_bytes: int
+) -> Hello:
+    """Return what a worker says of itself."""
+    forms = {name: below_of(one).form.hex() for name, one in managers.items()}
+    return Hello(info.digest, forms, sealer, window_bytes)
+
+
+def below_of(manager: CacheManager) -> Below:
+    """Return what names a manager's pages outside memory."""
+    if manager.below is None:
+        raise ConfigError("link: this engine was built without a place for pages to go to")
+    return manager.below

@@ -1,0 +1,39 @@
+"""An engine with one side of a link beside it, in its own process."""
+
+from __future__ import annotations
+
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from kvkeep.disagg.options import LinkOptions, Role
+from kvkeep.engine import messages as m
+from kvkeep.engine.client import MessageClient, Progress
+from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.process import PipeTransport, run_loop
+
+if TYPE_CHECKING:
+    from kvkeep.disagg.decode import DecodeSide
+    from kvkeep.disagg.prefill import PrefillSide
+
+
+def spawn_worker(
+    role: Role, engine: EngineOptions, link: LinkOptions, progress: Progress | None = None
+) -> MessageClient:
+    """Return a client of a worker in its own process; call inside a running event loop."""
+    return MessageClient(PipeTransport(partial(_main, role, engine, link)), progress)
+
+
+def _main(role: Role, engine: EngineOptions, link: LinkOptions, pipe: Connection) -> None:
+    from kvkeep.disagg.beside import (  # noqa: PLC0415 - torch loads in this process alone
+        build_beside,
+        side_of,
+    )
+
+    sides: list[PrefillSide | DecodeSide] = []
+
+    def beside(inbox: m.Inbox) -> PrefillSide | DecodeSide:
+        sides.append(side_of(role, engine, link, inbox))
+        return sides[0]
+
+    run_loop(engine, pipe, lambda reply: build_beside(engine, sides[0], reply), beside)

@@ -1,0 +1,44 @@
+"""Requests whose prompt one engine computes and whose answer another goes on with."""
+
+from __future__ import annotations
+
+import itertools
+
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import GenerateRequest, TokenLogprob
+from kvkeep.engine.sampling import TokenScores
+from kvkeep.engine.sequence import Request
+
+
+def awaits(spec: GenerateRequest) -> bool:
+    """Tell whether a request's first token comes from another engine."""
+    return spec.handover is not None and spec.handover.role == "decode"
+
+
+def hands_over(request: Request) -> bool:
+    """Tell whether a request ends here with its first token."""
+    handover = request.spec.handover
+    return handover is not None and handover.role == "prefill"
+
+
+def begin(request: Request, handed: m.Begin, now: float) -> None:
+    """Put a request where the other engine stands, as if it had been preempted there.
+
+    Its client knows what was told: of the text only what the other engine held back is told here.
+    """
+    if not request.awaits:
+        return
+    request.awaits = False
+    (sequence,) = request.sequences
+    for token, told in itertools.zip_longest(handed.token_ids, handed.logprobs):
+        sequence.tokens.append(token)
+        sequence.sampling.accept(token)
+        sequence.generated += 1
+        scores = None if told is None else _scores(told)
+        sequence.output.push(token, scores, 0, last=False)
+        request.first_token_s = now
+
+
+def _scores(told: TokenLogprob) -> TokenScores:
+    top = tuple((token, value) for token, _, value in told.top)
+    return TokenScores(told.token_id, told.logprob, top)

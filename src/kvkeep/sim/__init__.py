@@ -1,0 +1,1 @@
+"""A cluster in simulated time, from measured costs of steps."""

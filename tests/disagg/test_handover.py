@@ -1,0 +1,196 @@
+"""Two engines joined answer as one does, and say where the pages were computed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvkeep.engine.api import Chunk, FinishReason, SamplingParams, TenantTerms
+from kvkeep.engine.engine import Output
+from kvkeep.engine.options import KeyOptions, SharingOptions
+from tests.disagg.pairs import QUICK, answers, engine_options, pair_of
+from tests.e2e.test_composition import prompt_of
+from tests.engines import core_for, drive, request, tokens
+
+SOME = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True, logprobs=2)
+PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((70, 200, 400, 511))]
+
+
+def alone(model: Path, params: SamplingParams, **options: Any) -> list[list[Chunk]]:
+    """Return one engine's answers to the prompts."""
+    core = core_for(model, chunk_tokens=128, threads=1, **options)
+    asked = [request(prompt, params, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+    told = drive(core, asked)
+    return [told[str(i)] for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize(
+    ("kv", "evict"), [("bf16", "off"), ("k2v2", "off"), ("bf16", "corm"), ("auto", "off")]
+)
+async def test_two_engines_answer_as_one(tiny: dict[str, Path], kv: str, evict: str) -> None:
+    forms = {"kv": kv, "evict": evict, "kv_auto_tokens": 300}
+    wanted = alone(tiny["qwen2"], DRAWN, **forms)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off", **forms)) as pair:
+        asked = [request(prompt, DRAWN, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+        got = await answers(pair.client, *asked)
+        assert [tokens(chunks) for chunks in got] == [tokens(chunks) for chunks in wanted]
+        assert ["".join(c.text for c in one) for one in got] == [
+            "".join(c.text for c in one) for one in wanted
+        ]
+        assert [[p for c in one for p in c.logprobs] for one in got] == [
+            [p for c in one for p in c.logprobs] for one in wanted
+        ]
+        await pair.quiet()
+        whole = 128 if kv == "k2v2" else 64
+        found = sum(len(prompt) // whole * whole for prompt in PROMPTS) // 64
+        exact = evict == "off" and kv != "auto"  # what is evicted of a prompt is computed here
+        least = found if exact else 1
+        assert least <= pair.receives.installed_pages <= found
+        assert not pair.faults()
+
+
+SELECTIVE = SharingOptions(policy="selective", k=2, epoch_s=0.2)
+
+
+async def test_sealed_on_the_wire_and_shared_selectively(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = alone(tiny["qwen2"], SOME, kv="k2v2")
+    keys = KeyOptions(store=str(tmp_path / "keys.json"))
+    engine = engine_options(tiny["qwen2"], kv="k2v2", shield="seal", keys=keys, share=SELECTIVE)
+    terms = {name: TenantTerms(voter=name, group="g") for name in ("a", "b", "c")}
+    async with pair_of(engine) as pair:
+        await pair.client.set_tenants(dict.fromkeys(terms, 0.3), terms)
+        for tenant in terms:
+            asked = [
+                request(prompt, SOME, id=f"{tenant}{i}", tenant=tenant)
+                for i, prompt in enumerate(PROMPTS)
+            ]
+            got = await answers(pair.client, *asked)
+            assert [tokens(chunks) for chunks in got] == [tokens(chunks) for chunks in wanted]
+            await asyncio.sleep(0.3)  # an epoch ends in both engines
+        await pair.quiet()
+        assert pair.receives.installed_pages > 0
+        assert not pair.faults()
+        assert all(outlet.stats.name == "tcp" for outlet in pair.sends.outlets)
+
+
+async def test_a_prefix_that_the_decode_worker_holds_is_not_sent_again(
+    tiny: dict[str, Path],
+) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        first, second = PROMPTS[3], PROMPTS[3][:320] + prompt_of(130, 9)
+        await answers(pair.client, request(first, SOME, id="first"))
+        await pair.quiet()
+        assert pair.receives.installed_pages == 7
+        (outlet,) = pair.sends.outlets
+        sent = outlet.stats.sent_pages_bytes
+        page = sent // 7
+        await answers(pair.client, request(second, SOME, id="second"))
+        await pair.quiet()
+        assert pair.receives.installed_pages == 7 + 2, "five of seven were there"
+        assert outlet.stats.sent_pages_bytes - sent < 3 * page
+
+
+async def test_pages_the_prefill_worker_held_already_are_sent_too(tiny: dict[str, Path]) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        await answers(pair.client, request(PROMPTS[3], SOME, id="first"))
+        await pair.quiet()
+        for manager in pair.decode.core.caches.managers.values():
+            manager.evict_pages("a", 99)
+        (again,) = await answers(pair.client, request(PROMPTS[3], SOME, id="again"))
+        assert again[0].cached_tokens >= 448, "what the prefill worker found is told"
+        assert pair.receives.installed_pages == 2 * 7
+        await pair.quiet()
+
+
+async def test_pages_pass_through_shared_memory_on_one_host(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = alone(tiny["qwen2"], SOME)
+    link = msgspec.structs.replace(QUICK, listen=f"shm://{tmp_path}/link", window_bytes=1 << 20)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=link) as pair:
+        asked = [request(prompt, SOME, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+        got = await answers(pair.client, *asked)
+        assert [tokens(chunks) for chunks in got] == [tokens(chunks) for chunks in wanted]
+        assert pair.receives.installed_pages == sum(len(prompt) // 64 for prompt in PROMPTS)
+        assert [outlet.stats.name for outlet in pair.sends.outlets] == ["shared memory"]
+        await pair.quiet()
+        assert not pair.faults()
+
+
+async def test_what_closes_faster_than_the_queue_takes_is_sent_later(
+    tiny: dict[str, Path],
+) -> None:
+    wanted = alone(tiny["qwen2"], SOME)
+    link = msgspec.structs.replace(QUICK, queue_bytes=1, window_bytes=1)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=link) as pair:
+        asked = [request(prompt, SOME, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+        got = await answers(pair.client, *asked)
+        assert [tokens(chunks) for chunks in got] == [tokens(chunks) for chunks in wanted]
+        assert pair.receives.installed_pages == sum(len(prompt) // 64 for prompt in PROMPTS)
+        await pair.quiet()
+        assert not pair.faults()
+
+
+async def test_pages_are_sent_while_their_prompt_is_still_computed(tiny: dict[str, Path]) -> None:
+    engine = engine_options(tiny["qwen2"], shield="off", chunk_tokens=64, max_num_batched_tokens=64)
+    async with pair_of(engine) as pair:
+        before: list[int] = []
+        step = pair.prefill.core.step
+
+        def watched() -> list[Output]:
+            outputs = step()
+            if not outputs and pair.sends.outlets:
+                before.append(pair.sends.outlets[0].stats.sent_pages_bytes)
+            return outputs
+
+        pair.prefill.core.step = watched  # type: ignore[method-assign]
+        await answers(pair.client, request(PROMPTS[3], SOME))
+        await pair.quiet()
+        assert len(set(before)) > 2, "in several frames, before the first token"
+
+
+async def test_short_and_branching_requests_stay_where_they_are_answered(
+    tiny: dict[str, Path],
+) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off"), least_tokens=300) as pair:
+        two = SamplingParams(max_tokens=4, n=2, temperature=1.0, seed=1, ignore_eos=True)
+        one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        scored = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=1, ignore_eos=True)
+        asked = [
+            request(PROMPTS[1], SOME, id="short"),
+            request(PROMPTS[2], two, id="two"),
+            request(PROMPTS[2], one, id="one"),
+            request(PROMPTS[2], scored, id="scored"),
+        ]
+        got = await answers(pair.client, *asked)
+        assert [chunks[-1].finish for chunks in got] == [FinishReason.LENGTH] * 4
+        assert pair.prefill.core.stats().prompt_tokens_total == 0
+
+
+async def test_a_tenant_that_stores_nothing_is_sent_nothing(tiny: dict[str, Path]) -> None:
+    wanted = alone(tiny["qwen2"], SOME)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        terms = {"a": TenantTerms(voter="a", store="never")}
+        await pair.client.set_tenants({"a": 0.9}, terms)
+        (got,) = await answers(pair.client, request(PROMPTS[2], SOME))
+        assert tokens(got) == tokens(wanted[2])
+        assert pair.receives.installed_pages == 0
+        await pair.quiet()
+
+
+async def test_a_stop_in_the_first_token_ends_both(tiny: dict[str, Path]) -> None:
+    wanted = alone(tiny["qwen2"], SOME)
+    stop = SamplingParams(
+        max_tokens=12, temperature=0.0, stop_token_ids=(tokens(wanted[3])[0],), ignore_eos=True
+    )
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        (got,) = await answers(pair.client, request(PROMPTS[3], stop))
+        assert [chunk.finish for chunk in got] == [FinishReason.STOP]
+        await pair.quiet()
