@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,17 @@ async def test_pages_are_sent_while_their_prompt_is_still_computed(tiny: dict[st
         before: list[int] = []
         step = pair.prefill.core.step
 
+        def sent() -> int:
+            return sum(outlet.stats.sent_pages_bytes for outlet in pair.sends.outlets)
+
         def watched() -> list[Output]:
+            """Take a step, once what the one before it left to send is gone (or hangs)."""
+            end = time.monotonic() + 0.5
+            while before and sent() <= before[-1] and time.monotonic() < end:
+                time.sleep(0.002)
             outputs = step()
-            if not outputs and pair.sends.outlets:
-                before.append(pair.sends.outlets[0].stats.sent_pages_bytes)
+            if not outputs:
+                before.append(sent())
             return outputs
 
         pair.prefill.core.step = watched  # type: ignore[method-assign]

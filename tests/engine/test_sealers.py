@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from kvkeep.engine.api import SamplingParams
 from kvkeep.engine.build import build_core
 from kvkeep.engine.options import EngineOptions, KeyOptions
-from kvkeep.engine.sealers import seal_model, unwrap_of
+from kvkeep.engine.sealers import provider_of, seal_model, unwrap_of
 from kvkeep.errors import CheckpointError, ConfigError, KeysUnavailable
 from kvkeep.models.checkpoint import open_checkpoint
+from kvkeep.shield.cipher import KEY_BYTES
 from kvkeep.shield.folder import MANIFEST, Body, open_folder
 from kvkeep.shield.keys import unwrap_model
 from kvkeep.shield.providers.local import make_key_file
@@ -51,6 +54,21 @@ def test_a_sealed_model_answers_as_the_plain_one_and_makes_no_store(
     assert answer(sealed, keys(tmp_path)) == answer(tiny["qwen2"], keys(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in sealed.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kek", "sealed"]
+
+
+def test_of_servers_that_start_at_a_time_one_makes_the_key_file(tmp_path: Path) -> None:
+    for attempt in range(20):
+        options = KeyOptions(store=str(tmp_path / str(attempt) / "store.json"))
+        together = Barrier(4)
+
+        def start(options: KeyOptions = options, together: Barrier = together) -> bytes:
+            together.wait()
+            return Path(provider_of(options).parts[0]).read_bytes()
+
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda _, start=start: start(), range(4)))
+        assert len(set(read)) == 1
+        assert len(read[0]) == KEY_BYTES
 
 
 def test_a_key_that_is_another_or_missing_is_one_sentence(sealed: Path, tmp_path: Path) -> None:

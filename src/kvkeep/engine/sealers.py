@@ -17,7 +17,7 @@ from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.folder import Body, Unwrap, seal_folder
 from kvkeep.shield.keeper import MODEL_SLOTS
 from kvkeep.shield.keys import KeyClient, unwrap_model
-from kvkeep.shield.keystore import refuse_inside
+from kvkeep.shield.keystore import KeyStore, refuse_inside
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.shield.providers.local import make_key_file
 from kvkeep.shield.providers.make import make_provider
@@ -59,7 +59,7 @@ def sealing_of(options: EngineOptions, folders: Iterable[Path] = ()) -> Sealing:
 
 def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:
     """Return the server's side of a key process that is still to be started."""
-    store = Path(options.store or DEFAULT_STORE).absolute()
+    store = _store_of(options)
     refuse_inside(store, folders)
     spec = provider_of(options)
     if spec.kind in CAVEATS:
@@ -70,19 +70,30 @@ def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:
 def provider_of(options: KeyOptions) -> ProviderSpec:
     """Return the provider: the one that is named, or a key file beside the store.
 
-    Makes that file where neither it nor the store is there yet.
+    Makes that file where neither it nor the store is there yet; of several that start at a time,
+    one does.
     """
+    path, store = _own_key_file(options), _store_of(options)
+    if options.provider is None and not store.exists():
+        with KeyStore(store).locked():
+            if not (path.exists() or store.exists()):
+                make_key_file(path)
+    return _named_or_own(options)
+
+
+def _named_or_own(options: KeyOptions) -> ProviderSpec:
     if options.provider is not None:
         return parse_spec(options.provider)
-    path = _own_key_file(options)
-    if not path.exists() and not Path(options.store or DEFAULT_STORE).exists():
-        make_key_file(path)
-    return ProviderSpec("file", (str(path),))
+    return ProviderSpec("file", (str(_own_key_file(options)),))
+
+
+def _store_of(options: KeyOptions) -> Path:
+    return Path(options.store or DEFAULT_STORE).absolute()
 
 
 def _own_key_file(options: KeyOptions) -> Path:
     """Return the key file that is used where no provider is named."""
-    store = Path(options.store or DEFAULT_STORE).absolute()
+    store = _store_of(options)
     return store.with_name(f"{store.name}.kek")
 
 
@@ -103,7 +114,7 @@ def require_attested(options: KeyOptions) -> None:
 
 def key_state(options: KeyOptions) -> str:
     """Return whether keys could be had now; starts a key process where there is a store."""
-    store = Path(options.store or DEFAULT_STORE)
+    store = _store_of(options)
     if not store.exists():
         return f"no {store} yet; the first start with a tier makes it"
     keys = key_client(options)
@@ -124,7 +135,7 @@ def unwrap_of(options: KeyOptions) -> Unwrap:
             raise ConfigError(
                 f"shield_keys: the model is sealed by a key of {body.provider}; name its provider"
             )
-        spec = provider_of(options)
+        spec = _named_or_own(options)
         try:
             return unwrap_model(str(spec), body.model_id, body.wrapped)
         except KeysUnavailable as error:
@@ -168,7 +179,7 @@ def shred_in(options: KeyOptions, tenant: str) -> bytes:
 
     Raises `ConfigError` where there is no store, or none of this tenant's keys in it.
     """
-    store = Path(options.store or DEFAULT_STORE)
+    store = _store_of(options)
     if not store.exists():
         raise ConfigError(f"shield_store: there is no {store}; no page was ever sealed with it")
     keys = key_client(options)

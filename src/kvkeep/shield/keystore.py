@@ -121,11 +121,8 @@ class KeyStore:
         return self._file
 
     @contextmanager
-    def editing(self) -> Iterator[Callable[[KeyFile], None]]:
-        """Hold the lock and hand out a function that puts a changed file in place, durably.
-
-        What is read inside is what the change must start from.
-        """
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from making or changing the file and what lies beside it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(
@@ -139,11 +136,20 @@ class KeyStore:
             ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    @contextmanager
+    def editing(self) -> Iterator[Callable[[KeyFile], None]]:
+        """Hold the lock and hand out a function that puts a changed file in place, durably.
+
+        What is read inside is what the change must start from.
+        """
+        with self.locked():
             if not self.path.exists():
                 self._put(KeyFile(store_id=secrets.token_hex(16)))
             yield self._put
-        finally:
-            os.close(lock)
 
     def scrub_after(self, change: Callable[[], None]) -> None:
         """Make a change, then overwrite what the file held before it; inside `editing`.
