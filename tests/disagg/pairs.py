@@ -72,7 +72,7 @@ class Pair:
         """Return what went wrong on either side."""
         return {**self.decode.side.faults.counts, **self.prefill.side.faults.counts}
 
-    async def quiet(self, within_s: float = 5.0) -> None:
+    async def quiet(self, within_s: float = 15.0) -> None:
         """Wait until neither side has anything on its way, and no page is held by anybody."""
         await until(lambda: not self.leaks(), within_s)
 
@@ -92,7 +92,7 @@ def held(worker: Worker) -> list[str]:
     return found
 
 
-async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 15.0) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + within_s
     while not condition():

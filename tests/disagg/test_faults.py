@@ -36,6 +36,8 @@ from tests.engines import core_for, drive, request, tokens
 
 SOME = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = prompt_of(511, 5)
+LONG_S = 8.0
+"""No link's patience, but what a loaded machine may take for a second's work."""
 SLOW = PaceOptions(bytes_per_s=2e6, latency_s=0.002)
 """On it the pages of PROMPT take about a tenth of a second."""
 
@@ -72,12 +74,12 @@ async def through(link: FaultyLink, model: Path, options: LinkOptions) -> AsyncI
 async def test_a_link_that_fails_costs_time_and_no_token(
     tiny: dict[str, Path], wanted: list[int], fault: Fault, after_bytes: int
 ) -> None:
-    options = msgspec.structs.replace(QUICK, silence_s=0.3)
+    options = msgspec.structs.replace(QUICK, silence_s=1.0)
     async with faulty_link() as link, through(link, tiny["qwen2"], options) as pair:
         link.fail(fault, after_bytes)
         begun = time.monotonic()
         (got,) = await answers(pair.client, request(PROMPT, SOME))
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < LONG_S
         assert tokens(got) == wanted
         assert pair.faults()
         await pair.quiet()
@@ -101,7 +103,7 @@ async def test_a_corrupt_page_is_computed_again_from_that_page_on(
         assert link.connections == 1, "the link goes on"
 
 
-async def test_a_client_that_leaves_ends_both_sides_within_a_second(
+async def test_a_client_that_leaves_ends_both_sides_soon(
     tiny: dict[str, Path],
 ) -> None:
     slow = msgspec.structs.replace(QUICK, pace=PaceOptions(bytes_per_s=1e5))
@@ -113,7 +115,7 @@ async def test_a_client_that_leaves_ends_both_sides_within_a_second(
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             await stream.aclose()
-            await pair.quiet(within_s=1.0)
+            await pair.quiet(within_s=2.0)  # one, and one for a loaded machine
 
 
 async def test_a_deadline_ends_a_request_whose_pages_never_come(tiny: dict[str, Path]) -> None:
@@ -131,7 +133,7 @@ async def test_transfers_expire(tiny: dict[str, Path], wanted: list[int]) -> Non
         begun = time.monotonic()
         (got,) = await answers(pair.client, request(PROMPT, SOME))
         assert tokens(got) == wanted
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < LONG_S
         await pair.quiet()
 
 

@@ -17,6 +17,7 @@ from kvkeep.disagg.tcp import TcpConnector, host_port, is_loopback
 from kvkeep.disagg.wire import Beat, Block, Lost, control_bytes, pages_header
 from kvkeep.errors import ConfigError, LinkLost
 from tests.disagg.certificates import Authority
+from tests.disagg.pairs import until
 
 BLOCK = Block(1, 0, 1, 0, 1, bytes(16))
 
@@ -167,7 +168,7 @@ async def test_a_pacer_keeps_its_bandwidth_and_delays_nothing_twice() -> None:
     pacer = Pacer(PaceOptions(bytes_per_s=1e9, latency_s=0.0), write, clock=lambda: 0.0)
     running = asyncio.create_task(pacer.run())
     await pacer.send([bytes(200_000), b"end"])
-    await asyncio.sleep(0.01)
+    await until(lambda: sum(size for _, size in written) >= 200_003)
     running.cancel()
     assert sum(size for _, size in written) == 200_003
     assert max(size for _, size in written) == 64 << 10
