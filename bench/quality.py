@@ -173,7 +173,7 @@ def measure(options: Options) -> Report:
         }
         rows.append(row if evictor is None else {**row, "kept": found.kept})
     params: dict[str, Cell] = {
-        "model": options.model or "demo, a toy",
+        "model": Path(options.model).name if options.model else "demo, a toy",
         "items": len(base.items),
         "threads": options.threads,
         "quick": options.quick,
