@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import ClassVar
 
 import pytest
 
 from kvkeep.errors import ConfigError
-from kvkeep.sharing.ledger import Unit
+from kvkeep.sharing.ledger import Key, Unit
 from kvkeep.sharing.members import Member
 from kvkeep.sharing.policies.dp import Noisy, publish_probability
 from kvkeep.sharing.promotion import Promotion
+from kvkeep.sharing.snapshot import Entry
 from tests.sharing.nodes import SIX, Blocks, end_epochs
 from tests.sharing.worlds import Setting
 
@@ -48,34 +53,77 @@ def noisy(setting: Setting, key: int, eps: float = 4.0, **changes: float) -> Pro
     return setting.promotion(rule)
 
 
-def published(key: int, voters: str, reader: str) -> bool:
+EPS, DELTA, WINDOW = 1.0, 0.05, 4
+KEYS = 400
+
+
+def published(rule: Noisy, voters: str, reader: str) -> bool:
+    """Tell whether a reader finds a unit in the last epoch of the window after its votes."""
     setting = Setting()
     setting.directory.set({name: Member(name, "all") for name in SIX})
-    policy = noisy(setting, key)
+    policy = setting.promotion(rule)
     for name in voters:
         policy.offer(Blocks(1), name)
-    end_epochs(policy, 2)
+    end_epochs(policy, 2 * WINDOW - 1)
     return policy.public_len(Blocks(1), reader) == 1
 
 
+def share(rule: type[Noisy], voters: str, reader: str) -> float:
+    """Return how often that is so, over many keys."""
+    rules = (rule(key.to_bytes(16, "little"), EPS, DELTA, WINDOW) for key in range(KEYS))
+    return sum(published(one, voters, reader) for one in rules) / KEYS
+
+
+def check_the_odds(rule: type[Noisy]) -> None:
+    """With one voter more, as an account sees it that sent nothing, and one that sent it too."""
+    for voters in ("a", "ab", "abc"):
+        for reader in ("f", "a"):
+            without, with_victim = share(rule, voters[:-1], reader), share(rule, voters, reader)
+            spread = [max(p * (1 - p), 0.01) for p in (without, with_victim)]
+            slack = 4 * math.sqrt((math.exp(2 * EPS) * spread[0] + spread[1]) / KEYS)
+            assert with_victim <= math.exp(EPS) * without + DELTA + slack
+            slack = 4 * math.sqrt((spread[0] + math.exp(2 * EPS) * spread[1]) / KEYS)
+            assert 1 - without <= math.exp(EPS) * (1 - with_victim) + DELTA + slack
+
+
 def test_the_odds_with_and_without_a_victim_stay_within_the_bound() -> None:
-    """Over many keys: two sybils and the victim, seen by a third account and by a sybil."""
-    keys = range(1500)
-    for reader in ("f", "a"):
-        with_victim = sum(published(key, "abc", reader) for key in keys) / len(keys)
-        without = sum(published(key, "ab", reader) for key in keys) / len(keys)
-        assert with_victim > 0.02, "or nothing is measured"
-        slack = 4 * math.sqrt(max(without, 1e-3) / len(keys))
-        assert with_victim <= math.exp(4.0) * (without + slack) + 1e-3
-        exact = publish_probability(3 if reader == "f" else 2, 4.0, 1e-3)
-        assert abs(with_victim - exact) < 4 * math.sqrt(exact / len(keys)) + 1e-3
+    check_the_odds(Noisy)
 
 
-def test_a_planted_redraw_is_outside_the_bound() -> None:
-    """Drawing again at every epoch's end would publish far more than the bound allows."""
-    p = publish_probability(2, 1.0, 1e-6)
-    again = 1 - (1 - p) ** 60
-    assert again > math.e * publish_probability(1, 1.0, 1e-6) * 2 + 1e-6
+def test_it_is_public_as_often_as_it_says() -> None:
+    """An account's own vote does not count for it."""
+    for reader, others in (("f", 3), ("a", 2)):
+        exact = publish_probability(others, EPS, DELTA)
+        found = share(Noisy, "abc", reader)
+        assert abs(found - exact) < 4 * math.sqrt(exact * (1 - exact) / KEYS)
+
+
+class Redraws(Noisy, frozen=True):
+    """Draws again at every epoch's end; what was public stays so."""
+
+    times: ClassVar[Iterator[int]] = itertools.count()
+
+    def decide(
+        self, units: Mapping[Key, Unit], changed: AbstractSet[Key], closed: int, now: int
+    ) -> dict[Key, Entry | None]:
+        drawn = {key: self._entry(key, unit, now) for key, unit in units.items()}
+        return {key: entry for key, entry in drawn.items() if entry is not None}
+
+    def _draw(self, key: Key, window: int) -> float:
+        return super()._draw(key, next(self.times))
+
+
+class DrawsNothing(Noisy, frozen=True):
+    """Has one draw for all keys, so that a number of tenants decides."""
+
+    def _draw(self, key: Key, window: int) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("rule", [Redraws, DrawsNothing])
+def test_a_planted_fault_is_outside_the_bound(rule: type[Noisy]) -> None:
+    with pytest.raises(AssertionError):
+        check_the_odds(rule)
 
 
 def test_a_windows_draw_is_one_and_the_next_windows_another() -> None:
