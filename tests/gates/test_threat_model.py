@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Final
 import pytest
 
 from kvkeep.sharing.guarantees import GUARANTEES
+from kvkeep.sharing.promotion import PromotionLimits
+from kvkeep.sharing.scans import ScanLimits
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGE: Final = ROOT / "docs" / "threat-model.md"
@@ -19,6 +22,11 @@ CODE: Final = ROOT / "src" / "kvkeep"
 TEST: Final = re.compile(r"`(?P<file>[\w/]*test_\w+\.py)(?:::(?P<name>\w+))?`")
 BARE: Final = re.compile(r"`(test_\w+)`")
 SOURCE: Final = re.compile(r"`([\w/]+(?:\.py|/))`")
+BUDGET: Final = re.compile(
+    r"is (?P<tokens>[\d,]+) tokens, about (?P<s>[\d.]+) s of a core at (?P<ms>[\d.]+) ms for 512 "
+    r"[^:]*: that is (?P<tenants>\d+) tenants"
+)
+"""What the detector can read within an epoch."""
 HELD_BY: Final = ("held by", "test")
 """Heads of the columns in which a row says what fails if it is false."""
 
@@ -97,6 +105,19 @@ def test_a_wrong_name_is_seen(right: str, wrong: str, problem: str) -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert right in page
     assert any(problem in one for one in problems(page.replace(right, wrong)))
+
+
+def test_how_many_tenants_the_detector_reads_for_follows_from_what_was_recorded() -> None:
+    (path,) = (ROOT / "bench" / "results").glob("detect-*.json")
+    ms = json.loads(path.read_text(encoding="utf-8"))["summary"]["detect_ms_per_512_chars_all"]
+    told = BUDGET.search(" ".join(PAGE.read_text(encoding="utf-8").split()))
+    assert told is not None
+    tokens = ScanLimits().epoch_bytes // 4
+    budget_s = 4 * tokens / 512 * ms / 1e3
+    assert told["tokens"] == f"{tokens:,}"
+    assert float(told["ms"]) == pytest.approx(ms, rel=0.02)
+    assert float(told["s"]) == pytest.approx(budget_s, rel=0.02)
+    assert int(told["tenants"]) == pytest.approx(PromotionLimits().epoch_s / budget_s, rel=0.05)
 
 
 def test_every_policy_is_held_against_the_standard() -> None:
