@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.sharing.detector.catalogue import Rule, shipped_rules
-from kvkeep.sharing.detector.normalise import views
+from kvkeep.sharing.detector.normalise import LOOKALIKES, views
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.scanner import Detector
 
@@ -70,7 +70,23 @@ def zero_width(text: str) -> str:
     return "\u200b".join(text)
 
 
-@pytest.mark.parametrize("disguise", [full_width, zero_width])
+ALIKE = {plain: letter for letter, plain in LOOKALIKES.items()}
+
+
+def look_alike(text: str) -> str:
+    """Put one letter of another script into every word that is of letters and digits of ours."""
+
+    def word(match: re.Match[str]) -> str:
+        letters = [c for c in match[0] if c in ALIKE]
+        ours = sum(c.isascii() and c.isalnum() for c in match[0])
+        if not letters or ours < 2 or LOOKALIKES.keys() & set(match[0]):
+            return match[0]
+        return match[0].replace(letters[0], ALIKE[letters[0]], 1)
+
+    return re.sub(r"\S+", word, text)
+
+
+@pytest.mark.parametrize("disguise", [full_width, zero_width, look_alike])
 def test_no_rule_is_escaped_by_other_characters(disguise: Callable[[str], str]) -> None:
     for rule, marked in cases("found"):
         text = marked.replace("[[", "", 1).replace("]]", "", 1)

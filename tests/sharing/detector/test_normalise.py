@@ -49,6 +49,13 @@ def test_text_becomes_plain(text: str, plain: str) -> None:
         ("4.1.1.1-1/1*1_1", "41111111"),
         ("４ １ １ １ １ １ １ １", "41111111"),
         ("№ x\u200b 4 1 1 1 1 1 1 1 1", "411111111"),
+        ("It is 4 1 1 1 1 1 1 1.", "41111111"),
+        ('{"card": "4 1 1 1 1 1 1 1"}', "41111111"),
+        ("card=4 1 1 1 1 1 1 1; so", "41111111"),
+        ("(4 1 1 1 1 1 1 1)", "41111111"),
+        ("geboren im Мärz", "März"),
+        ("Mrs О'Neill", "O'Neill"),
+        ("京А·48K29", "京A·48K29"),
     ],
 )
 def test_what_is_hidden_is_in_one_of_the_views(text: str, hidden: str) -> None:

@@ -45,13 +45,15 @@ _DIGIT_LIKE: Final = (
 )
 _DIGITS: Final[Mapping[int, str]] = {ord(c): d for c, d in zip("OoQlI|", "000111")}
 _LETTERS_APART: Final = r"(?:\S[ \t\r\n]{1,3}){6,}\S"
-_SPACED: Final = rf"(?:^|\s){_LETTERS_APART}(?:\s|$)"
+_OPENS, _CLOSES = r"(?:^|[\s\"'(\[{<=:,;])", r"(?:[\s\"')\]}>.,:;!?]|$)"
+_SPACED: Final = f"{_OPENS}{_LETTERS_APART}{_CLOSES}"
 _DOTTED: Final = r"\b(?:[0-9A-Za-z][._/*-]){7,}[0-9A-Za-z]\b"
 _MIXED: Final = (
     rf"[^\s\pZ]*(?:[0-9A-Za-z@][^\s\pZ]*{_FOREIGN}|{_FOREIGN}[^\s\pZ]*[0-9A-Za-z@])[^\s\pZ]*"
 )
 """A token that holds a look-alike and a Latin letter, a digit or `@`."""
-_BESIDE: Final = f"[A-Za-z0-9@._:-]{_FOREIGN}|{_FOREIGN}[A-Za-z0-9@._:-]"
+_LATIN: Final = r"[\p{Latin}\p{Han}\p{Hiragana}\p{Katakana}0-9@._:·'’-]"
+_BESIDE: Final = f"{_LATIN}{_FOREIGN}|{_FOREIGN}{_LATIN}"
 _UNUSUAL = Pattern(f"{_BESIDE}|{_DIGIT_LIKE}|{_SPACED}|{_DOTTED}")
 _CHANGES = PatternSet((_MIXED, _DIGIT_LIKE, _SPACED, _DOTTED))
 """What folding changes: the first two; what joining does: the others."""
@@ -59,7 +61,7 @@ _FOLDING: Final = 2
 _MIXED_TOKENS: Final = Pattern(_MIXED)
 _FOLDS: Final = {ord(letter): plain for letter, plain in LOOKALIKES.items()}
 _NUMBERS: Final = Pattern(_DIGIT_LIKE)
-_SPACED_LETTERS: Final = Pattern(rf"(?:^|\s)({_LETTERS_APART})(?:\s|$)")
+_SPACED_LETTERS: Final = Pattern(f"{_OPENS}({_LETTERS_APART}){_CLOSES}")
 _DOTTED_LETTERS: Final = Pattern(_DOTTED)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SEPARATORS: Final = frozenset("._/*-")
