@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.engine.api import TenantTerms
+from kvkeep.engine.api import SamplingParams, TenantTerms
 from kvkeep.engine.build import KEPT, Parts, build_core, default_parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions, SharingOptions
@@ -50,6 +50,9 @@ def test_short_and_long_requests_say_in_one_step_what_they_say_alone(tiny: dict[
     for _ in ("cold", "warm"):
         got = drive(core, asked.values())
         assert {n: bits(got[str(n)]) for n in LENGTHS} == alone
+        told = {n: got[str(n)][-1].kv for n in LENGTHS}
+        assert told == {n: KEPT if n <= 194 else "k2v2" for n in LENGTHS}
+        assert all(chunk.kv is None for chunks in got.values() for chunk in chunks[:-1])
     assert dict(core.stats().kv_chosen) == {KEPT: 6, "k2v2": 6}
     assert core.stats().encoded_pages_total > 0
     assert core.stats().attention_tree_steps_total > 0
@@ -64,6 +67,15 @@ def test_a_form_finds_its_own_pages_alone(tiny: dict[str, Path]) -> None:
         found.append(chunks[0].cached_tokens)
     assert found == [0, 190, 0, 384, 190]
     everything_is_given_back(core)
+
+
+@pytest.mark.parametrize("beams", [False, True])
+def test_what_is_told_at_the_end_tells_its_form(tiny: dict[str, Path], *, beams: bool) -> None:
+    core = auto_core(tiny["qwen2"])
+    params = SamplingParams(max_tokens=6, best_of=2, ignore_eos=True, use_beam_search=beams)
+    for length, form in ((60, KEPT), (400, "k2v2")):
+        chunks = drive(core, [request(prompt_of(length), params)])["r"]
+        assert {chunk.kv for chunk in chunks} == {form}
 
 
 def test_a_tenant_may_refuse_codes(tiny: dict[str, Path]) -> None:

@@ -111,6 +111,8 @@ class FakeEngine:
     """Tokens before `fail_with` strikes."""
     finish: FinishReason | None = None
     """How every sequence ends, instead of by its script."""
+    kv: str | None = None
+    """How pages are said to be stored, with every sequence's end."""
     requests: list[GenerateRequest] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     closed: list[str] = field(default_factory=list)
@@ -177,6 +179,7 @@ class FakeEngine:
             cached_tokens=self.cached_tokens,
             unsent_tokens=self.unsent_tokens if finish and index == 0 else 0,
             error="the step failed" if finish is FinishReason.ERROR else None,
+            kv=self.kv if finish else None,
         )
 
     async def info(self) -> ModelInfo:

@@ -100,7 +100,8 @@ async def test_one_log_line_per_request_says_who_and_how_long(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kvkeep.request")
-    async with start(FakeEngine(cached_tokens=3)) as server, server.client() as http:
+    engine = FakeEngine(cached_tokens=3, kv="k4v2")
+    async with start(engine) as server, server.client() as http:
         body = {"model": MODEL, "messages": [USER], "max_tokens": 5, "user": "u"}
         answer = await http.post("/v1/chat/completions", json=body)
         await http.get("/nowhere")
@@ -115,8 +116,9 @@ async def test_one_log_line_per_request_says_who_and_how_long(
     assert (line["status"], line["finish"], line["error"]) == (200, "length", None)
     assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (21, 3, 5)
     assert 0 < line["ttft_s"] <= line["duration_s"]
-    assert line["ignored"] == ["user"]
+    assert (line["ignored"], line["kv"]) == (["user"], "k4v2")
     assert (other["route"], other["status"], other["error"]) == ("unmatched", 404, None)
+    assert other["kv"] is None
 
 
 FIELDS = [

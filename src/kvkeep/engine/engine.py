@@ -35,7 +35,7 @@ from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
 from kvkeep.engine.scheduler import Scheduler, SchedulerLimits
-from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer
+from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer, stored_as
 from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.engine.work import Work
@@ -366,7 +366,7 @@ class EngineCore:
             self._forms.guard.settle(request.sample, counts=reason in GOOD)
             self._requests.pop(request.spec.id, None)
             for chunk in () if request.held is None else request.held.result():
-                self._emit(request.spec.id, chunk)
+                self._emit(request.spec.id, stored_as(chunk, request))
 
     def _end_request(self, request: Request, reason: FinishReason) -> None:
         now = time.monotonic()
@@ -386,7 +386,7 @@ class EngineCore:
         if request.planted:
             return
         if request.held is None:
-            self._emit(request.spec.id, chunk)
+            self._emit(request.spec.id, stored_as(chunk, request))
         else:
             request.held.add(chunk)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
 import numpy as np
 
 from kvkeep.cache.fetch import Fetch
-from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.api import Chunk, GenerateRequest
 from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
 from kvkeep.engine.output import SequenceOutput
@@ -165,3 +166,10 @@ class Sequence:
         waits = self.hidden_hit or self.opens_s is not None
         behind = self.shadow_position() < len(self.tokens) - 1
         return behind or self.remaining() > 1 or (waits and not self.generated)
+
+
+def stored_as(chunk: Chunk, request: Request) -> Chunk:
+    """Return a sequence's last chunk with the form of its request's pages, others as they are."""
+    if chunk.finish is None or not request.settled:
+        return chunk
+    return msgspec.structs.replace(chunk, kv=request.codec)

@@ -124,7 +124,7 @@ class _Run:
             tally.cached_tokens,
             tally.completion_tokens,
         )
-        record.finish = tally.finish
+        record.finish, record.kv = tally.finish, tally.kv
 
     async def _fail(self, error: Exception, send: Send) -> None:
         """End a stream that has begun with an error event."""

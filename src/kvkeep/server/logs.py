@@ -28,6 +28,8 @@ class RequestRecord:
     completion_tokens: int = 0
     ttft_s: float | None = None
     finish: str | None = None
+    kv: str | None = None
+    """How its pages were stored."""
     error: str | None = None
     """The error's code, one of a fixed set."""
     ignored: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class RequestRecord:
                 "ttft_s": self.ttft_s and round(self.ttft_s, 6),
                 "duration_s": round(time.monotonic() - self.started, 6),
                 "finish": self.finish,
+                "kv": self.kv,
                 "error": self.error,
                 "ignored": self.ignored,
             }

@@ -192,6 +192,7 @@ class Tally:
     completion_tokens: int = 0
     finish: str | None = None
     _cached: dict[int, int] = field(default_factory=dict)
+    _forms: set[str] = field(default_factory=set)
 
     def add(self, prompt: int, chunk: Chunk) -> None:
         """Count one chunk."""
@@ -199,11 +200,18 @@ class Tally:
         self._cached[prompt] = chunk.cached_tokens
         if chunk.finish is not None:
             self.finish = chunk.finish.value
+        if chunk.kv is not None:
+            self._forms.add(chunk.kv)
 
     @property
     def cached_tokens(self) -> int:
         """Return the prompt tokens taken from the cache, over all prompts."""
         return sum(self._cached.values())
+
+    @property
+    def kv(self) -> str | None:
+        """Return how pages were stored, over all prompts that ended; None: none has."""
+        return ", ".join(sorted(self._forms)) or None
 
     def usage(self) -> Usage:
         """Return the counts so far."""
