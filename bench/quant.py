@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -32,11 +33,14 @@ from bench.harness import (
     run,
 )
 from bench.quant_pages import COLD_BYTES, KV_HEADS, Pages, ns_per_token, pages_of
+from kvkeep.engine.sizing import held_bytes
 from kvkeep.errors import ConfigError
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.cpu import CpuKernel, available, cpu_ops, decoding_attention
 from kvkeep.ops.cpu_attention import CpuAttention
-from kvkeep.types import Layout
+from kvkeep.quant.codec import Float, KVShape
+from kvkeep.quant.hack import Hack
+from kvkeep.types import WINDOW_STEP, Layout
 
 Array = NDArray[np.float64]
 
@@ -148,6 +152,32 @@ def summary(found: Mapping[Shape, Found], decode_calls: int) -> list[Figure]:
     ]
 
 
+def request_rows() -> list[Row]:
+    """Return what whole requests hold, over bfloat16: counted, and a test holds it to an engine.
+
+    What is in bfloat16 comes and goes with a block, so it is the mean over the block's tokens.
+    """
+    tile = tile_bytes(Layout.BF16, FIGURE_DIM)
+    shape = KVShape(1, KV_HEADS, FIGURE_DIM, Layout.BF16)
+    plain = Float().page_spec(shape)
+    rows: list[Row] = []
+    for layout, tokens in product((Layout.K2V2, *OTHERS), CONTEXTS):
+        spec = Hack(layout).page_spec(shape)
+        block = range(tokens - WINDOW_STEP + 1, tokens + 1)
+        over = [held_bytes(spec, tile, n) / held_bytes(plain, tile, n) for n in block]
+        rows.append(
+            {
+                "codes": layout.name,
+                "tokens of a request": tokens,
+                "bytes of a layer": held_bytes(spec, tile, tokens),
+                "bytes over bf16": over[-1],
+                "mean of its last block": sum(over) / len(over),
+                "most": max(over),
+            }
+        )
+    return rows
+
+
 def exact(name: str, value: float, goal: Goal) -> Figure:
     """Return a figure that is counted, not timed."""
     return Figure(name, Estimate(value, value, value, MIN_PAIRS), goal)
@@ -160,7 +190,7 @@ def on_grid(kernel: CpuKernel, ops: CpuAttention, options: Options) -> Report:
     )
     pairs, seconds = (3, 0.05) if options.quick else (MIN_PAIRS, 0.15)
     found: dict[Shape, Found] = {}
-    rows: list[Row] = []
+    rows = request_rows()
     for (dim, context), groups in grid(options).items():
         plain, coded = (pages_of(x, dim, context) for x in (Layout.BF16, Layout.K2V2))
         sides = Sides((ops, plain), (ops, coded), (floats, coded), (halves, coded))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,17 @@ import torch
 from bench import quant as bench
 from bench.harness import Estimate, Options
 from bench.quant_pages import KV_HEADS, pages_of
+from kvkeep.engine.sizing import held_bytes
 from kvkeep.errors import ConfigError
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.cpu import available, cpu_ops, decoding_attention
 from kvkeep.ops.cpu_attention import CpuAttention
+from kvkeep.quant.codec import Float, KVShape
+from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
+
+LENGTHS = range(769, 1281)
+"""Tokens of requests whose bytes the docs tell."""
 
 
 def tiny(dim: int = 64, context: int = 256) -> bench.Sides:
@@ -66,6 +74,30 @@ def test_figures_take_the_worst_group_over_widening() -> None:
     assert figures["attend_2bit_vs_dequant"]["median"] == pytest.approx(2.0)
     assert figures["bytes_ratio_k2v2_d128"]["status"] == "shown"
     assert figures["decode_calls_hot_path"]["status"] == "missed"
+
+
+def test_whole_requests_hold_more_than_their_codes() -> None:
+    rows = bench.request_rows()
+    assert len(rows) == 4 * len(bench.CONTEXTS)
+    found = {(row["codes"], row["tokens of a request"]): row for row in rows}
+    at_4096 = found["K2V2", 4096]
+    assert at_4096["bytes of a layer"] == KV_HEADS * (64 * 5120 + 2048)
+    assert at_4096["bytes over bf16"] == (64 * 5120 + 2048) / (64 * 32768)
+    assert at_4096["most"] == (64 * 5120 + 2048 + 2 * 32768) / (64 * 32768)
+    for row in rows:
+        least, mean, most = (row[k] for k in ("bytes over bf16", "mean of its last block", "most"))
+        assert least < mean < most  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("window", [128, 256, 512])
+def test_bytes_of_windows_are_those_in_the_docs(window: int) -> None:
+    shape = KVShape(1, 1, 128, Layout.BF16)
+    plain = Float().page_spec(shape)
+    spec = Hack(Layout.K2V2, window).page_spec(shape)
+    over = [held_bytes(spec, plain.tile_bytes, n) / held_bytes(plain, 0, n) for n in LENGTHS]
+    page = (Path(__file__).resolve().parents[2] / "docs/design/quant.md").read_text("utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {window} |"))
+    assert row.endswith(f"| {sum(over) / len(over):.3f} |")
 
 
 def test_a_part_that_does_not_exist_is_refused() -> None:

@@ -16,15 +16,16 @@ from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.sizing import held_bytes
 from kvkeep.errors import ConfigError, EngineError, NonFiniteKV
 from kvkeep.eviction.policy import KeepAll
 from kvkeep.models.leaf import Embedding
 from kvkeep.quant.by_head import ByHead
-from kvkeep.quant.codec import Codec, KVShape, Place, Tiles
+from kvkeep.quant.codec import Codec, Float, KVShape, Place, Tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareAll, ShareNothing, SharingPolicy
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, Layout
+from kvkeep.types import PAGE_TOKENS, Layout, PageKind
 from tests.calibrated import LAYOUTS
 from tests.engines import core_for, drive, manager_of, request
 from tests.forests import eager
@@ -177,6 +178,37 @@ def everything_is_given_back(core: EngineCore) -> None:
     core.set_tenants({})
     pool = core._runner._parts.pool
     assert all(own.free_pages == own.num_pages for own in pool._classes)
+
+
+def held_by_pages(core: EngineCore) -> int:
+    """Return the bytes of all pages in use."""
+    found = 0
+    for own in core._runner._parts.pool._classes:
+        page_bytes = sum(part.per_page * part.range.tile_bytes for part in own.parts)
+        found += (own.num_pages - own.free_pages) * page_bytes
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 128, 256])
+def test_a_request_holds_the_bytes_of_the_closed_form(
+    tiny: dict[str, Path], window: int | None
+) -> None:
+    codec = Float() if window is None else Hack(Layout.K2V2, window)
+    core = coded_core(tiny["qwen2"], codec)
+    pool = core._runner._parts.pool
+    tile = pool._class(PageKind.STAGED).parts[0].range.tile_bytes
+    seen: list[int] = []
+
+    def look(_: int) -> None:
+        for asked in core._requests.values():
+            view, generated = asked.sequences[0].view, asked.sequences[0].generated
+            if view is not None and generated:
+                assert held_by_pages(core) == held_bytes(pool.spec, tile, view.length)
+                seen.append(view.length)
+
+    params = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+    drive(core, [request(prompt_of(150), params)], look)
+    assert seen == list(range(150, 449))
 
 
 @pytest.mark.parametrize("beams", [False, True])

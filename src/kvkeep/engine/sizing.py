@@ -62,6 +62,21 @@ def kept_part(options: EngineOptions) -> float:
     return options.guard_memory if options.guard_share else 0.0
 
 
+def held_bytes(spec: PageSpec, float_tile_bytes: int, tokens: int) -> int:
+    """Return what one running sequence of so many tokens holds.
+
+    A page has its place as codes from its first token on, and one in the model's dtype beside it
+    until its block has ended.
+    """
+    pages = -(-tokens // PAGE_TOKENS)
+    coded = pages * spec.page_bytes
+    if spec.window_tokens is None or not pages:
+        return coded
+    ended = tokens // spec.window_tokens * spec.block_pages
+    extra = spec.first_page_bytes - spec.page_bytes
+    return coded + extra + (pages - ended) * spec.tiles_per_page * float_tile_bytes
+
+
 def staged_pages(window_tokens: int, options: EngineOptions) -> int:
     """Return the staged pages that the largest step needs, whoever's sequences it holds.
 
