@@ -3,8 +3,9 @@
 The suite is `bench/traces/quality.json`; the model is the demo model, a toy, or the checkpoint of
 `--model DIR`. `--only CODEC` measures one codec. Every codec sees the same split: what lies before
 the current window is coded, one of 128 tokens but for codecs named after another. A codec that the
-engine has kernels for is attended as codes; others are stored as what comes back of them. A name
-that ends in `+corm`, measured where it is asked for, drops tokens by CORM's preset too.
+engine has kernels for is attended as codes; others are stored as what comes back of them, and
+`k2v2-late` so once its prompt was computed in 16 bits. A name that ends in `+corm`, measured where
+it is asked for, drops tokens by CORM's preset too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final
 
 from bench import harness, quality_stats
 from bench.harness import Cell, Figure, Goal, Options, Report, Row
+from bench.quality_late import Late
 from bench.quality_run import Asked, Item, Machine, recorded, run
 from bench.quality_suite import TASKS, Context, Maker, digest, read
 from kvkeep.cli.console import NOTES
@@ -27,7 +29,7 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import Evictor
-from kvkeep.quant.baselines.base import KV, Baseline, Dequantised
+from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Stored
 from kvkeep.quant.baselines.blocks import Q4, Q8
 from kvkeep.quant.baselines.cachegen import CacheGen
 from kvkeep.quant.baselines.fp8 import Fp8
@@ -77,6 +79,7 @@ CODECS: Final[dict[str, Make]] = {
     "k2v2-w256": _ours(Layout.K2V2, 256),
     "k2v2-w512": _ours(Layout.K2V2, 512),
     "hack-paper-nearest": _plain(lambda: HackPaper(stochastic=False)),
+    "k2v2-late": lambda _: Late(Stored(Hack(Layout.K2V2))),
     "k2v2+corm": _ours(Layout.K2V2),
     "k4v2+corm": _ours(Layout.K4V2),
     "bf16+corm": lambda _: Float(),
@@ -87,7 +90,14 @@ EVICTING: Final = {
     "bf16+corm": "combined_quality_loss_bf16",
 }
 """With CORM beside them: their figures."""
-ABLATIONS: Final = ("k2v2-plain", "k4v2-plain", "k2v2-w256", "k2v2-w512", "hack-paper-nearest")
+ABLATIONS: Final = (
+    "k2v2-plain",
+    "k4v2-plain",
+    "k2v2-w256",
+    "k2v2-w512",
+    "hack-paper-nearest",
+    "k2v2-late",
+)
 """Measured where they are asked for."""
 CALIBRATED: Final = "calibrated"
 """The choice beside the checkpoint of `--model`, as `kvkeep model calibrate` wrote it."""

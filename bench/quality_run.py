@@ -10,8 +10,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
+from bench.quality_late import Late
 from bench.quality_suite import BLOCK, COPIED, Context, right
 from kvkeep.attention.planner import FlatPlanner
+from kvkeep.cache.pool import TilePool
 from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
 from kvkeep.engine.backend import choose
 from kvkeep.engine.batch_kv import Techniques
@@ -107,6 +109,7 @@ class Asked:
             ),
         )
         self._core.set_tenants({TENANT: 1.0})
+        self._codec = codec
         self._asked = 0
         self.text = TextModel.load(machine.model)
         self.info = self._core.info
@@ -118,6 +121,12 @@ class Asked:
         )
 
     @property
+    def pool(self) -> TilePool:
+        """Return its pages."""
+        (manager,) = self._core.caches.managers.values()
+        return manager.pool
+
+    @property
     def kept(self) -> float:
         """Return which share of prompts' tokens was kept at their ends; 1 where nothing goes."""
         found = self._core.stats().evict
@@ -127,6 +136,18 @@ class Asked:
         self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
     ) -> list[list[Chunk]]:
         """Return the chunks of prompts given with their scopes."""
+        if not isinstance(self._codec, Late):
+            return self._answer(prompts, params)
+        if params.max_tokens:
+            self._answer(prompts, greedy(1))
+            self._codec.settle(self.pool, self.shape)
+        found = self._answer(prompts, params)
+        self._codec.settle(self.pool, self.shape)
+        return found
+
+    def _answer(
+        self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
+    ) -> list[list[Chunk]]:
         begin = self._asked
         for scope, ids in prompts:
             self._core.submit(

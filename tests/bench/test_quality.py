@@ -9,14 +9,16 @@ import torch
 
 from bench import quality, quality_stats, quality_suite
 from bench.harness import Options
-from bench.quality_run import Asked, Item, Machine, recorded, run
+from bench.quality_late import Late
+from bench.quality_run import Asked, Item, Machine, greedy, recorded, run
 from bench.quality_suite import Context, Maker, Probe, digest, read, right
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
+from kvkeep.ops.codes import SINK_TOKENS
 from kvkeep.quant.baselines.base import Dequantised, Stored
 from kvkeep.quant.baselines.kivi import Kivi
-from kvkeep.quant.codec import Float
+from kvkeep.quant.codec import Float, unpack_float_tiles
 from kvkeep.quant.hack import Hack
 from kvkeep.types import Layout
 
@@ -148,6 +150,34 @@ def test_attending_codes_scores_like_attending_what_they_stand_for(maker: Maker)
     apart = np.abs(native - widened).mean()
     assert 0 < apart < 0.3 * np.abs(widened - plain).mean()
     assert abs(native.mean() - widened.mean()) < 0.01
+
+
+def levels(keys: torch.Tensor) -> int:
+    """Return the most different values [S, D] that a channel has."""
+    return max(len(channel.unique()) for channel in keys.T)
+
+
+def test_a_prompt_that_is_coded_late_is_computed_in_16_bits_and_attended_as_codes(
+    maker: Maker,
+) -> None:
+    machine, hack = Machine(DEMO_MODEL, 1, 1 << 26), Hack(Layout.K2V2, rotate=False)
+    text = [shorter(c) for c in maker.contexts(quick=True) if c.kind == "text"]
+    plain, early, late = (
+        [item.score for item in run(Asked(machine, one), text)]
+        for one in (Float(), Dequantised(Stored(hack)), Late(Stored(hack)))
+    )
+    assert late == plain != early
+    (context,) = [c for c in maker.contexts(quick=True) if c.probes][:1]
+    codec = Late(Stored(hack))
+    asked = Asked(machine, codec)
+    asked.answer([("a", context.ids)], greedy(4))
+    pages = len(context.ids) // 128 * 2
+    shape, counts = asked.shape, []
+    for slot in np.flatnonzero(asked.pool.tile_table[:, 0, 0] >= 0):
+        k, _ = unpack_float_tiles(asked.pool.read_tiles(slot, 0), shape)
+        counts.append(levels(k[0, SINK_TOKENS:]))
+    assert sorted(counts)[:pages] == [4] * pages
+    assert codec.stored_bytes / codec.float_bytes < 0.17
 
 
 def test_pages_are_recorded_by_layer() -> None:
