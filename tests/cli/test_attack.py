@@ -22,6 +22,8 @@ KEYS = ["--key", "a=key-one", "--key", "b=key-two"]
         (["http://127.0.0.1:9", *KEYS, "--seconds", "0"], "seconds: must be more than 0"),
         (["ftp://127.0.0.1", *KEYS], "url: needs http://"),
         (["http://example.org", *KEYS], "consent: example.org is not this machine"),
+        (["http://127.0.0.1:9", *KEYS, "--json", "/none/a.json"], "json: there is no folder /none"),
+        (["http://127.0.0.1:9", *KEYS, "--html", "/none/a.html"], "html: there is no folder /none"),
         (["http://127.0.0.1:9", *KEYS], "url: no server answers at http://127.0.0.1:9"),
     ],
 )

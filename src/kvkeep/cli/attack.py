@@ -55,6 +55,12 @@ def show(report: Report) -> None:
     )
 
 
+def require_folder(path: Path | None, option: str) -> None:
+    """Raise `ConfigError` where a report could not be written: an audit takes minutes."""
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {path.parent}; make it first")
+
+
 def write(path: Path | None, text: str, option: str) -> None:
     """Write a report where one was asked for."""
     if path is None:
@@ -96,6 +102,8 @@ def attack(
     html_file: Annotated[Path | None, typer.Option("--html", help="report as HTML")] = None,
 ) -> None:
     """Test a server for leaks between tenants: ends with 0 clean, 3 leak, 4 void, 1 error."""
+    require_folder(json_file, "json")
+    require_folder(html_file, "html")
     options = Options(
         url=url,
         cast=cast_of(key or []),
@@ -116,7 +124,7 @@ def attack(
         seed=seed,
     )
     report = asyncio.run(audit(options, note=NOTES.print))
+    show(report)
     write(json_file, json.dumps(report.document(), indent=1) + "\n", "json")
     write(html_file, html(report), "html")
-    show(report)
     raise typer.Exit(report.exit_code)
