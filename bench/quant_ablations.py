@@ -102,28 +102,44 @@ class Form:
     axes: Literal["ours", "arXiv"] = "ours"
     """Of scales: keys' per channel and values' per token, or both along their sums."""
     rotate: bool = True
+    rotate_values: bool = False
     fit: bool = True
+    norms: bool = False
+    """Each token's norm is stored apart, of keys and of values; its codes are of what is left."""
     stochastic: bool = False
     again: bool = False
     """The page that is being filled is coded again with every token, from its own codes."""
 
     def coded(self, heads: Heads) -> Heads:
         """Return a layer with keys and values as they come back, the first `SPAN` tokens too."""
-        k, v = heads.k, heads.v
-        turn = hadamard(k.shape[2]) if self.rotate else None
-        if turn is not None:
-            k = k @ turn.k
+        turn = hadamard(heads.k.shape[2])
+        k = heads.k @ turn.k if self.rotate else heads.k
+        v = heads.v @ turn.k if self.rotate_values else heads.v
+        k_norm, v_norm = (self._norm(x) for x in (k, v))
         along = [self._along_tokens, self._along_channels]
         one, other = along if self.axes == "ours" else along[::-1]
-        k, v = one(k, self.bits, fit=self.fit), other(v, 2, fit=False)
-        return Heads(heads.q, k if turn is None else k @ turn.q.T, v)
+        k = one(k / k_norm, self.bits, fit=self.fit) * k_norm
+        v = other(v / v_norm, 2, fit=False) * v_norm
+        return Heads(
+            heads.q,
+            k @ turn.q.T if self.rotate else k,
+            v @ turn.q.T if self.rotate_values else v,
+        )
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [N, T, 1] what tokens are divided by before they are coded, as it is stored."""
+        if not self.norms:
+            return torch.ones(())
+        norm = x.norm(dim=2, keepdim=True).bfloat16().float()
+        return torch.where(norm > 0, norm, 1.0)
 
     def bytes_ratio(self, dim: int) -> float:
         """Return the bytes of a token over bfloat16's; the published form stores its sums."""
         part = min(self.page, PARTITION, dim)
         per_channel, per_token = 4 * dim / self.page, 4 * dim / part
         sums = (dim / self.page + dim / part) if self.axes == "arXiv" else 0.0
-        return ((self.bits + 2) * dim / 8 + per_channel + per_token + sums) / (4 * dim)
+        norms = 4.0 if self.norms else 0.0
+        return ((self.bits + 2) * dim / 8 + per_channel + per_token + sums + norms) / (4 * dim)
 
     def _along_tokens(self, x: torch.Tensor, bits: int, *, fit: bool) -> torch.Tensor:
         """Return x [N, T, D] coded with scales per channel over a page of tokens."""
@@ -172,6 +188,8 @@ FORMS: Final[dict[str, tuple[Form, ...]]] = {
     "rotation and fit": (
         replace(SERVED, name="rotated alone", fit=False),
         replace(SERVED, name="fitted alone", rotate=False),
+        replace(SERVED, name="values rotated too", rotate_values=True),
+        replace(SERVED, name="norms apart", norms=True),
     ),
     "bits": (replace(SERVED, name="k4v2", bits=4),),
 }

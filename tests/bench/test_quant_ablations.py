@@ -14,7 +14,7 @@ from bench.quant_paper import Operand, eight_bits, paper_step, product
 from kvkeep.quant.baselines.base import shape_of
 from kvkeep.quant.baselines.paper import HackPaper
 from kvkeep.quant.codec import Place
-from kvkeep.quant.hack import Hack
+from kvkeep.quant.hack import Hack, hadamard
 from kvkeep.types import Layout
 
 
@@ -78,6 +78,30 @@ def test_bytes_are_those_of_tiles() -> None:
     assert SERVED.bytes_ratio(128) == pytest.approx(80 / 512)
     assert PAPER.bytes_ratio(128) == pytest.approx(84 / 512)
     assert [replace(SERVED, page=n).bytes_ratio(128) * 512 for n in (32, 64, 128)] == [96, 80, 76]
+
+
+def test_norms_that_are_stored_apart_are_no_loss() -> None:
+    one = torch.nn.functional.normalize(torch.randn(2, 1, 64), dim=2)
+    values = torch.tensor([1.0, -1.0]).repeat(32) / 8
+    norms = 2.0 ** torch.arange(-32, 32).repeat(2)[: 2 * 64].view(2, 64, 1)
+    heads = Heads(torch.randn(64, 4, 64), one * norms, values.expand(2, 64, 64) * norms)
+    apart = replace(PLAIN, norms=True)
+    found, without = apart.coded(heads), PLAIN.coded(heads)
+    torch.testing.assert_close(found.k, heads.k, rtol=0.02, atol=0)
+    torch.testing.assert_close(found.v, heads.v, rtol=0.02, atol=0)
+    off = (without.k - heads.k).norm(dim=2) / heads.k.norm(dim=2)
+    assert off.max() > 1
+    assert apart.bytes_ratio(128) == pytest.approx(84 / 512)
+
+
+def test_values_may_be_rotated_before_they_are_coded() -> None:
+    basis = hadamard(64)
+    values = (basis.q[:, 1:2] + 3 * basis.q[:, 2:3]).T.expand(2, 64, 64)
+    heads = made(64)._replace(v=values)
+    rotated = replace(SERVED, rotate_values=True)
+    torch.testing.assert_close(rotated.coded(heads).v, values)
+    assert (SERVED.coded(heads).v - values).norm() > 0.1 * values.norm()
+    torch.testing.assert_close(rotated.coded(heads).k, SERVED.coded(heads).k)
 
 
 @pytest.mark.parametrize(
