@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.sharing.detector.catalogue import shipped_rules
+from kvkeep.sharing.detector.normalise import LOOKALIKES
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.scanner import CARRY, LONGEST_CARRY, ChainScanner, Detector
 from kvkeep.sharing.detector.spans import Span, Verdict
@@ -22,7 +24,7 @@ SECRETS = [
     "マイナンバーは1735 7044 2793です",
     "４６６６１７６０３１３７２１５９",
     "4 6 6 6 1 7 6 0 3 1 3 7 2 1 5 9",
-    "(4 6 6 6 1 7 6 0 3 1 3 7 2 1 5 9).",
+    '"a n n a . b e r g @ f i r m a . d e".',
     "an\u200bna.be\u00adrg@fir\u200bma.de",
     "anna.bеrg@firmа.de",
 ]
@@ -174,6 +176,33 @@ def test_splitting_never_moves_text_to_clear(pieces: list[str], at: int) -> None
     for span in whole.spans:
         if span.kind not in {"undecodable", "empty"}:
             assert tainted(spans, span.start, span.end)
+
+
+ALIKE = {plain: letter for letter, plain in LOOKALIKES.items()}
+WIDE = {chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)}
+HIDDEN = ("\u200b", "\u00ad", "\u2060", "\ufe0f")
+
+
+def disguised(secret: str, chance: random.Random) -> str:
+    """Write some characters wide, hide others behind invisible ones; one letter is another's."""
+    letters = [i for i, c in enumerate(secret) if c in ALIKE]
+    swapped = chance.choice([*letters, None])
+    found = []
+    for i, char in enumerate(secret):
+        plain = ALIKE[char] if i == swapped else char
+        found.append(chance.choice([plain, plain, WIDE.get(plain, plain)]))
+        found += chance.choices(HIDDEN, k=chance.choice([0, 0, 1, 3]))
+    return "".join(found)
+
+
+@settings(max_examples=examples(60, 600), deadline=None)
+@given(st.sampled_from(SECRETS[:4]), st.integers(0, 1 << 32), st.integers(0, 200))
+def test_no_disguise_moves_a_secret_to_clear(secret: str, seed: int, at: int) -> None:
+    text = f"see {disguised(secret, random.Random(seed))} there"
+    scanner = DETECTOR.scanner()
+    split = at % len(text)
+    spans = feed(scanner, text[:split], text[split:])
+    assert tainted(spans, 4, len(text) - 6), text
 
 
 @settings(max_examples=examples(60, 150), deadline=None)
