@@ -4,8 +4,8 @@ Each policy gets a server of its own on the demo model, the same requests in the
 same number of clients, and a pool of 30 % of what isolation would need. Requests of epochs 1 and 2
 warm up. `--only shapes` does so at the shapes of a small real model, where three policies take
 turns with the same requests. Then the leak audit runs against a fresh server of the same policy,
-once per seed, on the channels that the index could leak by; its worst channel counts. Of
-`selective` it also attacks what k accounts sent, which must be seen. Audits that ended are kept in
+once per seed, on the channels that the index could leak by; its worst channel counts. The control
+attacks what k accounts sent under `selective`, which must be seen. Audits that ended are kept in
 `build/audits`, by commit, and not made again. With `--peer vllm` another engine takes the
 policies' place.
 """
@@ -62,7 +62,7 @@ AUDIT_EPOCH_S: Final = 2.0
 QUICK_EPOCH_S: Final = 1.0
 
 
-PARTS: Final = ("replay", "shapes", "audit")
+PARTS: Final = ("replay", "shapes", "audit", "control")
 DEMO: Final = "_demo_model"
 """Ends the figures of the demo model."""
 
@@ -111,7 +111,7 @@ class Bench:
             for seed in (SEEDS if "audit" in self.parts and not policy.pins else ())
         ]
         control = None
-        if "audit" in self.parts and policy.name == "selective":
+        if "control" in self.parts and policy.name == "selective":
             control = kept(f"{policy.name}-control", partial(self._control, policy, told))
         return Tried(played, reports, control)
 
@@ -205,6 +205,7 @@ def measure(options: Options) -> Report:
         figures += told
         if tried.control is not None:
             figures += control_figures(policy.name, tried.control)
+            attacks += attack_rows(OURS, f"{policy.name}, sent by k", [tried.control])
     rows += [policy_row(OURS, "demo", name, one, seen.get(name)) for name, one in played.items()]
     compared: list[Figure] = ratios(played, DEMO)
     if "shapes" in parts:

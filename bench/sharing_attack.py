@@ -52,6 +52,8 @@ AUDIT_PAGES: Final = 16384
 """So many that what one turn of every channel plants is still there when it is asked for: a victim
 whose prompts were evicted would tell nothing, and the audit would praise the policy for it."""
 BATCH: Final = 32
+CONTROL_BATCH: Final = 4
+"""So few that what a small part of the pool holds of one turn is there when it is asked for."""
 SEEDS: Final = (1, 2, 3)
 PATIENT_S: Final = 3600.0
 IMPATIENT_S: Final = 120.0
@@ -111,7 +113,7 @@ def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
         seconds=300.0,
         least_pairs=32,
         settle_s=settle_s,
-        batch=16,
+        batch=CONTROL_BATCH,
         per_second=1000.0,
         prompt_tokens=512,
         answer_tokens=ANSWER_TOKENS,
