@@ -122,8 +122,10 @@ class Asked:
 
     @property
     def pool(self) -> TilePool:
-        """Return its pages."""
+        """Return its pages, which are of one form."""
         (manager,) = self._core.caches.managers.values()
+        if not isinstance(manager.pool, TilePool):
+            raise TypeError("an engine of one codec has one pool")
         return manager.pool
 
     @property

@@ -173,7 +173,7 @@ def test_a_prompt_that_is_coded_late_is_computed_in_16_bits_and_attended_as_code
     asked.answer([("a", context.ids)], greedy(4))
     pages = len(context.ids) // 128 * 2
     shape, counts = asked.shape, []
-    for slot in np.flatnonzero(asked.pool.tile_table[:, 0, 0] >= 0):
+    for slot in map(int, np.flatnonzero(asked.pool.tile_table[:, 0, 0] >= 0)):
         k, _ = unpack_float_tiles(asked.pool.read_tiles(slot, 0), shape)
         counts.append(levels(k[0, SINK_TOKENS:]))
     assert sorted(counts)[:pages] == [4] * pages
