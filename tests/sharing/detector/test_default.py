@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import kvkeep
+from kvkeep.sharing.detector import build, scanner
 from kvkeep.sharing.detector.default import load_detector, optional_part
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.spans import Verdict
@@ -29,6 +34,23 @@ def test_another_process_names_the_same_detector_alike() -> None:
     seeds = {"PYTHONHASHSEED": "1"}
     other = subprocess.run([sys.executable, "-c", told], env=seeds, capture_output=True, check=True)
     assert other.stdout.decode().strip() == kvkeep.load_detector().version
+
+
+def test_other_code_is_another_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What former code cleared is cleared no more after an update: rules alone do not say it."""
+    here, code = build.build_digest(), tmp_path / "detector"
+    shutil.copytree(Path(build.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    assert build.build_digest(code) == here
+    (code / "normalise.py").write_text("# folds nothing\n")
+    build.build_digest.cache_clear()
+    assert build.build_digest(code) != here
+    before = load_detector(rules_only=True).version
+    monkeypatch.setattr(scanner, "build_digest", lambda: "another")
+    assert load_detector(rules_only=True).version != before
+    monkeypatch.setattr(build, "version", lambda name: f"9.9 of {name}")
+    build.build_digest.cache_clear()
+    assert build.build_digest() != here
+    build.build_digest.cache_clear()
 
 
 def test_a_part_that_is_not_there_is_left_out() -> None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+from kvkeep.sharing.detector.build import build_digest
 from kvkeep.sharing.detector.normalise import REPLACEMENT, View, views
 from kvkeep.sharing.detector.spans import Recogniser, Span, Verdict
 
@@ -86,11 +87,11 @@ class Detector:
 
     @property
     def version(self) -> str:
-        """Return a name of all rules and weights; what was cleared under another may not be now."""
+        """Name rules, weights and code; what was cleared under others may not be clear now."""
         parts = [str(getattr(part, "version", type(part).__name__)) for part in self.recognisers]
         context = [] if self.context is None else [self.context.version]
         organisation = [] if self.organisation is None else [self.organisation.version]
-        whole = "\n".join([*parts, *context, *organisation])
+        whole = "\n".join([build_digest(), *parts, *context, *organisation])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def scanner(self) -> ChainScanner:
