@@ -284,6 +284,11 @@ def test_every_policy_has_its_name(policy: str, kind: type[SharingPolicy], tmp_p
         sharing.close()
 
 
+def test_a_log_of_alerts_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^share_audit_log: "):
+        Sharing(SharingOptions(audit_log=str(tmp_path)), no_text)
+
+
 def test_dp_draws_the_same_after_a_restart(tmp_path: Path) -> None:
     def key(state: Path | None) -> object:
         options = SharingOptions(policy="dp", state=None if state is None else str(state))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.errors import ConfigError
 from kvkeep.sharing.audit import WAITING, Alert, AuditLog, NoSink, Webhook
 
 ALERT = Alert(1.0, "eve", "probe share", "notify", 0.9, 0.5)
@@ -64,6 +65,16 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "file" / "audit.jsonl", NoSink())
     log.send(ALERT)
     assert log.counts.failed == 1
+
+
+def test_a_log_that_cannot_be_written_is_told_at_the_start(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "logs" / "audit.jsonl", NoSink())
+    log.prepare()
+    log.prepare()
+    assert (tmp_path / "logs" / "audit.jsonl").read_bytes() == b""
+    for path in (tmp_path, tmp_path / "logs" / "audit.jsonl" / "x"):
+        with pytest.raises(ConfigError, match=rf"^share_audit_log: can't write {path}: "):
+            AuditLog(path, NoSink()).prepare()
 
 
 def test_the_webhook_posts(server: tuple[str, type[Receiver]]) -> None:

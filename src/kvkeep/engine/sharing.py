@@ -117,6 +117,8 @@ class Sharing:
             if options.audit_log
             else None
         )
+        if self._audit is not None:
+            self._audit.prepare()
         sink: AlertSink = self._audit or self._webhook or NoSink()
         self._monitor = Monitor(sink=sink)
         self._terms: dict[str, TenantTerms] = {}

@@ -12,6 +12,8 @@ from typing import Protocol
 import httpx
 import msgspec
 
+from kvkeep.errors import ConfigError
+
 WAITING = 64
 """Alerts that wait for the webhook; more are dropped."""
 
@@ -60,11 +62,25 @@ class AuditLog:
         self._onward = onward
         self.counts = AlertCounts()
 
+    def prepare(self) -> None:
+        """Make the file; raises `ConfigError` where that fails, before anybody relies on it."""
+        try:
+            self._make()
+        except OSError as error:
+            raise ConfigError(
+                f"share_audit_log: can't write {self._path}: {error.strerror}; name another file"
+            ) from None
+
+    def _make(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch(mode=0o600)
+        with self._path.open("ab"):
+            pass
+
     def send(self, alert: Alert) -> None:
         """Write the line; a full disk must not stop the engine."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch(mode=0o600)
+            self._make()
             with self._path.open("ab") as file:
                 file.write(msgspec.json.encode(alert) + b"\n")
             self.counts.sent += 1
