@@ -126,14 +126,11 @@ def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
 def attack_figures(policy: str, reports: Sequence[Report]) -> list[Figure]:
     """Return the worst channel's AUC over all seeds, its half-width, and if chance is inside.
 
-    Goals are ours alone: what is measured of a peer is reported.
+    It is not where a channel was blind: what was not seen holds nothing. Goals are ours alone: what
+    is measured of a peer is reported, and a channel that a peer does not offer counts for nothing.
     """
-    weighed = [
-        finding.evidence
-        for report in reports
-        for finding in report.channels
-        if finding.evidence is not None
-    ]
+    findings = [finding for report in reports for finding in report.channels]
+    weighed = [finding.evidence for finding in findings if finding.evidence is not None]
     if not weighed:
         return []
     worst = max(weighed, key=lambda evidence: abs(evidence.auc.value - 0.5)).auc
@@ -144,7 +141,8 @@ def attack_figures(policy: str, reports: Sequence[Report]) -> list[Figure]:
     if policy in APART:
         ours = policy in PRIVATE
         width = max(evidence.auc.halfwidth for evidence in weighed)
-        inside = float(all(evidence.auc.holds_chance for evidence in weighed))
+        blind = [f for f in findings if f.evidence is None and (ours or f.outcome != "skipped")]
+        inside = float(not blind and all(evidence.auc.holds_chance for evidence in weighed))
         figures += [
             Figure(f"{name}_halfwidth", certain(width, pairs), Goal("<=", 0.03) if ours else None),
             Figure(f"{name}_holds_chance", certain(inside, pairs), Goal(">=", 1) if ours else None),

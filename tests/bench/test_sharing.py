@@ -21,6 +21,7 @@ from bench.sharing_replay import WINDOWS, Player, Replay, Sample, take_turns, wi
 from bench.sharing_target import Counted, Target
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, Report, audit
+from kvkeep.audit.findings import Outcome
 from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
 from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
@@ -178,6 +179,29 @@ def test_the_worst_channel_counts(leak: str, policy: str) -> None:
         assert abs(worst - 0.5) < 0.2
         assert figures["attack_auc_private_isolate_halfwidth"] <= 0.2
         assert figures["attack_auc_private_isolate_holds_chance"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "outcome", "holds"),
+    [
+        ("isolate", "void", 0.0),
+        ("isolate", "skipped", 0.0),
+        ("vllm_salted", "void", 0.0),
+        ("vllm_salted", "skipped", 1.0),
+    ],
+)
+def test_a_channel_that_saw_nothing_is_not_said_to_hold_chance(
+    policy: str, outcome: Outcome, holds: float
+) -> None:
+    report = audited("")
+    first, last = report.channels
+    unseen = replace(last, outcome=outcome, evidence=None, pairs=())
+    name = f"attack_auc_private_{policy}_holds_chance"
+    seen, one_blind = (
+        by_name(sharing_attack.attack_figures(policy, [replace(report, channels=channels)]))
+        for channels in ((first, last), (first, unseen))
+    )
+    assert (seen[name], one_blind[name]) == (1.0, holds)
 
 
 def test_an_audit_that_ended_is_made_once_for_a_commit(
