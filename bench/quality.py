@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from bench import harness, quality_stats
 from bench.harness import Cell, Figure, Goal, Options, Report, Row
 from bench.quality_late import Late
 from bench.quality_run import Asked, Item, Machine, recorded, run
+from bench.quality_stats import Drawn
 from bench.quality_suite import TASKS, Context, Maker, digest, read
 from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
@@ -45,6 +46,8 @@ GOALS: Final = {
     "k4v2": Goal("<=", 0.005),
     "k2v2+corm": Goal("<=", 0.025),
 }
+BESIDE: Final = {"kivi2": "k2v2", "kvquant": "k2v2", "cachegen": "k4v2"}
+"""Codecs that ours must not lose to, by the one of ours that takes about as many bytes."""
 LEARNT_FROM: Final = 24
 """Contexts that levels and tables are learnt from; they come from the suite with another seed."""
 CODED_EVERY: Final = 64
@@ -147,6 +150,19 @@ def made(name: str, sample: Sample, model: Path) -> Codec:
     return CODECS[name](sample)
 
 
+def margins(draws: Mapping[str, Drawn], items: int) -> list[Figure]:
+    """Return what others lose beyond ours in about as many bytes, as far as both were asked."""
+    return [
+        Figure(
+            f"quality_loss_{other}_over_{ours}",
+            quality_stats.apart(draws[other], draws[ours], items),
+            Goal(">=", 0.0),
+        )
+        for other, ours in BESIDE.items()
+        if {other, ours} <= draws.keys()
+    ]
+
+
 def measure(options: Options) -> Report:
     """Answer the suite under every codec."""
     names = chosen(options)
@@ -166,12 +182,14 @@ def measure(options: Options) -> Report:
     base = answered(machine, contexts, Float())
     rows: list[Row] = []
     figures: list[Figure] = []
+    draws: dict[str, Drawn] = {}
     for name in names:
         evictor = Corm(PRESETS["corm"]) if name in EVICTING else None
         found = answered(machine, contexts, made(name, sample, machine.model), evictor)
         tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
         rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
-        loss = quality_stats.overall(base.items, found.items, suite.weights)
+        draws[name] = quality_stats.drawn(base.items, found.items, suite.weights)
+        loss = quality_stats.estimate(draws[name], len(base.items))
         NOTES.print(f"{name}: loss {loss.median:.4f} after {found.seconds:.0f} s")
         figure = EVICTING.get(name, f"quality_loss_{name.replace('-', '_')}")
         figures.append(Figure(figure, loss, GOALS.get(name)))
@@ -188,6 +206,7 @@ def measure(options: Options) -> Report:
         "threads": options.threads,
         "quick": options.quick,
     }
+    figures += margins(draws, len(base.items))
     return Report("quality", params, figures, rows)
 
 

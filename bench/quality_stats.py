@@ -95,6 +95,11 @@ def overall(
     return estimate(drawn(plain, coded, weights, seed=seed), len(plain))
 
 
+def apart(one: Drawn, other: Drawn, items: int) -> Estimate:
+    """Return by how much one loses more than another of the same items, draw by draw."""
+    return estimate(Drawn(one.point - other.point, one.draws - other.draws), items)
+
+
 def changed(plain: Sequence[Item], coded: Sequence[Item], task: str) -> Changed:
     """Return how many of a task's items became worse, and how many better."""
     pairs = [(a.score, b.score) for a, b in zip(plain, coded, strict=True) if a.task == task]

@@ -103,6 +103,22 @@ def test_a_mean_over_tasks_takes_their_weights() -> None:
     assert quality_stats.overall(plain, coded, weights).median == pytest.approx(0.125)
 
 
+def test_two_codecs_are_compared_on_the_same_draws() -> None:
+    """Contexts that are hard for both widen no margin between them."""
+    plain = items("recall", [1.0] * 40)
+    ours, other = (
+        quality_stats.drawn(plain, items("recall", scores * 10), {"recall": 1.0})
+        for scores in ([0.1, 0.1, 0.9, 0.9], [0.05, 0.05, 0.85, 0.85])
+    )
+    alone = quality_stats.estimate(ours, 40)
+    assert alone.low + 0.1 < alone.median < alone.high - 0.1
+    found = quality_stats.apart(other, ours, 40)
+    assert tuple(found) == pytest.approx((0.05, 0.05, 0.05, 40))
+    (margin,) = quality.margins({"k2v2": ours, "kivi2": other, "cachegen": other}, 40)
+    assert (margin.name, margin.estimate) == ("quality_loss_kivi2_over_k2v2", found)
+    assert margin.row()["status"] == "shown"
+
+
 def test_sides_that_answered_different_items_are_refused() -> None:
     with pytest.raises(ValueError, match="different items"):
         quality_stats.by_task(items("recall", [1.0]), items("copy", [1.0]))
