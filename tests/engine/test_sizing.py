@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sizing import divide, staged_pages
+from kvkeep.engine.sizing import divide, most_pages, staged_pages
 from kvkeep.errors import ConfigError
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 
@@ -50,6 +50,14 @@ def test_no_more_pages_than_asked_for() -> None:
     assert divide(CODED, STAGED, 1 << 30, options(), 50).num_pages == 50
     plain = PageSpec(Layout.BF16, 2, 2, 128, STAGED)
     assert divide(plain, STAGED, 1 << 30, options(), 50) == (50, None)
+
+
+def test_memory_that_is_asked_for_is_used_beyond_what_sequences_can_fill() -> None:
+    assert most_pages(options(max_num_seqs=4), 1000) == 4 * 17
+    asked = options(max_num_seqs=4, kv_cache_bytes=1 << 30)
+    plain = PageSpec(Layout.BF16, 2, 2, 128, STAGED)
+    pages = divide(plain, STAGED, 1 << 30, asked, most_pages(asked, 1000)).num_pages
+    assert pages == (1 << 30) // plain.page_bytes
 
 
 def test_too_little_memory_is_refused_with_the_reason() -> None:

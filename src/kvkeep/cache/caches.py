@@ -16,6 +16,8 @@ from kvkeep.types import EpochDelta, SharingPolicy, View
 
 CLOSE_S: Final = 8.0
 """For what is still to be written below memory at the end."""
+ROUNDING: Final = 1e-6
+"""Of a page, in sums of shares."""
 
 
 class Caches:
@@ -62,13 +64,15 @@ class Caches:
     def set_shares(self, shares: Mapping[str, float]) -> None:
         """Set each account's part of every cache; the rest is for public pages.
 
+        What rounding leaves over is nobody's: a place for a page or two would break public chains.
         Raises `ConfigError` where the parts exceed it.
         """
         self._shares = dict(shares)
+        rest = 1.0 - sum(shares.values())
         for manager in self.managers.values():
             pages = manager.pool.num_pages
             quotas = {name: int(share * pages) for name, share in shares.items()}
-            manager.set_quotas(quotas, max(0, pages - sum(quotas.values())))
+            manager.set_quotas(quotas, max(0, int(rest * pages + ROUNDING)))
 
     def quota(self, share: float) -> int:
         """Return the pages that a share is worth."""

@@ -40,7 +40,7 @@ from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sealers import mode_of, unwrap_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
-from kvkeep.engine.sizing import divide
+from kvkeep.engine.sizing import divide, most_pages
 from kvkeep.errors import ConfigError
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
@@ -327,8 +327,7 @@ def _pool(
             f" {available / 2**30:.1f} GiB are free; lower it or free memory"
         )
     staged_tile_bytes = float_tile_bytes(shape.layout, shape.head_dim)
-    most = max(2, options.max_num_seqs * (max_model_len // PAGE_TOKENS + 2))
-    division = divide(spec, staged_tile_bytes, wanted, options, most)
+    division = divide(spec, staged_tile_bytes, wanted, options, most_pages(options, max_model_len))
     return TilePool(spec, division.num_pages, backend.storage, division.beside)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final, NamedTuple
 
 from kvkeep.cache.pool import Beside
@@ -18,6 +19,13 @@ class Division(NamedTuple):
 
     num_pages: int
     beside: Beside | None
+
+
+def most_pages(options: EngineOptions, max_model_len: int) -> int:
+    """Return how many pages are of use: all that are asked for, or what sequences can fill."""
+    if options.kv_cache_bytes is not None:
+        return sys.maxsize
+    return max(2, options.max_num_seqs * (max_model_len // PAGE_TOKENS + 2))
 
 
 def divide(
