@@ -208,6 +208,27 @@ class Settings(BaseSettings):
     )
     share_webhook: str | None = Field(None, description="URL that alerts are posted to")
 
+    cluster: str | None = Field(
+        None, description="workers on Ray: auto (on this machine), or HOST:PORT of a Ray head"
+    )
+    cluster_prefill: Annotated[int, Field(ge=0)] = Field(
+        1, description="workers that compute long prompts (cluster)"
+    )
+    cluster_decode: Count = Field(1, description="workers that answer (cluster)")
+    cluster_least_tokens: Count = Field(
+        512, description="shorter prompts are computed where they are answered (cluster)"
+    )
+    cluster_epoch_s: PositiveSeconds = Field(
+        5.0, description="workers join and leave at the ends of epochs of this length (cluster)"
+    )
+    cluster_certificate: Path | None = Field(
+        None, description="PEM file of a worker's certificate, on every node (cluster)"
+    )
+    cluster_key: Path | None = Field(None, description="PEM file of its key (cluster)")
+    cluster_authority: Path | None = Field(
+        None, description="PEM file of who signs the cluster's certificates (cluster)"
+    )
+
     host: str = Field("127.0.0.1", description="public address")
     port: Port = Field(8000, description="public port")
     admin_host: str = Field("127.0.0.1", description="admin address, loopback only")
@@ -266,6 +287,7 @@ class Settings(BaseSettings):
                 f"share_gate: {self.share!r} has no young shared pages to hide; "
                 "leave it out, or share 'selective' or 'dp'"
             )
+        self._clustered()
         if self.share == "pinned" and self.share_pinned is None:
             raise ConfigError("share: 'pinned' shares what --share-pinned FILE declares; add it")
         if self.share_webhook is not None and not self.share_webhook.startswith(
@@ -284,6 +306,22 @@ class Settings(BaseSettings):
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError("max_model_len: needs room for a prompt and an answer, at least 2")
         return self
+
+    def _clustered(self) -> None:
+        """Refuse what a cluster's workers can't do, and half of their certificates."""
+        files = (self.cluster_certificate, self.cluster_key, self.cluster_authority)
+        if any(files) and not all(files):
+            raise ConfigError(
+                "cluster_certificate: goes with cluster_key and cluster_authority; give all three"
+            )
+        if self.cluster is None:
+            return
+        if self.tier:
+            raise ConfigError("tier: a cluster's workers have none below memory yet; leave it out")
+        if self.guard_share:
+            raise ConfigError("guard_share: a cluster's workers have no guard; leave it at 0")
+        if not self.prefix_caching:
+            raise ConfigError("prefix_caching: a cluster hands cached pages over; leave it on")
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:

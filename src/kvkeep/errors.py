@@ -24,6 +24,7 @@ KvkeepError
 ├── AuditError                 a target can't be audited: it doesn't answer, or refuses
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
+    │   └── PrefillLost        of a cluster, the worker that was to compute a prompt
     ├── NonFiniteKV            a key or value that a codec can't store: the request fails
     ├── RequestCancelled       cancelled by its client or by revocation
     └── DeadlineExceeded       the request's own deadline passed
@@ -147,6 +148,10 @@ class EngineError(KvkeepError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down or has died."""
+
+
+class PrefillLost(EngineStopped):
+    """The worker that was to compute a prompt has died; another may."""
 
 
 class NonFiniteKV(EngineError):

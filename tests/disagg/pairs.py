@@ -16,7 +16,7 @@ from kvkeep.disagg.handover import SplitClient
 from kvkeep.disagg.options import LinkOptions, Role
 from kvkeep.disagg.prefill import PrefillSide
 from kvkeep.engine import messages as m
-from kvkeep.engine.api import Chunk, ChunkStream, GenerateRequest
+from kvkeep.engine.api import Chunk, ChunkStream, EngineClient, GenerateRequest
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.local import ThreadTransport
@@ -132,8 +132,6 @@ async def answer(stream: ChunkStream) -> list[Chunk]:
     return [chunk async for chunk in stream]
 
 
-async def answers(
-    client: SplitClient | MessageClient, *asked: GenerateRequest
-) -> list[list[Chunk]]:
+async def answers(client: EngineClient, *asked: GenerateRequest) -> list[list[Chunk]]:
     """Return the chunks of several requests that run at a time."""
     return await asyncio.gather(*[answer(client.submit(one)) for one in asked])

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import secrets
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from kvkeep.cli.console import NOTES
 from kvkeep.cli.engine import checkpoint_path, key_options, running_engine
 from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import UNSAFE_POLICIES, Settings
+from kvkeep.engine.api import EngineClient
 from kvkeep.engine.sealers import shred_in
 from kvkeep.errors import ConfigError
+from kvkeep.server.cluster import Workers
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve
 from kvkeep.server.store import TenantStore
@@ -114,7 +118,8 @@ async def _serve(settings: Settings) -> None:
     from kvkeep.models.text import TextModel  # a second of imports: after what may be refused
 
     text = TextModel.load(path)
-    async with running_engine(settings) as (client, _):
+    largest = tenants.largest_group()
+    async with _running(settings) as (client, workers):
         await serve(
             client,
             text,
@@ -123,10 +128,22 @@ async def _serve(settings: Settings) -> None:
             public=public,
             admin=admin,
             admin_token=token,
-            announce=lambda listening: announce(
-                listening, settings, token, largest_group=tenants.largest_group()
-            ),
+            announce=lambda listening: announce(listening, settings, token, largest_group=largest),
+            workers=workers,
         )
+
+
+@asynccontextmanager
+async def _running(settings: Settings) -> AsyncIterator[tuple[EngineClient, Workers | None]]:
+    """Start an engine beside this process, or a cluster's workers."""
+    if settings.cluster is None:
+        async with running_engine(settings) as (client, _):
+            yield client, None
+        return
+    from kvkeep.cli.cluster import running_cluster
+
+    async with running_cluster(settings) as (fleet, _):
+        yield fleet, fleet.crew
 
 
 @app.command(name="serve")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import version
+from typing import Final
+
 import msgspec
 
+from kvkeep.disagg import wire
 from kvkeep.disagg.decode import DecodeSide
 from kvkeep.disagg.options import LinkOptions, Role
 from kvkeep.disagg.prefill import NothingBelow, PrefillSide
@@ -11,6 +16,9 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.build import build_core, default_parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
+
+VERSION: Final = f"kvkeep {version('kvkeep')}, wire {wire.VERSION}"
+"""What workers that speak with each other have in common."""
 
 
 def side_of(
@@ -30,4 +38,6 @@ def build_beside(
     else:
         tier = None if engine.tiers else NothingBelow()
         parts = msgspec.structs.replace(parts, tier=tier, listeners=(side,))
-    return build_core(engine, reply, parts)
+    core = build_core(engine, reply, parts)
+    core.info = msgspec.structs.replace(core.info, version=VERSION, pid=os.getpid())
+    return core

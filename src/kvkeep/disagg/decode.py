@@ -99,7 +99,8 @@ class DecodeSide:
             case m.Wake():
                 self._waker.looked()
             case m.Submit(spec) if spec.handover is not None and spec.handover.role == "decode":
-                self._expect(spec, spec.handover.link)
+                if spec.handover.link:  # none: a prompt that nobody computes elsewhere
+                    self._expect(spec, spec.handover.link)
             case m.Begin(request_id, ()):
                 self._forget(request_id)  # nobody computes it elsewhere
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, Self, TypeVar
+from collections.abc import Awaitable
+from typing import Final, TypeVar
 
 import msgspec
 
+from kvkeep.disagg.split import DecodeClient, Way, note, split, splits
 from kvkeep.engine.api import (
-    Chunk,
     ChunkStream,
     EngineClient,
     EngineStats,
-    FinishReason,
     GenerateRequest,
-    Handover,
     ModelInfo,
     Purged,
     TenantTerms,
-    TokenLogprob,
 )
 from kvkeep.errors import ConfigError, EngineError
 from kvkeep.types import PAGE_TOKENS
@@ -32,17 +28,6 @@ PATIENCE_S: Final = 120.0
 """A prompt that takes longer elsewhere is computed here."""
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
-
-class DecodeClient(EngineClient, Protocol):
-    """An engine that goes on with what others have begun."""
-
-    def begin(
-        self, request_id: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
-    ) -> None:
-        """Let a request go on after these tokens; none: it computes its prompt itself."""
 
 
 class SplitClient:
@@ -83,21 +68,12 @@ class SplitClient:
 
     def submit(self, request: GenerateRequest) -> ChunkStream:
         """Start a request; closing the stream early ends it in both engines."""
-        if not self._splits(request):
+        if not (self._link and self._splits(request)):
             return self._decode.submit(request)
         if request.params.seed is None:  # both must draw the same
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
             request = msgspec.structs.replace(request, params=params)
-        own = msgspec.structs.replace(request, handover=Handover(role="decode", link=self._link))
-        there = msgspec.structs.replace(request, handover=Handover(role="prefill"))
-        decode = self._decode.submit(own)
-        try:
-            prefill = self._prefill.submit(there)
-        except EngineError as error:
-            _note(error)
-            self._decode.begin(request.id, (), ())
-            return decode
-        return _SplitStream(request, prefill, decode, self._decode.begin, self._patience_s)
+        return split(request, self._prefill, self._decode, Way(self._link, self._patience_s))
 
     async def stats(self) -> EngineStats:
         """Return the decode engine's counters and gauges."""
@@ -126,11 +102,7 @@ class SplitClient:
         await self._prefill.close()
 
     def _splits(self, request: GenerateRequest) -> bool:
-        """Tell whether a request's prompt is computed elsewhere: a long one with one answer."""
-        params, length = request.params, len(request.prompt_ids)
-        single = params.n == 1 and not params.ranks and params.prompt_logprobs is None
-        goes_on = params.max_tokens > 1 and length + 1 < self._max_model_len
-        return bool(self._link) and single and goes_on and length >= self._least_tokens
+        return splits(request, least_tokens=self._least_tokens, max_model_len=self._max_model_len)
 
 
 async def _unless_down(call: Awaitable[T]) -> T | None:
@@ -138,113 +110,5 @@ async def _unless_down(call: Awaitable[T]) -> T | None:
     try:
         return await call
     except EngineError as error:
-        _note(error)
+        note(error)
         return None
-
-
-def _note(error: EngineError) -> None:
-    log.warning("the prefill engine does nothing: %s", error)
-
-
-class _SplitStream:
-    """One request's chunks: the first token's from one engine, the others' from the other."""
-
-    def __init__(
-        self,
-        request: GenerateRequest,
-        prefill: ChunkStream,
-        decode: ChunkStream,
-        begin: Callable[[str, tuple[int, ...], tuple[TokenLogprob, ...]], None],
-        patience_s: float,
-    ) -> None:
-        self._request = request
-        self._prefill = prefill
-        self._decode = decode
-        self._begin = begin
-        self._patience_s = patience_s
-        self._begun = False
-        self._ended = False
-        self._cached: int | None = None
-        """Prompt tokens the prefill engine found; None: the decode engine says."""
-        self._next: asyncio.Task[Chunk] | None = None
-        """The decode engine's next chunk, waited for already."""
-
-    def __aiter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    async def __anext__(self) -> Chunk:
-        """Return the next chunk; raises `EngineError` where the decode engine has ended."""
-        if self._ended:
-            raise StopAsyncIteration
-        if not self._begun:
-            chunk = await self._first()
-            if chunk is not None:
-                return chunk
-        return self._told(await self._next_decoded())
-
-    async def aclose(self) -> None:
-        """Stop reading; both engines end the request within a step."""
-        self._ended = True
-        await self._prefill.aclose()
-        await self._decode.aclose()
-        if self._next is not None:
-            self._next.cancel()
-
-    async def _first(self) -> Chunk | None:
-        """Let the answer begin; return what there is to tell of the first token, if anything.
-
-        A decode engine that speaks first has ended the request: its deadline, or it is refused.
-        """
-        first = asyncio.ensure_future(anext(self._prefill))
-        self._next = asyncio.ensure_future(anext(self._decode))
-        try:
-            await asyncio.wait(
-                (first, self._next),
-                timeout=self._patience_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            if not first.done():
-                first.cancel()
-                await self._prefill.aclose()
-        self._begun = True
-        if self._next.done():
-            await self._prefill.aclose()
-            return None
-        chunk = _chunk_of(first)
-        if chunk is not None and chunk.finish is FinishReason.STOP:
-            await self._decode.aclose()
-            self._next.cancel()
-            self._ended = True
-            return chunk
-        if chunk is None or not chunk.token_ids:
-            self._begin(self._request.id, (), ())
-            return None
-        self._cached = chunk.cached_tokens
-        self._begin(self._request.id, chunk.token_ids, chunk.logprobs)
-        return msgspec.structs.replace(chunk, finish=None) if chunk.text else None
-
-    async def _next_decoded(self) -> Chunk:
-        waiting, self._next = self._next, None
-        return await (anext(self._decode) if waiting is None else waiting)
-
-    def _told(self, chunk: Chunk) -> Chunk:
-        if self._cached is None:
-            return chunk
-        return msgspec.structs.replace(chunk, cached_tokens=self._cached)
-
-
-def _chunk_of(first: asyncio.Future[Chunk]) -> Chunk | None:
-    """Return a prefill engine's chunk; None where it gave none that can be gone on from."""
-    if not first.done() or first.cancelled():
-        return None
-    try:
-        chunk = first.result()
-    except StopAsyncIteration:
-        return None
-    except EngineError as error:
-        _note(error)
-        return None
-    good = chunk.finish in {FinishReason.LENGTH, FinishReason.STOP} and chunk.error is None
-    return chunk if good else None

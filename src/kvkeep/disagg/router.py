@@ -95,6 +95,11 @@ class Placement:
         for role in ("prefill", "decode"):
             self.leave(role, worker)
 
+    @property
+    def changes(self) -> bool:
+        """Tell whether the next epoch's members are others."""
+        return self._next != self.now
+
     def end_epoch(self) -> Configuration:
         """Begin the next epoch; return its configuration."""
         self.now = self._next = replace(self._next, epoch=self.now.epoch + 1)

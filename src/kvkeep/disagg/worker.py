@@ -21,7 +21,12 @@ def spawn_worker(
     role: Role, engine: EngineOptions, link: LinkOptions, progress: Progress | None = None
 ) -> MessageClient:
     """Return a client of a worker in its own process; call inside a running event loop."""
-    return MessageClient(PipeTransport(partial(_main, role, engine, link)), progress)
+    return MessageClient(transport_of(role, engine, link), progress)
+
+
+def transport_of(role: Role, engine: EngineOptions, link: LinkOptions) -> PipeTransport:
+    """Return what carries messages to a worker in its own process."""
+    return PipeTransport(partial(_main, role, engine, link))
 
 
 def _main(role: Role, engine: EngineOptions, link: LinkOptions, pipe: Connection) -> None:

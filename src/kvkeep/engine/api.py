@@ -164,6 +164,26 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     link: str = ""
     """Where it hands pages over to other engines; '': nowhere."""
+    version: str = ""
+    """Of the program and of what it says to other engines; '': it speaks with none."""
+    pid: int = 0
+    """Of a cluster's worker, on its own machine."""
+
+
+class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker of a cluster, for the admin port only."""
+
+    name: str
+    role: Literal["prefill", "decode"]
+    state: Literal["starting", "serving", "draining", "lost"]
+    epoch: int
+    """The configuration's, at whose ends workers join and leave."""
+    streams: int
+    """Requests under way on it."""
+    starts: int = 1
+    """Times it was started."""
+    pid: int = 0
+    """Of its process, on its own machine."""
 
 
 class TenantUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -313,6 +333,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     sharing: SharingStats
     guard: tuple[GuardUse, ...] = ()
     tiers: tuple[TierUse, ...] = ()
+    workers: tuple[WorkerUse, ...] = ()
+    """Of a cluster."""
 
 
 class ChunkStream(Protocol):

@@ -145,6 +145,11 @@ class MessageClient:
         self._transport.send(m.Purge(tenant))
         return await future
 
+    def abandon(self, why: str) -> None:
+        """Take the engine for dead: everything that waits for it ends now, and so shall it."""
+        self._transport.send(m.Stop())
+        self._fail(EngineStopped(why))
+
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop taking requests, wait up to `drain_s` for those running, and end the loop."""
         self._closing = True

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from kvkeep.engine.api import EngineStats, ModelInfo
 from kvkeep.errors import ConfigError, EngineError, Unauthenticated
 from kvkeep.server.app import http_problem, plain, reply
+from kvkeep.server.cluster import Workers, worker_routes
 from kvkeep.server.frontend import Frontend, Health
 from kvkeep.server.gate import Gate
 from kvkeep.server.keys import same_secret
@@ -40,8 +41,11 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
-def create_admin_app(front: Frontend, token: str) -> Starlette:
-    """Return the admin app over the public app's `state.frontend`; all of it needs the token."""
+def create_admin_app(front: Frontend, token: str, workers: Workers | None = None) -> Starlette:
+    """Return the admin app over the public app's `state.frontend`; all of it needs the token.
+
+    `workers` are a cluster's.
+    """
     if not token:
         raise ConfigError("admin token: must not be empty")
 
@@ -59,6 +63,7 @@ def create_admin_app(front: Frontend, token: str) -> Starlette:
             plain("/reload", "POST", partial(_reload, front)),
             plain("/purge", "POST", partial(_purge, front)),
             plain("/shred", "POST", partial(_shred, front)),
+            *([] if workers is None else worker_routes(workers)),
         ],
         middleware=[Middleware(Gate, front, authorize)],
         exception_handlers={HTTPException: http_problem},

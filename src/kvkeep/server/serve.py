@@ -18,6 +18,7 @@ from kvkeep.engine.api import EngineClient
 from kvkeep.errors import ConfigError
 from kvkeep.server.admin import create_admin_app
 from kvkeep.server.app import create_app
+from kvkeep.server.cluster import Workers
 from kvkeep.server.frontend import Frontend
 from kvkeep.server.options import Bind, ServerOptions
 from kvkeep.server.protocol import numbered
@@ -49,8 +50,11 @@ async def serve(
     admin: Bind,
     admin_token: str,
     announce: Callable[[Listening], None] | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, let running requests end, and close the engine.
+
+    `workers` are a cluster's, for the admin port.
 
     Raises `ConfigError` for a port in use, an admin port that others can reach, and `no_auth` off
     loopback.
@@ -63,7 +67,9 @@ async def serve(
         servers = _Servers(
             front,
             _server(app, lifespan=True, grace_s=options.drain_s + _HANG_UP_S),
-            _server(create_admin_app(front, admin_token), lifespan=False, grace_s=_HANG_UP_S),
+            _server(
+                create_admin_app(front, admin_token, workers), lifespan=False, grace_s=_HANG_UP_S
+            ),
         )
         try:
             await servers.run(

@@ -1,0 +1,91 @@
+"""From settings to a cluster's workers on Ray, behind the same server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from kvkeep.cli.console import NOTES, loading_bar
+from kvkeep.cli.engine import describe, engine_options
+from kvkeep.config import Settings
+from kvkeep.disagg.fleet import Fleet
+from kvkeep.disagg.members import CrewOptions
+from kvkeep.disagg.options import LinkOptions, Role, TlsFiles
+from kvkeep.disagg.ray_cluster import AUTO, check_links, joined
+from kvkeep.disagg.workers import RayTransport
+from kvkeep.engine.api import ModelInfo
+from kvkeep.engine.client import MessageClient
+from kvkeep.engine.options import EngineOptions
+
+
+def crew_options(settings: Settings) -> CrewOptions:
+    """Return how many workers there are, and how they are led."""
+    return CrewOptions(
+        prefill=settings.cluster_prefill,
+        decode=settings.cluster_decode,
+        least_tokens=settings.cluster_least_tokens,
+        epoch_s=settings.cluster_epoch_s,
+        drain_s=settings.drain_s,
+    )
+
+
+def link_options(settings: Settings) -> LinkOptions:
+    """Return how pages pass between workers: on loopback, or under TLS wherever they are."""
+    if settings.cluster_certificate is None:
+        return LinkOptions()
+    return LinkOptions(
+        tls=TlsFiles(
+            certificate=str(settings.cluster_certificate),
+            key=str(settings.cluster_key),
+            authority=str(settings.cluster_authority),
+        )
+    )
+
+
+def worker_options(settings: Settings, name: str) -> EngineOptions:
+    """Return what one worker is started with: files that it alone writes, its part of the cores."""
+    options = engine_options(settings)
+    share = msgspec.structs.replace(
+        options.share,
+        state=_own(options.share.state, name),
+        audit_log=_own(options.share.audit_log, name),
+    )
+    threads = options.threads
+    if threads is None and settings.cluster == AUTO:
+        workers = settings.cluster_prefill + settings.cluster_decode
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
+    return msgspec.structs.replace(options, share=share, threads=threads, model=model)
+
+
+def _own(file: str | None, name: str) -> str | None:
+    return None if file is None else f"{Path(file).resolve()}.{name}"
+
+
+def _launch(settings: Settings, link: LinkOptions, name: str, role: Role) -> MessageClient:
+    engine = worker_options(settings, name)
+    return MessageClient(RayTransport(name, role, engine, link))
+
+
+@asynccontextmanager
+async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, ModelInfo]]:
+    """Join Ray, start all workers, wait until they are warm, and end them on the way out."""
+    address = settings.cluster or AUTO
+    link = link_options(settings)
+    with joined(address):
+        check_links(link)
+        with loading_bar("starting workers"):
+            fleet = await Fleet.start(partial(_launch, settings, link), crew_options(settings))
+        info = await fleet.info()
+        NOTES.print(describe(info))
+        counts = f"{settings.cluster_prefill} prefill, {settings.cluster_decode} decode"
+        NOTES.print(f"  {'workers':<16} {counts}, on Ray ({address})")
+        try:
+            yield fleet, info
+        finally:
+            await fleet.close()

@@ -1,0 +1,123 @@
+"""An engine out of many workers: any number compute prompts, any number answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import Self
+
+import msgspec
+
+from kvkeep.disagg.crew import Crew
+from kvkeep.disagg.journey import Journey
+from kvkeep.disagg.members import CrewOptions, Launch, Member
+from kvkeep.disagg.router import KEY_BYTES
+from kvkeep.disagg.totals import total
+from kvkeep.engine.api import (
+    ChunkStream,
+    EngineStats,
+    GenerateRequest,
+    ModelInfo,
+    Purged,
+    TenantTerms,
+)
+from kvkeep.errors import EngineError, EngineStopped
+
+
+class Fleet:
+    """An `EngineClient` over a cluster's workers."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        self._journeys: dict[str, Journey] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    @classmethod
+    async def start(cls, launch: Launch, options: CrewOptions, key: bytes | None = None) -> Self:
+        """Return a cluster whose workers are warm; raises what the first one failed with."""
+        crew = Crew(launch, secrets.token_bytes(KEY_BYTES) if key is None else key, options)
+        await crew.start()
+        return cls(crew)
+
+    def submit(self, request: GenerateRequest) -> ChunkStream:
+        """Start a request; closing the stream early ends it wherever it runs."""
+        if self._closing:
+            raise EngineStopped("the cluster is shutting down")
+        if request.id in self._journeys:
+            raise EngineError("a request with this id is already running")
+        if request.params.seed is None:  # whoever goes on with it draws the same
+            params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
+            request = msgspec.structs.replace(request, params=params)
+        journey = self._journeys[request.id] = Journey(request, self.crew, self._ended)
+        self._idle.clear()
+        return journey
+
+    async def info(self) -> ModelInfo:
+        """Return the model's description."""
+        return self.crew.info
+
+    async def stats(self) -> EngineStats:
+        """Return the decode workers' figures as one engine's, and each worker's state."""
+        if self._closing:
+            raise EngineStopped("the cluster is shutting down")
+        decode = [member for member in self.crew.serving() if member.role == "decode"]
+        found = await asyncio.gather(*[self._figures(member) for member in decode])
+        uses = tuple(member.use(self.crew.epoch) for member in self.crew.members.values())
+        return total([one for one in found if one is not None], uses)
+
+    async def set_tenants(
+        self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
+    ) -> None:
+        """Set each tenant's share and terms on all workers, and on those that come later."""
+        self.crew.settled = (quotas, terms)
+        await asyncio.gather(*[self._set(member, quotas, terms) for member in self.crew.serving()])
+
+    async def purge(self, tenant: str) -> Purged:
+        """Drop a tenant's cached pages and votes on all workers."""
+        for journey in self._journeys.values():
+            if journey.request.tenant == tenant:
+                journey.purged()
+        gone = await asyncio.gather(
+            *[self._purge(member, tenant) for member in self.crew.serving()]
+        )
+        return Purged(pages=sum(one.pages for one in gone), votes=sum(one.votes for one in gone))
+
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Stop taking requests, wait up to `drain_s` for those running, and end all workers."""
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        await self.crew.close()
+
+    def _ended(self, journey: Journey) -> None:
+        self._journeys.pop(journey.request.id, None)
+        if not self._journeys:
+            self._idle.set()
+
+    async def _figures(self, member: Member) -> EngineStats | None:
+        """Return a worker's figures; its last ones where it takes its time."""
+        try:
+            async with asyncio.timeout(self.crew.options.beat_s):
+                return await member.client.stats()
+        except (EngineError, TimeoutError):
+            return member.stats
+
+    async def _set(
+        self, member: Member, quotas: dict[str, float], terms: dict[str, TenantTerms] | None
+    ) -> None:
+        try:
+            await member.client.set_tenants(quotas, terms)
+        except EngineError as error:
+            self.crew.lost(member, error)
+
+    async def _purge(self, member: Member, tenant: str) -> Purged:
+        """Purge one worker; a dead one holds nothing."""
+        try:
+            return await member.client.purge(tenant)
+        except EngineError as error:
+            self.crew.lost(member, error)
+            return Purged(pages=0, votes=0)

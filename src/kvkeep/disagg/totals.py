@@ -1,0 +1,118 @@
+"""Figures of several engines as those of one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from kvkeep.engine.api import (
+    EngineStats,
+    EvictStats,
+    Histogram,
+    SharingStats,
+    TenantUse,
+    WorkerUse,
+)
+
+_COUNTS: Final = (
+    "requests_running",
+    "requests_waiting",
+    "pages_total",
+    "pages_used",
+    "pages_free",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "preemptions_total",
+    "steps_total",
+    "attention_tree_steps_total",
+    "attention_planned_bytes_total",
+    "attention_flat_bytes_total",
+    "attention_read_bytes_total",
+    "encoded_pages_total",
+)
+_TIMES: Final = ("ttft_s", "tpot_s", "e2e_s", "step_s")
+_SHARED: Final = (
+    "public_units",
+    "public_pages",
+    "scan_restarts",
+    "scan_s",
+    "saved_tokens",
+    "alerts_failed",
+)
+_NO_TIMES: Final = Histogram(bounds=(), counts=(0,), total=0.0)
+_COUNTED: Final = ("scanned_bytes", "scans_dropped", "scans_doubtful")
+NOTHING: Final = msgspec.convert(
+    {
+        **dict.fromkeys(_COUNTS, 0),
+        **dict.fromkeys(_TIMES, _NO_TIMES),
+        "finished": (),
+        "tenants": (),
+        "sharing": SharingStats(policy="isolate"),
+    },
+    EngineStats,
+)
+"""What no engine says of itself."""
+
+
+def total(of: Sequence[EngineStats], workers: tuple[WorkerUse, ...]) -> EngineStats:
+    """Return the sum of what engines say of themselves; they have neither tiers nor guards."""
+    if not of:
+        return msgspec.structs.replace(NOTHING, workers=workers)
+    return msgspec.structs.replace(
+        of[0],
+        **_sums(of, _COUNTS),
+        **{name: _histogram([getattr(one, name) for one in of]) for name in _TIMES},
+        kv_chosen=_counted(one.kv_chosen for one in of),
+        finished=_counted(one.finished for one in of),
+        evict=EvictStats(**_sums([one.evict for one in of], EvictStats.__struct_fields__)),
+        tenants=_tenants(use for one in of for use in one.tenants),
+        sharing=_sharing([one.sharing for one in of]),
+        workers=workers,
+    )
+
+
+def _sums(of: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: sum(getattr(one, name) for one in of) for name in names}
+
+
+def _counted(of: Iterable[tuple[tuple[str, int], ...]]) -> tuple[tuple[str, int], ...]:
+    counts: Counter[str] = Counter()
+    for pairs in of:
+        counts.update(dict(pairs))
+    return tuple(counts.items())
+
+
+def _histogram(of: Sequence[Histogram]) -> Histogram:
+    """Return the sum of histograms, all of whose bounds are those of one build."""
+    counts = tuple(sum(column) for column in zip(*(one.counts for one in of), strict=True))
+    return Histogram(bounds=of[0].bounds, counts=counts, total=sum(one.total for one in of))
+
+
+def _tenants(uses: Iterable[TenantUse]) -> tuple[TenantUse, ...]:
+    by_name: dict[str, list[TenantUse]] = {}
+    for use in uses:
+        by_name.setdefault(use.tenant, []).append(use)
+    names = [name for name in TenantUse.__struct_fields__ if name != "tenant"]
+    return tuple(TenantUse(tenant=name, **_sums(own, names)) for name, own in by_name.items())
+
+
+def _sharing(of: Sequence[SharingStats]) -> SharingStats:
+    """Return the sum; what a tenant's votes may cost it is spent on each engine."""
+    eps = [one.eps_per_day for one in of if one.eps_per_day is not None]
+    alerts: Counter[tuple[str, str]] = Counter()
+    for rule, action, count in (alert for one in of for alert in one.alerts):
+        alerts[rule, action] += count
+    return msgspec.structs.replace(
+        of[0],
+        **_sums(of, _SHARED),
+        **{name: _counted(getattr(one, name) for one in of) for name in _COUNTED},
+        epoch=max(one.epoch for one in of),
+        eps_per_day=sum(eps) if eps else None,
+        gate_bits=max(one.gate_bits for one in of),
+        alerts=tuple((rule, action, count) for (rule, action), count in alerts.items()),
+    )

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkeep.cli import run
+from kvkeep.cli.cluster import crew_options, link_options, worker_options
+from kvkeep.config import DEMO_MODEL, load
+from kvkeep.errors import ConfigError
+
+
+def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    flags: dict[str, Any] = {
+        "cluster": "auto",
+        "cluster_prefill": 2,
+        "cluster_decode": 3,
+        "cluster_least_tokens": 700,
+        "cluster_epoch_s": 2.5,
+        "drain_s": 7.0,
+        "keys": "k.json",
+        "share_audit_log": "alerts",
+    }
+    settings = load(flags)
+    crew = crew_options(settings)
+    assert (crew.prefill, crew.decode, crew.least_tokens) == (2, 3, 700)
+    assert (crew.epoch_s, crew.drain_s) == (2.5, 7.0)
+    assert link_options(settings).tls is None
+    one, other = worker_options(settings, "decode-0"), worker_options(settings, "decode-1")
+    assert one.share.state == str(Path("k.json.votes.decode-0").resolve())
+    assert (other.share.audit_log or "").endswith("alerts.decode-1")
+    assert (one.threads, one.model) == (1, str(DEMO_MODEL.resolve()))
+    assert worker_options(load({**flags, "threads": 3}), "w").threads == 3
+    assert worker_options(load({**flags, "cluster": "127.0.0.1:1"}), "w").threads is None
+    assert worker_options(load({**flags, "no_auth": True}), "w").share.state is None
+
+
+def test_certificates_are_given_together() -> None:
+    files = {f"cluster_{name}": f"{name}.pem" for name in ("certificate", "key", "authority")}
+    tls = link_options(load(files)).tls
+    assert tls is not None
+    assert (tls.certificate, tls.key, tls.authority) == tuple(files.values())
+    for name in files:
+        with pytest.raises(ConfigError, match="cluster_certificate: goes with"):
+            load({key: file for key, file in files.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--tier", "memory:1GiB"], "tier: a cluster's workers have none below memory yet"),
+        (["--guard-share", "0.1"], "guard_share: a cluster's workers have no guard"),
+        (["--no-prefix-caching"], "prefix_caching: a cluster hands cached pages over"),
+        (["--cluster-decode", "0"], "cluster_decode"),
+        (["--cluster-prefill", "-1"], "cluster_prefill"),
+        (["--cluster", "here"], "cluster: 'here' is neither 'auto' nor HOST:PORT"),
+        (["--cluster", "192.0.2.7:6379"], "cluster: Ray's token authentication is off"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused(
+    flags: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    arguments = ["serve", "--no-auth", "--port", "0", "--admin-port", "0", "--cluster", "auto"]
+    assert run([*arguments, *flags]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert why in " ".join(told.strip().splitlines()[-1].split())
