@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/$(if $(wildcard $(VENV)/.installed),.installed,.runtime)
 NATIVE := $(wildcard CMakeLists.txt src/kvkeep/ops/csrc/*)
 CODE := src tests tools bench examples
 
-.PHONY: help setup demo serve redis-server test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction figure-thief results
+.PHONY: help setup demo demo-cluster serve redis-server test check lint format types layers size cov bench peers clients wheel docs nightly gpu-wheels gpu-check figure-fanout figure-leak figure-capacity figure-eviction figure-thief results
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ setup: $(VENV)/.installed ## make the virtual environment and build the extensio
 
 demo: $(RUNTIME) ## three tenants, one server, one small model: answers and a table in minutes
 	$(BIN)/python -m examples.demo
+
+demo-cluster: setup ## four workers on Ray behind one server; one is killed in the middle: answers and a table
+	$(BIN)/python -m examples.demo_cluster
 
 serve: $(RUNTIME) ## serve the demo model on http://127.0.0.1:8000 (no keys, this machine only)
 	$(BIN)/kvkeep serve --no-auth
