@@ -326,6 +326,35 @@ async def test_placement_depends_on_nobody_elses_requests(tiny: dict[str, Path])
     assert told[0][-1][2] > 0, "found again"
 
 
+async def test_a_cluster_that_ends_lets_nobody_wait(tiny: dict[str, Path]) -> None:
+    crew = {"prefill": 0, "decode": 1, "again_s": 60.0}
+    async with cluster_of(tiny["qwen2"], crew=crew) as cluster:
+        cluster.hands.others["decode-0"] = engine_options(tiny["qwen2"], max_model_len=128)
+        cluster.hands.kill("decode-0")
+        waiting = asyncio.ensure_future(answers(cluster.fleet, request(PROMPT, DRAWN)))
+        await until(lambda: not cluster.serving(), 30)
+        await asyncio.sleep(0)
+        await cluster.fleet.close()
+        with pytest.raises(EngineStopped, match="the cluster was stopped"):
+            await asyncio.wait_for(waiting, 30)
+
+
+async def test_a_worker_that_dies_while_it_is_drained_comes_back(tiny: dict[str, Path]) -> None:
+    async with cluster_of(tiny["qwen2"], link=SLOW, crew={"drain_s": 60.0}) as cluster:
+        stream = cluster.fleet.submit(request(PROMPT, DRAWN))
+        got = await some(stream, 1)
+        name = user_of(cluster, "decode")
+        restarting = asyncio.ensure_future(cluster.fleet.crew.restart(name))
+        await until(lambda: cluster.fleet.crew.members[name].state == "draining", 30)
+        cluster.hands.kill(name)
+        got += await asyncio.wait_for(answer(stream), 60)
+        assert len(tokens(got)) == DRAWN.max_tokens
+        with pytest.raises(ConfigError, match="died meanwhile"):
+            await asyncio.wait_for(restarting, 30)
+        await until(partial(cluster.serves, name), 30)
+        assert cluster.fleet.crew.members[name].starts == 2
+
+
 async def test_one_id_runs_once_and_a_closed_cluster_takes_nothing(tiny: dict[str, Path]) -> None:
     crew = {"prefill": 0, "decode": 1}
     async with cluster_of(tiny["qwen2"], crew=crew) as cluster:

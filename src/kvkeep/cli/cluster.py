@@ -69,7 +69,8 @@ def _own(file: str | None, name: str) -> str | None:
 
 def _launch(settings: Settings, link: LinkOptions, name: str, role: Role) -> MessageClient:
     engine = worker_options(settings, name)
-    return MessageClient(RayTransport(name, role, engine, link))
+    gpus = int(settings.device == "cuda")
+    return MessageClient(RayTransport(name, role, engine, link, gpus=gpus))
 
 
 @asynccontextmanager

@@ -43,7 +43,8 @@ class Crew:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         """Of the members on purpose, one change at a time."""
-        self._closed = False
+        self.closed = False
+        """Nobody comes back any more."""
 
     @property
     def info(self) -> ModelInfo:
@@ -74,8 +75,7 @@ class Crew:
 
     def find(self, role: Role, tenant: str, prompt_ids: Sequence[int]) -> Member:
         """Return the worker of a role for a prompt; raises `EngineStopped` where none lives."""
-        if self._closed:
-            raise EngineStopped("the cluster was stopped")
+        self._check_open()
         return self.members[self._placement.worker(role, tenant, prompt_ids)]
 
     def serving(self) -> list[Member]:
@@ -84,7 +84,7 @@ class Crew:
 
     def lost(self, member: Member, why: object) -> None:
         """Pass a worker over from now on, end what waits for it, and start it again."""
-        if member.state == "lost" or self._closed:
+        if member.state == "lost" or self.closed:
             return
         log.warning("worker %s is lost: %s", member.name, why)
         member.state = "lost"
@@ -112,7 +112,11 @@ class Crew:
         """Drain a worker, end it and start it again; raises `ConfigError` for none of the name."""
         async with self._drained(name) as member:
             pass
-        await self._bring(name, member.role)
+        try:
+            await self._bring(name, member.role)
+        except KvkeepError:
+            self._start(self._again(member))
+            raise
         await self.changed()
 
     async def restart_all(self) -> None:
@@ -137,7 +141,7 @@ class Crew:
 
     async def close(self) -> None:
         """End all workers."""
-        self._closed = True
+        self.closed = True
         self._ended.set()
         for task in self._tasks:
             task.cancel()
@@ -161,12 +165,15 @@ class Crew:
                     await member.idle.wait()
             except TimeoutError:
                 log.warning("worker %s still has %d requests", name, member.streams)
+            if member.state == "lost":
+                raise ConfigError(f"worker: {name} died meanwhile; it is being started again")
             member.state = "lost"
             await member.client.close()
             yield member
 
     async def _bring(self, name: str, role: Role) -> None:
         """Start a worker that joins at the epoch's end; raises what it failed with."""
+        self._check_open()
         client = self._launch(name, role)
         try:
             info = await client.info()
@@ -178,6 +185,7 @@ class Crew:
                 settled = self.settled
                 if settled is not None:
                     await client.set_tenants(*settled)
+            self._check_open()
         except BaseException:
             await client.close()
             raise
@@ -219,6 +227,10 @@ class Crew:
             if member.state != "draining":
                 self.lost(member, str(error) or "it does not answer")
         return member.stats
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise EngineStopped("the cluster was stopped")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -14,6 +14,7 @@ from kvkeep.disagg.members import Member
 from kvkeep.disagg.split import Way, single, split, splits
 from kvkeep.engine.api import Chunk, ChunkStream, FinishReason, GenerateRequest, Handover
 from kvkeep.errors import EngineError, EngineStopped, PrefillLost
+from kvkeep.types import PAGE_TOKENS
 
 MOST_ATTEMPTS: Final = 4
 """A request whose workers end each time may be why they do."""
@@ -134,6 +135,8 @@ class Journey:
             try:
                 return crew.find("decode", self.request.tenant, self.request.prompt_ids)
             except EngineStopped as error:
+                if crew.closed:
+                    raise
                 try:
                     async with asyncio.timeout_at(end):
                         await crew.changed()
@@ -172,8 +175,9 @@ class Journey:
     def _prefill_of(self, request: GenerateRequest) -> Member | None:
         """Return the worker that computes the prompt; None: the decode worker does."""
         options, info = self._crew.options, self._crew.info
+        least_tokens = max(options.least_tokens, PAGE_TOKENS)
         if self._attempts > MOST_PREFILLS or not splits(
-            request, least_tokens=options.least_tokens, max_model_len=info.max_model_len
+            request, least_tokens=least_tokens, max_model_len=info.max_model_len
         ):
             return None
         try:

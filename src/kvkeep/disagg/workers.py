@@ -10,7 +10,7 @@ import collections
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
@@ -95,12 +95,12 @@ class RayTransport:
         engine: EngineOptions,
         link: LinkOptions,
         *,
-        resources: Mapping[str, float] | None = None,
+        gpus: int = 0,
     ) -> None:
-        """`resources` are Ray's, of which it takes so much: none is needed."""
+        """`gpus` are those that it has for itself."""
         self._name = name
         self._arguments = (role, msgspec.msgpack.encode(engine), msgspec.msgpack.encode(link))
-        self._resources = dict(resources or {})
+        self._gpus = gpus
         self._number = 0
         self._sending = threading.Lock()
         self._actor: Any = None
@@ -113,7 +113,7 @@ class RayTransport:
             ray.remote(WorkerActor)
             .options(
                 num_cpus=0,
-                resources=self._resources,
+                num_gpus=self._gpus,
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=4,
