@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from kvkeep.disagg import workers
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.members import CrewOptions
 from kvkeep.disagg.options import LinkOptions, Role
 from kvkeep.disagg.ray_cluster import check_links, joined
-from kvkeep.disagg.workers import RayTransport
+from kvkeep.disagg.workers import RayTransport, WorkerActor
+from kvkeep.engine import messages as m
 from kvkeep.engine.api import SamplingParams
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.options import EngineOptions
@@ -27,11 +32,76 @@ from tests.disagg.rays import ray_nodes
 from tests.e2e.test_composition import prompt_of
 from tests.engines import core_for, drive, request, tokens
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
 DRAWN = SamplingParams(max_tokens=32, temperature=1.0, seed=7, ignore_eos=True)
 PROMPT = prompt_of(400, 5)
 LED = CrewOptions(prefill=1, decode=2, least_tokens=64, epoch_s=0.2, beat_s=0.2)
+
+
+class FakeTransport:
+    """Takes note of what is said to an engine."""
+
+    def __init__(self) -> None:
+        self.heard: list[m.Command] = []
+        self.joined_s = 0.0
+
+    def start(self, deliver: Callable[[m.Reply], None]) -> None:
+        self.deliver = deliver
+
+    def send(self, command: m.Command) -> None:
+        self.heard.append(command)
+
+    def join(self, timeout_s: float) -> None:
+        self.joined_s = timeout_s
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTransport:
+    transport = FakeTransport()
+    monkeypatch.setattr(workers, "transport_of", lambda *_: transport)
+    return transport
+
+
+def actor(*, tls: bool) -> WorkerActor:
+    engine, link = EngineOptions(model="m"), LinkOptions()
+    return WorkerActor(
+        "decode", msgspec.msgpack.encode(engine), msgspec.msgpack.encode(link), tls=tls
+    )
+
+
+def test_commands_that_overtake_each_other_are_put_in_order(fake: FakeTransport) -> None:
+    worker = actor(tls=True)
+    said = [m.Cancel(str(number)) for number in range(5)]
+    for number in (2, 0, 1, 4, 3):
+        worker.say(number, m.encode(said[number]))
+    assert fake.heard == said
+
+
+def test_replies_wait_until_they_are_asked_for(fake: FakeTransport) -> None:
+    worker = actor(tls=True)
+    told = (m.Stopped(), m.TenantsSet(None))
+    for reply in told:
+        fake.deliver(reply)
+    assert [m.decode_reply(raw) for raw in worker.hear()] == list(told)
+    threading.Timer(0.05, fake.deliver, (m.Stopped(),)).start()
+    assert [m.decode_reply(raw) for raw in worker.hear()] == [m.Stopped()]
+    worker.join(3.0)
+    assert fake.joined_s == 3.0
+
+
+def test_a_ray_worker_that_listens_everywhere_starts_no_engine_without_tls(
+    fake: FakeTransport,
+) -> None:
+    with socket.socket() as everywhere:
+        everywhere.bind(("0.0.0.0", 0))
+        everywhere.listen()
+        with pytest.raises(PermissionError, match=r"listens at 0\.0\.0\.0:") as refused:
+            actor(tls=False)
+        actor(tls=True)
+    said = f"creation task\n  line\nPermissionError: {refused.value}\nmore"
+    transport = RayTransport("w", "decode", EngineOptions(model="m"), LinkOptions())
+    assert transport._failed(RuntimeError(said)) == m.Failed("ConfigError", str(refused.value))
+    ended = transport._failed(RuntimeError("a secret"))
+    assert ended == m.Failed("EngineStopped", "worker w ended (RuntimeError)")
 
 
 def launch(engine: EngineOptions, link: LinkOptions, name: str, role: Role) -> MessageClient:
@@ -49,6 +119,8 @@ async def ray_fleet(model: Path, options: CrewOptions = LED) -> AsyncIterator[Fl
         await fleet.close()
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(300)
 async def test_workers_on_two_nodes_answer_and_die_as_others_do(
     tiny: dict[str, Path],
     tmp_path: Path,

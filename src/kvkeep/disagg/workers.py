@@ -155,9 +155,7 @@ class RayTransport:
 
     def _failed(self, error: Exception) -> m.Failed:
         """Return what a client is told: a refusal's own words, and of other ends the kind."""
-        cause = getattr(error, "cause", None)
-        refused = cause if isinstance(cause, PermissionError) else None
-        if refused is not None or "PermissionError: cluster:" in str(error):
-            words = str(refused or error).rpartition("PermissionError: ")[2].strip()
-            return m.Failed("ConfigError", words)
+        _, refused, words = str(error).rpartition("PermissionError: ")
+        if refused:
+            return m.Failed("ConfigError", words.partition("\n")[0].strip())
         return m.Failed("EngineStopped", f"worker {self._name} ended ({type(error).__name__})")
