@@ -80,11 +80,11 @@ class Crew:
 
     def serving(self) -> list[Member]:
         """Return the workers that have not died."""
-        return [member for member in self.members.values() if member.state != "lost"]
+        return [member for member in self.members.values() if not member.lost]
 
     def lost(self, member: Member, why: object) -> None:
         """Pass a worker over from now on, end what waits for it, and start it again."""
-        if member.state == "lost" or self.closed:
+        if member.lost or self.closed:
             return
         log.warning("worker %s is lost: %s", member.name, why)
         member.state = "lost"
@@ -155,7 +155,7 @@ class Crew:
         """End a worker once it has left and its requests are over, or their time is."""
         async with self._changing:
             member = self.members.get(name)
-            if member is None or member.state == "lost":
+            if member is None or member.lost:
                 raise ConfigError(f"worker: there is none called {name!r} that lives")
             member.state = "draining"
             self._placement.leave(member.role, name)
@@ -165,7 +165,7 @@ class Crew:
                     await member.idle.wait()
             except TimeoutError:
                 log.warning("worker %s still has %d requests", name, member.streams)
-            if member.state == "lost":
+            if member.lost:
                 raise ConfigError(f"worker: {name} died meanwhile; it is being started again")
             member.state = "lost"
             await member.client.close()

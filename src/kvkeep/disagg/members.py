@@ -70,6 +70,11 @@ class Member:
     def __post_init__(self) -> None:
         self.idle.set()
 
+    @property
+    def lost(self) -> bool:
+        """Tell whether it has ended."""
+        return self.state == "lost"
+
     def take(self) -> None:
         """Count a request that uses it."""
         self.streams += 1
