@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvkeep.cli import run
@@ -22,6 +23,7 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         "drain_s": 7.0,
         "keys": "k.json",
         "share_audit_log": "alerts",
+        "kv_cache_memory_bytes": "1GiB",
     }
     settings = load(flags)
     crew = crew_options(settings)
@@ -31,6 +33,7 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = worker_options(settings, "decode-0"), worker_options(settings, "decode-1")
     assert one.share.state == str(Path("k.json.votes.decode-0").resolve())
     assert (other.share.audit_log or "").endswith("alerts.decode-1")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=type(one)) == one
     assert (one.threads, one.model) == (1, str(DEMO_MODEL.resolve()))
     assert worker_options(load({**flags, "threads": 3}), "w").threads == 3
     assert worker_options(load({**flags, "cluster": "127.0.0.1:1"}), "w").threads is None

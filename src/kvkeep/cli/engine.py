@@ -124,6 +124,8 @@ def _text(path: Path | None) -> str | None:
 
 def engine_options(settings: Settings) -> EngineOptions:
     """Return what the engine is started with."""
+    size = settings.kv_cache_memory_bytes
+    memory = None if size is None else int(size)  # plain, so that it crosses to other processes
     return EngineOptions(
         model=settings.model,
         served_name=settings.served_model_name,
@@ -145,7 +147,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         guard_kl=settings.guard_kl,
         guard_memory=settings.guard_memory,
         guard_state=_text(settings.guard_state or _beside_keys(settings, "guard")),
-        kv_cache_bytes=settings.kv_cache_memory_bytes,
+        kv_cache_bytes=memory,
         evict=settings.evict,
         evict_window=settings.evict_window,
         evict_prompt_rows=settings.evict_prompt_rows,
