@@ -1,7 +1,8 @@
 """A cluster on this machine: requests run, a worker is killed in the middle, nobody is let down.
 
-Two workers compute prompts and two answer, as Ray actors behind one server. Half-way through, the
-answering worker that is busiest is killed; its requests go on elsewhere and it comes back.
+One engine answers all questions first. Then two workers compute prompts and two answer, as Ray
+actors behind one server. Half-way through, the answering worker that is busiest is killed; its
+requests go on elsewhere and it comes back. An answer is right where it is the one engine's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -34,12 +35,21 @@ BACK_S: Final = 120.0
 """What the killed worker gets to come back."""
 
 
+class Question(NamedTuple):
+    """What a tenant asks about a handbook."""
+
+    tenant: str
+    book: str
+    place: str
+    code: str
+
+
 class Done(NamedTuple):
     """One request, as its client saw it."""
 
     begun_s: float
     ended_s: float
-    right: bool
+    answer: str
     error: str
 
     @property
@@ -71,13 +81,15 @@ class Operator:
 
     def kill_the_busiest(self) -> str:
         """Kill the answering worker with the most requests, once there is one; return its name."""
-        while True:
+        end = time.monotonic() + BACK_S
+        while time.monotonic() < end:
             answering = [one for one in self.workers().values() if one["role"] == "decode"]
             worker = max(answering, key=lambda one: int(one["streams"]))
             if worker["streams"]:
                 os.kill(worker["pid"], signal.SIGKILL)
                 return str(worker["name"])
             time.sleep(0.01)
+        raise SystemExit("no worker had anything to answer")
 
     def wait_until_back(self, name: str) -> None:
         """Wait until a killed worker serves again."""
@@ -88,76 +100,81 @@ class Operator:
             time.sleep(0.1)
 
 
-def one(url: str, key: str, tenant: str, book: str, place: str, code: str) -> Done:
-    """Ask one question; errors are told, not raised."""
-    begun = time.monotonic()
-    error, right = "", False
-    try:
-        with OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120) as client:
-            right = ask(client, tenant, book, place, code).answer == code
-    except APIError as refused:
-        error = type(refused).__name__
-    return Done(begun, time.monotonic(), right, error)
-
-
-def run(url: str, operator: Operator, keys: dict[str, str], count: int, seed: int) -> Trace:
-    """Run a third of the trace, kill a worker in the second, and the last one once it is back."""
+def questions(count: int, seed: int) -> list[Question]:
+    """Return what is asked, in its order."""
     chance = random.Random(seed)
     books = [handbook(seed + i) for i in range(BOOKS)]
+    found = []
+    for _ in range(count):
+        book, codes = chance.choice(books)
+        place = chance.choice(list(codes))
+        found.append(Question(chance.choice(TENANTS), book, place, codes[place]))
+    return found
+
+
+def one(url: str, keys: dict[str, str], question: Question) -> Done:
+    """Ask one question; errors are told, not raised."""
+    begun = time.monotonic()
+    error, answer = "", ""
+    tenant, book, place, code = question
+    try:
+        with OpenAI(
+            base_url=f"{url}/v1", api_key=keys[tenant], max_retries=0, timeout=120
+        ) as client:
+            answer = ask(client, tenant, book, place, code).answer
+    except APIError as refused:
+        error = type(refused).__name__
+    return Done(begun, time.monotonic(), answer, error)
+
+
+def run(url: str, operator: Operator, keys: dict[str, str], asked: Sequence[Question]) -> Trace:
+    """Run a third of the trace, kill a worker in the second, and the last one once it is back."""
     futures: list[Future[Done]] = []
+    third = len(asked) // 3
+
+    def send(some: Sequence[Question]) -> None:
+        futures.extend(pool.submit(one, url, keys, question) for question in some)
+
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-
-        def send(number: int) -> None:
-            for _ in range(number):
-                tenant = chance.choice(TENANTS)
-                book, codes = chance.choice(books)
-                place = chance.choice(list(codes))
-                futures.append(
-                    pool.submit(one, url, keys[tenant], tenant, book, place, codes[place])
-                )
-
-        def settle() -> None:
-            for future in futures:
-                future.result()
-
-        send(count // 3)
-        settle()
-        send(count // 3)
+        send(asked[:third])
+        wait(futures)
+        send(asked[third : 2 * third])
         killed = operator.kill_the_busiest()
         killed_s = time.monotonic()
         OUT.print(f"{killed} was killed in the middle of an answer.")
-        settle()
+        wait(futures)
         operator.wait_until_back(killed)
         back_s = time.monotonic()
         OUT.print(f"{killed} is back after {back_s - killed_s:.1f} s.\n")
-        send(count - 2 * (count // 3))
-        settle()
+        send(asked[2 * third :])
+        wait(futures)
     return Trace([future.result() for future in futures], killed, killed_s, back_s)
 
 
-def report(trace: Trace) -> bool:
-    """Print the table; return whether every answer was right."""
+def report(trace: Trace, wanted: Sequence[str]) -> bool:
+    """Print the table; return whether every answer was the one engine's."""
+    pairs = list(zip(trace.done, wanted, strict=True))
     parts = {
-        "before": [one for one in trace.done if one.ended_s < trace.killed_s],
+        "before": [pair for pair in pairs if pair[0].ended_s < trace.killed_s],
         "while it was gone": [
-            one
-            for one in trace.done
-            if one.ended_s >= trace.killed_s and one.begun_s < trace.back_s
+            pair
+            for pair in pairs
+            if pair[0].ended_s >= trace.killed_s and pair[0].begun_s < trace.back_s
         ],
-        "after it was back": [one for one in trace.done if one.begun_s >= trace.back_s],
+        "after it was back": [pair for pair in pairs if pair[0].begun_s >= trace.back_s],
     }
-    rows = [(name, *_row(done)) for name, done in parts.items()]
+    rows = [(name, *_row(part)) for name, part in parts.items()]
     OUT.print(make_table(("part", "requests", "right", "errors", "mean", "longest"), rows))
-    right = sum(one.right for one in trace.done)
-    OUT.print(f"{right} of {len(trace.done)} answers are right; {trace.killed} was killed once.")
-    return right == len(trace.done)
+    right = sum(done.answer == answer for done, answer in pairs)
+    OUT.print(f"{right} of {len(pairs)} answers are right; {trace.killed} was killed once.")
+    return right == len(pairs)
 
 
-def _row(done: Sequence[Done]) -> tuple[object, ...]:
-    times = [one.latency_s for one in done]
+def _row(part: Sequence[tuple[Done, str]]) -> tuple[object, ...]:
+    times = [done.latency_s for done, _ in part]
     shown = (f"{sum(times) / len(times):.2f} s", f"{max(times):.2f} s") if times else ("-", "-")
-    right, errors = sum(one.right for one in done), sum(bool(one.error) for one in done)
-    return len(done), right, errors, *shown
+    right = sum(done.answer == answer for done, answer in part)
+    return len(part), right, sum(bool(done.error) for done, _ in part), *shown
 
 
 def main() -> int:
@@ -172,15 +189,19 @@ def main() -> int:
         token = Path(folder) / "admin"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32), encoding="ascii")
+        plain = ["--kv-cache-memory-bytes", "512MiB", "--admin-token-file", str(token)]
         flags = ["--cluster", "auto", "--cluster-prefill", "2", "--cluster-decode", "2"]
         flags += ["--cluster-least-tokens", "256", "--cluster-epoch-s", "1"]
-        flags += ["--kv-cache-memory-bytes", "512MiB", "--admin-token-file", str(token)]
+        asked = questions(given.requests, given.seed)
+        OUT.print("Starting one engine, to know the answers ...")
+        with server(file.path, str(DEMO_MODEL), *plain) as served:
+            wanted = [one(served.url, keys, question).answer for question in asked]
         OUT.print("Starting a head, two prefill and two decode workers on Ray ...")
-        with server(file.path, str(DEMO_MODEL), *flags) as served:
-            OUT.print(f"{served.url}: {given.requests} questions about {BOOKS} handbooks.")
+        with server(file.path, str(DEMO_MODEL), *plain, *flags) as served:
+            OUT.print(f"{served.url}: {len(asked)} questions about {BOOKS} handbooks.")
             operator = Operator(served, token.read_text(encoding="ascii"))
-            trace = run(served.url, operator, keys, given.requests, given.seed)
-    return 0 if report(trace) else 1
+            trace = run(served.url, operator, keys, asked)
+    return 0 if report(trace, wanted) else 1
 
 
 if __name__ == "__main__":
