@@ -25,12 +25,12 @@ STORE_BYTES: Final = 96 << 20
 TLS_FILES: Final = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 PROBE_S: Final = 60.0
 
-_OWN: Final = {
-    "RAY_AUTH_MODE": "token",
+_ALWAYS: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens at 127.0.0.1, and not everywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # devices are the engines' to choose
 }
+_LOOPBACK: Final = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray listens at 127.0.0.1 and not everywhere; read when it is imported."""
 _PROBE: Final = """
 import os, sys
 for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
@@ -55,7 +55,11 @@ def joined(address: str) -> Iterator[None]:
     """
     check_address(address, os.environ)
     with tempfile.TemporaryDirectory(prefix="kvkeep-ray-") as folder:
-        names = {**_OWN, **_own_token(Path(folder))} if address == AUTO else dict(_AS_GUEST)
+        names = dict(_ALWAYS)
+        if address == AUTO or is_loopback(address.rpartition(":")[0]):
+            names |= _LOOPBACK
+        if address == AUTO:
+            names |= _own_token(Path(folder))
         with _environment(names):
             ray = _imported()
             try:
@@ -64,9 +68,6 @@ def joined(address: str) -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
-
-
-_AS_GUEST: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def uses_tls(environment: Mapping[str, str]) -> bool:
@@ -153,6 +154,7 @@ def check_token(address: str) -> None:
 
 def _init(ray: Any, address: str) -> None:
     own = {"include_dashboard": False, "num_cpus": 1, "object_store_memory": STORE_BYTES}
+    refusals = (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, TimeoutError)
     try:
         ray.init(
             address="local" if address == AUTO else address,
@@ -161,7 +163,7 @@ def _init(ray: Any, address: str) -> None:
             configure_logging=False,
             **(own if address == AUTO else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except refusals as error:
         said = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cluster: no Ray can be joined at {address!r} ({said})") from None
 
@@ -171,7 +173,7 @@ def _own_token(folder: Path) -> dict[str, str]:
     file = folder / "token"
     file.touch(mode=0o600)
     file.write_text(secrets.token_hex(32), encoding="ascii")
-    return {"RAY_AUTH_TOKEN_PATH": str(file)}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
 
 
 @contextmanager
