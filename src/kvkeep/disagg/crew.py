@@ -117,7 +117,7 @@ class Crew:
         except KvkeepError:
             self._start(self._again(member))
             raise
-        await self.changed()
+        await self._settled()
 
     async def restart_all(self) -> None:
         """Restart the workers one after the other."""
@@ -137,7 +137,7 @@ class Crew:
             if name not in want:
                 async with self._drained(name):
                     del self.members[name]
-        await self.changed()
+        await self._settled()
 
     async def close(self) -> None:
         """End all workers."""
@@ -170,6 +170,11 @@ class Crew:
             member.state = "lost"
             await member.client.close()
             yield member
+
+    async def _settled(self) -> None:
+        """Wait until those that were to join have joined."""
+        if self._placement.changes:
+            await self.changed()
 
     async def _bring(self, name: str, role: Role) -> None:
         """Start a worker that joins at the epoch's end; raises what it failed with."""
