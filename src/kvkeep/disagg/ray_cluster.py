@@ -56,7 +56,8 @@ def joined(address: str) -> Iterator[None]:
     check_address(address, os.environ)
     with tempfile.TemporaryDirectory(prefix="kvkeep-ray-") as folder:
         names = dict(_ALWAYS)
-        if address == AUTO or is_loopback(address.rpartition(":")[0]):
+        near = address == AUTO or is_loopback(address.rpartition(":")[0])
+        if near and not uses_tls(os.environ):
             names |= _LOOPBACK
         if address == AUTO:
             names |= _own_token(Path(folder))
