@@ -114,11 +114,12 @@ async def pair_of(
     other: EngineOptions | None = None,
     least_tokens: int = 64,
     patience_s: float = 20.0,
+    whole: bool = False,
 ) -> AsyncIterator[Pair]:
     """Yield two workers of equal engines (or the decode worker of another) for two tenants."""
     prefill, decode = Worker("prefill", engine, link), Worker("decode", other or engine, link)
     there, here = prefill.start(), decode.start()
-    client = SplitClient(there, here, least_tokens=least_tokens, patience_s=patience_s)
+    client = SplitClient(there, here, least_tokens=least_tokens, patience_s=patience_s, whole=whole)
     try:
         await client.info()
         await client.set_tenants({"a": 0.5, "b": 0.5})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import SamplingParams
-from kvkeep.engine.forms import Forms
+from kvkeep.engine.forms import Forms, controller_of
 from kvkeep.engine.guard import Guard, GuardLimits
-from kvkeep.quant.controller import Fixed
+from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
+from kvkeep.quant.controller import ByLength, ByLink, Fixed
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.sharing.state import NoStore
 from tests.cache.player import make_manager
@@ -62,3 +66,30 @@ def test_a_request_takes_the_form_with_the_most_bits_that_fits() -> None:
     spec, long = request([1] * 100, asked(9)), request([1] * 300, asked(9))
     assert [forms._fitting(spec, floor) for floor in range(3)] == ["small", "middle", "kept"]
     assert [forms._fitting(long, floor) for floor in range(3)] == ["small", "middle", "middle"]
+
+
+def test_a_configured_link_enters_the_choice_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = ("k4v2", "kept")
+    options = EngineOptions(model="", kv="auto", kv_auto_tokens=999)
+    assert controller_of(options, names, 100.0) == ByLength(names, 999)
+    slow = EngineOptions(model="", kv="auto", kv_auto_tokens=999, kv_auto_link_bytes_per_s=1e5)
+    with caplog.at_level(logging.INFO, "kvkeep.engine.forms"):
+        chooses = controller_of(slow, names, 100.0)
+    assert chooses == ByLink(ByLength(names, 999), 100.0, 1e5, 0.1)
+    assert "prompts of more than 100 tokens are coded" in caplog.text
+    assert controller_of(EngineOptions(model=""), ("float",), 100.0) == Fixed(("float",))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EngineOptions(model="", kv="k2v2", kv_auto_link_bytes_per_s=1e6),
+        EngineOptions(model="", kv="auto", kv_auto_link_bytes_per_s=0.0),
+        EngineOptions(model="", kv="auto", kv_auto_link_bytes_per_s=1e6, kv_auto_link_wait_s=-1.0),
+    ],
+)
+def test_a_link_that_cannot_enter_the_choice_is_refused(options: EngineOptions) -> None:
+    with pytest.raises(ConfigError, match="kv_auto_link_bytes_per_s"):
+        controller_of(options, ("k4v2", "kept"), 100.0)

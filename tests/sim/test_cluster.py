@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from kvkeep.sim.cluster import (
     Tenants,
     Wire,
 )
+from kvkeep.sim.costs import Costs
 from kvkeep.sim.load import Drawn, Load, draw
 from kvkeep.sim.workers import Size
 from tests.sim.made import COSTS
@@ -157,3 +159,37 @@ def test_what_was_not_measured_is_refused() -> None:
         replace(ONE, prefill_workers=0)
     with pytest.raises(ConfigError, match="gigabits_per_s"):
         replace(ONE, link=Link(0.0))
+
+
+def blocks(tokens: int) -> Costs:
+    """Return costs where whole blocks are handed over and the rest is computed again."""
+    codec = msgspec.structs.replace(COSTS.codecs["bf16"], block_tokens=tokens)
+    return msgspec.structs.replace(COSTS, codecs={"bf16": codec})
+
+
+def test_what_is_left_of_a_prompt_is_computed_again_where_it_is_answered() -> None:
+    costs = blocks(128)
+    slow = replace(ONE, link=Link(0.02, 0.0, streamed=False))
+    (one,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 300, 6))).served
+    assert one.sent_bytes == 256 * 1000
+    again = costs.chunk_time_s(300 - 256 + 1, 256)
+    decode = sum(costs.step_time_s("bf16", 1, 302 + i) for i in range(4))
+    told = dict(zip(PHASES, one.phases, strict=True))
+    assert told["transfer"] == pytest.approx(256 * 1000 / (0.02 * GIGABIT_BYTES))
+    assert told["decode"] == pytest.approx(again + decode)
+    (whole,) = Simulation(ONE, costs, NOBODY).run(drawn((0.0, 256, 6))).served
+    assert dict(zip(PHASES, whole.phases, strict=True))["decode"] == pytest.approx(
+        sum(costs.step_time_s("bf16", 1, 257 + i) for i in range(5))
+    )
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(100, 9), (900, 1)])
+def test_short_prompts_and_single_tokens_stay_where_they_are_answered(
+    prompt: int, answer: int
+) -> None:
+    load = drawn((0.0, 900, 9), (0.01, prompt, answer))
+    _, stays = sorted(run(replace(ONE, least_tokens=128), load).served)
+    assert stays.sent_bytes == 0.0
+    assert stays.phases[0] == pytest.approx(0.0), "nobody waits behind the prefill worker's prompt"
+    _, waits = sorted(run(ONE, load).served)
+    assert waits.phases[0] > 0.5

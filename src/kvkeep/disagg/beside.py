@@ -16,16 +16,21 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.build import build_core, default_parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.sealers import Seal, sealing_of
 
 VERSION: Final = f"kvkeep {version('kvkeep')}, wire {wire.VERSION}"
 """What workers that speak with each other have in common."""
 
 
 def side_of(
-    role: Role, engine: EngineOptions, link: LinkOptions, inbox: m.Inbox
+    role: Role,
+    engine: EngineOptions,
+    link: LinkOptions,
+    inbox: m.Inbox,
+    seal: Seal = sealing_of,
 ) -> PrefillSide | DecodeSide:
     """Return what stands beside a worker's loop; raises `ConfigError`."""
-    return (PrefillSide if role == "prefill" else DecodeSide)(engine, link, inbox)
+    return (PrefillSide if role == "prefill" else DecodeSide)(engine, link, inbox, seal=seal)
 
 
 def build_beside(

@@ -24,7 +24,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Sealing, sealing_of
+from kvkeep.engine.sealers import Seal, Sealing, sealing_of
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import SealContext
 from kvkeep.types import PageKind, chain_hash
@@ -44,6 +44,7 @@ class DecodeSide:
         options: LinkOptions,
         inbox: m.Inbox,
         clock: Callable[[], float] = time.monotonic,
+        seal: Seal = sealing_of,
     ) -> None:
         check_engine(engine)
         if engine.tiers:
@@ -51,6 +52,7 @@ class DecodeSide:
         self._engine = engine
         self._options = options
         self._clock = clock
+        self._seal = seal
         self._waker = Waker(inbox)
         self._faults = Faults()
         self._numbers = itertools.count(1)
@@ -85,7 +87,7 @@ class DecodeSide:
     def begin(self, core: EngineCore) -> None:
         """Take note of the engine."""
         self._core = core
-        self._sealing = sealing_of(self._engine)
+        self._sealing = self._seal(self._engine)
         self._own = hello_of(
             core.info, core.caches.managers, self._sealing.sealer.name, self._options.window_bytes
         )
@@ -244,8 +246,21 @@ class DecodeSide:
     def _install(self, inlet: Inlet, block: Block, layers: list[memoryview], size: int) -> None:
         incoming = inlet.incoming.get(block.request)
         if incoming is not None:
-            self.installed_pages += incoming.arrived(block, layers)
+            whole = incoming.arrived(block, layers)
+            self.installed_pages += whole
+            self._date(incoming, whole)
         inlet.say(Credit(size))
+
+    def _date(self, incoming: Incoming, whole: int) -> None:
+        """Note when pages came and lay in the cache."""
+        moments = self._core.moments(incoming.request_id)
+        if moments is not None:
+            moments.received_s, moments.received_bytes = (
+                incoming.received_s,
+                incoming.received_bytes,
+            )
+            moments.received_pages += whole
+            moments.installed_s = self._clock()
 
     def _lose(self, inlet: Inlet, number: int | None, page: int) -> None:
         for one in list(inlet.incoming.values()):

@@ -43,11 +43,14 @@ class SplitClient:
         *,
         least_tokens: int = LEAST_TOKENS,
         patience_s: float = PATIENCE_S,
+        whole: bool = False,
     ) -> None:
+        """`whole`: nothing of a prompt is sent before all of it is computed, as a baseline."""
         self._prefill = prefill
         self._decode = decode
         self._least_tokens = max(least_tokens, PAGE_TOKENS)
         self._patience_s = patience_s
+        self._whole = whole
         self._link = ""
         self._max_model_len = 0
 
@@ -73,7 +76,8 @@ class SplitClient:
         if request.params.seed is None:  # both must draw the same
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
             request = msgspec.structs.replace(request, params=params)
-        return split(request, self._prefill, self._decode, Way(self._link, self._patience_s))
+        way = Way(self._link, self._patience_s, whole=self._whole)
+        return split(request, self._prefill, self._decode, way)
 
     async def stats(self) -> EngineStats:
         """Return the decode engine's counters and gauges."""

@@ -34,6 +34,9 @@ class Incoming:
         self.asked = False
         self.end_page = first_page
         """The pages before it have been asked for by the cache."""
+        self.received_s = 0.0
+        """When the last frame of it had come; on the link's thread, as is the next."""
+        self.received_bytes = 0
         self.names: list[SealContext] = []
         """What the cache calls those pages."""
         self._first = first_page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -100,6 +101,8 @@ class Inlet:
         if incoming is None:  # dropped meanwhile
             await channel.send((control_bytes(Credit(size)),))
             return
+        incoming.received_s = time.monotonic()
+        incoming.received_bytes += size
         try:
             incoming.check(block)
             sizes, context = incoming.pages.sizes(block), incoming.pages.context(block)

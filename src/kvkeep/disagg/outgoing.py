@@ -47,6 +47,12 @@ class Outgoing:
         """Tell whether all was handed to the outlet."""
         return min(self._done) == self._pages.num_layers
 
+    @property
+    def waits(self) -> bool:
+        """Tell whether nothing is to be sent before the prompt is computed, and it is not yet."""
+        handover = self.spec.handover
+        return handover is not None and handover.whole and not self._ended
+
     def closed(self, page: ClosedPage, layer: int) -> None:
         """Take a layer of a page that a step has just completed."""
         tainted = page.view.tainted_from

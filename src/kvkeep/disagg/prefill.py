@@ -22,7 +22,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Sealing, sealing_of
+from kvkeep.engine.sealers import Seal, Sealing, sealing_of
 from kvkeep.sealing import SealContext
 
 PUMP_BYTES: Final = 4 << 20
@@ -40,11 +40,13 @@ class PrefillSide:
         options: LinkOptions,
         inbox: m.Inbox,
         clock: Callable[[], float] = time.monotonic,
+        seal: Seal = sealing_of,
     ) -> None:
         check_engine(engine)
         self._engine = engine
         self._options = options
         self._clock = clock
+        self._seal = seal
         self._waker = Waker(inbox)
         self._faults = Faults()
         self._events: deque[tuple[Outlet, Event]] = deque()
@@ -73,7 +75,7 @@ class PrefillSide:
     def begin(self, core: EngineCore) -> None:
         """Listen; raises `ConfigError` where that can't or must not be done."""
         self._core = core
-        self._sealing = sealing = sealing_of(self._engine)
+        self._sealing = sealing = self._seal(self._engine)
         self._thread = thread = LinkThread()
         options, managers = self._options, core.caches.managers
         own = hello_of(core.info, managers, sealing.sealer.name, options.window_bytes)
@@ -123,6 +125,8 @@ class PrefillSide:
         self._expire(now)
         budget = PUMP_BYTES
         for request_id, going in list(self._going.items()):
+            if going.waits:
+                continue
             budget -= going.pump(budget)
             going.flush()
             missing = going.missing()
@@ -147,7 +151,7 @@ class PrefillSide:
     def layer_closed(self, page: ClosedPage, layer: int) -> None:
         """Take a layer of a page for whoever waits for it."""
         going = self._going.get(page.request_id)
-        if going is not None:
+        if going is not None and not going.waits:
             going.closed(page, layer)
 
     # Inside

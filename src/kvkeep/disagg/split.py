@@ -15,6 +15,7 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     Handover,
+    Moments,
     TokenLogprob,
 )
 from kvkeep.errors import EngineError, PrefillLost
@@ -42,6 +43,8 @@ class Way(NamedTuple):
     """Tokens that its client has had from an engine that is gone."""
     again: bool = False
     """Whether another prefill engine may be asked once this one is gone."""
+    whole: bool = False
+    """Nothing of the prompt is sent before all of it is computed: a baseline."""
 
 
 def single(request: GenerateRequest) -> bool:
@@ -64,7 +67,7 @@ def split(
 
     Raises `PrefillLost` with nothing left running.
     """
-    there = msgspec.structs.replace(request, handover=Handover(role="prefill"))
+    there = msgspec.structs.replace(request, handover=Handover(role="prefill", whole=way.whole))
     own = msgspec.structs.replace(request, handover=Handover(role="decode", link=way.link))
     try:
         first = prefill.submit(there)
@@ -123,6 +126,8 @@ class SplitStream:
         self._ended = False
         self._cached: int | None = None
         """Prompt tokens the prefill engine found; None: the decode engine says."""
+        self._moments: tuple[Moments, ...] = ()
+        """Of the prefill engine."""
         self._next: asyncio.Task[Chunk] | None = None
         """The decode engine's next chunk, waited for already."""
 
@@ -182,9 +187,9 @@ class SplitStream:
         if chunk is None or not chunk.token_ids:
             self._engine.begin(self._request.id, (), ())
             return None
-        self._cached = chunk.cached_tokens
+        self._cached, self._moments = chunk.cached_tokens, chunk.moments
         self._engine.begin(self._request.id, chunk.token_ids, chunk.logprobs)
-        return msgspec.structs.replace(chunk, finish=None) if chunk.text else None
+        return msgspec.structs.replace(chunk, finish=None, moments=()) if chunk.text else None
 
     async def _chunk_of(self, first: asyncio.Future[Chunk]) -> Chunk | None:
         """Return a prefill engine's chunk; None where it gave none that can be gone on from."""
@@ -210,4 +215,5 @@ class SplitStream:
     def _told(self, chunk: Chunk) -> Chunk:
         if self._cached is None:
             return chunk
-        return msgspec.structs.replace(chunk, cached_tokens=self._cached)
+        moments = self._moments + chunk.moments if chunk.moments else ()
+        return msgspec.structs.replace(chunk, cached_tokens=self._cached, moments=moments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from kvkeep.engine.process import PipeTransport, run_loop
 if TYPE_CHECKING:
     from kvkeep.disagg.decode import DecodeSide
     from kvkeep.disagg.prefill import PrefillSide
+    from kvkeep.engine.sealers import Seal
 
 
 def spawn_worker(
@@ -26,19 +28,27 @@ def spawn_worker(
 
 def transport_of(role: Role, engine: EngineOptions, link: LinkOptions) -> PipeTransport:
     """Return what carries messages to a worker in its own process."""
-    return PipeTransport(partial(_main, role, engine, link))
+    return PipeTransport(partial(run_worker, role, engine, link))
 
 
-def _main(role: Role, engine: EngineOptions, link: LinkOptions, pipe: Connection) -> None:
+def run_worker(
+    role: Role,
+    engine: EngineOptions,
+    link: LinkOptions,
+    pipe: Connection,
+    seal: Callable[[], Seal] | None = None,
+) -> None:
+    """Be a worker at the end of a pipe; `seal` makes what seals its pages on the link."""
     from kvkeep.disagg.beside import (  # noqa: PLC0415 - torch loads in this process alone
         build_beside,
         side_of,
     )
+    from kvkeep.engine.sealers import sealing_of  # noqa: PLC0415 - as above
 
     sides: list[PrefillSide | DecodeSide] = []
 
     def beside(inbox: m.Inbox) -> PrefillSide | DecodeSide:
-        sides.append(side_of(role, engine, link, inbox))
+        sides.append(side_of(role, engine, link, inbox, sealing_of if seal is None else seal()))
         return sides[0]
 
     run_loop(engine, pipe, lambda reply: build_beside(engine, sides[0], reply), beside)

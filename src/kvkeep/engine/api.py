@@ -75,6 +75,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """
     link: str = ""
     """Where the prompt's pages are handed over."""
+    whole: bool = False
+    """Hand nothing over before the whole prompt is computed: a baseline to measure against."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +98,32 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     protected: tuple[tuple[int, int], ...] = ()
     """Ranges of its prompt that are never evicted."""
     handover: Handover | None = None
+    timed: bool = False
+    """Whether its last chunk says when what happened."""
+
+
+class Moments(msgspec.Struct, kw_only=True):
+    """When what happened to a request in one engine; None: it did not.
+
+    Seconds of the host's monotonic clock: those of several hosts are not to be compared.
+    """
+
+    arrived_s: float = 0.0
+    begun_s: float | None = None
+    """Its first step began."""
+    encode_s: float = 0.0
+    """What coding its pages took."""
+    first_token_s: float | None = None
+    """It was sampled, or another engine's was heard of."""
+    received_s: float | None = None
+    """The last of its pages that came from another engine had come, as had `received_bytes`."""
+    received_bytes: int = 0
+    received_pages: int = 0
+    installed_s: float | None = None
+    """They lay in the cache."""
+    resumed_s: float | None = None
+    """The first step behind its first token began."""
+    ended_s: float = 0.0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -128,6 +156,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """A clear sentence without content, where `finish` is `error`."""
     kv: str | None = None
     """How its request's pages are stored, where `finish` is told; for the server's log."""
+    moments: tuple[Moments, ...] = ()
+    """Of each engine that worked on the request, in the last chunk of one that is timed."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

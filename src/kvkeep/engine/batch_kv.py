@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -101,6 +102,8 @@ class BatchKV:
         """Once for all layers or for each; empty: nobody is observed."""
         self.encoded = 0
         """Pages encoded so far, counted per layer."""
+        self.encode_s: dict[str, float] = {}
+        """By request: what that took."""
         self.failed: dict[int, NonFiniteKV] = {}
         """By view: why its pages could not be encoded."""
 
@@ -145,6 +148,7 @@ class BatchKV:
         page = closing.page
         if page.view.id in self.failed:
             return False
+        begun = time.perf_counter()
         k, v = values_of(self._pool.tiles_there(closing.staged, layer), self._shape)
         try:
             tiles = self._codec.encode(k, v, Place(layer, page.index == 0))
@@ -154,6 +158,8 @@ class BatchKV:
             return False
         self._pool.write_tiles(page.slot, layer, tiles)
         self.encoded += 1
+        took = time.perf_counter() - begun
+        self.encode_s[page.request_id] = self.encode_s.get(page.request_id, 0.0) + took
         return True
 
     def _thresholds(self) -> list[FloatArray]:

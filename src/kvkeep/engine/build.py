@@ -28,7 +28,7 @@ from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.evictors import evictor_of, measured_heads
-from kvkeep.engine.forms import Forms
+from kvkeep.engine.forms import Forms, controller_of
 from kvkeep.engine.gate import PrefillCost
 from kvkeep.engine.guard import Guard, GuardLimits
 from kvkeep.engine.lower import order_of, sizes_of, tier_of
@@ -50,7 +50,6 @@ from kvkeep.ops.layout import LANE_LAYOUTS, Ops, float_tile_bytes
 from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.calibration import Calibration
 from kvkeep.quant.codec import Codec, Float, KVShape
-from kvkeep.quant.controller import ByLength, Controller, Fixed
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
@@ -239,9 +238,7 @@ def _forms(options: EngineOptions, caches: Caches, sharing: Sharing, *, evicts: 
             f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
             " can drift; choose another kv, let tokens be evicted, or leave it at 0"
         )
-    controller: Controller = Fixed(names)
-    if options.kv == "auto":
-        controller = ByLength(names, options.kv_auto_tokens)
+    controller = controller_of(options, names, caches.of(names[-1]).pool.spec.bytes_per_token)
     limits = GuardLimits(options.guard_share, options.guard_samples, options.guard_kl)
     state = options.guard_state
     store = FileStore(Path(state), "guard_state") if state and options.guard_share else NoStore()

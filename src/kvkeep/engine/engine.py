@@ -20,6 +20,7 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    Moments,
     Purged,
     TenantTerms,
 )
@@ -147,6 +148,11 @@ class EngineCore:
         """Let a request go on after another engine's tokens; one that has ended is left alone."""
         if (request := self._requests.get(handed.request_id)) is not None:
             begin(request, handed, time.monotonic())
+
+    def moments(self, request_id: str) -> Moments | None:
+        """Return where to note what happens to a request; None for one that has ended."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.moments
 
     def purge(self, tenant: str) -> Purged:
         """Drop a tenant's cached pages and votes; what runs leaves nothing behind."""

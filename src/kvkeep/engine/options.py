@@ -81,6 +81,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The form of longer ones."""
     kv_auto_memory: float = 0.5
     """Part of the memory for pages that `auto` does not code."""
+    kv_auto_link_bytes_per_s: float | None = None
+    """Of the link that prompts' pages are handed over by; None: it does not enter the choice."""
+    kv_auto_link_wait_s: float = 0.1
+    """Prompts whose pages would take longer on it, if nothing else did, are coded by `auto`."""
     kv_window_tokens: int = 128
     """Of a sequence, up to so many recent tokens stay as computed where pages are coded."""
     guard_share: float = 0.0

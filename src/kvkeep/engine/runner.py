@@ -105,6 +105,9 @@ class ModelRunner:
     def step(self, work: Sequence[Work]) -> Stepped:
         """Compute K, V and logits of the work's rows; afterwards their views hold them."""
         parts = self._parts
+        begun = time.monotonic()
+        for item in work:
+            item.sequence.request.step_begins(begun)
         step = self._build(work)
         kv = BatchKV(
             step, parts.pool, self._layers, parts.ops.attention, parts.techniques, parts.shape,
@@ -129,6 +132,8 @@ class ModelRunner:
         self._evicted.decided(asked)
         for item in work:
             item.view.length = max(item.view.length, item.start + item.count)
+            request = item.sequence.request
+            request.moments.encode_s += kv.encode_s.pop(request.spec.id, 0.0)
         self._staging.drop_encoded(step.geometry)
         self.read.encoded_pages += kv.encoded // parts.shape.num_layers
         return Stepped(logits, prompt_rows, model_s, kv.failed)

@@ -39,6 +39,10 @@ class Sealing:
     """How the keys stand; None: nothing is sealed."""
 
 
+Seal = Callable[[EngineOptions], Sealing]
+"""Makes what seals pages; `sealing_of` is the usual one."""
+
+
 def mode_of(options: EngineOptions) -> ShieldName:
     """Return the mode: the one asked for, else `seal` where there is a tier below memory."""
     return options.shield or ("seal" if options.tiers else "off")

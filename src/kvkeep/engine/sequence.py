@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -9,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kvkeep.cache.fetch import Fetch
-from kvkeep.engine.api import Chunk, GenerateRequest
+from kvkeep.engine.api import Chunk, GenerateRequest, Moments
 from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
 from kvkeep.engine.output import SequenceOutput
@@ -88,6 +89,21 @@ class Request:
     first_token_s: float | None = None
     held: Held | None = None
     """Where its chunks wait, if only the best sequences are told."""
+    moments: Moments = field(default_factory=Moments)
+
+    def step_begins(self, now: float) -> None:
+        """Note a step that computes rows of it, where it is the first or the answer's first."""
+        if self.moments.begun_s is None:
+            self.moments.begun_s = now
+        if self.moments.resumed_s is None and self.first_token_s is not None:
+            self.moments.resumed_s = now
+
+    def dated(self) -> Moments:
+        """Return when what happened, now that it ends."""
+        self.moments.arrived_s = self.arrived_s
+        self.moments.first_token_s = self.first_token_s
+        self.moments.ended_s = time.monotonic()
+        return self.moments
 
     @property
     def is_probe(self) -> bool:
@@ -169,7 +185,12 @@ class Sequence:
 
 
 def stored_as(chunk: Chunk, request: Request) -> Chunk:
-    """Return a sequence's last chunk with the form of its request's pages, others as they are."""
-    if chunk.finish is None or not request.settled:
+    """Return a sequence's last chunk with the form of its request's pages, others as they are.
+
+    It says when what happened, too, where that was asked.
+    """
+    if chunk.finish is None:
         return chunk
-    return msgspec.structs.replace(chunk, kv=request.codec)
+    moments = (request.dated(),) if request.spec.timed else ()
+    kv = request.codec if request.settled else None
+    return msgspec.structs.replace(chunk, kv=kv, moments=moments)

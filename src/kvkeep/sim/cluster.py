@@ -46,6 +46,10 @@ class Cluster:
     decode_size: Size = field(default_factory=Size)
     placement: Placement = "affine"
     layers: int = 28
+    least_tokens: int = 0
+    """Shorter prompts are computed where they are answered, as are those whose answer is a single
+    token; 0: none is.
+    """
     cache_tokens: int = 0
     """Of prefixes that a prefill worker keeps; the least recently used one goes first."""
 
@@ -217,24 +221,32 @@ class Simulation:
         """Take one request from its arrival to its last token."""
         env, begun = self._env, self._env.now
         at = self._place(tenant, template)
-        found = self._found(at, tenant, template, prompt)
-        job = self._prefill[at].compute(prompt - found, found)
+        target = self._target(tenant, template) if self._decode else self._prefill[at]
+        stays = bool(self._decode) and self._stays(prompt, answer)
+        found = 0 if stays else self._found(at, tenant, template, prompt)
+        job = (target if stays else self._prefill[at]).compute(prompt - found, found)
         yield job.computed
         first = arrived = installed = started = env.now
         sent = 0.0
+        splits = bool(self._decode) and not stays and answer > 1
+        if splits:
+            sent = self._sent_bytes(prompt, found)
+            arrived = self._arrival_s(at, job.begun_s, first, sent, prompt - found)
+            yield env.timeout(arrived - first)
+            widen_s = self._costs.codecs[self._cluster.codec].decode_s_per_token * prompt
+            yield env.timeout(self._costs.handover_s + widen_s)
+            installed = env.now
         if answer > 1:
-            target = self._prefill[at]
-            if self._decode:
-                target = self._target(tenant, template)
-                sent = self._sent_bytes(prompt, found)
-                arrived = self._arrival_s(at, job.begun_s, first, sent, prompt - found)
-                yield env.timeout(arrived - first)
-                widen_s = self._costs.codecs[self._cluster.codec].decode_s_per_token * prompt
-                yield env.timeout(self._costs.handover_s + widen_s)
-                installed = env.now
-            row = target.decode(answer - 1, prompt + 1)
-            yield row.ended
-            started = row.begun_s
+            started, left = installed, answer - 1
+            if splits and (rest := self._costs.rest_tokens(self._cluster.codec, prompt)):
+                # the first token's row is computed with what is left of the prompt
+                again = target.compute(rest + 1, prompt - rest)
+                yield again.computed
+                started, left = again.begun_s, left - 1
+            if left:
+                row = target.decode(left, prompt + answer - left)
+                yield row.ended
+                started = started if left < answer - 1 else row.begun_s
         phases = (
             job.begun_s - begun,
             first - job.begun_s - job.encode_s,
@@ -246,9 +258,14 @@ class Simulation:
         )
         self._served.append(Served(begun, first - begun, env.now - begun, phases, found, sent))
 
+    def _stays(self, prompt: int, answer: int) -> bool:
+        """Tell whether a prompt is computed where it is answered."""
+        least = self._cluster.least_tokens
+        return least > 0 and (answer == 1 or prompt < least)
+
     def _sent_bytes(self, prompt: int, found: int) -> float:
         """Return what goes over the link: not what the other side holds."""
-        whole = self._costs.held_bytes(self._cluster.codec, prompt)
+        whole = self._costs.sent_bytes(self._cluster.codec, prompt)
         held = found if self._cluster.placement == "affine" else 0
         return whole - held * self._costs.codecs[self._cluster.codec].bytes_per_token
 

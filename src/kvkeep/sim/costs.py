@@ -25,6 +25,10 @@ class CodecCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of widening what arrived, where a codec's pages can't be attended to as they are."""
     window_tokens: int = 0
     """Recent tokens that stay in 16 bits, at most."""
+    block_tokens: int = 0
+    """Only whole blocks of so many tokens are handed over, and what is left of a prompt is computed
+    again where it is answered; 0: all of it is handed over.
+    """
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +67,18 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         closed = max(0, tokens - one.window_tokens) // PAGE_TOKENS * PAGE_TOKENS
         return closed * one.bytes_per_token + (tokens - closed) * self.bytes_per_token
 
+    def sent_bytes(self, codec: str, tokens: int) -> float:
+        """Return the bytes of a prompt that are handed over."""
+        one = self.codecs[codec]
+        if not one.block_tokens:
+            return self.held_bytes(codec, tokens)
+        return (tokens - self.rest_tokens(codec, tokens)) * one.bytes_per_token
+
+    def rest_tokens(self, codec: str, tokens: int) -> int:
+        """Return how many tokens of a prompt are computed again where it is answered."""
+        block = self.codecs[codec].block_tokens
+        return tokens % block if block else 0
+
 
 def load_costs(path: Path) -> Costs:
     """Return costs from a JSON file; raises `ConfigError` naming the field."""
@@ -89,11 +105,12 @@ def _numbers(prefix: str, struct: msgspec.Struct) -> dict[str, float]:
 
 
 class Chunk(NamedTuple):
-    """A measured chunk of a prompt."""
+    """A measured chunk of a prompt, or several that follow one another."""
 
     tokens: int
     context: int
     took_s: float
+    chunks: int = 1
 
 
 class Step(NamedTuple):
@@ -122,7 +139,7 @@ class StepFit(NamedTuple):
 
 def fit_prefill(chunks: Sequence[Chunk]) -> PrefillFit:
     """Fit chunks of several lengths behind several contexts; none of the parts is below 0."""
-    rows = [(1.0, c.tokens, c.tokens * (c.context + c.tokens / 2)) for c in chunks]
+    rows = [(c.chunks, c.tokens, c.tokens * (c.context + c.tokens / 2)) for c in chunks]
     return PrefillFit(*_fit(rows, [c.took_s for c in chunks]))
 
 

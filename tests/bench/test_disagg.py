@@ -1,0 +1,248 @@
+"""What `kvkeep bench disagg` plays and how it counts, without its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import disagg, disagg_costs, disagg_figures, disagg_forms, disagg_kept, harness
+from bench.disagg_forms import FormSealer, normal_page
+from bench.disagg_load import (
+    BASE,
+    CELLS,
+    MOST_TOKENS,
+    OURS,
+    STREAMED,
+    Cell,
+    Part,
+    Played,
+    Run,
+    drawn,
+    handover_s,
+    link_bytes_per_s,
+    part_names,
+    part_of,
+    phases_of,
+)
+from bench.harness import Options
+from kvkeep.engine.api import Moments
+from kvkeep.errors import ConfigError, SealError
+from kvkeep.quant.codec import KVShape, pack_float_tiles, unpack_float_tiles
+from kvkeep.sealing import SealContext
+from kvkeep.sim.cluster import PHASES
+from kvkeep.sim.costs import Chunk, Step
+from kvkeep.sim.load import TRACES
+from kvkeep.types import Layout, PageTag
+from tests.sim.made import COSTS
+
+SHAPE = KVShape(num_layers=4, num_kv_heads=2, head_dim=32, layout=Layout.BF16)
+PHASE_AT = {name: at for at, name in enumerate(PHASES)}
+
+
+def played(jct_s: float, **others: object) -> Played:
+    told = {
+        "prompt_tokens": 256,
+        "answer_tokens": 8,
+        "at_s": 0.0,
+        "ttft_s": jct_s / 2,
+        "jct_s": jct_s,
+        "phases": (0.0,) * len(PHASES),
+        "split": True,
+        "handover_s": 0.004,
+        "received_bytes": 4000,
+        "received_pages": 4,
+    }
+    return Played(**(told | others))  # type: ignore[arg-type]
+
+
+def part(*runs: Run, trace: str = "azure_conv") -> Part:
+    return Part(trace, 42, 1e6, 0.4, 0.5, COSTS, runs, 0)
+
+
+def turns(variant: str, rate: float, *jct_s: float) -> list[Run]:
+    return [Run(variant, rate, "poisson", at, (played(took),)) for at, took in enumerate(jct_s)]
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_runs_of_a_trace_ask_for_about_as_much(trace: str) -> None:
+    loads = [drawn(trace, 12, CELLS[0], 0.5, seed) for seed in range(8)]
+    sums = [int(load.prompt_tokens.sum()) for load in loads]
+    assert max(sums) < 1.7 * min(sums)
+    for load in loads:
+        assert (load.prompt_tokens + load.answer_tokens).max() <= MOST_TOKENS
+        assert min(load.prompt_tokens.min(), load.answer_tokens.min()) >= 1
+        assert load.at_s[0] == 0.0
+        assert np.all(np.diff(load.at_s) >= 0)
+    again = drawn(trace, 12, CELLS[0], 0.5, 0)
+    assert all(np.array_equal(a, b) for a, b in zip(again, loads[0], strict=True))
+    assert not np.array_equal(loads[0].prompt_tokens, loads[1].prompt_tokens)
+
+
+def test_requests_come_at_their_part_of_the_capacity() -> None:
+    load = drawn("azure_conv", 4000, Cell(0.5, "poisson"), 3.0, 0)
+    assert 4000 / load.at_s[-1] == pytest.approx(1.5, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [10, 25, 42])
+def test_a_link_is_as_slow_as_its_share_asks(share: int) -> None:
+    moved_s = 3e6 / link_bytes_per_s(3e6, 2.0, share)
+    assert moved_s / (moved_s + 2.0) == pytest.approx(share / 100)
+
+
+def test_phases_add_up_and_what_is_hidden_is_not_counted() -> None:
+    there = Moments(arrived_s=10.1, begun_s=11.0, encode_s=0.5, first_token_s=14.0, ended_s=14.0)
+    here = Moments(
+        arrived_s=10.1,
+        begun_s=16.2,
+        first_token_s=14.1,
+        received_s=15.5,
+        installed_s=15.75,
+        resumed_s=16.0,
+        ended_s=18.0,
+    )
+    found = dict(zip(PHASES, phases_of(10.0, 18.25, (there, here)), strict=True))
+    assert found == pytest.approx(
+        {
+            "queue": 1.0,
+            "prefill": 2.5,
+            "quantise": 0.5,
+            "transfer": 1.5,
+            "install": 0.25,
+            "decode": 2.0,
+            "other": 0.5,
+        }
+    )
+    assert handover_s((there, here)) == pytest.approx(0.25)
+    here.received_s = here.installed_s = 13.0
+    hidden = dict(zip(PHASES, phases_of(10.0, 18.25, (there, here)), strict=True))
+    assert hidden["transfer"] == hidden["install"] == 0.0
+    assert sum(hidden.values()) == pytest.approx(8.25)
+    assert handover_s((there, here)) == pytest.approx(1.9), "since its first token was told"
+
+
+def test_a_request_that_stays_has_no_handover() -> None:
+    own = Moments(arrived_s=1.0, begun_s=2.0, first_token_s=3.0, resumed_s=3.1, ended_s=4.0)
+    found = dict(zip(PHASES, phases_of(1.0, 4.5, (own,)), strict=True))
+    assert found["transfer"] == found["install"] == 0.0
+    assert (found["queue"], found["prefill"], found["decode"]) == pytest.approx((1.0, 1.0, 0.9))
+    assert sum(found.values()) == pytest.approx(3.5)
+    assert handover_s((own,)) is None
+
+
+def test_reductions_pair_turns_and_the_largest_is_that_of_a_place() -> None:
+    slow = turns(BASE.name, 0.95, 10.0, 20.0)
+    fast = turns(OURS.name, 0.95, 2.0, 5.0)
+    mild = part(*turns(BASE.name, 0.5, 10.0), *turns(OURS.name, 0.5, 8.0), trace="azure_code")
+    figures = disagg_figures.reduction_figures([part(*slow, *fast), mild])
+    found = {one.name: one.estimate for one in figures}
+    most, mean = found["jct_reduction_vs_bf16_max"], found["jct_reduction_vs_bf16_mean"]
+    assert most.median == pytest.approx(0.775)
+    assert mean.median == pytest.approx(1.75 / 3)
+    assert (most.samples, mean.samples) == (2, 3)
+    assert mean.low <= mean.median <= mean.high
+    assert "jct_reduction_vs_kvquant_max" not in found, "it was not played"
+
+
+def test_a_second_helping_adds_turns_to_its_place() -> None:
+    one, two = (
+        part(*turns(BASE.name, 0.95, 10.0), *turns(OURS.name, 0.95, took)) for took in (2.0, 4.0)
+    )
+    (most, *_) = disagg_figures.reduction_figures([one, two])
+    assert most.estimate.samples == 2
+    assert most.estimate.median == pytest.approx(0.7)
+
+
+def test_bytes_are_those_of_pages_that_came() -> None:
+    plain = Run(STREAMED.name, 0.5, "poisson", 0, (played(1.0, received_bytes=64_000),))
+    coded = Run(OURS.name, 0.5, "poisson", 0, (played(1.0, received_bytes=5000, received_pages=2),))
+    figures = {one.name: one for one in disagg_figures.transfer_figures([part(plain, coded)])}
+    assert figures["transfer_bytes_ratio"].estimate.median == pytest.approx(2500 / 16_000)
+    assert figures["handover_ms_p50"].estimate.median == pytest.approx(4.0)
+
+
+def test_exposed_transfer_is_a_share_of_the_whole_time() -> None:
+    phases = [0.0] * len(PHASES)
+    phases[PHASE_AT["transfer"]] = 0.5
+    run = Run(OURS.name, 0.5, "poisson", 0, (played(4.0, phases=tuple(phases)), played(6.0)))
+    assert disagg_figures.exposed_share(run) == pytest.approx(0.05)
+
+
+def test_the_simulator_is_held_against_the_same_requests() -> None:
+    measured = part(Run(BASE.name, 0.5, "poisson", 0, (played(1.0), played(2.0, at_s=50.0))))
+    took = disagg_costs.predicted_s(measured, measured.runs[0], BASE, 28)
+    half = part(Run(BASE.name, 0.5, "poisson", 0, (played(took / 2), played(took / 2, at_s=50.0))))
+    figures, rows = disagg_figures.simulation([half], 28)
+    assert figures[0].estimate.median == pytest.approx(1.0)
+    assert rows[0]["jct_simulated_s"] == pytest.approx(took)
+    assert {row["part"] for row in rows} == {"simulated"}
+
+
+def test_costs_come_from_what_the_workers_took() -> None:
+    chunks = [
+        Chunk(tokens, 0, count * 0.005 + tokens * 0.001 + tokens**2 / 2 * 1e-7, count)
+        for tokens, count in ((128, 1), (512, 1), (1536, 3))
+    ]
+    steps = [Step(rows, rows * 100, 0.02 + rows * 0.002 + rows * 1e-4) for rows in (1, 2, 4)]
+    one = disagg_costs.Measured(chunks, steps, 1000.0, 0.0, 0.004)
+    found = disagg_costs.fitted({"bf16": one, "k2v2": one._replace(bytes_per_token=160.0)}, "here")
+    assert (found.chunk_s, found.prefill_s_per_token) == pytest.approx((0.005, 0.001))
+    assert found.step_time_s("k2v2", 2, 200) == pytest.approx(steps[1].took_s)
+    assert found.sent_bytes("k2v2", 300) == 256 * 160.0
+    assert found.rest_tokens("bf16", 300) == 300 - 256
+
+
+@pytest.mark.parametrize(("form", "most"), [("plain", 1.01), ("fp8", 0.51), ("kvquant", 0.2)])
+def test_forms_for_the_link_come_back_as_16_bit_pages(form: str, most: float) -> None:
+    sealer = FormSealer(SHAPE)
+    context = SealContext(f"{form}.3", PageTag("s"), b"c" * 32, b"m", b"d")
+    tiles = [pack_float_tiles(*normal_page(SHAPE, seed), Layout.BF16) for seed in range(3)]
+    page = b"".join(one.tobytes() for one in tiles)
+    sizes = tuple(one.nbytes for one in tiles)
+    frame = sealer.seal(context, page, sizes)
+    assert len(frame) <= most * len(page)
+    back = list(sealer.open(context, memoryview(bytes(frame)), sizes))
+    assert [len(one) for one in back] == list(sizes)
+    if form == "plain":
+        assert b"".join(back) == page
+        return
+    for sent, got in zip(tiles, back, strict=True):
+        values = np.frombuffer(bytearray(got), np.uint8).reshape(sent.shape)
+        (k, _), (k_back, _) = (unpack_float_tiles(one, SHAPE) for one in (sent, values))
+        assert (k - k_back).float().abs().mean() < 0.5 * k.float().abs().mean()
+    changed = bytearray(frame)
+    changed[-1] ^= 1
+    with pytest.raises(SealError):
+        list(sealer.open(context, memoryview(changed), sizes))
+
+
+def test_parts_are_named_by_trace_link_and_helping() -> None:
+    assert len(part_names()) == len(TRACES) * 3
+    assert part_of("azure_code-25.2") == ("azure_code", 25, 2)
+    assert disagg.parts_of(Options(only=("costs",))) == []
+    assert disagg.parts_of(Options(quick=True)) == ["uniform_short-42"]
+    for name in ("azure_code", "azure_code-11", "azure_code-25.x", "nobody-25"):
+        with pytest.raises(ConfigError, match=r"only: .*azure_code-10"):
+            disagg.parts_of(Options(only=(name,)))
+
+
+def test_parts_are_kept_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = part(*turns(BASE.name, 0.95, 10.0))
+    monkeypatch.setattr(harness, "commit", lambda: "abc")
+    disagg_kept.keep("azure_conv-42", one, tmp_path)
+    assert disagg_kept.kept("azure_conv-42", tmp_path) == one
+    assert disagg_kept.all_kept(tmp_path) == ["azure_conv-42"]
+    monkeypatch.setattr(harness, "commit", lambda: "def-dirty")
+    disagg_kept.keep("azure_conv-42", one, tmp_path)
+    assert disagg_kept.kept("azure_conv-42", tmp_path) is None
+
+
+def test_every_form_has_its_costs() -> None:
+    rows = {row["form"]: row for row in disagg_forms.cost_rows(1)}
+    size = {name: float(row["bytes_per_token"] or 0) for name, row in rows.items()}
+    assert size["bf16"] == 114_688
+    assert size["k2v2"] / size["bf16"] < 0.157
+    assert size["cachegen"] < size["fp8"] < 0.51 * size["bf16"]
+    assert rows["k2v2"]["widen_us_per_token"] == 0.0
+    assert rows["cachegen"]["coder"] == "Python"
