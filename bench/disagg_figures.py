@@ -76,10 +76,16 @@ def reduction_figures(parts: Sequence[Part]) -> list[Figure]:
 
 
 def page_bytes(runs: Iterable[Run], variant: Variant) -> float:
-    """Return what a page took on the link, over all runs."""
+    """Return what each further page of a prompt took on the link, over all runs.
+
+    A prompt's first page is larger where others are coded: whole requests are in the tables.
+    """
     sent = [one for run in runs if run.variant == variant.name for one in run.requests]
-    pages = sum(one.received_pages for one in sent)
-    return sum(one.received_bytes for one in sent) / pages if pages else float("nan")
+    pages = np.array([one.received_pages for one in sent], float)
+    sizes = np.array([one.received_bytes for one in sent], float)
+    if len(np.unique(pages[pages > 0])) < 2:
+        return float("nan")
+    return float(np.polyfit(pages[pages > 0], sizes[pages > 0], 1)[0])
 
 
 def transfer_figures(parts: Sequence[Part]) -> list[Figure]:

@@ -155,8 +155,12 @@ def test_a_second_helping_adds_turns_to_its_place() -> None:
 
 
 def test_bytes_are_those_of_pages_that_came() -> None:
-    plain = Run(STREAMED.name, 0.5, "poisson", 0, (played(1.0, received_bytes=64_000),))
-    coded = Run(OURS.name, 0.5, "poisson", 0, (played(1.0, received_bytes=5000, received_pages=2),))
+    def run(variant: str, *sizes: tuple[int, int]) -> Run:
+        requests = (played(1.0, received_pages=pages, received_bytes=size) for pages, size in sizes)
+        return Run(variant, 0.5, "poisson", 0, tuple(requests))
+
+    plain = run(STREAMED.name, (4, 64_000), (2, 32_000), (0, 0))
+    coded = run(OURS.name, (4, 11_000), (2, 6000), (0, 0))
     figures = {one.name: one for one in disagg_figures.transfer_figures([part(plain, coded)])}
     assert figures["transfer_bytes_ratio"].estimate.median == pytest.approx(2500 / 16_000)
     assert figures["handover_ms_p50"].estimate.median == pytest.approx(4.0)
