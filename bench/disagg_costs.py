@@ -12,7 +12,16 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from bench.disagg_load import LEAST_TOKENS, OURS, STREAMED, Part, Played, Run, Variant
+from bench.disagg_load import (
+    BLOCKS,
+    LEAST_TOKENS,
+    OURS,
+    STREAMED,
+    Part,
+    Played,
+    Run,
+    Variant,
+)
 from bench.disagg_workers import CHUNK_TOKENS, MAX_ROWS, Workers, answered, asked, play_in_turn
 from bench.harness import Row
 from kvkeep.sim.cluster import GIGABIT_BYTES, PHASES, Cluster, Link, Simulation, Tenants
@@ -22,8 +31,6 @@ from kvkeep.sim.workers import Size
 
 STEP_TOKENS: Final = 2 * CHUNK_TOKENS
 """Of prompts, that a step computes."""
-BLOCKS: Final = {"bf16": 64, "k2v2": 128}
-"""Tokens that are handed over together."""
 LENGTHS: Final = (128, 256, 384, 640, 1280, 2560)
 FEWEST: Final = 3
 """Lengths that fix a prompt's costs."""

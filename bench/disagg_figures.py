@@ -16,6 +16,7 @@ import numpy as np
 from bench.disagg_costs import simulated_rows
 from bench.disagg_load import (
     BASE,
+    BLOCKS,
     CELLS,
     CODED,
     COLOCATED,
@@ -24,11 +25,13 @@ from bench.disagg_load import (
     STREAMED,
     VARIANTS,
     Part,
+    Played,
     Run,
     Variant,
 )
 from bench.harness import RESAMPLES, Cell, Estimate, Figure, Goal, Row, estimate
 from kvkeep.sim.cluster import PHASES
+from kvkeep.types import PAGE_TOKENS
 
 SIMULATED: Final = (BASE, STREAMED, CODED, OURS)
 TRANSFER: Final = PHASES.index("transfer")
@@ -153,6 +156,7 @@ def variant_rows(part: Part) -> list[Row]:
                 "turns": len(runs),
                 "requests": len(requests),
                 "split": sum(one.split for one in requests) / len(requests),
+                "pages_handed_over": handed_share(requests, variant),
                 "jct_mean_s": float(np.mean(jct)),
                 "jct_p99_s": float(np.percentile(jct, 99)),
                 "ttft_mean_s": float(np.mean([one.ttft_s for one in requests])),
@@ -160,6 +164,13 @@ def variant_rows(part: Part) -> list[Row]:
             }
         )
     return rows
+
+
+def handed_share(requests: Sequence[Played], variant: Variant) -> float | None:
+    """Return the part of the pages that can be handed over that was; the others were computed."""
+    block = BLOCKS[variant.kv]
+    can = sum(one.prompt_tokens // block * block for one in requests if one.split) // PAGE_TOKENS
+    return sum(one.received_pages for one in requests) / can if can else None
 
 
 def phase_rows(part: Part) -> list[Row]:

@@ -27,6 +27,8 @@ RATES: Final = (0.95, 0.8, 0.5)
 ARRIVALS: Final[tuple[Arrivals, ...]] = ("poisson", "bursts")
 LEAST_TOKENS: Final = 64
 """Shorter prompts are not split: what is 512 by default, scaled as lengths are."""
+BLOCKS: Final = {"bf16": 64, "k2v2": 128}
+"""Tokens that are handed over together, by form; what is left of a prompt is computed again."""
 
 
 class Variant(NamedTuple):

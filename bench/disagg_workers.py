@@ -75,7 +75,7 @@ class Workers:
 
 
 def _worker(role: Role, options: EngineOptions, pace: PaceOptions | None) -> MessageClient:
-    link = LinkOptions(pace=pace)
+    link = LinkOptions(pace=pace, unasked_s=PATIENCE_S)
     return MessageClient(PipeTransport(partial(run_forms, role, options, link)))
 
 

@@ -166,6 +166,15 @@ def test_bytes_are_those_of_pages_that_came() -> None:
     assert figures["handover_ms_p50"].estimate.median == pytest.approx(4.0)
 
 
+def test_pages_that_did_not_come_are_seen() -> None:
+    came = played(1.0, prompt_tokens=300, received_pages=4)
+    lost = played(1.0, prompt_tokens=300, received_pages=0)
+    stays = played(1.0, prompt_tokens=900, received_pages=0, split=False)
+    assert disagg_figures.handed_share([came, stays], BASE) == 1.0
+    assert disagg_figures.handed_share([came, lost], OURS) == 0.5
+    assert disagg_figures.handed_share([stays], OURS) is None
+
+
 def test_exposed_transfer_is_a_share_of_the_whole_time() -> None:
     phases = [0.0] * len(PHASES)
     phases[PHASE_AT["transfer"]] = 0.5

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvkeep.engine.api import Handover
 from kvkeep.engine.engine import Output
 from tests.disagg.pairs import answer, answers, engine_options, pair_of
 from tests.disagg.test_handover import PROMPTS, SOME, alone
@@ -86,3 +87,19 @@ async def test_a_whole_prompt_is_computed_before_anything_of_it_is_sent(
         assert len(handed) > 2
         assert pair.receives.installed_pages == 7
         assert tokens(chunks) == tokens(alone(tiny["qwen2"], SOME)[3])
+
+
+async def test_a_prompt_that_is_asked_for_late_is_still_known(tiny: dict[str, Path]) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        prefill, decode = pair.client._prefill, pair.client._decode
+        link = (await prefill.info()).link
+        there = msgspec.structs.replace(TIMED, handover=Handover(role="prefill"))
+        first = (await answer(prefill.submit(there)))[-1]
+        pair.sends._clock = lambda: time.monotonic() + 100.0
+        await answer(prefill.submit(request(PROMPTS[0], SOME, id="meanwhile")))
+        here = msgspec.structs.replace(TIMED, handover=Handover(role="decode", link=link))
+        stream = decode.submit(here)
+        decode.begin(TIMED.id, first.token_ids, first.logprobs)
+        chunks = await answer(stream)
+        assert pair.receives.installed_pages == 7
+        assert tokens(chunks) == tokens(alone(tiny["qwen2"], SOME)[3])[1:]

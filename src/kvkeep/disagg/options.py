@@ -54,5 +54,9 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     silence_s: float = 3.0
     """A link over which nothing came for so long is given up."""
     dial_s: float = 5.0
+    unasked_s: float = 120.0
+    """A prompt that nobody has asked for since it was computed is forgotten: over a slow link those
+    before it may take long.
+    """
     expires_s: float = 600.0
     """A transfer that lasts longer is given up."""

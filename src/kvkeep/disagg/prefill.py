@@ -28,7 +28,7 @@ from kvkeep.sealing import SealContext
 PUMP_BYTES: Final = 4 << 20
 """Copied out of the cache in one turn of the loop."""
 EARLY_S: Final = 10.0
-"""A prompt that nobody asks for, and a wish without its prompt, are forgotten after so long."""
+"""A wish without its prompt is forgotten after so long."""
 
 
 class PrefillSide:
@@ -117,7 +117,7 @@ class PrefillSide:
             known = self._specs.get(output.request_id)
             if output.chunk.finish is None or known is None:
                 continue
-            self._specs[output.request_id] = (known[0], now + EARLY_S)
+            self._specs[output.request_id] = (known[0], now + self._options.unasked_s)
             if (going := self._going.get(output.request_id)) is not None:
                 going.hold(ended=True)
         while self._events:
