@@ -9,11 +9,12 @@ be served at, by a Poisson process or in bursts.
 
 A part is a trace over one link, `--only TRACE-SHARE`, and takes up to 15 minutes: cells that do not
 fit are left out and counted. In each turn every way of serving plays the same requests: 16-bit and
-2-bit pages, streamed and not; forms for the link alone (fp8, KVQuant's), unstreamed, and one engine
-on all threads that computes prompts in chunks. `TRACE-SHARE.2` is a second helping of turns. Parts
-that ended are kept in `build/disagg`, by commit; without `--only` the figures are those of all that
-are kept, or of all parts where none is. `--only costs` measures forms for the link by themselves.
-What the simulator makes of the same requests stands in rows of its own.
+2-bit pages, streamed and not; in one of three turns forms for the link alone (fp8, KVQuant's and
+CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
+`TRACE-SHARE.2` is a second helping of turns. Parts that ended are kept in `build/disagg`, by
+commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
+`--only costs` measures forms for the link by themselves. What the simulator makes of the same
+requests stands in rows of its own.
 """
 
 from __future__ import annotations

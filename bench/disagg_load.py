@@ -48,8 +48,9 @@ CODED: Final = Variant("k2v2", "k2v2")
 OURS: Final = Variant("k2v2, streamed", "k2v2", streamed=True)
 FP8: Final = Variant("fp8 for the link", "bf16", form="fp8")
 KVQUANT: Final = Variant("kvquant for the link", "bf16", form="kvquant")
+CACHEGEN: Final = Variant("cachegen for the link", "bf16", form="cachegen")
 COLOCATED: Final = Variant("colocated", "bf16", colocated=True)
-VARIANTS: Final = (BASE, STREAMED, CODED, OURS, FP8, KVQUANT, COLOCATED)
+VARIANTS: Final = (BASE, STREAMED, CODED, OURS, FP8, KVQUANT, CACHEGEN, COLOCATED)
 
 
 class Cell(NamedTuple):

@@ -13,8 +13,12 @@ import numpy as np
 from bench.disagg_costs import MEASURED_ON, fitted, measured
 from bench.disagg_load import (
     BASE,
+    CACHEGEN,
     CELLS,
     CODED,
+    COLOCATED,
+    FP8,
+    KVQUANT,
     OURS,
     STREAMED,
     VARIANTS,
@@ -41,6 +45,7 @@ UNLOADED: Final = 5
 CORE: Final = (BASE, STREAMED, CODED, OURS)
 """They play in every turn, the others in one of three."""
 OTHERS_EVERY: Final = 3
+WARM: Final = Drawn(np.zeros(1), np.array([160]), np.array([4]))
 
 
 class Link(NamedTuple):
@@ -84,7 +89,8 @@ async def measure(name: str, model: Path, threads: int, plan: Plan, source: str)
         "": alone(model, threads),
     }
     async with served(*serving.values()):
-        await play_in_turn(serving[""], VARIANTS[-1], _first(some))
+        for variant in (FP8, KVQUANT, CACHEGEN, COLOCATED):  # what is learnt is learnt before
+            await play_in_turn(serving[_who(variant)], variant, WARM)
         costs = fitted(
             {
                 kv: await measured(serving[kv], variant, int(some.prompt_tokens.max()))
@@ -114,7 +120,7 @@ async def _link_of(share: int, some: Drawn, model: Path, threads: int) -> Link:
     """Measure requests one after another where nothing slows the link; return the part's link."""
     free = pair(model, "bf16", threads, None)
     async with served(free):
-        await play_in_turn(free, BASE, _first(some))
+        await play_in_turn(free, BASE, WARM)
         found = await play_in_turn(free, BASE, some)
     rest_s = float(np.mean([one.jct_s - moved_s(one) for one in found]))
     mean_bytes = float(np.mean([one.received_bytes for one in found]))
@@ -124,10 +130,6 @@ async def _link_of(share: int, some: Drawn, model: Path, threads: int) -> Link:
 def moved_s(one: Played) -> float:
     """Return how long a request waited for its pages."""
     return one.phases[PHASES.index("transfer")]
-
-
-def _first(load: Drawn) -> Drawn:
-    return Drawn(load.at_s[:1], load.prompt_tokens[:1], load.answer_tokens[:1])
 
 
 async def _capacity(workers: Workers, trace: str, plan: Plan, rest_s: float, seed: int) -> float:
@@ -163,6 +165,10 @@ async def _turns(
     return runs
 
 
+def _who(variant: Variant) -> str:
+    return "" if variant.colocated else variant.kv
+
+
 async def _turn(
     serving: dict[str, Workers], cell: Cell, turn: int, load: Drawn, *, whole: bool
 ) -> list[Run]:
@@ -171,7 +177,6 @@ async def _turn(
     first = turn % len(variants)
     runs = []
     for variant in variants[first:] + variants[:first]:
-        workers = serving["" if variant.colocated else variant.kv]
-        played = await play(workers, variant, load)
+        played = await play(serving[_who(variant)], variant, load)
         runs.append(Run(variant.name, cell.rate, cell.arrivals, turn, played))
     return runs

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bench import disagg, disagg_costs, disagg_figures, disagg_forms, disagg_kept, harness
+from bench.disagg_coder import Interleaved
 from bench.disagg_forms import FormSealer, normal_page
 from bench.disagg_load import (
     BASE,
@@ -29,7 +31,8 @@ from bench.disagg_load import (
 from bench.harness import Options
 from kvkeep.engine.api import Moments
 from kvkeep.errors import ConfigError, SealError
-from kvkeep.quant.codec import KVShape, pack_float_tiles, unpack_float_tiles
+from kvkeep.quant.baselines.cachegen import CacheGen
+from kvkeep.quant.codec import KVShape, Place, pack_float_tiles, unpack_float_tiles
 from kvkeep.sealing import SealContext
 from kvkeep.sim.cluster import PHASES
 from kvkeep.sim.costs import Chunk, Step
@@ -206,7 +209,9 @@ def test_costs_come_from_what_the_workers_took() -> None:
     assert found.rest_tokens("bf16", 300) == 300 - 256
 
 
-@pytest.mark.parametrize(("form", "most"), [("plain", 1.01), ("fp8", 0.51), ("kvquant", 0.2)])
+@pytest.mark.parametrize(
+    ("form", "most"), [("plain", 1.01), ("fp8", 0.51), ("kvquant", 0.2), ("cachegen", 0.3)]
+)
 def test_forms_for_the_link_come_back_as_16_bit_pages(form: str, most: float) -> None:
     sealer = FormSealer(SHAPE)
     context = SealContext(f"{form}.3", PageTag("s"), b"c" * 32, b"m", b"d")
@@ -258,4 +263,20 @@ def test_every_form_has_its_costs() -> None:
     assert size["k2v2"] / size["bf16"] < 0.157
     assert size["cachegen"] < size["fp8"] < 0.51 * size["bf16"]
     assert rows["k2v2"]["widen_us_per_token"] == 0.0
-    assert rows["cachegen"]["coder"] == "Python"
+    assert all(float(rows[name]["widen_us_per_token"] or 0) > 0 for name in disagg_forms.FORMS)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_lanes_give_back_what_the_range_coder_does(layer: int) -> None:
+    sample = [[normal_page(SHAPE, seed) for seed in (8, 9)]] * SHAPE.num_layers
+    theirs, ours = CacheGen(sample), Interleaved(sample)
+    k, v = normal_page(SHAPE, 1)
+    k[:, 5] *= 100.0  # rare symbols
+    place = Place(layer, first=False)
+    wanted, coded = theirs.encode(k, v, place), ours.encode(k, v, place)
+    for one, other in zip(
+        theirs.decode(wanted, SHAPE, place), ours.decode(coded, SHAPE, place), strict=True
+    ):
+        assert torch.equal(one, other)
+    states = 4 * 2 * SHAPE.num_kv_heads * SHAPE.head_dim
+    assert abs(len(coded) - states - len(wanted)) < 0.02 * len(wanted) + states // 2
