@@ -51,8 +51,8 @@ class Interleaved(CacheGen):
             state[full] >>= np.uint64(16)
             high, rest = np.divmod(state, width)
             state = (high << np.uint64(TOTAL_BITS)) + rest + first
-        parts = [state.astype(np.uint32), *reversed(words)]
-        return joined([coded.scales]) + b"".join(part.tobytes() for part in parts)
+        told = [state.astype(np.uint32).tobytes(), *(one.tobytes() for one in reversed(words))]
+        return joined([coded.scales]) + b"".join(told)
 
     def decode(self, blob: bytes, shape: KVShape, place: Place) -> KV:
         """Return what the codes stand for."""
