@@ -39,9 +39,9 @@ from kvkeep.sim.load import Drawn
 TIME_S: Final = 840.0
 """No turn begins that would end later."""
 RUN_S: Final = 20.0
-REQUESTS: Final = (6, 24)
+REQUESTS: Final = (4, 24)
 """Of a run, at least and at most."""
-UNLOADED: Final = 5
+UNLOADED: Final = 4
 CORE: Final = (BASE, STREAMED, CODED, OURS)
 """They play in every turn, the others in one of three."""
 OTHERS_EVERY: Final = 3
@@ -151,10 +151,12 @@ async def _turns(
         cell = CELLS[(turn + helping - 1) % len(CELLS)]
         whole = turn % OTHERS_EVERY == 0
         since = time.monotonic()
-        next_s = took.get(whole, max(took.values(), default=0.0))
-        if turn and since - begun + next_s > plan.time_s:
-            break
         count = int(np.clip(round(RUN_S * capacity * cell.rate), *plan.requests))
+        run_s = (count / cell.rate + 1) / capacity
+        left_s = plan.time_s - (since - begun)
+        whole = whole and took.get(True, len(VARIANTS) * run_s) <= left_s
+        if turn and took.get(whole, len(CORE) * run_s) > left_s:
+            break
         seed = zlib.crc32(f"{trace} {share} {helping} {turn}".encode())
         load = drawn(trace, count, cell, capacity, seed)
         runs += await _turn(serving, cell, turn, load, whole=whole)

@@ -29,6 +29,8 @@ POOL_BYTES: Final = {"bf16": 2 << 30, "k2v2": 1 << 30}
 MAX_ROWS: Final = 16
 CHUNK_TOKENS: Final = 256
 PATIENCE_S: Final = 600.0
+SILENCE_S: Final = 60.0
+"""Coding a form for the link holds its thread, and so its beats."""
 VOCABULARY: Final = 50_000
 
 
@@ -75,7 +77,7 @@ class Workers:
 
 
 def _worker(role: Role, options: EngineOptions, pace: PaceOptions | None) -> MessageClient:
-    link = LinkOptions(pace=pace, unasked_s=PATIENCE_S)
+    link = LinkOptions(pace=pace, unasked_s=PATIENCE_S, silence_s=SILENCE_S)
     return MessageClient(PipeTransport(partial(run_forms, role, options, link)))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvkeep.engine.api import Handover
 from kvkeep.engine.engine import Output
-from tests.disagg.pairs import answer, answers, engine_options, pair_of
+from tests.disagg.pairs import answer, answers, engine_options, pair_of, until
 from tests.disagg.test_handover import PROMPTS, SOME, alone
 from tests.engines import request, tokens
 
@@ -95,6 +95,7 @@ async def test_a_prompt_that_is_asked_for_late_is_still_known(tiny: dict[str, Pa
         link = (await prefill.info()).link
         there = msgspec.structs.replace(TIMED, handover=Handover(role="prefill"))
         first = (await answer(prefill.submit(there)))[-1]
+        await until(lambda: pair.sends._specs[TIMED.id][1] is not None)  # its end was noted
         pair.sends._clock = lambda: time.monotonic() + 100.0
         await answer(prefill.submit(request(PROMPTS[0], SOME, id="meanwhile")))
         here = msgspec.structs.replace(TIMED, handover=Handover(role="decode", link=link))
