@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
-from kvkeep.engine.api import Moments
+from kvkeep.engine.moments import Moments
 from kvkeep.errors import ConfigError
 from kvkeep.sim.cluster import PHASES
 from kvkeep.sim.costs import Costs

@@ -29,7 +29,7 @@ from bench.disagg_load import (
     phases_of,
 )
 from bench.harness import Options
-from kvkeep.engine.api import Moments
+from kvkeep.engine.moments import Moments
 from kvkeep.errors import ConfigError, SealError
 from kvkeep.quant.baselines.cachegen import CacheGen
 from kvkeep.quant.codec import KVShape, Place, pack_float_tiles, unpack_float_tiles

@@ -15,9 +15,9 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     Handover,
-    Moments,
     TokenLogprob,
 )
+from kvkeep.engine.moments import Moments
 from kvkeep.errors import EngineError, PrefillLost
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from kvkeep.cache.tiers import TierUse
+from kvkeep.engine.moments import Moments
 
 
 class FinishReason(StrEnum):
@@ -100,30 +101,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     handover: Handover | None = None
     timed: bool = False
     """Whether its last chunk says when what happened."""
-
-
-class Moments(msgspec.Struct, kw_only=True):
-    """When what happened to a request in one engine; None: it did not.
-
-    Seconds of the host's monotonic clock: those of several hosts are not to be compared.
-    """
-
-    arrived_s: float = 0.0
-    begun_s: float | None = None
-    """Its first step began."""
-    encode_s: float = 0.0
-    """What coding its pages took."""
-    first_token_s: float | None = None
-    """It was sampled, or another engine's was heard of."""
-    received_s: float | None = None
-    """The last of its pages that came from another engine had come, as had `received_bytes`."""
-    received_bytes: int = 0
-    received_pages: int = 0
-    installed_s: float | None = None
-    """They lay in the cache."""
-    resumed_s: float | None = None
-    """The first step behind its first token began."""
-    ended_s: float = 0.0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

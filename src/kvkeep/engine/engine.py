@@ -20,7 +20,6 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
-    Moments,
     Purged,
     TenantTerms,
 )
@@ -29,6 +28,7 @@ from kvkeep.engine.divergence import compare
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.handing import awaits, begin, hands_over
 from kvkeep.engine.held import GOOD, BestOf
+from kvkeep.engine.moments import Moments
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.probes import probe_beside, probe_id
 from kvkeep.engine.prompt_rows import take_prompt_rows

@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 
 from kvkeep.cache.fetch import Fetch
-from kvkeep.engine.api import Chunk, GenerateRequest, Moments
+from kvkeep.engine.api import Chunk, GenerateRequest
 from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
+from kvkeep.engine.moments import Moments
 from kvkeep.engine.output import SequenceOutput
 from kvkeep.engine.sampling import SequenceSampling
 from kvkeep.types import Int32Array, View
