@@ -63,6 +63,7 @@ QUICK_EPOCH_S: Final = 1.0
 
 
 PARTS: Final = ("replay", "shapes", "audit", "control")
+QUICK_PARTS: Final = ("replay", "audit")
 DEMO: Final = "_demo_model"
 """Ends the figures of the demo model."""
 
@@ -176,8 +177,8 @@ def asked(options: Options) -> tuple[list[str], list[Policy]]:
     wanted = QUICK_POLICIES if options.quick else names
     parts: list[str] = [part for part in PARTS if part in options.only]
     chosen = [name for name in wanted if name in options.only] or wanted
-    everything = [part for part in PARTS if part != "shapes" or not options.quick]
-    return parts or everything, [policy for policy in POLICIES if policy.name in chosen]
+    everything = QUICK_PARTS if options.quick else PARTS
+    return parts or [*everything], [policy for policy in POLICIES if policy.name in chosen]
 
 
 def measure(options: Options) -> Report:

@@ -243,7 +243,7 @@ def test_parts_and_policies_can_be_measured_alone() -> None:
         return parts, [policy.name for policy in policies]
 
     everything = [policy.name for policy in sharing_server.POLICIES]
-    assert names() == (["replay", "shapes", "audit"], everything)
+    assert names() == (["replay", "shapes", "audit", "control"], everything)
     assert names(quick=True)[0] == ["replay", "audit"], "a quick run ends within a minute"
     assert names("audit", "selective") == (["audit"], ["selective"])
     assert names(quick=True)[1] == [n for n in everything if n in sharing_server.QUICK_POLICIES]
