@@ -51,6 +51,8 @@ BEHIND: Final = public_prompts(1)[0][:1200]
 AUDIT_PAGES: Final = 16384
 """So many that what one turn of every channel plants is still there when it is asked for: a victim
 whose prompts were evicted would tell nothing, and the audit would praise the policy for it."""
+PROMPT_TOKENS: Final = 512
+"""Of each prompt, behind what is public."""
 BATCH: Final = 32
 CONTROL_BATCH: Final = 4
 """So few that what a small part of the pool holds of one turn is there when it is asked for."""
@@ -95,7 +97,7 @@ def attacked(target: Target, seed: int, *, settle_s: float, quick: bool, seconds
         settle_s=settle_s,
         batch=BATCH if settle_s and not quick else 4,
         per_second=1000.0,
-        prompt_tokens=512,
+        prompt_tokens=PROMPT_TOKENS,
         answer_tokens=ANSWER_TOKENS,
         seed=seed,
     )
@@ -115,7 +117,7 @@ def attacked_by_enough(target: Target, seed: int, *, settle_s: float) -> Report:
         settle_s=settle_s,
         batch=CONTROL_BATCH,
         per_second=1000.0,
-        prompt_tokens=512,
+        prompt_tokens=PROMPT_TOKENS,
         answer_tokens=ANSWER_TOKENS,
         behind=BEHIND,
         seed=seed,

@@ -27,6 +27,7 @@ from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
 from kvkeep.models.text import TextModel
 from kvkeep.sharing.monitor import MonitorLimits
+from kvkeep.types import PAGE_TOKENS
 from tests.audit.fakes import CAST, URL, FakeServer
 
 
@@ -148,6 +149,16 @@ def test_audits_stay_below_what_the_monitor_takes_for_probing_and_the_control_re
     assert len(sharing_attack.CAST) - 1 < K, "the attacker aside"
     assert len(sharing_attack.CONTROL_CAST) - 1 == K
     assert sum(sharing_attack.CONTROLLED.values()) < 0.5, "most of the pool is left to be public"
+
+
+def test_what_a_turn_of_every_channel_plants_stays_until_it_is_asked_for() -> None:
+    own = Settings().share_pool  # what tenants' shares are made of is the rest
+    room = sharing_attack.AUDIT_PAGES * (1 - own)
+    pages = sharing_attack.PROMPT_TOKENS // PAGE_TOKENS + 1
+    turn = len(sharing_attack.INDEX_CHANNELS) * sharing_attack.BATCH * pages
+    assert sharing_attack.CAST["victim"] * room > turn
+    controlled = sharing_attack.CONTROL_CAST["victim"] * room
+    assert controlled > 2 * sharing_attack.CONTROL_BATCH * pages
 
 
 def audited(leak: str) -> Report:
