@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.disagg.connector import Channel
@@ -32,6 +32,7 @@ def _nothing_left() -> Iterator[None]:
         time.sleep(0.05)
 
 
+@example([250, 250, None, 100])  # the second one ends where the ring does
 @given(st.lists(st.one_of(st.none(), st.integers(1, 300)), max_size=60))
 @settings(max_examples=30)
 def test_a_ring_keeps_every_place_until_it_is_freed(doings: list[int | None]) -> None:

@@ -57,10 +57,11 @@ class Ring:
             raise WireError(f"a frame of {size} bytes is larger than the ring's {self.num_bytes}")
         if not self._used:
             self._at = 0
-        skipped = self.num_bytes - self._at if self._at + size > self.num_bytes else 0
+        wraps = self._at + size > self.num_bytes
+        skipped = self.num_bytes - self._at if wraps else 0
         if self._used + skipped + size > self.num_bytes:
             return None
-        at = 0 if skipped else self._at
+        at = 0 if wraps else self._at
         self._memory[at : at + size] = data
         self._at = at + size
         self._used += skipped + size
