@@ -14,6 +14,9 @@ import pytest
 import yaml
 
 from kvkeep.config import ENV_PREFIX, Settings
+from kvkeep.disagg.places import RESOURCE
+from kvkeep.server import app
+from kvkeep.server.options import ServerOptions
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -113,8 +116,34 @@ def test_what_they_set_is_what_kvkeep_knows(name: str, monkeypatch: pytest.Monke
             assert variable.removeprefix(ENV_PREFIX).lower() in settings.model_fields_set
 
 
-def test_no_container_runs_as_root_or_keeps_a_key_in_its_environment() -> None:
-    for path in DEPLOY.glob("*.yaml"):
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"(?i)(password|token|kek|secret_key): *['\"]?[0-9a-f]{16,}", text)
+def values_of(node: Any, key: str) -> list[Any]:
+    """Return what stands under a key, anywhere in a document."""
+    inside = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    found = [node[key]] if isinstance(node, dict) and key in node else []
+    return found + [one for part in inside for one in values_of(part, key)]
+
+
+def test_they_are_probed_where_the_public_port_answers_without_a_key() -> None:
+    (compose,) = documents("compose.yaml")
+    probe = compose["services"]["server"]["healthcheck"]["test"][-1]
+    paths = [re.findall(r"http://[^/]+(/[a-z]*)", probe)[0]]
+    paths += [probe["path"] for probe in values_of(documents("kuberay.yaml"), "httpGet")]
+    assert paths == ["/health"] * 2
+    assert set(paths) <= app._open_paths(ServerOptions())
+
+
+def test_ours_run_as_nobody_and_name_files_for_secrets() -> None:
     assert "USER kvkeep" in (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    pods = values_of(documents("kuberay.yaml"), "template")
+    assert len(pods) == 2
+    assert all(pod["spec"]["securityContext"]["runAsNonRoot"] for pod in pods)
+    told = [one for name in (*COMPOSE, "kuberay.yaml") for one in settings_of(name)]
+    secret = {k: v for one in told for k, v in one.items() if re.search("KEY|TOKEN|CERT", k)}
+    assert secret
+    assert all(value.removeprefix("file:").startswith("/") for value in secret.values())
+
+
+def test_workers_come_to_their_own_nodes() -> None:
+    head, group = values_of(documents("kuberay.yaml"), "rayStartParams")
+    assert "resources" not in head
+    assert set(json.loads(json.loads(group["resources"]))) == set(RESOURCE.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.disagg import ray_cluster
+from kvkeep.disagg import listening, ray_cluster
 from kvkeep.disagg.listening import exposed, family
 from kvkeep.disagg.options import LinkOptions, TlsFiles
 from kvkeep.disagg.ray_cluster import check_address, check_cluster, check_links, joined, uses_tls
@@ -112,6 +112,14 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match=r"install kvkeep\[cluster\]"), joined("auto"):
         pass
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def test_what_can_not_be_read_is_not_taken_for_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "PROC", tmp_path)
+    with pytest.raises(ConfigError, match=r"can't read .*tcp .*nothing tells what listens"):
+        exposed([os.getpid()])
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ from kvkeep.disagg import workers
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.members import CrewOptions
 from kvkeep.disagg.options import LinkOptions, Role
+from kvkeep.disagg.places import Places
 from kvkeep.disagg.ray_cluster import check_links, joined
 from kvkeep.disagg.workers import RayTransport, WorkerActor
 from kvkeep.engine import messages as m
@@ -98,20 +99,22 @@ def test_a_ray_worker_that_listens_everywhere_starts_no_engine_without_tls(
             actor(tls=False)
         actor(tls=True)
     said = f"creation task\n  line\nPermissionError: {refused.value}\nmore"
-    transport = RayTransport("w", "decode", EngineOptions(model="m"), LinkOptions())
+    transport = RayTransport("w", "decode", EngineOptions(model="m"), LinkOptions(), Places())
     assert transport._failed(RuntimeError(said)) == m.Failed("ConfigError", str(refused.value))
     ended = transport._failed(RuntimeError("a secret"))
     assert ended == m.Failed("EngineStopped", "worker w ended (RuntimeError)")
 
 
-def launch(engine: EngineOptions, link: LinkOptions, name: str, role: Role) -> MessageClient:
-    return MessageClient(RayTransport(name, role, engine, link))
+def launch(
+    engine: EngineOptions, link: LinkOptions, places: Places, name: str, role: Role
+) -> MessageClient:
+    return MessageClient(RayTransport(name, role, engine, link, places))
 
 
 @asynccontextmanager
 async def ray_fleet(model: Path, options: CrewOptions = LED) -> AsyncIterator[Fleet]:
     engine = engine_options(model, shield="off")
-    fleet = await Fleet.start(partial(launch, engine, QUICK), options)
+    fleet = await Fleet.start(partial(launch, engine, QUICK, Places()), options)
     try:
         await fleet.set_tenants({"a": 0.5, "b": 0.5})
         yield fleet

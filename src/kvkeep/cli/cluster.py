@@ -16,6 +16,7 @@ from kvkeep.config import Settings
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.members import CrewOptions
 from kvkeep.disagg.options import LinkOptions, Role, TlsFiles
+from kvkeep.disagg.places import Places
 from kvkeep.disagg.ray_cluster import AUTO, check_links, joined
 from kvkeep.disagg.workers import RayTransport
 from kvkeep.engine.api import ModelInfo
@@ -67,10 +68,12 @@ def _own(file: str | None, name: str) -> str | None:
     return None if file is None else f"{Path(file).resolve()}.{name}"
 
 
-def _launch(settings: Settings, link: LinkOptions, name: str, role: Role) -> MessageClient:
+def _launch(
+    settings: Settings, link: LinkOptions, places: Places, name: str, role: Role
+) -> MessageClient:
     engine = worker_options(settings, name)
     gpus = int(settings.device == "cuda")
-    return MessageClient(RayTransport(name, role, engine, link, gpus=gpus))
+    return MessageClient(RayTransport(name, role, engine, link, places, gpus=gpus))
 
 
 @asynccontextmanager
@@ -80,8 +83,9 @@ async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, Mode
     link = link_options(settings)
     with joined(address):
         check_links(link)
+        launch = partial(_launch, settings, link, Places())
         with loading_bar("starting workers"):
-            fleet = await Fleet.start(partial(_launch, settings, link), crew_options(settings))
+            fleet = await Fleet.start(launch, crew_options(settings))
         info = await fleet.info()
         NOTES.print(describe(info))
         counts = f"{settings.cluster_prefill} prefill, {settings.cluster_decode} decode"

@@ -18,10 +18,12 @@ import msgspec
 
 from kvkeep.disagg.listening import exposed
 from kvkeep.disagg.options import LinkOptions, Role
+from kvkeep.disagg.places import Places
 from kvkeep.disagg.ray_cluster import uses_tls
 from kvkeep.disagg.worker import transport_of
 from kvkeep.engine import messages as m
 from kvkeep.engine.options import EngineOptions
+from kvkeep.errors import ConfigError
 
 TURN_S: Final = 10.0
 """A worker that has nothing to say answers after so long, and is asked again."""
@@ -34,7 +36,10 @@ class WorkerActor:
 
     def __init__(self, role: Role, engine: bytes, link: bytes, *, tls: bool) -> None:
         """`engine` and `link` are options as msgpack; without `tls` all must be loopback."""
-        open_to = [] if tls else exposed([os.getpid()])
+        try:
+            open_to = [] if tls else exposed([os.getpid()])
+        except ConfigError as error:
+            raise PermissionError(str(error)) from None
         if open_to:
             raise PermissionError(
                 f"cluster: a Ray worker listens at {open_to[0]} without TLS; give Ray"
@@ -94,11 +99,14 @@ class RayTransport:
         role: Role,
         engine: EngineOptions,
         link: LinkOptions,
+        places: Places,
         *,
         gpus: int = 0,
     ) -> None:
         """`gpus` are those that it has for itself."""
         self._name = name
+        self._role = role
+        self._places = places
         self._arguments = (role, msgspec.msgpack.encode(engine), msgspec.msgpack.encode(link))
         self._gpus = gpus
         self._number = 0
@@ -109,6 +117,8 @@ class RayTransport:
     def start(self, deliver: Callable[[m.Reply], None]) -> None:
         """Have Ray start the worker, and a thread that reads its replies."""
         ray = import_module("ray")  # half a second of imports, of clusters alone
+        node = self._places.take(self, self._role, self._gpus, ray.nodes())
+        strategies = import_module("ray.util.scheduling_strategies")
         self._actor = (
             ray.remote(WorkerActor)
             .options(
@@ -117,7 +127,9 @@ class RayTransport:
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=4,
-                scheduling_strategy="SPREAD",
+                scheduling_strategy="SPREAD"
+                if node is None
+                else strategies.NodeAffinitySchedulingStrategy(node, soft=True),
             )
             .remote(*self._arguments, tls=uses_tls(os.environ))
         )
@@ -140,6 +152,7 @@ class RayTransport:
             except (ray.exceptions.RayError, TimeoutError) as error:
                 log.debug("worker %s: %s", self._name, type(error).__name__)
         self._ended.set()
+        self._places.leave(self)
         ray.kill(self._actor)
 
     def _read(self, ray: Any, deliver: Callable[[m.Reply], None]) -> None:
@@ -147,6 +160,7 @@ class RayTransport:
             try:
                 told = ray.get(self._actor.hear.remote())
             except Exception as error:  # noqa: BLE001 - whatever ended it, clients must hear of it
+                self._places.leave(self)
                 deliver(self._failed(error))
                 self._ended.set()
                 return
