@@ -103,7 +103,7 @@ class Bench:
         played: Replay | None = None
         if "replay" in self.parts:
             told = (*arguments, *epochs_of(EPOCH_S), *pool)
-            pins = self.shape.templates
+            pins = self.texts.declared
             with served(policy, shares, pages, *told, pins=pins) as server:
                 played = self._replay(Ours(server), policy, EPOCH_S)
         told = (*arguments, *epochs_of(AUDIT_EPOCH_S))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from bench.public_prompts import public_prompts
 from bench.sharing_trace import PAGE
 from kvkeep.config import DEMO_MODEL
 from tests.servers import Server, serving
@@ -69,9 +68,9 @@ def served(
     pages: int,
     *arguments: str,
     model: Path = DEMO_MODEL,
-    pins: int = 0,
+    pins: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Serve a model to these tenants with a pool of so many pages and so many prompts pinned."""
+    """Serve a model to these tenants with a pool of so many pages and these prompts pinned."""
     size = ("--kv-cache-memory-bytes", str(pages * page_bytes(model)))
     told = ["--model", str(model), *policy.arguments, *size, *arguments]
     group = GROUP if policy.public else None
@@ -83,9 +82,9 @@ def served(
             yield one
 
 
-def pinned_file(path: Path, count: int) -> Path:
-    """Write the file in which an operator declares the trace's templates public."""
-    prefixes = (f"[[prefix]]\ntext = {json.dumps(text)}\n" for text in public_prompts(count))
+def pinned_file(path: Path, texts: Sequence[str]) -> Path:
+    """Write the file in which an operator declares texts public."""
+    prefixes = (f"[[prefix]]\ntext = {json.dumps(text)}\n" for text in texts)
     path.write_text("\n".join(prefixes), encoding="utf-8")
     return path
 

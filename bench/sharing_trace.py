@@ -24,6 +24,8 @@ K: Final = 4
 """Voters besides the reader that make a page public."""
 MEASURED_FROM: Final = 3
 """The first epoch whose requests count."""
+BESIDE: Final = 16
+"""Tokens behind a declared template: where a text is cut, its last ones are other tokens."""
 POOL_SHARE: Final = 0.3
 """Of what isolation would hold at the end."""
 
@@ -114,10 +116,13 @@ class Texts:
     def __init__(self, text: TextModel, shape: Shape) -> None:
         self._text = text
         self._shape = shape
-        self._templates = [
-            text.encode(prompt, add_special_tokens=False)[: shape.template_tokens]
+        whole = [
+            text.encode(prompt, add_special_tokens=False)
             for prompt in public_prompts(shape.templates)
         ]
+        self._templates = [ids[: shape.template_tokens] for ids in whole]
+        self.declared = [text.decode(ids[: shape.template_tokens + BESIDE]) for ids in whole]
+        """What an operator declares public: each template, and what a page has no room for."""
 
     def prompt(self, number: int, ask: Ask) -> list[int]:
         """Return the ids of the trace's request of this number."""

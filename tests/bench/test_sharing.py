@@ -240,12 +240,14 @@ def test_pages_have_the_demo_models_size() -> None:
 
 def test_what_an_operator_pins_is_the_traces_templates(tmp_path: Path) -> None:
     text = TextModel.load(DEMO_MODEL)
-    file = sharing_server.pinned_file(tmp_path / "pins.toml", 2)
-    pinned = pinned_prompts(file, text)
     texts = Texts(text, FULL)
-    for template in range(2):
+    file = sharing_server.pinned_file(tmp_path / "pins.toml", texts.declared)
+    pinned = pinned_prompts(file, text)
+    assert len(pinned) == FULL.templates
+    for template, found in enumerate(pinned):
         ids = texts.prompt(0, Ask(1, 0, template, 64))[: FULL.template_tokens]
-        assert pinned[template][: FULL.template_tokens] == ids
+        assert found[: FULL.template_tokens] == ids
+        assert len(found) // PAGE == FULL.template_tokens // PAGE, "no page more"
 
 
 def test_parts_and_policies_can_be_measured_alone() -> None:
