@@ -1,7 +1,4 @@
-"""Audits that ended, kept by commit: a run of minutes that was cut off goes on where it was.
-
-Nothing is kept of a tree that differs from its commit. Delete the folder to measure anew.
-"""
+"""Audits that ended, kept by commit in `build/audits`."""
 
 from __future__ import annotations
 
@@ -9,25 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from bench import harness
+from bench.kept import BUILD, Kept
 from kvkeep.audit import Report
-from kvkeep.cli.console import NOTES
-from kvkeep.files import replace_file
 
-FOLDER: Final = Path(__file__).parents[1] / "build" / "audits"
+FOLDER: Final = BUILD / "audits"
 
 
 def kept(name: str, measure: Callable[[], Report], folder: Path = FOLDER) -> Report:
     """Return the audit of this name that this commit has made before, or make it."""
-    commit = harness.commit()
-    path = folder / commit / f"{name}.json"
-    if path.exists():
-        NOTES.print(f"{name}: taken from {path}")
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+    audits = Kept(Report, folder)
+    known = audits.get(name)
+    if known is not None:
+        return known
     report = measure()
-    if not commit.endswith("-dirty"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, msgspec.json.encode(report))
+    audits.put(name, report)
     return report

@@ -1,57 +1,45 @@
 """What the places below memory cost and give: a prompt's first token from disk, stalls, restarts.
 
 `--only ttft`: a prompt of 4,096 tokens whose pages lie on a disk that the system holds nothing of,
-beside computing it. `--only stall`: the time that steps spend in the tiers' code while a gigabyte
-of pages is written beside eight answers. `--only restart`: a process is killed while it serves;
-what the next one finds again of what had been written. `--only faults`: answers of a server whose
-disk fails and changes, that is killed and started again, beside those of one without tiers.
+beside computing it. `waited_s` is the part of a hit before anything of it was computed. A prompt of
+a token more, of the same pages, is beside it: of coded ones it computes a row, not a block.
+`--only stall`: the time that steps spend in the tiers' code while a gigabyte of pages is written
+beside eight answers. `--only restart`: a process is killed while it serves; what the next one finds
+again of what had been written. `--only faults`: answers of a server whose disk fails and changes,
+that is killed and started again, beside those of one without tiers; runs of it that ended are kept
+by commit in `build/tier-faults`.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
 from bench import harness
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Pair, Report, Row
-from bench.ours import TENANT, Ours, greedy
+from bench.ours import TENANT, greedy
 from bench.quant_e2e import model_in
-from bench.tiers_faults import QUICK_TURNS, TURNS, fault_runs
+from bench.tiers_faults import KEPT, RUNS, fault_runs
 from bench.tiers_restart import durable, found_again
-from kvkeep.cache.tier.files import Directory
-from kvkeep.cache.tier.lowest import TierSizes
-from kvkeep.cache.tier.pages import TieredPages
-from kvkeep.cache.tiers import Copy, Install, Read
-from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import Parts
+from bench.tiers_side import DISK_BYTES, POOL_BYTES, TOKENS, Side
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.loop import STALL_WAIT_S
-from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
-from kvkeep.engine.sealers import Sealing, sealing_of
-from kvkeep.eviction.policy import KeepAll
+from kvkeep.engine.options import ShieldName
+from kvkeep.errors import ConfigError
 from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
-from kvkeep.sealing import SealContext
-from kvkeep.sharing.policy import ShareNothing
-from kvkeep.shield.policy import NoShield
 from kvkeep.types import PAGE_TOKENS, Layout
 
 LIKE: Final = "qwen2.5-0.5b"
-TOKENS: Final = 4_096
 QUICK_TOKENS: Final = 1_024
-POOL_BYTES: Final = 2 << 30
-DISK_BYTES: Final = 4 << 30
 STALL_BYTES: Final = 1 << 30
 QUICK_STALL_BYTES: Final = 64 << 20
 DECODING: Final = 8
@@ -61,153 +49,6 @@ KILLS: Final = 10
 PARTS: Final = ("ttft", "stall", "restart", "faults")
 MODES: Final[tuple[ShieldName, ...]] = ("off", "seal")
 CODECS: Final[dict[str, Codec]] = {"bf16": Float(), "k2v2": Hack(Layout.K2V2)}
-
-
-def sealing_in(folder: Path, mode: ShieldName) -> Sealing:
-    """Return what seals pages; its key store and key file are made in a folder."""
-    store = KeyOptions(store=str(folder / "keys.json"))
-    return sealing_of(EngineOptions(model="", shield=mode, keys=store))
-
-
-class Timed:
-    """A tier that counts the seconds spent in it."""
-
-    def __init__(self, tier: TieredPages) -> None:
-        self.tier = tier
-        self.spent_s = self.worked_s = 0.0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count what is done: by the clock, and this thread's own work of that."""
-        begun, worked = time.perf_counter(), time.thread_time()
-        yield
-        self.spent_s += time.perf_counter() - begun
-        self.worked_s += time.thread_time() - worked
-
-    def holds(self, context: SealContext) -> bool:
-        """Ask the tier."""
-        with self.counted():
-            return self.tier.holds(context)
-
-    def fetch(
-        self,
-        context: SealContext,
-        layer_bytes: Sequence[int],
-        install: Install,
-        done: Callable[[bool], None],
-    ) -> None:
-        """Ask the tier."""
-        with self.counted():
-            self.tier.fetch(context, layer_bytes, install, done)
-
-    def store(
-        self,
-        context: SealContext,
-        layer_bytes: Sequence[int],
-        read: Read,
-        expires_s: float | None,
-    ) -> Copy | None:
-        """Ask the tier."""
-        with self.counted():
-            copy = self.tier.store(context, layer_bytes, read, expires_s)
-        return None if copy is None else _TimedCopy(self, copy)
-
-    def forget(self, owner: str) -> int:
-        """Ask the tier."""
-        return self.tier.forget(owner)
-
-    def poll(self) -> None:
-        """Ask the tier."""
-        with self.counted():
-            self.tier.poll()
-
-
-class _TimedCopy(NamedTuple):
-    timed: Timed
-    copy: Copy
-
-    def take(self, *, last: bool) -> bool:
-        """Copy the page."""
-        with self.timed.counted():
-            return self.copy.take(last=last)
-
-    def cancel(self) -> None:
-        """Let it go."""
-        self.copy.cancel()
-
-
-class Side:
-    """An engine with a disk below it."""
-
-    def __init__(
-        self, model: Path, folder: Path, mode: ShieldName, codec: Codec, threads: int
-    ) -> None:
-        self.folder = folder / f"{mode}-tier"
-        files = Directory(self.folder)
-        sizes = TierSizes(disk_bytes=DISK_BYTES)
-        self.sealing = sealing_in(folder, mode)
-        self.timed = Timed(TieredPages(self.sealing.sealer, sizes, files))
-        parts = Parts(
-            techniques=Techniques(codec, NoShield(), KeepAll()),
-            policy=ShareNothing(),
-            tier=self.timed,
-        )
-        self.ours = Ours(model, threads=threads, kv_cache_bytes=POOL_BYTES, parts=parts)
-        self.timed.tier.set_shares({TENANT: 1.0}, {})
-        self.prompt = self.ours.prompt(TOKENS)
-
-    @property
-    def core(self) -> EngineCore:
-        """Return the engine."""
-        return self.ours.core
-
-    def first_token_s(self, prompt: Sequence[int], scope: str | None = None) -> float:
-        """Return the seconds to a prompt's first token."""
-        self.ours.submit(prompt, greedy(1), scope=scope)
-        begun = time.perf_counter()
-        while not self.core.idle():
-            self.core.step()
-            if self.core.stalled:
-                time.sleep(self.core.caches.pause_s(STALL_WAIT_S, STALL_WAIT_S))
-        return time.perf_counter() - begun
-
-    def write(self) -> None:
-        """Wait until what rests is on the disk, and evict it from the pool."""
-        for manager in self.core.caches.managers.values():
-            if manager.below is not None:
-                manager.below.flush(time.monotonic() + 60)
-            manager.evict_pages(TENANT, manager.pool.num_pages)
-        while self.timed.tier._back.queue.busy:  # noqa: SLF001 - nobody else needs to know
-            self.timed.poll()
-            time.sleep(STALL_WAIT_S)
-        self.timed.poll()
-        self.drop_file_cache()
-
-    def drop_file_cache(self) -> None:
-        """Let the system forget the files."""
-        for path in self.folder.glob("*.segment"):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(handle)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
-
-    def hit_s(self, prompt: Sequence[int]) -> float:
-        """Return the seconds to the first token of a prompt that lies on the disk."""
-        self.write()
-        before = self.timed.tier.uses()[-1].hits
-        took = self.first_token_s(prompt, "kept")
-        hits = self.timed.tier.uses()[-1].hits - before
-        if hits < (len(prompt) - 1) // PAGE_TOKENS - 1:
-            raise RuntimeError(f"only {hits} pages came from the disk")
-        return took
-
-    def close(self) -> None:
-        """End the engine."""
-        self.core.close()
-        self.timed.tier.close(5.0)
-        self.sealing.close()
 
 
 def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure], list[Row]]:
@@ -233,7 +74,10 @@ def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure
         figures.append(
             Figure(f"ttft_disk_hit_vs_recompute_{codec}", harness.ratio(found), Goal("<=", 0.03))
         )
-        rows.append(_row(codec, "off", tokens, found))
+        rows.append(_row(codec, "off", tokens, found, plain))
+        longer = plain.prompt[: tokens + 1]
+        past = harness.interleave(partial(plain.hit_s, longer), partial(plain.hit_s, prompt), pairs)
+        rows.append(_row(codec, "off", tokens + 1, past, plain))
         for mode, side in sides.items():
             if mode != "off":
                 beside = harness.interleave(
@@ -241,17 +85,19 @@ def measure_ttft(model: Path, codec: str, options: Options) -> tuple[list[Figure
                 )
                 name = f"ttft_sealed_vs_plain_tier_{codec}"
                 figures.append(Figure(name, harness.ratio(beside), Goal("<=", 1.02)))
-                rows.append(_row(codec, mode, tokens, beside))
+                rows.append(_row(codec, mode, tokens, beside, side))
         for side in sides.values():
             side.close()
     return figures, rows
 
 
-def _row(codec: str, mode: str, tokens: int, pairs: Sequence[Pair]) -> Row:
+def _row(codec: str, mode: str, tokens: int, pairs: Sequence[Pair], side: Side) -> Row:
+    waits, side.waits = side.waits, []
     return {
         "kv": codec,
         "shield": mode,
         "tokens": tokens,
+        "waited_s": float(np.median(waits)),
         "hit_s": float(np.median([pair.ours for pair in pairs])),
         "other_s": float(np.median([pair.theirs for pair in pairs])),
     }
@@ -341,7 +187,7 @@ def measure_restart(options: Options) -> tuple[Figure, list[Row]]:
 
 def measure_faults(options: Options) -> tuple[Figure, Row]:
     """Count the answers that differ under faults from those of a server without tiers."""
-    counted = fault_runs(QUICK_TURNS if options.quick else TURNS)
+    counted = fault_runs(1 if options.quick else RUNS, KEPT)
     row: Row = {"fault_run": "demo", **counted._asdict()}
     wrong = _exactly(counted.wrong, counted.answers)
     return Figure("wrong_tokens_in_fault_runs", wrong, Goal("<=", 0.0)), row
@@ -353,6 +199,9 @@ def _exactly(value: float, samples: int) -> Estimate:
 
 def measure(options: Options) -> Report:
     """Measure the parts asked for."""
+    for name in options.only:
+        if name not in PARTS:
+            raise ConfigError(f"only: there is no part {name!r}; there are: {', '.join(PARTS)}")
     wanted = options.only or PARTS
     figures: list[Figure] = []
     rows: list[Row] = []

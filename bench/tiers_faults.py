@@ -2,7 +2,8 @@
 
 A server with a sealed disk tier (`bench.faulty_server`) answers, is killed in the middle, bytes of
 its segments are changed, and it is started again; each answer it gave is compared with the answer
-of a server that has no tiers.
+of a server that has no tiers. Runs that ended are kept in `build/tier-faults`, by commit, so that a
+benchmark of a quarter of an hour can be made in pieces.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from typing import Any, Final, NamedTuple
 import httpx
 
 from bench.faulty_server import ADMIN
+from bench.kept import BUILD, Kept
+from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
 from kvkeep.server.tenants import SharingTerms, TenantFile
 
 TENANTS: Final = {"harbour": 0.3, "library": 0.3, "market": 0.3}
-TURNS: Final = 8
-QUICK_TURNS: Final = 3
+RUNS: Final = 3
+"""Each of other seeds, over a directory of its own."""
+TURNS: Final = 3
+"""Of a run; the last one is not killed, so that its figures can be read."""
 QUESTIONS: Final = 24
 FLIPS: Final = 12
 """Bytes changed in the segments between two turns."""
@@ -48,6 +53,9 @@ class Counted(NamedTuple):
     misses: int
     errors: int
     kills: int
+
+
+KEPT: Final = Kept(Counted, BUILD / "tier-faults")
 
 
 @dataclass(frozen=True)
@@ -172,11 +180,23 @@ def damage(folder: Path, draw: random.Random) -> None:
         last.truncate(max(0, last.seek(0, 2) - draw.randrange(1, 40_000)))
 
 
-def fault_runs(turns: int, seed: int = 0) -> Counted:
+def fault_runs(runs: int, kept: Kept[Counted]) -> Counted:
+    """Return what came of so many runs together; each is made once for a commit."""
+    total = Counted(0, 0, 0, 0, 0, 0)
+    for seed in range(runs):
+        name = f"run-{seed}"
+        one = kept.get(name)
+        if one is None:
+            one = fault_run(seed)
+            kept.put(name, one)
+        total = Counted(*map(sum, zip(total, one, strict=True)))
+    return total
+
+
+def fault_run(seed: int, turns: int = TURNS) -> Counted:
     """Serve, kill, damage and start again so often; return what came of it.
 
-    A turn in three is not killed, so that its figures can be read. Raises `RuntimeError` where
-    nothing failed or nothing was found, since then nothing was shown.
+    Raises `RuntimeError` where nothing failed or nothing was found, since then nothing was shown.
     """
     draw = random.Random(seed)
     with TemporaryDirectory() as name:
@@ -192,11 +212,15 @@ def fault_runs(turns: int, seed: int = 0) -> Counted:
             raise RuntimeError("the server without tiers did not answer all questions")
         total = Counted(0, 0, 0, 0, 0, 0)
         for number in range(turns):
-            quiet = number % 3 == 2 or number == turns - 1
+            quiet = number == turns - 1
             after = None if quiet else draw.randrange(QUESTIONS // 2, 2 * QUESTIONS)
             with serving(folder, seed * 1000 + number) as server:
                 one = turn(server, keys, right, killed_after=after)
             total = Counted(*map(sum, zip(total, one, strict=True)))
+            NOTES.print(
+                f"faults: run {seed}, turn {number + 1} of {turns}: {one.answers} answers,"
+                f" {one.wrong} wrong"
+            )
             damage(folder, draw)
     if not (total.errors and total.hits and total.kills):
         raise RuntimeError(f"nothing failed, was found or was killed: {total}")
