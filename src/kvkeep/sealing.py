@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class SealContext:
             self.spec_digest,
             self.kind.to_bytes(4, "little"),
         )
-        return _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
+        return b"".join((_LENGTHS.pack(*map(len, parts)), *parts))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,7 +67,20 @@ class KeyState:
 
 
 Opened = Generator[memoryview, None, bool]
-"""A page's layers; returns whether its owner seals under a newer key by now."""
+"""A page's layers one after another, those together that are proven at a time; returns whether its
+owner seals under a newer key by now."""
+
+
+def layers_of(opening: Iterable[memoryview], layer_bytes: Iterable[int]) -> list[memoryview]:
+    """Return a page's layers, each by itself."""
+    sizes, layers = iter(layer_bytes), []
+    for run in opening:
+        at = 0
+        while at < len(run):
+            size = next(sizes)
+            layers.append(run[at : at + size])
+            at += size
+    return layers
 
 
 class PageSealer(Protocol):
@@ -110,7 +123,7 @@ class PageSealer(Protocol):
         layer_bytes: Sequence[int],
         into: memoryview | None = None,
     ) -> Opened:
-        """Yield a page's layers in order, each as soon as it is open.
+        """Yield a page's layers in order, some whole ones at a time, as soon as they are open.
 
         They lie in `into`, as long as the page, or in memory of the page's own. May wait for keys.
         Raises `SealError` where the frame is another context's, was changed, or its keys are gone:

@@ -90,7 +90,17 @@ def test_a_layer_is_read_and_installed_as_bytes() -> None:
     page = memoryview(bytearray(2 * len(data)))
     pool.read_page(a, page)
     assert page == pool.read(a, 0) + data
-    for layer, wrong in ((1, data[1:]), (2, data), (-1, data)):
+    both = pool.read(a, 0) + data
+    assert (pool.install(b, 0, both), pool.install(b, 1, data)) == (2, 1)
+    assert pool.read(b, 0) + pool.read(b, 1) == both
+    for layer, wrong in (
+        (1, data[1:]),
+        (1, both),
+        (2, data),
+        (-1, data),
+        (0, both + data),
+        (0, b""),
+    ):
         with pytest.raises(EngineError, match="does not fit"):
             pool.install(b, layer, wrong)
 
@@ -209,7 +219,7 @@ def test_tiles_of_several_sizes_make_up_a_page_and_overlap_nowhere() -> None:
 
 
 def test_tiles_of_several_sizes_are_read_written_copied_and_installed() -> None:
-    pool = TilePool(MIXED, 3, beside=BESIDE)
+    pool = TilePool(MIXED, 4, beside=BESIDE)
     one, other, third = (pool.alloc_page() for _ in range(3))
     tiles = np.random.default_rng(1).integers(1, 256, (2, 320)).astype(np.uint8)
     tiles[1, 192:] = 0
@@ -225,6 +235,9 @@ def test_tiles_of_several_sizes_are_read_written_copied_and_installed() -> None:
     for layer in (0, 1):
         pool.install(third, layer, pool.read(other, layer))
         assert np.array_equal(pool.read_tiles(third, layer), pool.read_tiles(one, layer))
+    fourth = pool.alloc_page()
+    assert pool.install(fourth, 0, whole) == 2
+    assert (pool.read(fourth, 0), pool.read(fourth, 1)) == (pool.read(one, 0), pool.read(one, 1))
     with pytest.raises(EngineError, match="does not fit"):
         pool.install(third, 1, pool.read(one, 0))
     pool.free_page(one)

@@ -162,5 +162,5 @@ def test_public_pages_have_a_quota_of_their_own() -> None:
     life.end()
     one_page = {**SHARES, PUBLIC_OWNER: 1.5 * SPEC.page_bytes / (3 << 20)}
     life = again(served(one_page))
-    assert len(life.tier._levels[-1].names(PlainSealer().shelf_of(PUBLIC_OWNER))) == 1
+    assert len(life.tier._index.levels[-1].names(PlainSealer().shelf_of(PUBLIC_OWNER))) == 1
     life.end()

@@ -91,14 +91,20 @@ def test_hits_outlive_a_restart(tiny: dict[str, Path], tmp_path: Path, kv: str) 
     other.close()
 
 
-def test_hits_outlive_a_restart_in_a_server(tiny: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [(), ("memory:8MiB",), ("memory:8MiB", "disk:{},64MiB")])
+def test_hits_outlive_a_restart_in_a_server(
+    beside: tuple[str, ...], tiny: dict[str, Path], tmp_path: Path
+) -> None:
     warm = []
     with redis_server(tmp_path) as port:
-        for _ in range(2):
+        for disk in ("lost", "new"):
             core = core_for(
                 tiny["qwen2"],
                 tenants={"a": 0.9},
-                tiers=(f"redis://127.0.0.1:{port}/1,64MiB",),
+                tiers=(
+                    f"redis://127.0.0.1:{port}/1,64MiB",
+                    *(tier.format(tmp_path / disk) for tier in beside),
+                ),
                 shield="seal",
                 keys=KeyOptions(store=str(tmp_path / "keys.json")),
             )

@@ -18,6 +18,8 @@ def test_sizes_are_read() -> None:
     url = "redis://10.0.0.7:6379/3"
     assert sizes_of([f"{url},64GiB"]) == (TierSizes(remote_bytes=64 << 30), None, url)
     assert sizes_of([f"{url.replace('redis', 'rediss')},1TiB"]).url == "rediss://10.0.0.7:6379/3"
+    every = sizes_of([f"{url},3MiB", "disk:/a,2MiB", "memory:1MiB"])
+    assert every == (TierSizes(1 << 20, 2 << 20, 3 << 20), Path("/a"), url)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +51,8 @@ def test_a_kind_is_named_once() -> None:
         sizes_of(["disk:/a,1GiB", "disk:/b,1GiB"])
     with pytest.raises(ConfigError, match="tier: 'redis' is named twice"):
         sizes_of(["redis://a,1GiB", "redis://b,1GiB"])
-    with pytest.raises(ConfigError, match="a disk or a server"):
-        sizes_of(["redis://a,1GiB", "disk:/b,1GiB"])
+    with pytest.raises(ConfigError, match="tier: 'rediss' is named twice"):
+        sizes_of(["redis://a,1GiB", "rediss://b,1GiB"])
 
 
 def test_a_server_gets_sealed_pages_alone() -> None:

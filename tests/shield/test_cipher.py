@@ -5,6 +5,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.errors import KeysGone, SealError
-from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext
+from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext, layers_of
 from kvkeep.shield import envelope
 from kvkeep.shield.cipher import FrameSealer, PageKey, suite_of
 from kvkeep.shield.frame import (
@@ -78,7 +79,7 @@ def opened(
     frame: bytes | bytearray | memoryview,
     sizes: Sequence[int],
 ) -> list[bytes]:
-    return [bytes(x) for x in sealer.open(context, memoryview(frame), sizes)]
+    return [bytes(x) for x in layers_of(sealer.open(context, memoryview(frame), sizes), sizes)]
 
 
 def refused(sealer: FrameSealer, context: SealContext, frame: bytes, sizes: Sequence[int]) -> None:
@@ -108,7 +109,7 @@ def test_a_frame_opens_and_is_the_references(suite: Suite, sizes: tuple[int, ...
 def test_plans_cover_every_byte_once(sizes: list[int]) -> None:
     plan = plan_frame(sizes)
     at, frame_at = 0, HEADER_BYTES
-    layers: list[slice] = []
+    ends, parts = list(accumulate(sizes)), {}
     for piece, (first, last, part, number, length) in zip(
         plan.slices, reference.pieces(sizes), strict=True
     ):
@@ -118,10 +119,10 @@ def test_plans_cover_every_byte_once(sizes: list[int]) -> None:
         assert piece.sealed == slice(frame_at, frame_at + length + TAG_BYTES)
         assert length <= SLICE_BYTES
         at, frame_at = piece.plain.stop, piece.sealed.stop
-        layers += piece.layers
+        parts[part] = ends[last - 1]
     assert (at, frame_at) == (plan.plain_bytes, plan.frame_bytes) == (sum(sizes), frame_at)
-    assert [layer.stop - layer.start for layer in layers] == sizes
-    assert layers[-1].stop == at
+    assert [one.plain.stop for one in plan.slices if one.whole] == list(parts.values())
+    assert ends[-1] == at
     assert len({piece.nonce for piece in plan.slices}) == len(plan.slices)
 
 
@@ -153,7 +154,7 @@ def test_layers_before_a_flip_are_proven_and_no_other_comes() -> None:
     frame = bytearray(sealed(sealer, CONTEXT, layers))
     frame[-1] ^= 1
     coming = sealer.open(CONTEXT, memoryview(frame), sizes)
-    assert [bytes(next(coming)), bytes(next(coming))] == layers[:2]
+    assert [next(coming), next(coming)] == layers[:2]
     with pytest.raises(SealError, match="changed"):
         next(coming)  # its first slice was sound, its second was not
     assert sealer.counts == {"sealed": 1, "changed": 1}
@@ -333,13 +334,29 @@ def test_memory_that_is_given_is_used(sizes: Sequence[int]) -> None:
     back = memoryview(bytearray(b"x" * sum(sizes)))
     frame = sealer.seal(CONTEXT, b"".join(layers), sizes, room)
     assert frame is room
-    assert list(sealer.open(CONTEXT, frame, sizes, back)) == layers
+    assert layers_of(sealer.open(CONTEXT, frame, sizes, back), sizes) == layers
     assert back == b"".join(layers)
     frame[-1] ^= 1
     with pytest.raises(SealError):
         list(sealer.open(CONTEXT, frame, sizes, back))
     last = SLICE_BYTES if sizes is MIXED else sum(sizes)
     assert back[-last:] == bytes(last), "what was not proven is zeroed"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_nothing_of_a_layer_is_left_where_one_of_its_slices_was_changed(number: int) -> None:
+    sizes = (40, 2 * SLICE_BYTES + 9)
+    sealer, layers = FrameSealer(Ring()), page(sizes)
+    frame = sealed(sealer, CONTEXT, layers)
+    frame[HEADER_BYTES + 40 + TAG_BYTES + number * (SLICE_BYTES + TAG_BYTES)] ^= 1
+    back = memoryview(bytearray(b"x" * sum(sizes)))
+    coming = sealer.open(CONTEXT, frame, sizes, back)
+    assert next(coming) == layers[0]
+    with pytest.raises(SealError, match="changed"):
+        next(coming)
+    zeroed = min((number + 1) * SLICE_BYTES, sizes[1])
+    assert back[40 : 40 + zeroed] == bytes(zeroed), "opened, and zeroed again"
+    assert back[40 + zeroed :] == b"x" * (sizes[1] - zeroed), "never written"
 
 
 def test_a_reader_is_told_that_its_owner_seals_under_a_newer_key() -> None:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
-from kvkeep.sealing import SealContext
+from kvkeep.sealing import SealContext, layers_of
 from kvkeep.shield import wire as w
 from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.keeper import Keeper, serve
@@ -65,10 +65,10 @@ def test_pages_are_sealed_and_opened_by_keys_of_another_process(client: KeyClien
     assert sealer.name_of(context("acme")) is None, "a step never waits"
     soon(lambda: sealer.name_of(context("acme")) is not None)
     frame = sealer.seal(context("acme"), PAGE, SIZES)
-    assert [bytes(x) for x in sealer.open(context("acme"), frame, SIZES)] == LAYERS
+    assert layers_of(sealer.open(context("acme"), frame, SIZES), SIZES) == LAYERS
     name, shelf = sealer.name_of(context("acme")), sealer.shelf_of("acme")
     assert client.rotate("acme") == 2
-    assert [bytes(x) for x in sealer.open(context("acme"), frame, SIZES)] == LAYERS
+    assert layers_of(sealer.open(context("acme"), frame, SIZES), SIZES) == LAYERS
     assert (name, shelf) == (sealer.name_of(context("acme")), sealer.shelf_of("acme"))
     status = client.status()
     assert (status.provider, status.owners, status.granted) == ("file", 1, 3)
@@ -85,7 +85,7 @@ def test_after_a_restart_every_name_is_known_at_once(client: KeyClient) -> None:
         other = FrameSealer(again)
         assert other.name_of(context("acme")) == sealer.name_of(context("acme"))
         assert other.shelf_of("acme") == sealer.shelf_of("acme")
-        assert [bytes(x) for x in other.open(context("acme"), frame, SIZES)] == LAYERS
+        assert layers_of(other.open(context("acme"), frame, SIZES), SIZES) == LAYERS
     finally:
         again.close()
 
@@ -102,7 +102,7 @@ def test_a_key_process_that_dies_makes_misses_and_comes_back(
             sealer.seal(context("acme"), PAGE, SIZES)
     assert (client.counts.deaths, client.counts.unavailable) == (1, 3)
     clock.pass_(FIRST_PAUSE_S)
-    assert [bytes(x) for x in sealer.open(context("acme"), frame, SIZES)] == LAYERS
+    assert layers_of(sealer.open(context("acme"), frame, SIZES), SIZES) == LAYERS
     assert client.counts.starts == 2
 
 
@@ -200,7 +200,7 @@ def test_a_tenant_is_shredded_through_a_server_or_beside_it(
     for owner in ("acme", "beta"):
         with pytest.raises(KeysGone):
             next(sealer.open(context(owner), frames[owner], SIZES))
-    assert [bytes(x) for x in sealer.open(context("gamma"), frames["gamma"], SIZES)] == LAYERS
+    assert layers_of(sealer.open(context("gamma"), frames["gamma"], SIZES), SIZES) == LAYERS
     assert client.counts.gone == 2
     soon(lambda: sealer.name_of(context("acme")) not in {None, name})
     with pytest.raises(ConfigError, match="no keys of a tenant nobody"):
@@ -298,6 +298,7 @@ def test_every_refusal_crosses_as_what_it_was(tmp_path: Path) -> None:
 
 SERVER = """
 import sys
+from kvkeep.sealing import layers_of
 from kvkeep.shield.cipher import FrameSealer
 from kvkeep.shield.keys import KeyClient
 from tests.shield.test_keys import LAYERS, PAGE, SIZES, context, soon
@@ -306,7 +307,7 @@ client.start()
 sealer = FrameSealer(client)
 for owner in ("acme", "rival"):
     frame = sealer.seal(context(owner), PAGE, SIZES)
-    assert [bytes(x) for x in sealer.open(context(owner), frame, SIZES)] == LAYERS
+    assert layers_of(sealer.open(context(owner), frame, SIZES), SIZES) == LAYERS
     soon(lambda: sealer.name_of(context(owner)) is not None)
     print(bytes(frame[8:24]).hex(), flush=True)
 print(client.pid, flush=True)

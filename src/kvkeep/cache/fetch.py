@@ -83,11 +83,11 @@ class Fetch:
             if self._over or entry.arrived is not None:
                 return
             try:
-                self._store.pool.install(entry.page.slot, layer, data)
+                count = self._store.pool.install(entry.page.slot, layer, data)
             except EngineError:
                 self._finish(entry, False)
                 return
-            entry.layers.add(layer)
+            entry.layers.update(range(layer, layer + count))
 
         return install
 

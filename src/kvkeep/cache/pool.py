@@ -264,25 +264,38 @@ class TilePool:
         for part, heads in self._require(slot).in_layer(layer):
             self._storage.write(part.place, ids[heads], tiles[heads, : part.range.tile_bytes])
 
-    def install(self, slot: int, layer: int, data: bytes | memoryview) -> None:
-        """Write one layer of a page as `read` returned it.
+    def install(self, slot: int, layer: int, data: bytes | memoryview) -> int:
+        """Write layers of a page from one on, each as `read` returned it; return how many.
 
         Raises `EngineError` where the size is wrong.
         """
-        self._require(slot)
-        inside = 0 <= layer < self.spec.num_layers
-        sizes = self._sizes(slot, layer) if inside else []
-        if not inside or len(data) != sum(sizes):
+        parts, at, end = self._require(slot).parts, layer, 0
+        while 0 <= at < self.spec.num_layers and end < len(data):
+            end += sum(self._sizes(slot, at)) if len(parts) > 1 else self._layer_bytes(parts[0])
+            at += 1
+        if not 0 <= layer < at or end != len(data):
             raise EngineError(
                 f"layer {layer} with {len(data)} bytes does not fit a page of this pool"
             )
-        rows, most = np.frombuffer(data, np.uint8), max(sizes)
-        if min(sizes) == most:
-            rows = rows.reshape(len(sizes), most)
+        if len(parts) == 1:
+            tiles = np.frombuffer(data, np.uint8).reshape(-1, parts[0].range.tile_bytes)
+            self._storage.write(parts[0].place, self.tile_table[slot, layer:at].reshape(-1), tiles)
         else:
-            stored, rows = rows, np.zeros((len(sizes), most), np.uint8)
-            rows[np.arange(most) < np.array(sizes)[:, None]] = stored
+            rest = np.frombuffer(data, np.uint8)
+            for one in range(layer, at):
+                rest = self._install_mixed(slot, one, rest)
+        return at - layer
+
+    def _install_mixed(self, slot: int, layer: int, data: Tiles) -> Tiles:
+        """Write a layer of tiles of several sizes; return what follows it."""
+        sizes = self._sizes(slot, layer)
+        rows = np.zeros((len(sizes), max(sizes)), np.uint8)
+        rows[np.arange(max(sizes)) < np.array(sizes)[:, None]] = data[: sum(sizes)]
         self.write_tiles(slot, layer, rows)
+        return data[sum(sizes) :]
+
+    def _layer_bytes(self, part: _Part) -> int:
+        return self.spec.num_kv_heads * part.range.tile_bytes
 
     def layer_kv(self, layer: int) -> LayerKV:
         """Return what kernels need for one layer; the same object every time."""

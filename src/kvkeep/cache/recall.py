@@ -107,12 +107,14 @@ class Recall:
                 parent, key = bytes(data[:32]), bytes(data[32:META_BYTES])
                 if chain_hash(parent, self._digest, key) == chain:
                     one.parent, one.key = parent, key
-                return
+                layer, data = 1, data[META_BYTES:]
+                if not data:
+                    return
             try:
-                self._store.pool.install(one.page.slot, layer - 1, data)
+                count = self._store.pool.install(one.page.slot, layer - 1, data)
             except EngineError:
                 return
-            one.layers.add(layer - 1)
+            one.layers.update(range(layer - 1, layer - 1 + count))
 
         return install
 

@@ -11,7 +11,7 @@ from kvkeep.sealing import KeyState, SealContext
 from kvkeep.types import View
 
 Install = Callable[[int, bytes | memoryview], None]
-"""Hears of a layer of a page on its way up."""
+"""Hears of layers of a page on their way up: the first one's number, and bytes of whole ones."""
 
 Read = Callable[[memoryview], None]
 """Writes a page's layers one after another."""
@@ -47,7 +47,7 @@ class Tier(Protocol):
         install: Install,
         done: Callable[[bool], None],
     ) -> None:
-        """Start to fetch a page: `install(layer, data)` per layer, in any order, then `done(ok)`.
+        """Start to fetch a page: `install(layer, data)` for all layers, then `done(ok)`.
 
         Both may be called after the reader lost interest, and do nothing then.
         """

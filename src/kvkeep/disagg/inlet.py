@@ -13,7 +13,7 @@ from kvkeep.disagg.link import Faults, LinkThread, beat, connector_of, greet, to
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.wire import Block, Control, Credit, Frame, Hello, Lost, control_bytes
 from kvkeep.errors import KvkeepError, LinkLost, SealError, WireError, unexpected
-from kvkeep.sealing import PageSealer
+from kvkeep.sealing import PageSealer, layers_of
 
 
 class Inlet:
@@ -106,7 +106,7 @@ class Inlet:
         try:
             incoming.check(block)
             sizes, context = incoming.pages.sizes(block), incoming.pages.context(block)
-            layers = list(self._sealer.open(context, frame.payload, sizes))
+            layers = layers_of(self._sealer.open(context, frame.payload, sizes), sizes)
         except (SealError, WireError) as error:
             self._faults.note("pages that do not open", error)
             await channel.send((control_bytes(Credit(size)),))

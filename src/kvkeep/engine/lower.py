@@ -63,8 +63,6 @@ def sizes_of(tiers: Sequence[str]) -> Asked:
             raise ConfigError(f"tier: {kind!r} is named twice; give one of each kind")
         else:
             raise ConfigError(f"tier: {text!r} is of no known kind; {_FORMS}")
-    if directory is not None and url is not None:
-        raise ConfigError("tier: below a disk there is nothing yet; give a disk or a server")
     return Asked(TierSizes(memory, disk, remote), directory, url)
 
 

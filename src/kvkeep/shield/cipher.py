@@ -145,7 +145,7 @@ class FrameSealer:
         layer_bytes: Sequence[int],
         into: memoryview | None = None,
     ) -> Opened:
-        """Yield the page's layers, each once its tags held."""
+        """Yield the page's layers, once their tags held."""
         plan = _planned(tuple(layer_bytes))
         header = self._header(frame, plan)
         key = self._keys.known(_hierarchy(context), header.epoch, header.page_id, header.generation)
@@ -158,17 +158,16 @@ class FrameSealer:
         plain = np.empty(plan.plain_bytes, np.uint8).data if into is None else into
         unproven = 0
         decrypt_into = cipher.decrypt_into
-        for nonce, place, at, sealed_at, layers in plan.slices:
+        for nonce, place, at, sealed_at, whole in plan.slices:
             try:
                 decrypt_into(nonce, frame[sealed_at], bound + place, plain[at])
             except InvalidTag:
                 plain[unproven : at.stop] = bytes(at.stop - unproven)
                 self._count("changed")
                 raise SealError("a frame was changed, or belongs to another page") from None
-            if layers:
+            if whole:
+                yield plain[unproven : at.stop]
                 unproven = at.stop
-                for layer in layers:
-                    yield plain[layer]
         self._count("opened")
         return key.newest > header.epoch
 

@@ -68,8 +68,8 @@ class Slice(NamedTuple):
     """Where its bytes are in the page."""
     sealed: slice
     """Where its ciphertext and tag are in the frame."""
-    layers: tuple[slice, ...]
-    """The layers that are whole once it is open: where they are in the page."""
+    whole: bool
+    """Whether no layer goes on after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,6 @@ def plan_frame(layer_bytes: Sequence[int]) -> FramePlan:
     at = HEADER_BYTES
     for part, (first, last) in enumerate(_parts(layer_bytes)):
         begin, end = starts[first], starts[last]
-        whole = tuple(itertools.starmap(slice, itertools.pairwise(starts[first : last + 1])))
         for number, start in enumerate(range(begin, end, SLICE_BYTES)):
             stop = min(start + SLICE_BYTES, end)
             sealed = slice(at, at + stop - start + TAG_BYTES)
@@ -104,7 +103,7 @@ def plan_frame(layer_bytes: Sequence[int]) -> FramePlan:
                     place=_PLACE.pack(part, number, first, last),
                     plain=slice(start, stop),
                     sealed=sealed,
-                    layers=whole if stop == end else (),
+                    whole=stop == end,
                 )
             )
             at = sealed.stop

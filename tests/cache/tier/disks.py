@@ -1,11 +1,18 @@
-"""A directory in memory whose every operation can be made to fail, be cut short, or be the last."""
+"""A directory in memory whose every operation can be made to fail, be cut short, or be the last.
+
+And a service in memory.
+"""
 
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from kvkeep.cache.tier.frames import Away, Found, Place
+from kvkeep.cache.tier.records import BadRecord
 
 
 class Killed(BaseException):
@@ -130,3 +137,62 @@ class Handle:
         if len(self.data) < offset:
             self.data.extend(bytes(offset - len(self.data)))
         self.data[offset : offset + len(data)] = data
+
+
+@dataclass
+class Service:
+    """Frames by name; outlives those who use it, and can be away, full or wrong."""
+
+    kept: dict[bytes, tuple[bytes, float, int, bytes]] = field(default_factory=dict)
+    """(shelf, expires, seq, frame)."""
+    away: bool = False
+    full: bool = False
+    unsynced_bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def open(self, now: float) -> list[Found]:
+        return [
+            Found(name, shelf, Place(0, 0, len(frame), seq), expires_s)
+            for name, (shelf, expires_s, seq, frame) in self.kept.items()
+            if not 0 < expires_s <= now
+        ]
+
+    def append(
+        self, name: bytes, shelf: bytes, expires_s: float, frame: bytes | memoryview
+    ) -> Place:
+        self._ask()
+        if self.full:
+            raise OSError(errno.ENOSPC, "full")
+        seq = 1 + max((one[2] for one in self.kept.values()), default=0)
+        self.kept[name] = (shelf, expires_s, seq, bytes(frame))
+        return Place(0, 0, len(frame), seq)
+
+    def drop(self, name: bytes, seq: int) -> None:
+        self._ask()
+        self.kept.pop(name, None)
+
+    def purge(self, shelf: bytes) -> int:
+        self._ask()
+        gone = [name for name, one in self.kept.items() if one[0] == shelf]
+        for name in gone:
+            del self.kept[name]
+        return len(gone)
+
+    def read(self, name: bytes, place: Place) -> memoryview:
+        self._ask()
+        if name not in self.kept:
+            raise BadRecord("gone")
+        return memoryview(self.kept[name][3])
+
+    def sync(self) -> None:
+        pass
+
+    def unread(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def _ask(self) -> None:
+        if self.away:
+            raise Away

@@ -15,6 +15,7 @@ from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tiers import TierUse
 from kvkeep.errors import KeysUnavailable
 from kvkeep.sealing import Opened, PageSealer, SealContext
+from kvkeep.sealing import layers_of as cut
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageTag
 from tests.cache.tier.disks import Disk
@@ -102,7 +103,10 @@ class Rig:
         ended: list[bool] = []
         self.tier.fetch(context, SIZES, found.__setitem__, ended.append)
         self.until(lambda: bool(ended))
-        return [bytes(found[layer]) for layer in sorted(found)] if ended == [True] else None
+        if ended != [True]:
+            return None
+        runs = [memoryview(found[layer]) for layer in sorted(found)]
+        return [bytes(layer) for layer in cut(runs, SIZES)]
 
     def until(self, ready: Callable[[], bool]) -> None:
         end = time.monotonic() + 10

@@ -40,13 +40,12 @@ def test_swapped_records_are_misses(disk: Rig) -> None:
 def test_swapped_frames_are_misses_even_with_checksums_that_fit(disk: Rig) -> None:
     disk.store(page(1), page(2, "b"))
     disk.settle()
-    segments = disk.tier._back._frames
-    assert segments is not None
+    segments = disk.tier._back._frames["disk"]
     name = disk.sealer.name_of(page(1))
     other = disk.sealer.seal(page(2, "b"), b"".join(layers_of(page(2, "b"))), SIZES)
     assert name is not None
-    entry = disk.tier._entries[name]
-    entry.place = segments.append(name, entry.shelf, 0.0, other)
+    entry = disk.tier._index.entries[name]
+    entry.places["disk"] = segments.append(name, entry.shelf, 0.0, other)
     assert disk.fetch(page(1)) is None
     assert dict(disk.use().errors) == {"read:sealed": 1}
 

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 from kvkeep.cache.tier import remote as module
+from kvkeep.cache.tier.files import Directory
 from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.cache.tier.remote import RemoteFrames, client_of
 from kvkeep.errors import ConfigError
+from tests.cache.tier import killed_tier
 from tests.cache.tier.rigs import MIB, RECORD, Rig, layers_of, page
 from tests.cache.tier.services import Relay, free_port, redis_server
 
@@ -247,3 +253,23 @@ def test_a_server_that_refuses_us_is_told_at_start(server: redis.Redis, port: in
 def test_addresses_that_cannot_be_used_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="tier"):
         client_of(url)
+
+
+@pytest.mark.parametrize("number", [5, 70, 130])
+def test_a_process_killed_between_disk_and_server_leaves_whole_pages(
+    server: redis.Redis, port: int, tmp_path: Path, number: int
+) -> None:
+    command = [sys.executable, "-m", "tests.cache.tier.killed_tier", str(tmp_path), str(port)]
+    done = subprocess.run([*command, str(number)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    wrote = [page(int(one)) for one in done.stdout.split()]
+    again = killed_tier.rig(Directory(tmp_path), port)
+    assert again.held(wrote) == list(range(len(wrote)))
+    assert [again.fetch(one) for one in wrote] == [layers_of(one) for one in wrote]
+    again.settle()
+    assert not any(use.misses for use in again.tier.uses())
+    assert set(dict(again.use("remote").errors)) <= {"record"}, "one may have been cut off"
+    again.store(page(1000))
+    again.settle()
+    assert again.fetch(page(1000)) == layers_of(page(1000))
+    again.tier.close(5.0)

@@ -141,7 +141,7 @@ def test_no_more_than_the_owners_share_of_the_queue_is_sealed_anew() -> None:
 
 def test_a_frame_names_its_epoch() -> None:
     rig, _ = rig_of(TierSizes(memory_bytes=MIB))
-    frames = [entry.frame for entry in rig.tier._entries.values()]
+    frames = [entry.frame for entry in rig.tier._index.entries.values()]
     assert {epoch_of(bytes(frame)) for frame in frames if frame is not None} == {1}
     assert epoch_of(b"KVS1") is None
     assert epoch_of(bytes(64)) is None

@@ -9,13 +9,13 @@ import errno
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from functools import partial
 from typing import Final, NamedTuple
 
 from kvkeep.cache.tier.buffers import Buffers, touched
+from kvkeep.cache.tier.entries import MEMORY, Entry
 from kvkeep.cache.tier.frames import Away, Found, Frames, Moved, Place
 from kvkeep.cache.tier.records import BadRecord
 from kvkeep.cache.tier.work import Workers, WriteQueue
@@ -34,37 +34,11 @@ Moving = Callable[[bytes, Place | None, int], None]
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A page by its name; where it is."""
-
-    name: bytes
-    shelf: bytes
-    expires_s: float
-    """Unix time; 0: never."""
-    in_memory: bool = False
-    """Whether the memory level has room for it; its frame may still be on its way."""
-    on_disk: bool = False
-    """The same of the disk."""
-    page: memoryview | None = None
-    """Its layers one after another, copied and not yet sealed."""
-    readers: int = 0
-    """That are still to be handed parts of `page`."""
-    frame: memoryview | None = None
-    place: Place | None = None
-    gone: bool = False
-
-    @property
-    def there(self) -> bool:
-        """Tell whether its bytes can be had."""
-        return self.page is not None or self.frame is not None or self.place is not None
-
-
 class Sealed(NamedTuple):
     """What became of a page that was to be written."""
 
     frame: memoryview | None
-    place: Place | None
+    places: dict[str, Place]
 
 
 class Reading(NamedTuple):
@@ -73,10 +47,11 @@ class Reading(NamedTuple):
     entry: Entry
     context: SealContext
     layer_bytes: Sequence[int]
-    place: Place | None
     install: Install
     done: Callable[[bool], None]
     level: str
+    place: Place | None = None
+    """Where it lies in the level, where that is not memory."""
     into: memoryview | None = None
     """Where its layers are opened into; the reader's again once it heard of the outcome."""
 
@@ -101,12 +76,12 @@ class Backroom:
     def __init__(
         self,
         sealer: PageSealer,
-        make: Callable[[Moving], Frames] | None,
-        moved: Moving,
-        found: Callable[[list[Found]], None],
+        makes: Mapping[str, Callable[[Moving], Frames]],
+        moved: Callable[[str, bytes, Place | None, int], None],
+        found: Callable[[str, list[Found]], None],
         clock: Callable[[], float],
     ) -> None:
-        """Read what a disk or a service holds, which `make` makes; raises `OSError`.
+        """Read what the levels hold whose frames `makes` makes; raises `OSError`.
 
         `moved` hears of pages that lie elsewhere, `found` of those that outlived a restart.
         """
@@ -116,11 +91,14 @@ class Backroom:
         self._clock = clock
         self._events: deque[tuple[int, Callable[[], None]]] = deque()
         self._errors: Counter[str] = Counter()
-        self._unsynced_s: float | None = None
+        self._unsynced_s: dict[str, float] = {}
         self._spare = Buffers()
         """The writer's own: for frames that are written and not kept."""
-        self._frames: Frames | None = None if make is None else make(self._post_move)
-        found([] if self._frames is None else self._frames.open(clock()))
+        self._frames = {
+            level: make(partial(self._post_move, level)) for level, make in makes.items()
+        }
+        for level, frames in self._frames.items():
+            found(level, frames.open(clock()))
         self.queue = WriteQueue()
         self._workers = Workers(self.queue, self._rest)
 
@@ -141,7 +119,7 @@ class Backroom:
 
     def errors(self) -> Counter[str]:
         """Return how often what went wrong."""
-        return self._errors + (self._frames.errors if self._frames is not None else Counter())
+        return sum((frames.errors for frames in self._frames.values()), self._errors.copy())
 
     def seal(
         self,
@@ -151,9 +129,23 @@ class Backroom:
         layer_bytes: Sequence[int],
         stored: Callable[[Sealed], None],
     ) -> None:
-        """Seal a page and write it where it has room on the disk."""
+        """Seal a page and write it to the levels that have room for it."""
         job = partial(self._seal, entry, context, page, layer_bytes, stored)
         self.queue.put(entry.shelf, len(page), job)
+
+    def copy(
+        self,
+        entry: Entry,
+        frame: memoryview,
+        levels: Sequence[str],
+        stored: Callable[[Sealed], None],
+    ) -> None:
+        """Write a frame as it is to some levels."""
+
+        def job() -> None:
+            self._post(0, partial(stored, Sealed(None, self._append(entry, frame, levels))))
+
+        self.queue.put(entry.shelf, len(frame), job)
 
     def open(
         self,
@@ -189,16 +181,15 @@ class Backroom:
         for _ in range(count):
             self._workers.read(lambda: self._post(0, partial(ready, touched(size))))
 
-    def drop(self, name: bytes, place: Place) -> None:
-        """Give up a page on the disk."""
-        if self._frames is not None:
-            self.queue.put_first(partial(self._drop, self._frames, name, place.seq))
+    def drop(self, level: str, name: bytes, place: Place) -> None:
+        """Give up a page in a level."""
+        self.queue.put_first(partial(self._drop, self._frames[level], name, place.seq))
 
     def purge(self, shelf: bytes) -> None:
-        """Give up a shelf: what waits, and what is on the disk."""
+        """Give up a shelf: what waits, and what lies in any level."""
         self.queue.forget(shelf)
-        if self._frames is not None:
-            self.queue.put_first(partial(self._purge, self._frames, shelf))
+        for frames in self._frames.values():
+            self.queue.put_first(partial(self._purge, frames, shelf))
 
     def close(self, wait_s: float) -> None:
         """Do what waits, for so long at most, and end."""
@@ -206,17 +197,18 @@ class Backroom:
         while self.queue.busy and time.monotonic() < end_s:
             self.poll(SYNC_BYTES)
             time.sleep(_WAIT_S)
-        if self._workers.stop() and self._frames is not None:
-            self._sync(self._frames)
-            self._frames.close()
+        if self._workers.stop():
+            for frames in self._frames.values():
+                self._sync(frames)
+                frames.close()
 
     # On the threads
 
     def _post(self, size: int, event: Callable[[], None]) -> None:
         self._events.append((size, event))
 
-    def _post_move(self, name: bytes, place: Place | None, seq: int) -> None:
-        self._post(0, partial(self._moved, name, place, seq))
+    def _post_move(self, level: str, name: bytes, place: Place | None, seq: int) -> None:
+        self._post(0, partial(self._moved, level, name, place, seq))
 
     def _seal(
         self,
@@ -228,19 +220,33 @@ class Backroom:
     ) -> None:
         if entry.gone:
             return
-        frame = place = own = None
+        frame = own = None
+        places: dict[str, Place] = {}
         try:
-            if not entry.in_memory:
+            if MEMORY not in entry.on:
                 own = self._spare.take(self._sealer.frame_bytes(layer_bytes))
             frame = self._sealer.seal(context, page, layer_bytes, own)
-            if entry.on_disk and self._frames is not None:
-                place = self._frames.append(entry.name, entry.shelf, entry.expires_s, frame)
+            places = self._append(entry, frame, tuple(self._frames))
         except Exception as error:  # noqa: BLE001 - a page is lost, never the thread
             self._note(error, "write")
         if own is not None:
             self._spare.give_back(own)
             frame = None
-        self._post(0, partial(stored, Sealed(frame, place)))
+        self._post(0, partial(stored, Sealed(frame, places)))
+
+    def _append(self, entry: Entry, frame: memoryview, levels: Sequence[str]) -> dict[str, Place]:
+        """Write a frame to those levels that have room for it; return where it lies now."""
+        places: dict[str, Place] = {}
+        for level in levels:
+            if level not in entry.on:
+                continue
+            try:
+                place = self._frames[level].append(entry.name, entry.shelf, entry.expires_s, frame)
+            except Exception as error:  # noqa: BLE001 - it may still lie in another level
+                self._note(error, "write")
+            else:
+                places[level] = place
+        return places
 
     def _open(
         self,
@@ -266,20 +272,24 @@ class Backroom:
 
     def _hand_out(self, reading: Reading, frame: memoryview) -> bool:
         """Give out a page's layers as they open; tell whether it should be sealed anew."""
-        layers = self._sealer.open(reading.context, frame, reading.layer_bytes, reading.into)
+        sizes = reading.layer_bytes
+        opening = self._sealer.open(reading.context, frame, sizes, reading.into)
         layer = 0
         while True:
             try:
-                data = next(layers)
+                data = next(opening)
             except StopIteration as end:
                 return bool(end.value)
             self._post(len(data), partial(reading.install, layer, data))
-            layer += 1
+            left = len(data)
+            while left > 0:
+                left -= sizes[layer]
+                layer += 1
 
     def _read(self, reading: Reading) -> memoryview:
-        if self._frames is None or reading.place is None:
+        if reading.place is None:
             raise Moved
-        return self._frames.read(reading.entry.name, reading.place)
+        return self._frames[reading.level].read(reading.entry.name, reading.place)
 
     def _drop(self, frames: Frames, name: bytes, seq: int) -> None:
         try:
@@ -298,24 +308,26 @@ class Backroom:
 
         And list what could not be listed before.
         """
-        if self._frames is not None and self._frames.unread():
-            self._list(self._frames)
-        if self._frames is None or not self._frames.unsynced_bytes:
-            self._unsynced_s = None
+        waits = [self._rest_of(level, frames) for level, frames in self._frames.items()]
+        return min((wait_s for wait_s in waits if wait_s is not None), default=None)
+
+    def _rest_of(self, level: str, frames: Frames) -> float | None:
+        if frames.unread():
+            self._list(level, frames)
+        if not frames.unsynced_bytes:
+            self._unsynced_s.pop(level, None)
             return None
         now = time.monotonic()
-        if self._unsynced_s is None:
-            self._unsynced_s = now
-        left_s = self._unsynced_s + SYNC_S - now
-        if left_s > 0 and self._frames.unsynced_bytes < SYNC_BYTES:
+        left_s = self._unsynced_s.setdefault(level, now) + SYNC_S - now
+        if left_s > 0 and frames.unsynced_bytes < SYNC_BYTES:
             return left_s
-        self._sync(self._frames)
-        self._unsynced_s = None
+        self._sync(frames)
+        del self._unsynced_s[level]
         return None
 
-    def _list(self, frames: Frames) -> None:
+    def _list(self, level: str, frames: Frames) -> None:
         try:
-            self._post(0, partial(self._found, frames.open(self._clock())))
+            self._post(0, partial(self._found, level, frames.open(self._clock())))
         except OSError as error:
             self._note(error, "list")
 

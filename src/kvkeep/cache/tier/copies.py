@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvkeep.cache.tier.backroom import Entry
+from kvkeep.cache.tier.entries import Entry
 from kvkeep.cache.tiers import Copy, Read
 from kvkeep.sealing import SealContext
 

@@ -12,9 +12,11 @@ class Level:
     A shelf's contents depend on its own calls and its quota alone.
     """
 
-    def __init__(self, name: str, limit_bytes: int) -> None:
+    def __init__(self, name: str, limit_bytes: int, *, usable: float = 1.0) -> None:
         self.name = name
         self.limit_bytes = limit_bytes
+        self.usable = usable
+        """The part of it that pages may fill."""
         self.used_bytes = 0
         self._quotas: dict[bytes, int] = {}
         self._shelves: dict[bytes, OrderedDict[bytes, int]] = {}

@@ -1,4 +1,4 @@
-"""The last level below memory: a disk's segments, or frames in a service."""
+"""The levels below memory: a disk's segments, and frames in a service."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ class TierSizes(NamedTuple):
     memory_bytes: int = 0
     disk_bytes: int = 0
     remote_bytes: int = 0
-    """In place of a disk."""
 
 
-class Lowest(NamedTuple):
-    """A level, the part of it that pages may fill, and what makes the place of its frames."""
+class Lower(NamedTuple):
+    """A level, and what makes the place of its frames."""
 
-    level: Level | None = None
-    usable: float = 1.0
-    make: Callable[[Moving], Frames] | None = None
+    level: Level
+    make: Callable[[Moving], Frames]
 
 
-def lowest_of(sizes: TierSizes, files: Files | None, remote: Frames | None) -> Lowest:
-    """Return the level of a directory, or of a service."""
+def lower_of(sizes: TierSizes, files: Files | None, remote: Frames | None) -> list[Lower]:
+    """Return the levels of a directory and of a service, the nearer one first."""
+    found: list[Lower] = []
     if files is not None:
-        make = partial(Segments, files, sizes.disk_bytes)
-        return Lowest(Level("disk", sizes.disk_bytes), 1 - SPARE, make)
+        level = Level("disk", sizes.disk_bytes, usable=1 - SPARE)
+        found.append(Lower(level, partial(Segments, files, sizes.disk_bytes)))
     if remote is not None:
-        return Lowest(Level("remote", sizes.remote_bytes), 1.0, partial(_as_it_is, remote))
-    return Lowest()
+        found.append(Lower(Level("remote", sizes.remote_bytes), partial(_as_it_is, remote)))
+    return found
 
 
 def _as_it_is(remote: Frames, _: Moving) -> Frames:

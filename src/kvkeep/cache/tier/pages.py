@@ -1,4 +1,4 @@
-"""Pages below memory: sealed frames in host memory and on a disk, one index over both.
+"""Pages below memory: sealed frames in host memory, on a disk and in a service, one index over all.
 
 The index, the quotas and the order in which pages go are changed by the engine's thread alone,
 and depend on what an owner did alone. Sealing, writing, reading and opening happen on other
@@ -7,7 +7,7 @@ threads; what they found is taken in by `poll`, a bounded number of bytes at a t
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from typing import Final
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.pace import Pace
-from kvkeep.cache.tier.backroom import Backroom, Entry, Failure, Reading, Sealed
+from kvkeep.cache.tier.backroom import Backroom, Failure, Reading, Sealed
 from kvkeep.cache.tier.buffers import Buffers
 from kvkeep.cache.tier.copies import LateCopy, PageCopy
+from kvkeep.cache.tier.entries import MEMORY, Entry, Index
 from kvkeep.cache.tier.files import Files
 from kvkeep.cache.tier.frames import Found, Frames, Place
 from kvkeep.cache.tier.levels import Level
-from kvkeep.cache.tier.lowest import TierSizes, lowest_of
-from kvkeep.cache.tier.records import record_bytes
+from kvkeep.cache.tier.lowest import TierSizes, lower_of
 from kvkeep.cache.tiers import Copy, Install, Read, Surroundings, TierUse
 from kvkeep.sealing import PageSealer, SealContext
 
@@ -48,7 +48,7 @@ class TieredPages:
         look: Callable[[], Surroundings] = Surroundings,
         remote: Frames | None = None,
     ) -> None:
-        """`files`: of the disk tier, or `remote`: read at once; raises `OSError` where that fails.
+        """`files`: of the disk tier, `remote`: both read at once; raises `OSError` if that fails.
 
         `ended` is called once nothing is sealed or opened any more; `look` tells what it is on.
         """
@@ -58,12 +58,10 @@ class TieredPages:
         self._clock = clock
         self._ended = ended
         self._look = look
-        self._memory = Level("memory", sizes.memory_bytes) if sizes.memory_bytes else None
-        lowest = lowest_of(sizes, files, remote)
-        self._disk, self._usable = lowest.level, lowest.usable  # what is remote, perhaps
-        self._levels = [level for level in (self._memory, self._disk) if level is not None]
-        self._entries: dict[bytes, Entry] = {}
-        self._expiring: list[tuple[float, bytes]] = []
+        lower = lower_of(sizes, files, remote)
+        levels = [Level(MEMORY, sizes.memory_bytes)] if sizes.memory_bytes else []
+        levels += [one.level for one in lower]
+        self._index = Index(levels, self._drop)
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
@@ -75,7 +73,8 @@ class TieredPages:
         """Whether some account's shelf could not be named when quotas were set."""
         self._queue_bytes: dict[bytes, int] = {}
         self._renewed = 0
-        self._back = Backroom(sealer, lowest.make, self._move, self._take_back, clock)
+        makes = {one.level.name: one.make for one in lower}
+        self._back = Backroom(sealer, makes, self._move, self._take_back, clock)
 
     # What the cache asks
 
@@ -96,19 +95,16 @@ class TieredPages:
         if entry is None or not entry.there:
             done(False)
             return
-        near = entry.page is not None or entry.frame is not None
-        lower = "disk" if self._disk is None else self._disk.name
-        level = "memory" if self._memory is not None and near else lower
-        for one in self._levels:
-            one.touch(entry.shelf, entry.name)
-        if not entry.in_memory and entry.place is not None:
-            entry.in_memory = self._admit(self._memory, entry, entry.place.length)
-        reading = Reading(entry, context, layer_bytes, entry.place, install, done, level)
+        self._index.touch(entry)
+        nearest = self._index.levels[0].name
+        reading = Reading(entry, context, layer_bytes, install, done, nearest)
         if entry.page is not None:
             self._back.hand_over(reading, entry.page, self._opened)
-        else:
-            reading = reading._replace(into=self._buffers.take(sum(layer_bytes)))
-            self._back.open(reading, entry.frame, self._opened, self._failed)
+            return
+        if entry.frame is None:
+            reading = self._found(reading)
+        reading = reading._replace(into=self._buffers.take(sum(layer_bytes)))
+        self._back.open(reading, entry.frame, self._opened, self._failed)
 
     def store(
         self,
@@ -123,26 +119,27 @@ class TieredPages:
         name, shelf = self._sealer.name_of(context), self._sealer.shelf_of(context.owner)
         if name is None or shelf is None:
             return LateCopy(self, context, layer_bytes, read, expires_s)
-        known = self._entries.get(name)
-        if known is not None and (known.on_disk or not self._may(self._disk, shelf)):
-            known.expires_s = expires_s or 0.0
-            self._watch(known)
-            for level in self._levels:
-                level.touch(shelf, name)
+        index = self._index
+        known, lower = index.entries.get(name), index.lower
+        if known is not None and (
+            any(level.name in known.on for level in lower)
+            or not any(level.quota(shelf) > 0 for level in lower)
+        ):
+            index.expire(known, expires_s or 0.0)
+            index.touch(known)
             return None
         if known is not None:
-            self._remove(known)
+            index.remove(known)
         page_bytes = sum(layer_bytes)
         self._back.prepare(page_bytes, self._buffers.lacks(page_bytes), self._buffers.give_back)
         entry = Entry(name, shelf, expires_s or 0.0)
         frame_bytes = self._sealer.frame_bytes(layer_bytes)
-        entry.in_memory = self._admit(self._memory, entry, frame_bytes)
-        entry.on_disk = self._admit(self._disk, entry, record_bytes(frame_bytes))
-        if not entry.in_memory and not entry.on_disk:
+        for level in index.levels:
+            index.admit(level, entry, frame_bytes)
+        if not entry.on:
             self._drops["quota"] += 1
             return None
-        self._entries[name] = entry
-        self._watch(entry)
+        index.add(entry)
         return PageCopy(self, entry, context, layer_bytes, read)
 
     def forget(self, owner: str) -> int:
@@ -150,11 +147,9 @@ class TieredPages:
         shelf = None if self.asleep else self._sealer.shelf_of(owner)
         if shelf is None:
             return 0
-        names = {name for level in self._levels for name in level.names(shelf)}
-        for name in names:
-            self._remove(self._entries[name], note=False)
+        pages = self._index.forget(shelf)
         self._back.purge(shelf)
-        return len(names)
+        return pages
 
     def poll(self) -> None:
         """Take in what the threads have found, a bounded part of it."""
@@ -170,30 +165,19 @@ class TieredPages:
             return
         shelves = {name: self._sealer.shelf_of(name) for name in shares}
         self._nameless = None in shelves.values()
-        memory: dict[bytes, int] = {}
-        disk: dict[bytes, int] = {}
-        for name, shelf in shelves.items():
-            if shelf is None:
-                continue
-            own, term = shares[name], terms.get(name, Retention())
-            self._queue_bytes[shelf] = int(own * QUEUE_BYTES)
-            if self._memory is not None:
-                memory[shelf] = int(own * self._memory.limit_bytes) * term.to_tier
-            if self._disk is not None:
-                usable = self._disk.limit_bytes * self._usable
-                disk[shelf] = int(own * usable) * (term.to_tier and term.to_disk)
-        self._resize(self._memory, memory)
-        self._resize(self._disk, disk)
+        own = {
+            shelf: (shares[name], terms.get(name, Retention()))
+            for name, shelf in shelves.items()
+            if shelf is not None
+        }
+        self._queue_bytes |= {shelf: int(share * QUEUE_BYTES) for shelf, (share, _) in own.items()}
+        self._index.set_quotas(own, strangers_stay=self._nameless)
 
     def end_epoch(self, now: float) -> None:
         """Give up pages whose time is over; name the accounts whose keys were not there before."""
         if self._nameless:
             self.set_shares(self._shares, self._terms)
-        while self._expiring and self._expiring[0][0] <= now:
-            _, name = heapq.heappop(self._expiring)
-            entry = self._entries.get(name)
-            if entry is not None and 0 < entry.expires_s <= now:
-                self._remove(entry)
+        self._index.expired(now)
 
     def due(self) -> bool:
         """Tell whether `poll` has something to do."""
@@ -203,8 +187,8 @@ class TieredPages:
         """Return the figures of every tier; what concerns all stands with the last."""
         found = []
         around = self._look()
-        for level in self._levels:
-            last = level is self._levels[-1]
+        for level in self._index.levels:
+            last = level is self._index.levels[-1]
             found.append(
                 TierUse(
                     level.name,
@@ -216,7 +200,7 @@ class TieredPages:
                     tuple(sorted(self._drops.items())) if last else (),
                     tuple(sorted(self._back.errors().items())) if last else (),
                     self._renewed if last else 0,
-                    around.room if level is self._disk else None,
+                    around.room if level.name == "disk" else None,
                     around.keys,
                 )
             )
@@ -257,49 +241,51 @@ class TieredPages:
         if why is not None:
             self._drops[why] += 1
         if entry is not None and not entry.gone:
-            self._remove(entry)
+            self._index.remove(entry)
 
     # What the threads found
 
-    def _take_back(self, pages: list[Found]) -> None:
+    def _take_back(self, level: str, pages: list[Found]) -> None:
         """Index what outlived a restart, within the quotas that are set by now."""
+        index = self._index
+        own = next(one for one in index.levels if one.name == level)
         for found in pages:
-            if self._disk is None or found.name in self._entries:
-                continue
-            entry = Entry(found.name, found.shelf, found.expires_s, on_disk=True)
-            entry.place = found.place
-            self._entries[found.name] = entry
-            self._watch(entry)
-            self._disk.add(found.shelf, found.name, record_bytes(found.place.length))
+            entry = index.entries.get(found.name)
+            if entry is None:
+                entry = Entry(found.name, found.shelf, found.expires_s)
+                index.add(entry)
+            if level not in entry.on:
+                index.take_back(own, entry, found.place)
         if pages and self._shares:
             self.set_shares(self._shares, self._terms)
 
-    def _stored(
-        self, entry: Entry, page: memoryview, sealed: Sealed, *, again: bool = False
-    ) -> None:
-        """Take note of what was sealed and written of a page, wanted still or not.
-
-        `again`: it was there before, and still is where this time it failed.
-        """
+    def _stored(self, entry: Entry, page: memoryview, sealed: Sealed) -> None:
+        """Take note of what was sealed and written of a page, wanted still or not."""
         entry.page = None
         if not entry.readers:
             self._buffers.give_back(page)
-        if sealed.place is not None:
-            if entry.gone or not entry.on_disk:
-                self._back.drop(entry.name, sealed.place)
-            else:
-                entry.place = sealed.place
-        elif entry.on_disk and not (entry.gone or again) and self._disk is not None:
-            self._disk.remove(entry.shelf, entry.name)
-            entry.on_disk = False
-        if entry.in_memory and not entry.gone:
+        self._written(entry, tuple(level.name for level in self._index.lower), sealed)
+        if entry.gone:
+            return
+        if MEMORY in entry.on:
             entry.frame = sealed.frame or entry.frame
-        if not entry.gone and not entry.there:
-            self._remove(entry)
+        if not entry.there:
+            self._index.remove(entry)
+
+    def _written(self, entry: Entry, levels: Sequence[str], sealed: Sealed) -> None:
+        """Take note of where a page lies now; it leaves those levels where it does not."""
+        for level, place in sealed.places.items():
+            if entry.gone or level not in entry.on:
+                self._back.drop(level, entry.name, place)
+            else:
+                entry.places[level] = place
+        for level in levels:
+            if not entry.gone and level in entry.on and level not in entry.places:
+                self._index.leave(level, entry)
 
     def _opened(self, reading: Reading, frame: memoryview | None, stale: bool) -> None:
         entry = reading.entry
-        if entry.in_memory and entry.frame is None and not entry.gone:
+        if MEMORY in entry.on and entry.frame is None and not entry.gone:
             entry.frame = frame
         self._hits[reading.level] += 1
         reading.done(True)
@@ -307,89 +293,82 @@ class TieredPages:
         if into is not None and stale and self._may_seal_anew(entry, len(into)):
             entry.page = into
             self._renewed += 1
-            stored = partial(self._stored, entry, into, again=True)
+            stored = partial(self._stored, entry, into)
             self._back.seal(entry, reading.context, into, reading.layer_bytes, stored)
-        elif into is not None:
+            return
+        if into is not None:
             self._buffers.give_back(into)
+        self._rise(reading, frame)
+
+    def _found(self, reading: Reading) -> Reading:
+        """Find a page in the nearest level that has it; memory has room for it before it comes."""
+        levels, entry = self._index.levels, reading.entry
+        name = next(level.name for level in levels if level.name in entry.places)
+        place = entry.places[name]
+        if levels[0].name == MEMORY not in entry.on:
+            self._index.admit(levels[0], entry, place.length)
+        return reading._replace(level=name, place=place)
+
+    def _rise(self, reading: Reading, frame: memoryview | None) -> None:
+        """Write a page that was read to the levels before the one that gave it, as it is.
+
+        They make room for it only now: a level that gives nothing costs the others nothing.
+        """
+        entry = reading.entry
+        if frame is None or entry.gone or not self.has_room(entry, len(frame)):
+            return
+        before = itertools.takewhile(lambda one: one.name != reading.level, self._index.lower)
+        wanted = [one for one in before if one.name not in entry.on]
+        risen = [one.name for one in wanted if self._index.admit(one, entry, len(frame))]
+        if risen:
+            self._back.copy(entry, frame, risen, partial(self._written, entry, risen))
 
     def _failed(self, reading: Reading, why: Failure) -> None:
-        """Read a page where it lies now, or give it up: it is computed again."""
-        entry = reading.entry
-        if why is Failure.MOVED and not entry.gone and entry.place not in (None, reading.place):
-            again = reading._replace(place=entry.place)
-            self._back.open(again, None, self._opened, self._failed)
+        """Read a page where it lies now, or farther down, or give it up: it is computed again."""
+        entry, level = reading.entry, reading.level
+        place = entry.places.get(level)
+        if why is Failure.MOVED and place not in (None, reading.place):
+            self._again(reading._replace(place=place))
             return
+        self._misses[level] += 1
+        if not entry.gone and why is not Failure.AWAY:
+            self._index.leave(level, entry)
+            lower = [one.name for one in self._index.lower if one.name in entry.places]
+            if lower:
+                self._again(reading._replace(level=lower[0], place=entry.places[lower[0]]))
+                return
+        if not entry.gone and not entry.there:
+            self._index.remove(entry)
         if reading.into is not None:
             self._buffers.give_back(reading.into)
-        if not entry.gone and why is not Failure.AWAY:
-            self._remove(entry)
-        self._misses[reading.level] += 1
         reading.done(False)
 
-    def _move(self, name: bytes, place: Place | None, seq: int) -> None:
-        """Take note that a page lies elsewhere on the disk, or could not be read."""
-        entry = self._entries.get(name)
-        if entry is None or entry.place is None or entry.place.seq != seq:
+    def _again(self, reading: Reading) -> None:
+        self._back.open(reading, None, self._opened, self._failed)
+
+    def _move(self, level: str, name: bytes, place: Place | None, seq: int) -> None:
+        """Take note that a page lies elsewhere in a level, or could not be read."""
+        entry = self._index.entries.get(name)
+        before = None if entry is None else entry.places.get(level)
+        if entry is None or before is None or before.seq != seq:
             return
-        entry.place = place
         if place is None:
-            self._lose_all(self._disk, (name,))
+            del entry.places[level]
+            self._index.leave(level, entry)
+        else:
+            entry.places[level] = place
 
     # The index
 
+    def _drop(self, level: str, name: bytes, place: Place) -> None:
+        self._back.drop(level, name, place)
+
     def _find(self, context: SealContext) -> Entry | None:
         name = None if self.asleep else self._sealer.name_of(context)
-        entry = None if name is None else self._entries.get(name)
+        entry = None if name is None else self._index.entries.get(name)
         if entry is not None and 0 < entry.expires_s <= self._clock():
             return None
         return entry
 
     def _may_seal_anew(self, entry: Entry, size: int) -> bool:
         return entry.page is None and not entry.gone and self.has_room(entry, size)
-
-    def _may(self, level: Level | None, shelf: bytes) -> bool:
-        return level is not None and level.quota(shelf) > 0
-
-    def _watch(self, entry: Entry) -> None:
-        if entry.expires_s:
-            heapq.heappush(self._expiring, (entry.expires_s, entry.name))
-
-    def _admit(self, level: Level | None, entry: Entry, size: int) -> bool:
-        """Make room for a page in a level at the cost of its shelf's oldest."""
-        gone = None if level is None else level.admit(entry.shelf, entry.name, size)
-        if level is None or gone is None:
-            return False
-        self._lose_all(level, gone)
-        return True
-
-    def _resize(self, level: Level | None, quotas: Mapping[bytes, int]) -> None:
-        """Set a level's quotas; pages of accounts that are no more go, once all are known."""
-        if level is None:
-            return
-        strangers = () if self._nameless else set(level.shelves()) - quotas.keys()
-        self._lose_all(level, level.set_quotas({**dict.fromkeys(strangers, 0), **quotas}))
-
-    def _lose_all(self, level: Level | None, names: Sequence[bytes]) -> None:
-        """Take note that pages had to leave a level."""
-        for name in names:
-            entry = self._entries[name]
-            if level is self._memory:
-                entry.in_memory, entry.frame = False, None
-            else:
-                self._leave_disk(entry)
-            if not entry.in_memory and not entry.on_disk:
-                self._remove(entry)
-
-    def _leave_disk(self, entry: Entry) -> None:
-        place, entry.place, entry.on_disk = entry.place, None, False
-        if place is not None:
-            self._back.drop(entry.name, place)
-
-    def _remove(self, entry: Entry, *, note: bool = True) -> None:
-        """Take a page out; `note`: on the disk too."""
-        for level in self._levels:
-            level.remove(entry.shelf, entry.name)
-        if note:
-            self._leave_disk(entry)
-        entry.gone, entry.page, entry.frame = True, None, None
-        del self._entries[entry.name]
