@@ -17,6 +17,7 @@ SHELF_BYTES = 16
 """Of what stands for an owner where sealed pages lie."""
 
 _LENGTHS = struct.Struct("<6I")
+_KIND = struct.Struct("<I")
 
 PUBLIC_OWNER = "*public"
 """Owner of public pages; no account can be called so."""
@@ -37,15 +38,11 @@ class SealContext:
 
     def associated_data(self) -> bytes:
         """Return the bytes that a seal authenticates: all lengths, then all parts."""
-        parts = (
-            self.owner.encode(),
-            _digest(self.tag),
-            self.chain_hash,
-            self.model_digest,
-            self.spec_digest,
-            self.kind.to_bytes(4, "little"),
-        )
-        return b"".join((_LENGTHS.pack(*map(len, parts)), *parts))
+        owner, tag = self.owner.encode(), _digest(self.tag)
+        chain, model, spec = self.chain_hash, self.model_digest, self.spec_digest
+        kind = _KIND.pack(self.kind)
+        lengths = _LENGTHS.pack(len(owner), len(tag), len(chain), len(model), len(spec), len(kind))
+        return b"".join((lengths, owner, tag, chain, model, spec, kind))
 
 
 @functools.lru_cache(maxsize=4096)

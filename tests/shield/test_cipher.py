@@ -100,7 +100,6 @@ def test_a_frame_opens_and_is_the_references(suite: Suite, sizes: tuple[int, ...
     page_id = bytes(frame[8:24])
     expected = reference.seal(ring.key(2, "acme"), page_id, 2, 0, suite, CONTEXT, layers)
     assert bytes(frame) == expected
-    assert sealer.counts == {"sealed": 1, "opened": 1}
     assert all(bytes(key.material) == bytes(64) for key in ring.given), "keys were wiped"
 
 
@@ -157,7 +156,6 @@ def test_layers_before_a_flip_are_proven_and_no_other_comes() -> None:
     assert [next(coming), next(coming)] == layers[:2]
     with pytest.raises(SealError, match="changed"):
         next(coming)  # its first slice was sound, its second was not
-    assert sealer.counts == {"sealed": 1, "changed": 1}
 
 
 @pytest.mark.parametrize(
@@ -248,7 +246,6 @@ def test_the_right_commitment_does_not_open_bytes_of_another_key() -> None:
     refused(sealer, CONTEXT, bytes(mine), SMALL)
     foreign = FrameSealer(Ring(b"x" * 32))
     refused(foreign, CONTEXT, bytes(sealed(sealer, CONTEXT, page(SMALL))), SMALL)
-    assert foreign.counts == {"changed": 1}
 
 
 def test_no_key_and_nonce_come_twice_also_when_the_same_page_is_sealed_again() -> None:
@@ -314,7 +311,6 @@ def test_sealers_of_several_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not failed
-    assert sealer.counts == {"sealed": 120, "opened": 120}
 
 
 def test_the_cipher_follows_the_processor(tmp_path: Path) -> None:

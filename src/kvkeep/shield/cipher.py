@@ -10,12 +10,10 @@ import functools
 import hmac
 import os
 import struct
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -24,18 +22,17 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from kvkeep.errors import SealError
 from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, Opened, SealContext
 from kvkeep.shield.frame import (
+    HEADER_BYTES,
     PAGE_ID_BYTES,
     FramePlan,
-    Header,
     Suite,
+    header_of,
     plan_frame,
     read_header,
 )
 from kvkeep.types import PUBLIC_SCOPE
 
 KEY_BYTES = 32
-
-Outcome = Literal["sealed", "opened", "malformed", "changed"]
 
 _ZEROS = bytes(2 * KEY_BYTES)
 _BEGIN = struct.Struct("<4sBII")
@@ -93,8 +90,6 @@ class FrameSealer:
         self._keys = keys
         self._suite = suite or suite_of(_CPU_INFO)
         self.name = self._suite.name.lower().replace("_", "-")
-        self.counts: Counter[Outcome] = Counter()
-        self._counting = threading.Lock()
 
     def name_of(self, context: SealContext) -> bytes | None:
         """Return the page's name; None while the owner's name key is not at hand."""
@@ -124,18 +119,17 @@ class FrameSealer:
         page_id = os.urandom(PAGE_ID_BYTES)
         key = self._keys.fresh(_hierarchy(context), page_id)
         try:
-            header = Header(self._suite, page_id, key.epoch, 0, key.commitment)
+            header = header_of(self._suite, page_id, key.epoch, key.commitment)
             cipher = _cipher(self._suite, key.key)
         finally:
             key.wipe()
-        bound = _bound(header, context, plan)
+        bound = _bound(self._suite, 0, context, plan)
         plain = memoryview(page)
         frame = np.empty(plan.frame_bytes, np.uint8).data if into is None else into
-        header.write(frame)
+        frame[:HEADER_BYTES] = header
         encrypt_into = cipher.encrypt_into
         for nonce, place, at, sealed_at, _ in plan.slices:
             encrypt_into(nonce, plain[at], bound + place, frame[sealed_at])
-        self._count("sealed")
         return frame
 
     def open(
@@ -147,14 +141,15 @@ class FrameSealer:
     ) -> Opened:
         """Yield the page's layers, once their tags held."""
         plan = _planned(tuple(layer_bytes))
-        header = self._header(frame, plan)
+        header = read_header(frame, plan)
         key = self._keys.known(_hierarchy(context), header.epoch, header.page_id, header.generation)
         try:
-            self._require(header, key)
+            if not hmac.compare_digest(header.commitment, key.commitment):
+                raise SealError("a frame is sealed under another key than its reader's")
             cipher = _cipher(header.suite, key.key)
         finally:
             key.wipe()
-        bound = _bound(header, context, plan)
+        bound = _bound(header.suite, header.generation, context, plan)
         plain = np.empty(plan.plain_bytes, np.uint8).data if into is None else into
         unproven = 0
         decrypt_into = cipher.decrypt_into
@@ -163,29 +158,11 @@ class FrameSealer:
                 decrypt_into(nonce, frame[sealed_at], bound + place, plain[at])
             except InvalidTag:
                 plain[unproven : at.stop] = bytes(at.stop - unproven)
-                self._count("changed")
                 raise SealError("a frame was changed, or belongs to another page") from None
             if whole:
                 yield plain[unproven : at.stop]
                 unproven = at.stop
-        self._count("opened")
         return key.newest > header.epoch
-
-    def _header(self, frame: memoryview, plan: FramePlan) -> Header:
-        try:
-            return read_header(frame, plan)
-        except SealError:
-            self._count("malformed")
-            raise
-
-    def _require(self, header: Header, key: PageKey) -> None:
-        if not hmac.compare_digest(header.commitment, key.commitment):
-            self._count("changed")
-            raise SealError("a frame is sealed under another key than its reader's")
-
-    def _count(self, outcome: Outcome) -> None:
-        with self._counting:
-            self.counts[outcome] += 1
 
 
 Cipher = AESGCM | ChaCha20Poly1305
@@ -221,11 +198,10 @@ def _hierarchy(context: SealContext) -> str:
     return PUBLIC_OWNER if context.tag.scope == PUBLIC_SCOPE else context.owner
 
 
-def _bound(header: Header, context: SealContext, plan: FramePlan) -> bytes:
+def _bound(suite: Suite, generation: int, context: SealContext, plan: FramePlan) -> bytes:
     """Return what each slice's associated data begins with; the reader makes it anew."""
     page = context.associated_data()
-    begin = _BEGIN.pack(b"kvs1", header.suite, len(page), header.generation)
-    return b"".join((begin, page, plan.sizes))
+    return _BEGIN.pack(b"kvs1", suite, len(page), generation) + page + plan.sizes
 
 
 @functools.lru_cache(maxsize=64)

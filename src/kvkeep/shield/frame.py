@@ -51,11 +51,6 @@ class Header(NamedTuple):
     """How often the page was sealed anew."""
     commitment: bytes
 
-    def write(self, frame: memoryview) -> None:
-        """Write the header's 64 bytes to the beginning of a frame."""
-        suite, page_id, epoch, generation, commitment = self
-        _HEADER.pack_into(frame, 0, MAGIC, suite, 0, 0, page_id, epoch, generation, commitment)
-
 
 class Slice(NamedTuple):
     """One message of the cipher: layers [first, last), or a stretch of one."""
@@ -109,6 +104,11 @@ def plan_frame(layer_bytes: Sequence[int]) -> FramePlan:
             at = sealed.stop
     sizes = struct.pack(f"<{len(layer_bytes) + 1}I", len(layer_bytes), *layer_bytes)
     return FramePlan(tuple(slices), sizes, starts[-1], at)
+
+
+def header_of(suite: Suite, page_id: bytes, epoch: int, commitment: bytes) -> bytes:
+    """Return the 64 bytes that a frame begins with, of a page that was sealed once."""
+    return _HEADER.pack(MAGIC, suite, 0, 0, page_id, epoch, 0, commitment)
 
 
 def read_header(frame: memoryview, plan: FramePlan) -> Header:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvkeep.cache.accounts import Retention
+from kvkeep.cache.tier.frames import Place
 from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.types import PageTag
 from tests.cache.tier.rigs import (
@@ -256,18 +257,45 @@ def test_a_full_queue_puts_copies_off_and_loses_what_leaves_memory() -> None:
 
 def test_pages_are_found_where_they_were_moved() -> None:
     rig = Rig(TierSizes(disk_bytes=64 * RECORD), shares={"a": 0.2, "b": 0.75})
-    mine = [page(i) for i in range(4)]
+    mine = [page(i) for i in range(8)]
     others = [page(i, "b") for i in range(400)]
-    for begin in range(0, 400, 40):
-        rig.store(mine[begin // 40 % 4], *others[begin : begin + 40])
+    first: dict[bytes, Place] = {}
+    for begin in range(0, 400, 10):
+        rig.store(mine[begin // 10 % 8], *others[begin : begin + 10])
         rig.settle()
+        for name, entry in rig.tier._index.entries.items():
+            first.setdefault(name, entry.places["disk"])
+    entries = rig.tier._index.entries
+    moved = [name for name, entry in entries.items() if entry.places["disk"] != first[name]]
+    assert moved, "segments that hold little were cleared away"
     kept = [context for context in mine + others if rig.tier.holds(context)]
     assert len(kept) > 30
+    assert kept[:8] == mine
     assert [rig.fetch(context) for context in kept] == [layers_of(c) for c in kept]
     assert rig.use().errors == ()
     rig.restart()
     assert [context for context in mine + others if rig.tier.holds(context)] == kept
     rig.tier.close(5.0)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_page_that_moves_while_it_is_fetched_is_read_where_it_is(
+    disk: Rig, *, again: bool
+) -> None:
+    disk.store(page(1))
+    disk.settle()
+    (entry,) = disk.tier._index.entries.values()
+    right = entry.places["disk"]
+    entry.places["disk"] = right._replace(segment=right.segment + 99)
+    found: dict[int, bytes | memoryview] = {}
+    ended: list[bool] = []
+    disk.tier.fetch(page(1), SIZES, found.__setitem__, ended.append)
+    if again:
+        entry.places["disk"] = right
+    disk.until(lambda: bool(ended))
+    assert ended == [again]
+    assert (disk.use().misses, disk.use().pages) == ((0, 1) if again else (1, 0))
+    assert [bytes(one) for one in found.values()] == (layers_of(page(1)) if again else [])
 
 
 Op = tuple[str, str, int]
