@@ -5,6 +5,7 @@ Nothing is kept of a tree that differs from its commit. Delete the folder to mea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -41,6 +42,14 @@ class Kept(Generic[T]):
         if not harness.commit().endswith("-dirty"):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, msgspec.json.encode(part))
+
+    def got(self, name: str, measure: Callable[[], T]) -> T:
+        """Return the part of this name that this commit has measured before, or measure it."""
+        found = self.get(name)
+        if found is None:
+            found = measure()
+            self.put(name, found)
+        return found
 
     def names(self) -> list[str]:
         """Return the names of what this commit has measured."""

@@ -5,31 +5,30 @@ The suite is `bench/traces/quality.json`; the model is the demo model, a toy, or
 the current window is coded, one of 128 tokens but for codecs named after another. A codec that the
 engine has kernels for is attended as codes; others are stored as what comes back of them, and
 `k2v2-late` so once its prompt was computed in 16 bits. A name that ends in `+corm`, measured where
-it is asked for, drops tokens by CORM's preset too.
+it is asked for, drops tokens by CORM's preset too. Contexts that were answered are kept in
+`build/quality`, by commit: a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench import harness, quality_stats
 from bench.harness import Cell, Figure, Goal, Options, Report, Row
+from bench.quality_kept import FOLDER, answered
 from bench.quality_late import Late
-from bench.quality_run import Asked, Item, Machine, recorded, run
+from bench.quality_run import Asked, Machine, recorded
 from bench.quality_stats import Drawn
-from bench.quality_suite import TASKS, Context, Maker, digest, read
+from bench.quality_suite import TASKS, Maker, digest, read
 from kvkeep.cli.console import NOTES
 from kvkeep.config import DEMO_MODEL
 from kvkeep.engine.build import codec_of
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.corm import PRESETS, Corm
-from kvkeep.eviction.policy import Evictor
 from kvkeep.quant.baselines.base import KV, Baseline, Dequantised, Stored
 from kvkeep.quant.baselines.blocks import Q4, Q8
 from kvkeep.quant.baselines.cachegen import CacheGen
@@ -107,32 +106,6 @@ CALIBRATED: Final = "calibrated"
 QUICK: Final = ("k2v2", "k4v2", "kivi2", "kvquant", "cachegen")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A codec's run."""
-
-    items: list[Item]
-    seconds: float
-    bytes_ratio: float
-    """Stored bytes of closed pages over bfloat16's."""
-    kept: float
-    """Of prompts' tokens, at their ends."""
-
-
-def answered(
-    machine: Machine, contexts: Sequence[Context], codec: Codec, evictor: Evictor | None = None
-) -> Found:
-    """Return one codec's run."""
-    asked = Asked(machine, codec, evictor=evictor)
-    begun = time.perf_counter()
-    items = run(asked, contexts)
-    seconds = time.perf_counter() - begun
-    if isinstance(codec, Dequantised):
-        return Found(items, seconds, codec.stored_bytes / codec.float_bytes, asked.kept)
-    stored, plain = (one.page_spec(asked.shape).page_bytes for one in (codec, Float()))
-    return Found(items, seconds, stored / plain, asked.kept)
-
-
 def chosen(options: Options) -> tuple[str, ...]:
     """Return the codecs to measure; raises `ConfigError` for one that there is not."""
     known = (*CODECS, CALIBRATED)
@@ -179,13 +152,15 @@ def measure(options: Options) -> Report:
         learnt = [c for c in other.contexts(quick=True) if c.ids][:LEARNT_FROM]
         sample = recorded(machine, learnt, plain.info.num_layers)
     del plain
-    base = answered(machine, contexts, Float())
+    folder = None if options.model else FOLDER / ("quick" if options.quick else "full")
+    base = answered("bf16", machine, contexts, Float(), folder=folder)
     rows: list[Row] = []
     figures: list[Figure] = []
     draws: dict[str, Drawn] = {}
     for name in names:
         evictor = Corm(PRESETS["corm"]) if name in EVICTING else None
-        found = answered(machine, contexts, made(name, sample, machine.model), evictor)
+        codec = made(name, sample, machine.model)
+        found = answered(name, machine, contexts, codec, evictor, folder)
         tasks = [t for t in TASKS if any(item.task == t for item in base.items)]
         rows += [quality_stats.row(name, task, base.items, found.items) for task in tasks]
         draws[name] = quality_stats.drawn(base.items, found.items, suite.weights)

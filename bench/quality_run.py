@@ -129,10 +129,10 @@ class Asked:
         return manager.pool
 
     @property
-    def kept(self) -> float:
-        """Return which share of prompts' tokens was kept at their ends; 1 where nothing goes."""
+    def prompts(self) -> tuple[int, float]:
+        """Return the tokens of prompts that might lose some, and those kept at their ends."""
         found = self._core.stats().evict
-        return found.prompt_kept_tokens_total / (found.prompt_tokens_total or 1) or 1.0
+        return found.prompt_tokens_total, found.prompt_kept_tokens_total
 
     def answer(
         self, prompts: Sequence[tuple[str, Sequence[int]]], params: SamplingParams
@@ -181,10 +181,10 @@ def said(chunks: Sequence[Chunk]) -> tuple[str, tuple[int, ...]]:
     return "".join(c.text for c in chunks), tuple(t for c in chunks for t in c.token_ids)
 
 
-def run(asked: Asked, contexts: Sequence[Context]) -> list[Item]:
-    """Return every item's score."""
+def run(asked: Asked, contexts: Sequence[Context], first: int = 0) -> list[Item]:
+    """Return every item's score; `first` is the number of the first context."""
     found: list[Item] = []
-    numbered = list(enumerate(contexts))
+    numbered = list(enumerate(contexts, first))
     for begin in range(0, len(numbered), WAVE):
         wave = numbered[begin : begin + WAVE]
         found += _probed(asked, [(i, c) for i, c in wave if c.probes])

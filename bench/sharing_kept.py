@@ -14,10 +14,4 @@ FOLDER: Final = BUILD / "audits"
 
 def kept(name: str, measure: Callable[[], Report], folder: Path = FOLDER) -> Report:
     """Return the audit of this name that this commit has made before, or make it."""
-    audits = Kept(Report, folder)
-    known = audits.get(name)
-    if known is not None:
-        return known
-    report = measure()
-    audits.put(name, report)
-    return report
+    return Kept(Report, folder).got(name, measure)

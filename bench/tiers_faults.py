@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -184,11 +185,7 @@ def fault_runs(runs: int, kept: Kept[Counted]) -> Counted:
     """Return what came of so many runs together; each is made once for a commit."""
     total = Counted(0, 0, 0, 0, 0, 0)
     for seed in range(runs):
-        name = f"run-{seed}"
-        one = kept.get(name)
-        if one is None:
-            one = fault_run(seed)
-            kept.put(name, one)
+        one = kept.got(f"run-{seed}", partial(fault_run, seed))
         total = Counted(*map(sum, zip(total, one, strict=True)))
     return total
 

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from bench import quality, quality_stats, quality_suite
+from bench import harness, quality, quality_kept, quality_stats, quality_suite
 from bench.harness import Options
+from bench.quality_kept import answered
 from bench.quality_late import Late
 from bench.quality_run import Asked, Item, Machine, greedy, recorded, run
 from bench.quality_suite import Context, Maker, Probe, digest, read, right
 from kvkeep.config import DEMO_MODEL
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.models.text import TextModel
 from kvkeep.ops.codes import SINK_TOKENS
 from kvkeep.quant.baselines.base import Dequantised, Stored
@@ -153,6 +156,36 @@ def test_an_engine_answers_every_item_and_a_codec_changes_some(maker: Maker) -> 
     assert [(a.task, a.context) for a in plain] == [(b.task, b.context) for b in coded]
     assert plain != coded
     assert codec.stored_bytes / codec.float_bytes == pytest.approx(3 / 16)
+
+
+def test_a_run_in_pieces_is_the_whole_run_and_ended_pieces_are_kept(
+    maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = [shorter(c) for c in maker.contexts(quick=True) if c.kind in {"facts", "text"}][:5]
+    machine, corm = Machine(DEMO_MODEL, 1, 1 << 26), Corm(PRESETS["corm"])
+    commit = ["a" * 40]
+    monkeypatch.setattr(harness, "commit", lambda: commit[0])
+    whole = answered("k4v2", machine, contexts, Hack(Layout.K4V2), corm, None)
+    monkeypatch.setattr(quality_kept, "CONTEXTS", 2)
+    made, piece = list[int](), quality_kept.Run.piece
+
+    def counted(own: quality_kept.Run, some: list[Context], first: int) -> quality_kept.Piece:
+        made.append(first)
+        return piece(own, some, first)
+
+    monkeypatch.setattr(quality_kept.Run, "piece", counted)
+    first, second = (
+        answered("k4v2", machine, contexts, Hack(Layout.K4V2), corm, tmp_path) for _ in range(2)
+    )
+    assert made == [0, 2, 4]
+    assert first == second
+    assert first.items == whole.items
+    assert (first.bytes_ratio, first.kept) == (whole.bytes_ratio, whole.kept)
+    assert 0 < first.kept < 1
+    assert {item.context for item in first.items} == set(range(5))
+    commit[0] = "b" * 40
+    answered("k4v2", machine, contexts[:1], Hack(Layout.K4V2), corm, tmp_path)
+    assert made[3:] == [0]
 
 
 def test_attending_codes_scores_like_attending_what_they_stand_for(maker: Maker) -> None:

@@ -62,18 +62,34 @@ CASES = [
 ]
 
 
+def asked(model: str, date: str, **summary: float) -> str:
+    """Return what `kvkeep bench quality` writes of a model."""
+    return json.dumps({"meta": {"params": {"model": model}, "date": date}, "summary": summary})
+
+
 def test_bars_of_capacity_say_what_was_measured_of_their_answers(tmp_path: Path) -> None:
-    assert capacity.bars(CASES, {"quality_loss_k2v2": 0.053}) == [
-        capacity.Bar("bf16", 4, "the baseline"),
-        capacity.Bar("+ k2v2", 20, "5.3 % of answers lost"),
-        capacity.Bar("+ corm", 50, "quality not measured"),
+    found = capacity.bars(CASES, {"quality_loss_k2v2": 0.053, "combined_quality_loss_k4v2": 0.01})
+    assert found == [
+        capacity.Bar("bf16", 4, "whole cache,\n16 bits"),
+        capacity.Bar("+ k2v2", 20, "5.3 % of\nanswers lost"),
+        capacity.Bar("+ corm", 50, "answers not\nmeasured"),
+        capacity.Bar("k4v2 + corm", 40, "1.0 % of\nanswers lost"),
     ]
-    (tmp_path / "quality.json").write_text(json.dumps({"summary": {"quality_loss_k2v2": 0.02}}))
     (tmp_path / "capacity.json").write_text(json.dumps({"rows": CASES, "summary": {}}))
-    assert capacity.measured(tmp_path) == {"quality_loss_k2v2": 0.02}
     out = tmp_path / "capacity.svg"
     assert drawing.run([str(tmp_path / "capacity.json")], "capacity", out, capacity.draw) == 0
-    assert "not measured" in out.read_text()
+    assert "answers" in out.read_text()
+
+
+def test_bars_of_capacity_go_by_the_demo_models_newest_answers(tmp_path: Path) -> None:
+    """The order of names says nothing, and other models' answers are not these."""
+    newer = asked(capacity.DEMO, "2026-11-22T10:00:00", quality_loss_k2v2=0.02)
+    older = asked(capacity.DEMO, "2026-11-21T10:00:00", quality_loss_k2v2=0.5, other=0.1)
+    (tmp_path / "quality-a.json").write_text(newer)
+    (tmp_path / "quality-b.json").write_text(older)
+    large = asked("qwen", "2026-11-23T10:00:00", quality_loss_k2v2=0.9)
+    (tmp_path / "quality-c.json").write_text(large)
+    assert capacity.measured(tmp_path) == {"quality_loss_k2v2": 0.02, "other": 0.1}
 
 
 def test_every_head_has_its_share_in_the_figure(tmp_path: Path) -> None:
