@@ -38,6 +38,10 @@ SINK_TOKENS: Final = 4
 LANES: Final = 16
 _PARTITION: Final = 64
 _ALIGN: Final = 64
+_MASKS: Final = {
+    bits: int.from_bytes(bytes(4 * [(1 << bits) - 1]), "little", signed=True) for bits in (2, 4, 8)
+}
+"""Four bytes of a code each, as one."""
 
 
 class Bits(NamedTuple):
@@ -174,11 +178,12 @@ def _unpack_lanes(
     y = packed.shape[1] * fields // x
     lines = (x // LANES, y // (4 * fields))
     shape = lines if lanes_first else lines[::-1]
-    order = (0, 1, 3, 2, 4) if lanes_first else (0, 2, 3, 1, 4)
-    parts = packed.view(n, *shape, LANES, 4).permute(order)  # [N, x, lane, y, beta]
-    shifts = torch.arange(fields, dtype=torch.uint8).mul(bits).view(fields, 1)
-    codes = (parts.unsqueeze(4) >> shifts) & ((1 << bits) - 1)
-    return codes.reshape(n, x, y)
+    order = (0, 1, 3, 2) if lanes_first else (0, 2, 3, 1)
+    fours = packed.view(torch.int32).view(n, *shape, LANES).permute(order)  # [N, x, lane, y]
+    codes = torch.empty((*fours.shape, fields), dtype=torch.int32, device=packed.device)
+    for field in range(fields):  # bytes shifted as one: what comes from the next is masked
+        torch.bitwise_and(fours >> bits * field, _MASKS[bits], out=codes[..., field])
+    return codes.view(torch.uint8).view(n, x, y)
 
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:
