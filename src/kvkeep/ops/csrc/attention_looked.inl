@@ -1,12 +1,5 @@
 // Which tokens observed rows gave their threshold or more, once lse2 is final.
 
-// Of the first `count` scores, at most 64, those that are `least` or more, a bit each.
-inline uint64_t scores_from(const float* s, int count, V least) {
-  uint64_t found = 0;
-  for (int t = 0; t < count; t += W) found |= uint64_t{Isa::from(Isa::load(s + t), least)} << t;
-  return found & low_bits(count);
-}
-
 // The tokens of a step that observed rows looked at, and the last position at which one did.
 struct Looked {
   uint64_t hit[2] = {0, 0};
@@ -48,6 +41,19 @@ struct Looked {
 template <class K>
 inline V least_of(const Job& job, const Panel<K>& panel, int row) {
   return Isa::set1(job.lse2[panel.query[row]] + job.thresholds[panel.query[row]]);
+}
+
+// Whether something was noted of a step. Of one that was not attended anything may be said.
+template <class K>
+inline bool any_noted(const Panel<K>& panel, int position) {
+  uint64_t any = 0;
+  for (int row = 0; row < panel.rows; row++) {
+    if (panel.position[row] < position) continue;
+    uint64_t words[2];
+    __builtin_memcpy(words, panel.noted[row].bits_at(position), sizeof(words));
+    any |= words[0] | words[1];
+  }
+  return any != 0;
 }
 
 // Of what was noted while attending.
@@ -101,7 +107,9 @@ uint64_t observe(const Job& job, const Item& item, char* scratch) {
   const int last = panel.last < item.end - 1 ? panel.last : item.end - 1;
   for (int position = item.begin; position <= last; position += kStep) {
     Step step;
-    if (!find_step(job, item, last, last, position, run, step)) continue;
+    if (job.scores && !any_noted(panel, position)) continue;
+    const int fetched = job.scores ? -1 : last;  // what was noted is all that is read
+    if (!find_step(job, item, last, fetched, position, run, step)) continue;
     Looked looked;
     if (job.scores) {
       look_back(job, panel, step, looked);

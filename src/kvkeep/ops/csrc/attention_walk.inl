@@ -26,6 +26,13 @@ inline void score_step(const Job& job, const Panel<K>& panel, const Step& step, 
   }
 }
 
+// Of the first `count` scores, at most 64, those that are `least` or more, a bit each.
+inline uint64_t scores_from(const float* s, int count, V least) {
+  uint64_t found = 0;
+  for (int t = 0; t < count; t += W) found |= uint64_t{Isa::from(Isa::load(s + t), least)} << t;
+  return found & low_bits(count);
+}
+
 // Note the tokens that observed rows [begin, end), at most a panel, may look at, before scores
 // become weights.
 template <class K>
@@ -35,17 +42,21 @@ inline void note(const Job& job, const Panel<K>& panel, const Step& step, int be
   for (int row = begin; row < end; row++) {
     Noted& noted = panel.noted[row];
     if (!noted.bits || panel.position[row] < step.position) continue;
-    uint64_t seen[2], found[2] = {0, 0};
+    uint64_t seen[2], found[2];
     seen_by(step, panel.position[row], seen);
     const V least = Isa::set1(noted.least(state.m[row], state.l[row]));
     const float* s = panel.s + (row - begin) * kStep;
-    for (int t = 0; t < kStep; t += W) {
-      const V x = Isa::load(s + t);
-      const uint64_t bits = Isa::from(x, least) & seen[t / kPage] >> (t % kPage);
-      Isa::pack(noted.scores, static_cast<uint32_t>(bits), x);
-      noted.scores += __builtin_popcountll(bits);
-      found[t / kPage] |= bits << (t % kPage);
+    float* to = noted.scores;  // where it is known that no store changes it
+    for (int j = 0; j < 2; j++, s += kPage) {
+      found[j] = scores_from(s, kPage, least) & seen[j];
+      if (!found[j]) continue;
+      for (int t = 0; t < kPage; t += W) {
+        const uint64_t bits = found[j] >> t & low_bits(W);
+        Isa::pack(to, static_cast<uint32_t>(bits), Isa::load(s + t));
+        to += __builtin_popcountll(bits);
+      }
     }
+    noted.scores = to;
     __builtin_memcpy(noted.bits_at(step.position), found, sizeof(found));
   }
 }
