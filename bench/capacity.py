@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from bench import harness
-from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Stages
+from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Report, Stages
 from bench.kept import BUILD, Kept
 from bench.made_up import MadeUpPages, kv_shape
 from bench.ours import Ours, Weights, greedy
@@ -244,9 +244,12 @@ def chosen(options: Options) -> list[Case]:
 def figures_of(rows: Sequence[Rows]) -> list[Figure]:
     """Return how many requests each case held, and the goal's where both of its cases are there."""
     held = {file_name(str(row["case"])): float(str(row["requests"])) for row in rows}
-    found = [Figure(f"requests_{name}", _exactly(count)) for name, count in held.items()]
+    found = [
+        Figure(f"requests_{name}", harness.exactly(count, MIN_PAIRS))
+        for name, count in held.items()
+    ]
     if {"bf16", "bf16_corm"} <= held.keys():
-        gain = _exactly(held["bf16_corm"] / max(held["bf16"], 1))
+        gain = harness.exactly(held["bf16_corm"] / max(held["bf16"], 1), MIN_PAIRS)
         found.insert(0, Figure("concurrency_vs_keepall", gain, Goal(">=", 3.0)))
     return found
 
@@ -282,11 +285,6 @@ def measure(options: Options) -> Report:
         "kept_by_head": " ".join(f"{share:.2f}" for share in np.sort(shares)),
     }
     return Report("capacity", params, figures_of(rows), rows)
-
-
-def _exactly(value: float) -> Estimate:
-    """Return a count, that has no spread, as an estimate."""
-    return Estimate(value, value, value, MIN_PAIRS)
 
 
 def file_name(case: str) -> str:

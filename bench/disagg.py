@@ -13,7 +13,8 @@ fit are left out and counted. In each turn every way of serving plays the same r
 CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
 `TRACE-SHARE.2` is a second helping of turns. Parts that ended are kept in `build/disagg`, by
 commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
-`--only costs` measures forms for the link by themselves. What the simulator makes of the same
+`--only costs` measures forms for the link by themselves; `--only faults` (`bench.disagg_faults`)
+kills workers and routers and breaks links beside 500 requests. What the simulator makes of the same
 requests stands in rows of its own.
 """
 
@@ -27,6 +28,9 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from bench import disagg_part, harness
+from bench.disagg_faults import FULL as FULL_FAULTS
+from bench.disagg_faults import QUICK as QUICK_FAULTS
+from bench.disagg_faults import FaultRun, fault_figures, fault_row, measure_faults
 from bench.disagg_figures import (
     part_row,
     phase_rows,
@@ -43,17 +47,21 @@ from bench.harness import Cell, Options, Report, Row
 from kvkeep.models import make
 
 COSTS: Final = "costs"
+FAULTS: Final = "faults"
 QUICK_PART: Final = "uniform_short-42"
 
 
 def parts_of(options: Options) -> list[str]:
     """Return the parts to measure or to take from what is kept; raises `ConfigError`."""
-    asked = [name for name in options.only if name != COSTS]
+    asked = [name for name in options.only if name not in {COSTS, FAULTS}]
     for name in asked:
         part_of(name)
     if asked or options.only:
         return asked
-    return [QUICK_PART] if options.quick else all_kept() or part_names()
+    if options.quick:
+        return [QUICK_PART]
+    have = all_kept()
+    return [name for name in have if name != FAULTS] if have else part_names()
 
 
 def measured(names: Sequence[str], options: Options, plan: Plan) -> list[Part]:
@@ -62,7 +70,7 @@ def measured(names: Sequence[str], options: Options, plan: Plan) -> list[Part]:
     with TemporaryDirectory() as folder:
         model = Path(folder) / LIKE
         for name in names:
-            part = None if options.quick else kept(name)
+            part = None if options.quick else kept(name, Part)
             if part is None:
                 if not model.exists():
                     make.make(LIKE, model, seed=0, layers=plan.layers)
@@ -74,8 +82,20 @@ def measured(names: Sequence[str], options: Options, plan: Plan) -> list[Part]:
     return parts
 
 
+def faults(options: Options) -> FaultRun | None:
+    """Return the fault run, where it is asked for, or all are and it fits or is kept."""
+    asked = FAULTS in options.only or not (options.only or options.quick)
+    run = None if options.quick else kept(FAULTS, FaultRun)
+    if run is None and asked and (options.only or not all_kept()):
+        run = measure_faults(QUICK_FAULTS if options.quick else FULL_FAULTS)
+        if not options.quick:
+            keep(FAULTS, run)
+    return run if asked else None
+
+
 def measure(options: Options) -> Report:
     """Measure the parts asked for."""
+    broken = faults(options)
     plan = QUICK if options.quick else FULL
     parts = measured(parts_of(options), options, plan)
     figures, simulated = simulation(parts, plan.layers)
@@ -95,6 +115,9 @@ def measure(options: Options) -> Report:
         "parts": ", ".join(f"{part.trace}-{part.share}" for part in parts),
     }
     figures = [*reduction_figures(parts), *transfer_figures(parts), *figures]
+    if broken is not None:
+        figures += fault_figures(broken)
+        rows.append(fault_row(broken))
     return Report("disagg", params, figures, rows)
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from bench.disagg_load import Part
+import msgspec
+
 from bench.kept import BUILD, Kept
 
 FOLDER: Final = BUILD / "disagg"
 
+T = TypeVar("T", bound=msgspec.Struct)
 
-def kept(name: str, folder: Path = FOLDER) -> Part | None:
+
+def kept(name: str, kind: type[T], folder: Path = FOLDER) -> T | None:
     """Return the part of this name that this commit has measured before."""
-    return Kept(Part, folder).get(name)
+    return Kept(kind, folder).get(name)
 
 
-def keep(name: str, part: Part, folder: Path = FOLDER) -> None:
+def keep(name: str, part: msgspec.Struct, folder: Path = FOLDER) -> None:
     """Keep a part."""
-    Kept(Part, folder).put(name, part)
+    Kept(type(part), folder).put(name, part)
 
 
 def all_kept(folder: Path = FOLDER) -> list[str]:
     """Return the names of what this commit has measured."""
-    return Kept(Part, folder).names()
+    return Kept(msgspec.Struct, folder).names()

@@ -167,6 +167,11 @@ def estimate(samples: Sequence[float], *, seed: int = 0) -> Estimate:
     return Estimate(float(np.median(values)), float(low), float(high), int(values.size))
 
 
+def exactly(value: float, samples: int) -> Estimate:
+    """Return what was counted and not estimated, over so many samples."""
+    return Estimate(value, value, value, max(samples, MIN_PAIRS))
+
+
 def ratio(pairs: Sequence[Pair], *, seed: int = 0) -> Estimate:
     """Return the estimate of ours over theirs, pair by pair."""
     return estimate([pair.ours / pair.theirs for pair in pairs], seed=seed)

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 
 from bench import harness
-from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Pair, Report, Row
+from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Pair, Report, Row
 from bench.ours import TENANT, greedy
 from bench.quant_e2e import model_in
 from bench.tiers_faults import KEPT, RUNS, fault_runs
@@ -141,7 +141,7 @@ def measure_stall(model: Path, mode: ShieldName, options: Options) -> tuple[Figu
         "step_ms_p99": float(np.percentile(steps, 99)),
         "undisturbed_step_ms_p50": float(np.median(before)),
     }
-    return Figure("engine_stall_ms_p99", _exactly(p99, len(stalls)), Goal("<=", 2.0)), row
+    return Figure("engine_stall_ms_p99", harness.exactly(p99, len(stalls)), Goal("<=", 2.0)), row
 
 
 def _step_ms(side: Side) -> float:
@@ -189,12 +189,8 @@ def measure_faults(options: Options) -> tuple[Figure, Row]:
     """Count the answers that differ under faults from those of a server without tiers."""
     counted = fault_runs(1 if options.quick else RUNS, KEPT)
     row: Row = {"fault_run": "demo", **counted._asdict()}
-    wrong = _exactly(counted.wrong, counted.answers)
+    wrong = harness.exactly(counted.wrong, counted.answers)
     return Figure("wrong_tokens_in_fault_runs", wrong, Goal("<=", 0.0)), row
-
-
-def _exactly(value: float, samples: int) -> Estimate:
-    return Estimate(value, value, value, max(samples, MIN_PAIRS))
 
 
 def measure(options: Options) -> Report:

@@ -249,11 +249,11 @@ def test_parts_are_kept_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     one = part(*turns(BASE.name, 0.95, 10.0))
     monkeypatch.setattr(harness, "commit", lambda: "abc")
     disagg_kept.keep("azure_conv-42", one, tmp_path)
-    assert disagg_kept.kept("azure_conv-42", tmp_path) == one
+    assert disagg_kept.kept("azure_conv-42", Part, tmp_path) == one
     assert disagg_kept.all_kept(tmp_path) == ["azure_conv-42"]
     monkeypatch.setattr(harness, "commit", lambda: "def-dirty")
     disagg_kept.keep("azure_conv-42", one, tmp_path)
-    assert disagg_kept.kept("azure_conv-42", tmp_path) is None
+    assert disagg_kept.kept("azure_conv-42", Part, tmp_path) is None
 
 
 def test_every_form_has_its_costs() -> None:

@@ -34,8 +34,12 @@ class FaultyLink:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass one connection on."""
         self.connections += 1
+        try:
+            there = await asyncio.open_connection(*host_port(self.target))
+        except OSError:  # who listens there has died
+            writer.transport.abort()
+            return
         self._serving += 1
-        there = await asyncio.open_connection(*host_port(self.target))
         both = (
             asyncio.create_task(self._pass(reader, there[1], back=False)),
             asyncio.create_task(self._pass(there[0], writer, back=True)),

@@ -16,15 +16,15 @@ from kvkeep.cache.radix import KEY_BYTES, token_bytes
 from kvkeep.cache.tiers import Copy, Install
 from kvkeep.disagg.incoming import Incoming
 from kvkeep.disagg.inlet import Inlet
-from kvkeep.disagg.link import Faults, LinkThread, Waker
-from kvkeep.disagg.options import LinkOptions, check_engine
-from kvkeep.disagg.prompt import PromptPages, below_of, hello_of
+from kvkeep.disagg.options import LinkOptions
+from kvkeep.disagg.prompt import PromptPages, below_of
+from kvkeep.disagg.side import Side
 from kvkeep.disagg.wire import Block, Credit, Drop
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, Sealing, sealing_of
+from kvkeep.engine.sealers import Seal, sealing_of
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import SealContext
 from kvkeep.types import PageKind, chain_hash
@@ -35,7 +35,7 @@ AGAIN_S: Final = 0.5
 """A worker that did not answer is left alone for so long."""
 
 
-class DecodeSide:
+class DecodeSide(Side):
     """Stands beside a decode engine's loop and is its tier; a `Tier` and a `Beside`."""
 
     def __init__(
@@ -46,15 +46,9 @@ class DecodeSide:
         clock: Callable[[], float] = time.monotonic,
         seal: Seal = sealing_of,
     ) -> None:
-        check_engine(engine)
+        super().__init__(engine, options, inbox, clock, seal)
         if engine.tiers:
             raise ConfigError("tier: a decode worker has none below memory yet; leave tiers out")
-        self._engine = engine
-        self._options = options
-        self._clock = clock
-        self._seal = seal
-        self._waker = Waker(inbox)
-        self._faults = Faults()
         self._numbers = itertools.count(1)
         self._requests: dict[str, list[tuple[Inlet, Incoming]]] = {}
         self._names: dict[SealContext, list[tuple[Incoming, int]]] = {}
@@ -62,15 +56,8 @@ class DecodeSide:
         self._again_s: dict[str, float] = {}
         self._asking: list[tuple[Inlet, Incoming]] = []
         self._events: deque[tuple[int, Callable[[], None]]] = deque()
-        self._thread: LinkThread | None = None
-        self._sealing: Sealing | None = None
         self.installed_pages = 0
         """Whole pages that other workers have computed."""
-
-    @property
-    def faults(self) -> Faults:
-        """Return what went wrong on links."""
-        return self._faults
 
     @property
     def pending(self) -> int:
@@ -86,14 +73,9 @@ class DecodeSide:
 
     def begin(self, core: EngineCore) -> None:
         """Take note of the engine."""
-        self._core = core
-        self._sealing = self._seal(self._engine)
-        self._own = hello_of(
-            core.info, core.caches.managers, self._sealing.sealer.name, self._options.window_bytes
-        )
-        self._thread = LinkThread()
+        self._own, thread, _ = self._open(core)
         wanted = partial(bool, self._requests)
-        self._thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
+        thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
 
     def before(self, command: m.Command) -> None:
         """Note whose pages are to come."""
@@ -118,10 +100,7 @@ class DecodeSide:
 
     def close(self) -> None:
         """End all links."""
-        if self._thread is not None:
-            self._thread.close()
-        if self._sealing is not None:
-            self._sealing.close()
+        self._close()
 
     # Below the cache
 

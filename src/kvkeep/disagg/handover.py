@@ -57,7 +57,7 @@ class SplitClient:
     async def info(self) -> ModelInfo:
         """Return the model's description; raises `ConfigError` where the two engines differ."""
         first, second = await asyncio.gather(self._prefill.info(), self._decode.info())
-        for name in ("digest", "kv", "dtype", "evict", "shield", "max_model_len"):
+        for name in ("digest", "kv", "dtype", "evict", "shield", "sealer", "max_model_len"):
             here, there = getattr(second, name), getattr(first, name)
             if here != there:
                 raise ConfigError(

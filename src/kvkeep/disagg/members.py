@@ -20,7 +20,7 @@ Launch = Callable[[str, Role], MessageClient]
 
 State = Literal["starting", "serving", "draining", "lost"]
 
-ALIKE: Final = ("version", "digest", "kv", "dtype", "evict", "shield", "max_model_len")
+ALIKE: Final = ("version", "digest", "kv", "dtype", "evict", "shield", "sealer", "max_model_len")
 """What all workers of a cluster have in common."""
 
 
@@ -96,7 +96,14 @@ class Member:
             streams=self.streams,
             starts=self.starts,
             pid=self.info.pid,
+            held_pages=0 if self.stats is None else held_pages(self.stats),
         )
+
+
+def held_pages(stats: EngineStats) -> int:
+    """Return the pages that something holds, public ones left out."""
+    unused = sum(use.unused_pages for use in stats.tenants)
+    return max(0, stats.pages_used - unused - stats.sharing.public_pages)
 
 
 def check_alike(ours: ModelInfo, theirs: ModelInfo, name: str, role: Role) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -11,18 +13,19 @@ import msgspec
 
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.tiers import ClosedPage, Copy, Install
-from kvkeep.disagg.connector import Channel
-from kvkeep.disagg.link import Faults, LinkThread, Waker, connector_of
-from kvkeep.disagg.options import LinkOptions, check_engine
+from kvkeep.disagg.connector import Channel, Connector
+from kvkeep.disagg.link import connector_of
+from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.outgoing import Outgoing
 from kvkeep.disagg.outlet import Event, Outlet
-from kvkeep.disagg.prompt import PromptPages, hello_of
+from kvkeep.disagg.prompt import PromptPages
+from kvkeep.disagg.side import Side
 from kvkeep.disagg.wire import Drop, Lost, Want
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, Sealing, sealing_of
+from kvkeep.engine.sealers import Seal, sealing_of
 from kvkeep.sealing import SealContext
 
 PUMP_BYTES: Final = 4 << 20
@@ -31,7 +34,7 @@ EARLY_S: Final = 10.0
 """A wish without its prompt is forgotten after so long."""
 
 
-class PrefillSide:
+class PrefillSide(Side):
     """Stands beside a prefill engine's loop and hears of the layers its steps close."""
 
     def __init__(
@@ -42,28 +45,16 @@ class PrefillSide:
         clock: Callable[[], float] = time.monotonic,
         seal: Seal = sealing_of,
     ) -> None:
-        check_engine(engine)
-        self._engine = engine
-        self._options = options
-        self._clock = clock
-        self._seal = seal
-        self._waker = Waker(inbox)
-        self._faults = Faults()
+        super().__init__(engine, options, inbox, clock, seal)
         self._events: deque[tuple[Outlet, Event]] = deque()
         self._specs: OrderedDict[str, tuple[GenerateRequest, float | None]] = OrderedDict()
         """By request: its prompt, and when it is forgotten once it has ended."""
         self._early: list[tuple[Outlet, Want, float]] = []
         self._going: dict[str, Outgoing] = {}
-        self._thread: LinkThread | None = None
-        self._sealing: Sealing | None = None
+        self._connector: Connector | None = None
         self.outlets: list[Outlet] = []
         self.address = ""
         """What is listened at."""
-
-    @property
-    def faults(self) -> Faults:
-        """Return what went wrong on links."""
-        return self._faults
 
     @property
     def pending(self) -> int:
@@ -74,11 +65,8 @@ class PrefillSide:
 
     def begin(self, core: EngineCore) -> None:
         """Listen; raises `ConfigError` where that can't or must not be done."""
-        self._core = core
-        self._sealing = sealing = self._seal(self._engine)
-        self._thread = thread = LinkThread()
-        options, managers = self._options, core.caches.managers
-        own = hello_of(core.info, managers, sealing.sealer.name, options.window_bytes)
+        own, thread, sealing = self._open(core)
+        options = self._options
         self._connector = connector_of(options, options.listen)
 
         async def accepted(channel: Channel) -> None:
@@ -86,7 +74,8 @@ class PrefillSide:
                 channel, thread, sealing.sealer, options, self._faults, self._heard, self._room
             )
             self.outlets.append(outlet)
-            await outlet.serve(own)
+            with contextlib.suppress(asyncio.CancelledError):  # the thread's end is no error
+                await outlet.serve(own)
 
         self.address = thread.wait(self._connector.listen(options.listen, accepted))
         core.info = msgspec.structs.replace(core.info, link=options.advertise or self.address)
@@ -141,10 +130,7 @@ class PrefillSide:
         """End all links."""
         for request_id in list(self._going):
             self._end(request_id)
-        if self._thread is not None:
-            self._thread.close(self._connector.close)
-        if self._sealing is not None:
-            self._sealing.close()
+        self._close(self._listen_no_more)
 
     # In a step
 
@@ -162,6 +148,10 @@ class PrefillSide:
             self.outlets.remove(outlet)
         self._events.append((outlet, event))
         self._waker.wake()
+
+    def _listen_no_more(self) -> None:
+        if self._connector is not None:
+            self._connector.close()
 
     def _may_expire(self) -> bool:
         return bool(self._going or self._early)

@@ -71,12 +71,10 @@ class PromptPages:
         return PageKind.FIRST if page == 0 and self._first else PageKind.PLAIN
 
 
-def hello_of(
-    info: ModelInfo, managers: Mapping[str, CacheManager], sealer: str, window_bytes: int
-) -> Hello:
+def hello_of(info: ModelInfo, managers: Mapping[str, CacheManager], window_bytes: int) -> Hello:
     """Return what a worker says of itself."""
     forms = {name: below_of(one).form.hex() for name, one in managers.items()}
-    return Hello(info.digest, forms, sealer, window_bytes)
+    return Hello(info.digest, forms, info.sealer, window_bytes)
 
 
 def below_of(manager: CacheManager) -> Below:

@@ -53,6 +53,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     forms: dict[_Name, _Name]
     """Digest of how pages' bytes are arranged, by codec."""
     sealer: _Name
+    """What seals pages, and by which store's keys."""
     window_bytes: _Count
     """What may be under way to this side and not yet taken."""
 

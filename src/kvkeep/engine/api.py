@@ -175,6 +175,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of the program and of what it says to other engines; '': it speaks with none."""
     pid: int = 0
     """Of a cluster's worker, on its own machine."""
+    sealer: str = ""
+    """What seals the pages that it hands over, and by which store's keys; '': it hands none over.
+    """
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +194,8 @@ class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
     """Times it was started."""
     pid: int = 0
     """Of its process, on its own machine."""
+    held_pages: int = 0
+    """That requests and transfers held when it was last heard of; public ones are not counted."""
 
 
 class TenantUse(msgspec.Struct, frozen=True, kw_only=True):

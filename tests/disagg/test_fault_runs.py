@@ -1,0 +1,252 @@
+"""The fault runs of `kvkeep bench disagg` on workers in threads: small, and with faults planted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pytest
+
+from bench import disagg_clients
+from bench.disagg_clients import Plan, Question, Storm, Tokens, Told, events, is_wrong, questions
+from bench.disagg_faults import FaultRun, fault_figures, fault_row
+from bench.disagg_recovery import WINDOW, Answer, recovered_s
+from kvkeep.disagg import fleet as fleets
+from kvkeep.disagg.fleet import Fleet
+from kvkeep.disagg.journey import Journey
+from kvkeep.disagg.members import CrewOptions
+from kvkeep.disagg.options import PaceOptions, Role
+from kvkeep.disagg.outgoing import Outgoing
+from kvkeep.engine.api import EngineClient
+from kvkeep.engine.client import MessageClient
+from kvkeep.errors import EngineError
+from kvkeep.sealing import Opened, SealContext
+from kvkeep.shield.plain import PlainSealer
+from tests.disagg.crews import KEY, QUICK_CREW, Hands
+from tests.disagg.faulty import FaultyLink, faulty_link
+from tests.disagg.pairs import QUICK, engine_options, held, until
+from tests.engines import core_for, drive
+
+LINK = msgspec.structs.replace(
+    QUICK, silence_s=1.0, pace=PaceOptions(bytes_per_s=4e6, latency_s=0.001)
+)
+SMALL = Plan(
+    requests=70,
+    questions=12,
+    kills=4,
+    restarts=1,
+    breaks=12,
+    disguises=("version", "keys"),
+    grace_s=30.0,
+)
+CALM = Plan(requests=24, questions=6, kills=0, restarts=0, breaks=0, disguises=(), hurried=0.0)
+FEW = questions(CALM.questions, 3)
+OTHER = {"version": {"kv": "k2v2"}, "keys": {"evict": "corm"}}
+"""What differs of a worker in a thread: all of one process have one version, and no keys."""
+
+
+class Threads:
+    """A cluster of threads; a `Target`."""
+
+    def __init__(self, hands: Hands, links: Sequence[FaultyLink], crew: CrewOptions) -> None:
+        self.links = links
+        self.hands = hands
+        self._crew = crew
+        self._up = asyncio.Event()
+        self._leading: dict[str, asyncio.Future[None]] = {}
+
+    def launch(self, name: str, role: Role) -> MessageClient:
+        """Start a worker, in whose way its proxy is."""
+        proxy = self.links[int(name[-1])] if role == "prefill" else None
+        if proxy is not None:
+            self.hands.link = msgspec.structs.replace(LINK, advertise=proxy.address)
+        client = self.hands(name, role)
+        self._leading[name] = asyncio.ensure_future(self._lead(client, name, proxy))
+        return client
+
+    async def _lead(self, client: MessageClient, name: str, proxy: FaultyLink | None) -> None:
+        """Have its proxy lead to a worker that has started; one that differs has told so."""
+        worker = self.hands.workers[name]
+        try:
+            await client.info()
+        except EngineError:
+            return
+        self.hands.others.pop(name, None)
+        if proxy is not None:
+            proxy.target = worker.side.address  # type: ignore[union-attr]
+
+    async def start(self) -> None:
+        """Start a router and its workers."""
+        self.fleet = await Fleet.start(self.launch, self._crew, KEY)
+        await self.fleet.set_tenants({"a": 0.5, "b": 0.5})
+        self._up.set()
+
+    async def client(self) -> EngineClient:
+        await self._up.wait()
+        return self.fleet
+
+    async def kill(self, draw: random.Random) -> None:
+        self.hands.kill(draw.choice(sorted(self.hands.transports)))
+
+    async def restart(self) -> None:
+        self._up.clear()
+        for name in self.hands.transports:
+            self.hands.kill(name)
+        await self.fleet.close()
+        await self.start()
+
+    async def disguise(self, draw: random.Random, what: Literal["version", "keys"]) -> None:
+        name = draw.choice(sorted(self.hands.transports))
+        self.hands.others[name] = msgspec.structs.replace(self.hands.engine, **OTHER[what])
+        self.hands.kill(name)
+        await until(lambda: name not in self.hands.others, 60)
+
+    async def held(self) -> Mapping[str, int]:
+        return {str(at): len(held(worker)) for at, worker in enumerate(self.hands.alive())}
+
+
+@asynccontextmanager
+async def threads(model: Path, **crew: Any) -> AsyncIterator[Threads]:
+    options = msgspec.structs.replace(QUICK_CREW, **crew)
+    async with AsyncExitStack() as stack:
+        links = [await stack.enter_async_context(faulty_link()) for _ in range(options.prefill)]
+        target = Threads(Hands(engine_options(model, shield="off")), links, options)
+        await target.start()
+        try:
+            yield target
+        finally:
+            await target.fleet.close()
+
+
+def right(model: Path, asked: Sequence[Question]) -> list[Tokens]:
+    """Return one engine's answers."""
+    core = core_for(model, chunk_tokens=128, threads=1)
+    told = drive(core, [one.request(str(number), None) for number, one in enumerate(asked)])
+    found: list[Tokens] = []
+    for number, one in enumerate(asked):
+        chunks = told[str(number)]
+        found.append(
+            {
+                index: [t for chunk in chunks if chunk.index == index for t in chunk.token_ids]
+                for index in range(one.params.n)
+            }
+        )
+    return found
+
+
+async def calm(target: Threads, model: Path) -> Told:
+    return await Storm(target, CALM, FEW, right(model, FEW)).run(1)
+
+
+@pytest.mark.timeout(120)
+async def test_whatever_fails_clients_are_told_what_is_right_and_nothing_stays_held(
+    tiny: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = questions(SMALL.questions, 5)
+    async with threads(tiny["qwen2"]) as target:
+        told = await Storm(target, SMALL, asked, right(tiny["qwen2"], asked)).run(2)
+        for what in ("kv", "evict"):
+            await until(lambda: f"can't be started: {what}: worker" in caplog.text, 60)  # noqa: B023
+    assert told.ends["hung"] == 0
+    assert told.wrong == 0
+    assert told.leaked == {}
+    assert sum(told.ends.values()) == SMALL.requests
+    assert min(told.ends["answered"], told.ends["left"]) > SMALL.requests // 4
+    assert told.events == {"kill": 4, "restart": 1, "break": 12, "version": 1, "keys": 1}
+    assert sum(link.connections for link in target.links) > 0
+
+
+class Credulous(PlainSealer):
+    """Opens everything: what was changed on the way is installed."""
+
+    def open(
+        self,
+        context: SealContext,
+        frame: memoryview,
+        layer_bytes: Sequence[int],
+        into: memoryview | None = None,
+    ) -> Opened:
+        for layer in super().open(context, frame, layer_bytes, into):
+            yield memoryview(bytes(byte ^ 0x01 for byte in layer))
+        return False
+
+
+async def test_a_changed_page_that_is_taken_is_seen(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvkeep.engine.sealers.PlainSealer", Credulous)
+    async with threads(tiny["qwen2"], prefill=1, decode=1) as target:
+        told = await calm(target, tiny["qwen2"])
+    assert told.wrong > 0
+
+
+async def test_pages_that_nobody_lets_go_of_are_seen(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disagg_clients, "SETTLE_S", 0.5)
+    monkeypatch.setattr(Outgoing, "release", lambda _: None)
+    async with threads(tiny["qwen2"], prefill=1, decode=1) as target:
+        told = await calm(target, tiny["qwen2"])
+    assert sum(told.leaked.values()) > 0
+
+
+async def test_a_client_that_hears_nothing_is_seen(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(Journey):
+        async def __anext__(self) -> Any:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(fleets, "Journey", Silent)
+    plan = Plan(
+        requests=2, clients=2, questions=6, kills=0, restarts=0, breaks=0, disguises=(),
+        deadline_s=0.1, grace_s=0.2, hurried=0.0,
+    )  # fmt: skip
+    async with threads(tiny["qwen2"], prefill=1, decode=1) as target:
+        told = await Storm(target, plan, FEW, [{0: [], 1: []}] * len(FEW)).run(1)
+    assert told.ends["hung"] >= 1
+
+
+def test_what_was_told_must_be_a_beginning_or_all() -> None:
+    whole = {0: [1, 2, 3]}
+    assert not is_wrong({0: [1, 2]}, whole, whole=False)
+    assert is_wrong({0: [1, 2]}, whole, whole=True)
+    assert is_wrong({0: [1, 9]}, whole, whole=False)
+    assert is_wrong({0: [1, 2, 3, 4]}, whole, whole=False)
+    assert not is_wrong({}, whole, whole=False)
+
+
+def test_what_happens_is_drawn_from_the_seed() -> None:
+    first, again, other = (events(SMALL, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert [at for at, _ in first] == sorted(at for at, _ in first)
+    assert first[-1][0] < SMALL.requests
+
+
+def test_recovery_is_from_when_on_no_window_is_slow() -> None:
+    usual = [Answer(at, at + 1.0) for at in range(10)]
+    slow = [Answer(10.0 + at, 10.0 + at + 3.0) for at in range(WINDOW)]
+    after = [Answer(30.0 + at, 31.0 + at) for at in range(2 * WINDOW)]
+    assert recovered_s([*usual, *after], 10.5) == 0.0
+    found = recovered_s([*usual, *slow, *after], 10.5)
+    assert slow[-1].ended_s - 10.5 < found < after[WINDOW].ended_s - 10.5
+    never = [Answer(10.0 + at, 10.0 + at + 3.0) for at in range(40)]
+    assert recovered_s([*usual, *never], 10.5) == never[-1].ended_s - 10.5
+
+
+def test_figures_are_counts_of_all_requests() -> None:
+    run = FaultRun(
+        requests=500, ends={"answered": 240, "left": 250, "error": 10}, events={"kill": 10},
+        refused={"version": 1, "sealer": 1}, hung=0, wrong=1, leaked_pages=0, late_s=-0.5,
+        recovered_s=(4.0,) * 10,
+    )  # fmt: skip
+    figures = {one.name: one.row() for one in fault_figures(run)}
+    assert [figures[name]["status"] for name in ("hung_clients", "leaked_pages")] == ["shown"] * 2
+    assert figures["wrong_tokens"]["status"] == "missed"
+    assert (figures["recovered_s"]["median"], figures["recovered_s"]["status"]) == (4.0, "shown")
+    assert fault_row(run)["answered_requests"] == 240
