@@ -316,8 +316,8 @@ class Settings(BaseSettings):
             )
         if self.cluster is None:
             return
-        if self.tier:
-            raise ConfigError("tier: a cluster's workers have none below memory yet; leave it out")
+        if any(one.startswith("redis") for one in self.tier):
+            raise ConfigError("tier: a cluster's workers share no server; give memory: and disk:")
         if self.guard_share:
             raise ConfigError("guard_share: a cluster's workers have no guard; leave it at 0")
         if not self.prefix_caching:

@@ -24,6 +24,7 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         "keys": "k.json",
         "share_audit_log": "alerts",
         "kv_cache_memory_bytes": "1GiB",
+        "tier": ("memory:1GiB", "disk:pages,8GiB"),
     }
     settings = load(flags)
     crew = crew_options(settings)
@@ -33,6 +34,7 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = worker_options(settings, "decode-0"), worker_options(settings, "decode-1")
     assert one.share.state == str(Path("k.json.votes.decode-0").resolve())
     assert (other.share.audit_log or "").endswith("alerts.decode-1")
+    assert one.tiers == ("memory:1GiB", f"disk:{Path('pages').resolve() / 'decode-0'},8GiB")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=type(one)) == one
     assert (one.threads, one.model) == (1, str(DEMO_MODEL.resolve()))
     assert worker_options(load({**flags, "threads": 3}), "w").threads == 3
@@ -53,7 +55,7 @@ def test_certificates_are_given_together() -> None:
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--tier", "memory:1GiB"], "tier: a cluster's workers have none below memory yet"),
+        (["--tier", "redis://h:1/0,1GiB"], "tier: a cluster's workers share no server"),
         (["--guard-share", "0.1"], "guard_share: a cluster's workers have no guard"),
         (["--no-prefix-caching"], "prefix_caching: a cluster hands cached pages over"),
         (["--cluster-decode", "0"], "cluster_decode"),

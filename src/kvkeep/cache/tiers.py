@@ -72,6 +72,57 @@ class Tier(Protocol):
         """Run the callbacks that are due, on the caller's thread."""
 
 
+class FirstOf:
+    """Two tiers as one: the second is asked for what the first lacks, and given nothing."""
+
+    def __init__(self, first: Tier, second: Tier) -> None:
+        self._first = first
+        self._second = second
+
+    def holds(self, context: SealContext) -> bool:
+        """Tell whether either could give a page."""
+        return self._first.holds(context) or self._second.holds(context)
+
+    def fetch(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        install: Install,
+        done: Callable[[bool], None],
+    ) -> None:
+        """Ask the first, and the second for what that lacks or can't read; see `Tier.fetch`."""
+
+        def ended(ok: bool) -> None:
+            if ok or not self._second.holds(context):
+                done(ok)
+            else:
+                self._second.fetch(context, layer_bytes, install, done)
+
+        if self._first.holds(context):
+            self._first.fetch(context, layer_bytes, install, ended)
+        else:
+            self._second.fetch(context, layer_bytes, install, done)
+
+    def store(
+        self,
+        context: SealContext,
+        layer_bytes: Sequence[int],
+        read: Read,
+        expires_s: float | None,
+    ) -> Copy | None:
+        """Have the first make room for a page."""
+        return self._first.store(context, layer_bytes, read, expires_s)
+
+    def forget(self, owner: str) -> int:
+        """Drop every page of an owner in both."""
+        return self._first.forget(owner) + self._second.forget(owner)
+
+    def poll(self) -> None:
+        """Run what is due in both."""
+        self._first.poll()
+        self._second.poll()
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """What the file system of a disk tier has left."""

@@ -61,11 +61,19 @@ def worker_options(settings: Settings, name: str) -> EngineOptions:
         workers = settings.cluster_prefill + settings.cluster_decode
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
-    return msgspec.structs.replace(options, share=share, threads=threads, model=model)
+    tiers = tuple(_own_tier(tier, name) for tier in options.tiers)
+    return msgspec.structs.replace(options, share=share, threads=threads, model=model, tiers=tiers)
 
 
 def _own(file: str | None, name: str) -> str | None:
     return None if file is None else f"{Path(file).resolve()}.{name}"
+
+
+def _own_tier(tier: str, name: str) -> str:
+    """Return a tier with the worker's own folder in that of a disk."""
+    kind, _, rest = tier.partition(":")
+    folder, _, size = rest.rpartition(",")
+    return f"disk:{Path(folder).resolve() / name},{size}" if kind == "disk" and folder else tier
 
 
 def _launch(

@@ -25,7 +25,6 @@ from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import Seal, sealing_of
-from kvkeep.errors import ConfigError
 from kvkeep.sealing import SealContext
 from kvkeep.types import PageKind, chain_hash
 
@@ -47,8 +46,6 @@ class DecodeSide(Side):
         seal: Seal = sealing_of,
     ) -> None:
         super().__init__(engine, options, inbox, clock, seal)
-        if engine.tiers:
-            raise ConfigError("tier: a decode worker has none below memory yet; leave tiers out")
         self._numbers = itertools.count(1)
         self._requests: dict[str, list[tuple[Inlet, Incoming]]] = {}
         self._names: dict[SealContext, list[tuple[Incoming, int]]] = {}

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvkeep.cache.tiers import TierUse
 from kvkeep.engine.api import (
     EngineStats,
     EvictStats,
@@ -35,6 +36,7 @@ _COUNTS: Final = (
     "attention_read_bytes_total",
     "encoded_pages_total",
 )
+_TIER_COUNTS: Final = ("limit_bytes", "used_bytes", "pages", "hits", "misses", "renewed")
 _TIMES: Final = ("ttft_s", "tpot_s", "e2e_s", "step_s")
 _SHARED: Final = (
     "public_units",
@@ -60,7 +62,7 @@ NOTHING: Final = msgspec.convert(
 
 
 def total(of: Sequence[EngineStats], workers: tuple[WorkerUse, ...]) -> EngineStats:
-    """Return the sum of what engines say of themselves; they have neither tiers nor guards."""
+    """Return the sum of what engines say of themselves; they have no guards."""
     if not of:
         return msgspec.structs.replace(NOTHING, workers=workers)
     return msgspec.structs.replace(
@@ -72,6 +74,7 @@ def total(of: Sequence[EngineStats], workers: tuple[WorkerUse, ...]) -> EngineSt
         evict=EvictStats(**_sums([one.evict for one in of], EvictStats.__struct_fields__)),
         tenants=_tenants(use for one in of for use in one.tenants),
         sharing=_sharing([one.sharing for one in of]),
+        tiers=_tiers([use for one in of for use in one.tiers]),
         workers=workers,
     )
 
@@ -99,6 +102,29 @@ def _tenants(uses: Iterable[TenantUse]) -> tuple[TenantUse, ...]:
         by_name.setdefault(use.tenant, []).append(use)
     names = [name for name in TenantUse.__struct_fields__ if name != "tenant"]
     return tuple(TenantUse(tenant=name, **_sums(own, names)) for name, own in by_name.items())
+
+
+def _tiers(uses: Sequence[TierUse]) -> tuple[TierUse, ...]:
+    """Return each kind's sum, with the room of the fullest disk and the keys that stand worst."""
+    found = []
+    for name in dict.fromkeys(use.tier for use in uses):
+        own = [use for use in uses if use.tier == name]
+        rooms = [use.room for use in own if use.room is not None]
+        keys = [use.keys for use in own if use.keys is not None]
+        counts = {key: sum(getattr(use, key) for use in own) for key in _TIER_COUNTS}
+        found.append(
+            TierUse(
+                name,
+                **counts,
+                drops=_counted(use.drops for use in own),
+                errors=_counted(use.errors for use in own),
+                room=min(
+                    rooms, key=lambda room: (not room.read_only, room.free_bytes), default=None
+                ),
+                keys=min(keys, key=lambda state: (state.running, state.answering), default=None),
+            )
+        )
+    return tuple(found)
 
 
 def _sharing(of: Sequence[SharingStats]) -> SharingStats:

@@ -21,7 +21,7 @@ from kvkeep.cache.parts import PoolPart
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.radix import RadixIndex
 from kvkeep.cache.tier.files import Directory, Files
-from kvkeep.cache.tiers import PageListener, Tier
+from kvkeep.cache.tiers import FirstOf, PageListener, Tier
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
@@ -86,6 +86,7 @@ class Parts(msgspec.Struct, kw_only=True):
     """The inspector's rules that may change while the engine runs."""
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
+    """Asked for pages that the tiers of the options lack, if there are any."""
     files: Callable[[Path], Files] = Directory
     """How the directory of a disk tier is opened."""
     backend: Backend | None = None
@@ -203,7 +204,9 @@ def _caches(
     """Return the cache of the codec's pages and, where requests differ, that of kept ones."""
     techniques = parts.techniques
     lower = tier_of(options, pool.spec.first_page_bytes, parts.files)
-    tier = parts.tier or lower
+    tier: Tier | None = parts.tier or lower
+    if parts.tier is not None and lower is not None:
+        tier = FirstOf(lower, parts.tier)
 
     def tag_of(codec: str) -> Callable[[str], PageTag]:
         return lambda scope: PageTag(scope, codec, techniques.shield.name)
