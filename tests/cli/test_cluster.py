@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from kvkeep.cli import run
-from kvkeep.cli.cluster import crew_options, link_options, worker_options
+from kvkeep.cli.cluster import counted, crew_options, link_options, worker_options
+from kvkeep.cli.engine import engine_options
 from kvkeep.config import DEMO_MODEL, load
 from kvkeep.errors import ConfigError
 
@@ -32,7 +33,10 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (crew.epoch_s, crew.drain_s) == (2.5, 7.0)
     assert link_options(settings).tls is None
     one, other = worker_options(settings, "decode-0"), worker_options(settings, "decode-1")
-    assert one.share.state == str(Path("k.json.votes.decode-0").resolve())
+    assert (one.share.policy, one.share.state, one.share.led) == ("selective", None, True)
+    apart = worker_options(load({**flags, "share": "isolate"}), "decode-0").share
+    assert (apart.led, apart.state) == (False, str(Path("k.json.votes.decode-0").resolve()))
+    assert counted(engine_options(settings).share).state == "k.json.votes"
     assert (other.share.audit_log or "").endswith("alerts.decode-1")
     assert one.tiers == ("memory:1GiB", f"disk:{Path('pages').resolve() / 'decode-0'},8GiB")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=type(one)) == one

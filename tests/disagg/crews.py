@@ -132,7 +132,8 @@ async def cluster_of(
     """Yield two prefill and two decode workers, or as many as `crew` says, for two tenants."""
     engine = engine_options(model, shield="off", **options)
     hands = Hands(engine, link, others or {})
-    fleet = await Fleet.start(hands, msgspec.structs.replace(QUICK_CREW, **(crew or {})), key)
+    led = msgspec.structs.replace(QUICK_CREW, **(crew or {}))
+    fleet = await Fleet.start(hands, led, key, engine.share)
     try:
         await fleet.set_tenants({"a": 0.5, "b": 0.5})
         yield Cluster(fleet, hands)

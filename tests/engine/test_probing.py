@@ -20,8 +20,9 @@ from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.monitor import Monitor, MonitorLimits
 from kvkeep.sharing.pins import Pins
 from kvkeep.sharing.policies.selective import AtLeast
-from kvkeep.sharing.promotion import Promotion, PromotionLimits, PromotionParts
+from kvkeep.sharing.promotion import Promotion, PromotionParts
 from kvkeep.sharing.state import NoStore
+from kvkeep.sharing.votes import PromotionLimits
 from kvkeep.shield.policy import NoShield
 from tests.engine.test_sharing import (
     NAMES,

@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from kvkeep.sharing.guarantees import GUARANTEES
-from kvkeep.sharing.promotion import PromotionLimits
 from kvkeep.sharing.scans import ScanLimits
+from kvkeep.sharing.votes import PromotionLimits
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGE: Final = ROOT / "docs" / "threat-model.md"

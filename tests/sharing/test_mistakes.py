@@ -20,9 +20,10 @@ from kvkeep.sharing.inspection import ClearsNothing, DecodeText, Inspector, clea
 from kvkeep.sharing.ledger import Unit
 from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.policies.selective import AtLeast
-from kvkeep.sharing.promotion import Promotion, PromotionLimits, PromotionParts
+from kvkeep.sharing.promotion import Promotion, PromotionParts
 from kvkeep.sharing.scans import ScanJob
 from kvkeep.sharing.snapshot import Entry
+from kvkeep.sharing.votes import PromotionLimits
 from kvkeep.types import Access, SharingPolicy, View
 from tests.cache.player import make_manager, pool_of, prompt, tag_of
 from tests.sharing import worlds as w

@@ -9,8 +9,8 @@ from kvkeep.errors import ConfigError
 from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.monitor import Monitor
 from kvkeep.sharing.policies.selective import AtLeast
-from kvkeep.sharing.promotion import PromotionLimits
 from kvkeep.sharing.scans import ScanLimits
+from kvkeep.sharing.votes import PromotionLimits
 from kvkeep.types import EpochDelta
 from tests.sharing.nodes import SIX, Blocks, end_epochs, readers, sharing
 from tests.sharing.worlds import TAINT, Finds, Setting
@@ -256,7 +256,7 @@ def test_planted_votes_cannot_fill_the_public_pool() -> None:
         end_epochs(policy)
     end_epochs(policy, 2)
     assert policy.public_units <= 4
-    assert len(policy._state.ledger.units) <= 8
+    assert len(policy._votes.ledger.units) <= 8
 
 
 def test_a_new_day_brings_a_new_bound() -> None:

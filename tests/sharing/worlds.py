@@ -18,8 +18,9 @@ from kvkeep.sharing.policies.safekv import SafeKV
 from kvkeep.sharing.policies.salt import ShareBySalt
 from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.sharing.policies.share_all import ShareAll
-from kvkeep.sharing.promotion import Promotion, PromotionLimits, PromotionParts
+from kvkeep.sharing.promotion import Promotion, PromotionParts
 from kvkeep.sharing.rules import Rule
+from kvkeep.sharing.votes import PromotionLimits
 from kvkeep.types import SharingPolicy
 from tests.cache.player import Player, check, make_manager, prompt
 

@@ -132,7 +132,10 @@ class Caches:
 
     def end_epoch(self, now: float) -> EpochDelta:
         """Close the policy's epoch, drop what has had its time and apply the snapshot."""
-        delta = self._policy.end_epoch(now)
+        return self.apply(self._policy.end_epoch(now), now)
+
+    def apply(self, delta: EpochDelta, now: float) -> EpochDelta:
+        """Drop what has had its time and apply a snapshot."""
         for manager in self.managers.values():
             manager.apply(delta, now)
         self.tiers.end_epoch(now)

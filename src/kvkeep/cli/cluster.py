@@ -21,7 +21,8 @@ from kvkeep.disagg.ray_cluster import AUTO, check_links, joined
 from kvkeep.disagg.workers import RayTransport
 from kvkeep.engine.api import ModelInfo
 from kvkeep.engine.client import MessageClient
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import EngineOptions, SharingOptions
+from kvkeep.engine.terms import VOTING
 
 
 def crew_options(settings: Settings) -> CrewOptions:
@@ -48,12 +49,18 @@ def link_options(settings: Settings) -> LinkOptions:
     )
 
 
+def counted(share: SharingOptions) -> SharingOptions:
+    """Return by whom votes are counted: by who leads the workers, once for all of them."""
+    return msgspec.structs.replace(share, led=share.policy in VOTING)
+
+
 def worker_options(settings: Settings, name: str) -> EngineOptions:
     """Return what one worker is started with: files that it alone writes, its part of the cores."""
     options = engine_options(settings)
+    share = counted(options.share)
     share = msgspec.structs.replace(
-        options.share,
-        state=_own(options.share.state, name),
+        share,
+        state=None if share.led else _own(options.share.state, name),
         audit_log=_own(options.share.audit_log, name),
     )
     threads = options.threads
@@ -93,7 +100,8 @@ async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, Mode
         check_links(link)
         launch = partial(_launch, settings, link, Places())
         with loading_bar("starting workers"):
-            fleet = await Fleet.start(launch, crew_options(settings))
+            share = counted(engine_options(settings).share)
+            fleet = await Fleet.start(launch, crew_options(settings), share=share)
         info = await fleet.info()
         NOTES.print(describe(info))
         counts = f"{settings.cluster_prefill} prefill, {settings.cluster_decode} decode"

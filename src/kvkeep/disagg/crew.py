@@ -106,6 +106,10 @@ class Crew:
         self._ended.set()
         self._ended = asyncio.Event()
 
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something until the cluster ends."""
+        self._start(work)
+
     # On purpose
 
     async def restart(self, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Self
 
 import msgspec
 
+from kvkeep.disagg.agreed import Agreement, agreement_of
 from kvkeep.disagg.crew import Crew
 from kvkeep.disagg.journey import Journey
 from kvkeep.disagg.members import CrewOptions, Launch, Member
@@ -22,25 +23,40 @@ from kvkeep.engine.api import (
     Purged,
     TenantTerms,
 )
+from kvkeep.engine.options import SharingOptions
 from kvkeep.errors import EngineError, EngineStopped
 
 
 class Fleet:
     """An `EngineClient` over a cluster's workers."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Crew, agreement: Agreement | None = None) -> None:
+        """`agreement` counts all workers' votes; None: they have none, or each counts its own."""
         self.crew = crew
+        self.agreement = agreement
         self._journeys: dict[str, Journey] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
 
     @classmethod
-    async def start(cls, launch: Launch, options: CrewOptions, key: bytes | None = None) -> Self:
-        """Return a cluster whose workers are warm; raises what the first one failed with."""
+    async def start(
+        cls,
+        launch: Launch,
+        options: CrewOptions,
+        key: bytes | None = None,
+        share: SharingOptions | None = None,
+    ) -> Self:
+        """Return a cluster whose workers are warm; raises what the first one failed with.
+
+        `share`: what their votes are counted by, where they are started as led ones.
+        """
         crew = Crew(launch, secrets.token_bytes(KEY_BYTES) if key is None else key, options)
+        agreement = agreement_of(share, crew)
         await crew.start()
-        return cls(crew)
+        if agreement is not None:
+            crew.beside(agreement.run())
+        return cls(crew, agreement)
 
     def submit(self, request: GenerateRequest) -> ChunkStream:
         """Start a request; closing the stream early ends it wherever it runs."""
@@ -66,13 +82,16 @@ class Fleet:
         decode = [member for member in self.crew.serving() if member.role == "decode"]
         found = await asyncio.gather(*[self._figures(member) for member in decode])
         uses = tuple(member.use(self.crew.epoch) for member in self.crew.members.values())
-        return total([one for one in found if one is not None], uses)
+        agreed = self.agreement is not None
+        return total([one for one in found if one is not None], uses, agreed=agreed)
 
     async def set_tenants(
         self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
     ) -> None:
         """Set each tenant's share and terms on all workers, and on those that come later."""
         self.crew.settled = (quotas, terms)
+        if self.agreement is not None:
+            self.agreement.settle(terms or {})
         await asyncio.gather(*[self._set(member, quotas, terms) for member in self.crew.serving()])
 
     async def purge(self, tenant: str) -> Purged:
@@ -80,10 +99,12 @@ class Fleet:
         for journey in self._journeys.values():
             if journey.request.tenant == tenant:
                 journey.purged()
+        agreed = None if self.agreement is None else self.agreement.forget(tenant)
         gone = await asyncio.gather(
             *[self._purge(member, tenant) for member in self.crew.serving()]
         )
-        return Purged(pages=sum(one.pages for one in gone), votes=sum(one.votes for one in gone))
+        votes = sum(one.votes for one in gone) if agreed is None else agreed
+        return Purged(pages=sum(one.pages for one in gone), votes=votes)
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop taking requests, wait up to `drain_s` for those running, and end all workers."""

@@ -39,7 +39,6 @@ _COUNTS: Final = (
 _TIER_COUNTS: Final = ("limit_bytes", "used_bytes", "pages", "hits", "misses", "renewed")
 _TIMES: Final = ("ttft_s", "tpot_s", "e2e_s", "step_s")
 _SHARED: Final = (
-    "public_units",
     "public_pages",
     "scan_restarts",
     "scan_s",
@@ -61,8 +60,13 @@ NOTHING: Final = msgspec.convert(
 """What no engine says of itself."""
 
 
-def total(of: Sequence[EngineStats], workers: tuple[WorkerUse, ...]) -> EngineStats:
-    """Return the sum of what engines say of themselves; they have no guards."""
+def total(
+    of: Sequence[EngineStats], workers: tuple[WorkerUse, ...], *, agreed: bool = False
+) -> EngineStats:
+    """Return the sum of what engines say of themselves; they have no guards.
+
+    `agreed`: their votes are counted as one.
+    """
     if not of:
         return msgspec.structs.replace(NOTHING, workers=workers)
     return msgspec.structs.replace(
@@ -73,7 +77,7 @@ def total(of: Sequence[EngineStats], workers: tuple[WorkerUse, ...]) -> EngineSt
         finished=_counted(one.finished for one in of),
         evict=EvictStats(**_sums([one.evict for one in of], EvictStats.__struct_fields__)),
         tenants=_tenants(use for one in of for use in one.tenants),
-        sharing=_sharing([one.sharing for one in of]),
+        sharing=_sharing([one.sharing for one in of], agreed=agreed),
         tiers=_tiers([use for one in of for use in one.tiers]),
         workers=workers,
     )
@@ -127,8 +131,8 @@ def _tiers(uses: Sequence[TierUse]) -> tuple[TierUse, ...]:
     return tuple(found)
 
 
-def _sharing(of: Sequence[SharingStats]) -> SharingStats:
-    """Return the sum; what a tenant's votes may cost it is spent on each engine."""
+def _sharing(of: Sequence[SharingStats], *, agreed: bool) -> SharingStats:
+    """Return the sum; what a tenant's votes may cost it is spent on each engine that counts."""
     eps = [one.eps_per_day for one in of if one.eps_per_day is not None]
     alerts: Counter[tuple[str, str]] = Counter()
     for rule, action, count in (alert for one in of for alert in one.alerts):
@@ -138,7 +142,8 @@ def _sharing(of: Sequence[SharingStats]) -> SharingStats:
         **_sums(of, _SHARED),
         **{name: _counted(getattr(one, name) for one in of) for name in _COUNTED},
         epoch=max(one.epoch for one in of),
-        eps_per_day=sum(eps) if eps else None,
+        public_units=(max if agreed else sum)(one.public_units for one in of),
+        eps_per_day=(max if agreed else sum)(eps) if eps else None,
         gate_bits=max(one.gate_bits for one in of),
         alerts=tuple((rule, action, count) for (rule, action), count in alerts.items()),
     )

@@ -90,6 +90,8 @@ class MessageClient:
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._tenants: deque[asyncio.Future[None]] = deque()
         self._purges: deque[asyncio.Future[Purged]] = deque()
+        self._votes: deque[asyncio.Future[m.Votes]] = deque()
+        self._published: deque[asyncio.Future[None]] = deque()
         self._failure: Exception | None = None
         self._drained = asyncio.Event()
         """No stream is open."""
@@ -145,6 +147,22 @@ class MessageClient:
         self._transport.send(m.Purge(tenant))
         return await future
 
+    async def close_epoch(self, epoch: int, now: float) -> m.Votes:
+        """Let the sharing policy's next epoch begin; return the votes to be counted."""
+        self._raise_if_down()
+        future: asyncio.Future[m.Votes] = self._loop.create_future()
+        self._votes.append(future)
+        self._transport.send(m.CloseEpoch(epoch, now))
+        return await future
+
+    async def publish(self, state: bytes, now: float) -> None:
+        """Make public what came of all engines' votes."""
+        self._raise_if_down()
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._published.append(future)
+        self._transport.send(m.Publish(state, now))
+        await future
+
     def abandon(self, why: str) -> None:
         """Take the engine for dead: everything that waits for it ends now, and so shall it."""
         self._transport.send(m.Stop())
@@ -190,6 +208,10 @@ class MessageClient:
                     future.set_exception(ConfigError(error))
             case m.PurgeDone(purged):
                 _resolve(self._purges.popleft(), purged)
+            case m.Votes():
+                _resolve(self._votes.popleft(), reply)
+            case m.Published():
+                _resolve(self._published.popleft(), None)
             case m.Loading(done, total):
                 if self._progress is not None:
                     self._progress(done, total)
@@ -211,7 +233,13 @@ class MessageClient:
         down = error if isinstance(error, EngineError) else EngineStopped(str(error))
         for stream in self._streams.values():
             stream.put_nowait(down)
-        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._tenants, *self._purges]
+        waiting: list[asyncio.Future[Any]] = [
+            *self._stats,
+            *self._tenants,
+            *self._purges,
+            *self._votes,
+            *self._published,
+        ]
         for future in waiting:
             if not future.done():
                 future.set_exception(down)

@@ -67,7 +67,7 @@ class EngineCore:
         prefix_caching: bool = True,
     ) -> None:
         self.sharing = sharing
-        self.epochs = EpochTimer(sharing.epoch_s)
+        self.epochs = EpochTimer(sharing.epoch_s, led=sharing.led)
         self._prefix_caching = prefix_caching
         self.info = info
         self.caches = caches

@@ -118,6 +118,13 @@ def _handle(core: EngineCore, command: m.Command, reply: m.Sink) -> None:
             reply(m.Stats(core.stats()))
         case m.Purge(tenant):
             reply(m.PurgeDone(core.purge(tenant)))
+        case m.CloseEpoch(epoch, now):
+            core.sharing.end_epoch(now)
+            ballots, version = core.sharing.close_epoch(epoch)
+            reply(m.Votes(tuple(ballots), version))
+        case m.Publish(state, now):
+            core.caches.apply(core.sharing.publish(state), now)
+            reply(m.Published())
         case m.SetTenants(shares, terms):
             try:
                 core.set_tenants(shares, terms)

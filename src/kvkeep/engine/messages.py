@@ -16,6 +16,7 @@ from kvkeep.engine.api import (
     TenantTerms,
     TokenLogprob,
 )
+from kvkeep.sharing.ledger import Ballot
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -56,6 +57,20 @@ class Purge(msgspec.Struct, frozen=True, tag=True):
     tenant: str
 
 
+class CloseEpoch(msgspec.Struct, frozen=True, tag=True):
+    """Let the sharing policy's next epoch begin at a Unix time; answered by `Votes`."""
+
+    epoch: int
+    now: float
+
+
+class Publish(msgspec.Struct, frozen=True, tag=True):
+    """Make public what came of all engines' votes; answered by `Published`."""
+
+    state: bytes
+    now: float
+
+
 class GetStats(msgspec.Struct, frozen=True, tag=True):
     """Ask for a snapshot."""
 
@@ -64,7 +79,9 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the loop now."""
 
 
-Command = Submit | Cancel | Begin | Wake | SetTenants | Purge | GetStats | Stop
+Command = (
+    Submit | Cancel | Begin | Wake | SetTenants | Purge | CloseEpoch | Publish | GetStats | Stop
+)
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -111,11 +128,34 @@ class PurgeDone(msgspec.Struct, frozen=True, tag=True):
     purged: Purged
 
 
+class Votes(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `CloseEpoch`: whose prompts had which chains, by names of both."""
+
+    ballots: tuple[Ballot, ...]
+    version: str
+    """Of what has cleared them."""
+
+
+class Published(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Publish`."""
+
+
 class Stopped(msgspec.Struct, frozen=True, tag=True):
     """The loop has ended as asked."""
 
 
-Reply = Loading | Ready | Failed | Outputs | Stats | TenantsSet | PurgeDone | Stopped
+Reply = (
+    Loading
+    | Ready
+    | Failed
+    | Outputs
+    | Stats
+    | TenantsSet
+    | PurgeDone
+    | Votes
+    | Published
+    | Stopped
+)
 
 Inbox = queue.SimpleQueue[Command]
 Sink = Callable[[Reply], None]

@@ -35,6 +35,8 @@ class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
     units_per_day: int = 1024
     state: str | None = None
     """File that carries votes over restarts."""
+    led: bool = False
+    """Whether epochs end, and votes are counted, where a cluster's workers are led."""
     pinned: str | None = None
     """TOML file of prefixes that are public from the start."""
     rules: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,31 +11,28 @@ from kvkeep.cache.accounts import Retention
 from kvkeep.engine.api import GenerateRequest, SharingStats, TenantTerms
 from kvkeep.engine.gate import TtftGate
 from kvkeep.engine.options import SharingOptions
+from kvkeep.engine.terms import VOTING, leaving, limits_of, members_of, rule_of, store_of
 from kvkeep.errors import ConfigError
 from kvkeep.sharing.audit import AlertSink, AuditLog, NoSink, Webhook
 from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.detector.spans import Recogniser
 from kvkeep.sharing.inspection import ClearsNothing, DecodeText, Detects, Inspector
+from kvkeep.sharing.ledger import Ballot
 from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.monitor import Monitor
 from kvkeep.sharing.pins import Pins
-from kvkeep.sharing.policies.dp import Noisy
 from kvkeep.sharing.policies.isolate import ShareNothing
 from kvkeep.sharing.policies.pinned import SharePinned
 from kvkeep.sharing.policies.safekv import SafeKV
 from kvkeep.sharing.policies.salt import ShareBySalt
-from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.sharing.policies.share_all import ShareAll
-from kvkeep.sharing.promotion import Promotion, PromotionLimits, PromotionParts
-from kvkeep.sharing.rules import Rule
-from kvkeep.sharing.state import FileStore, NoStore
-from kvkeep.types import SharingPolicy
+from kvkeep.sharing.promotion import Promotion, PromotionParts
+from kvkeep.types import EpochDelta, SharingPolicy
 
 log = logging.getLogger(__name__)
 
-_KEY_BYTES = 32
-_READ = ("selective", "dp", "safekv")
+_READ = (*VOTING, "safekv")
 """Policies that share what tenants send, so that it has to be read first."""
 
 
@@ -74,19 +70,23 @@ def _check_read(field: str, options: SharingOptions) -> None:
 class EpochTimer:
     """Says when the engine's loop must end an epoch."""
 
-    def __init__(self, epoch_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, epoch_s: float, clock: Callable[[], float] = time.monotonic, *, led: bool = False
+    ) -> None:
+        """`led`: somebody else says so."""
+        self._led = led
         self._epoch_s = epoch_s
         self._clock = clock
         self._end = clock() + epoch_s
 
     def left_s(self) -> float:
         """Return the seconds until the epoch's end, at least 0."""
-        return max(0.0, self._end - self._clock())
+        return self._epoch_s if self._led else max(0.0, self._end - self._clock())
 
     def due(self) -> bool:
         """Tell, once an epoch, that it has ended; epochs that were slept through count as one."""
         now = self._clock()
-        if now < self._end:
+        if self._led or now < self._end:
             return False
         self._end += self._epoch_s * (1 + (now - self._end) // self._epoch_s)
         return True
@@ -105,6 +105,7 @@ class Sharing:
     ) -> None:
         """`policy` takes the place of the one the options name; `rules` are the inspector's."""
         self.epoch_s = options.epoch_s
+        self.led = options.led
         self.pins = Pins()
         self.directory = Directory()
         self._options = options
@@ -128,18 +129,11 @@ class Sharing:
 
     def leaving(self, terms: Mapping[str, TenantTerms]) -> list[str]:
         """Return the accounts whose votes must not count under new terms."""
-        members = _members(terms)
-        return [
-            account
-            for account, old in self._members.items()
-            if (new := members.get(account)) is None
-            or (new.voter, new.group) != (old.voter, old.group)
-            or (old.contribute and not new.contribute)
-        ]
+        return leaving(self._members, members_of(terms))
 
     def settle(self, terms: Mapping[str, TenantTerms]) -> None:
         """Take the terms of all accounts; ask `leaving` first."""
-        self._terms, self._members = dict(terms), _members(terms)
+        self._terms, self._members = dict(terms), members_of(terms)
         self.directory.set(self._members)
 
     def retention(self) -> dict[str, Retention]:
@@ -215,6 +209,18 @@ class Sharing:
         if self._rules.problem not in (None, known):
             log.warning("share_rules: %s; the rules in force stay", self._rules.problem)
 
+    def close_epoch(self, epoch: int) -> tuple[list[Ballot], str]:
+        """Return the ballots for whoever counts them, and the version of what cleared them."""
+        if not isinstance(self.policy, Promotion):
+            return [], ""
+        return self.policy.close_epoch(epoch), self.policy.version
+
+    def publish(self, state: bytes) -> EpochDelta:
+        """Make public what was counted elsewhere."""
+        if not isinstance(self.policy, Promotion):
+            return EpochDelta(0)
+        return self.policy.publish(state)
+
     def close(self) -> None:
         """End the scanning thread."""
         if isinstance(self.policy, Promotion):
@@ -233,42 +239,18 @@ class Sharing:
                 return ShareAll()
             case "safekv":
                 return SafeKV(self.directory, self._decode, self._inspector)
-            case "selective":
-                return self._promotion(AtLeast(options.k, options.life_epochs))
-            case "dp":
-                key = _draw_key(options.state)
-                return self._promotion(Noisy(key, options.eps, options.delta, options.life_epochs))
+            case "selective" | "dp":
+                return self._promotion()
 
-    def _promotion(self, rule: Rule) -> Promotion:
+    def _promotion(self) -> Promotion:
         options = self._options
         parts = PromotionParts(
-            rule,
+            rule_of(options),
             self.directory,
             self._decode,
             self._inspector,
-            FileStore(Path(options.state)) if options.state else NoStore(),
+            store_of(options),
             self._monitor,
             self.pins,
         )
-        limits = PromotionLimits(epoch_s=options.epoch_s, units_per_day=options.units_per_day)
-        return Promotion(parts, limits, threaded=True)
-
-
-def _members(terms: Mapping[str, TenantTerms]) -> dict[str, Member]:
-    return {
-        account: Member(term.voter, term.group, term.contribute, term.consume)
-        for account, term in terms.items()
-        if term.group is not None
-    }
-
-
-def _draw_key(state: str | None) -> bytes:
-    """Return the key of all draws, kept beside the state: a restart draws the same."""
-    if state is None:
-        return secrets.token_bytes(_KEY_BYTES)
-    store = FileStore(Path(state + ".key"))
-    key = store.load()
-    if key is None or len(key) != _KEY_BYTES:
-        key = secrets.token_bytes(_KEY_BYTES)
-        store.save(key)
-    return key
+        return Promotion(parts, limits_of(options), threaded=True)

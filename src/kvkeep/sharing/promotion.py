@@ -9,50 +9,21 @@ detector says: a miss costs nothing while fewer than the rule asks for hold the 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from kvkeep.errors import ConfigError
 from kvkeep.sharing.inspection import DecodeText, Inspector, cleared_units
 from kvkeep.sharing.ledger import Ballot, UnitRef
 from kvkeep.sharing.members import Directory
 from kvkeep.sharing.monitor import Monitor
 from kvkeep.sharing.pins import Pins
 from kvkeep.sharing.rules import Rule
-from kvkeep.sharing.scans import ScanJob, ScanLimits, ScanQueue
-from kvkeep.sharing.snapshot import advance
-from kvkeep.sharing.state import StateStore, decode_state, encode_state, renewed
+from kvkeep.sharing.scans import ScanJob, ScanQueue
+from kvkeep.sharing.state import StateStore
+from kvkeep.sharing.votes import PromotionLimits, Votes
 from kvkeep.sharing.worker import Worker, read_one
 from kvkeep.types import PAGE_TOKENS, Access, Chain, EpochDelta
-
-DAY_S = 86_400
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PromotionLimits:
-    """How promotion is paced and what one tenant may put into it."""
-
-    epoch_s: float = 60.0
-    unit_pages: int = 4
-    """Pages per vote."""
-    units_per_day: int = 1024
-    """New units a tenant may vote for in a day."""
-    scans: ScanLimits = field(default_factory=ScanLimits)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epoch_s <= DAY_S:
-            raise ConfigError("share_epoch_s: must lie above 0 and be at most a day")
-        if self.unit_pages < 1 or self.units_per_day < 1:
-            raise ConfigError("share_units_per_day: must be at least 1")
-
-    @property
-    def epochs_per_day(self) -> int:
-        """Return the epochs of a day, at least one."""
-        return max(1, int(DAY_S // self.epoch_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +59,10 @@ class Promotion:
         """`threaded`: scan in a thread; otherwise at an epoch's end, before it is decided."""
         self._parts = parts
         self._limits = limits
-        self._state = decode_state(parts.store.load(), parts.inspector.version, limits.unit_pages)
-        self._epoch = max(self._state.snapshot.epoch, int(clock() // limits.epoch_s))
+        self._votes = Votes(parts.rule, limits, parts.store, parts.inspector.version)
+        self._told = self._votes.snapshot
+        """What the caches were told to be public."""
+        self._epoch = max(self._told.epoch, limits.epoch_at(clock()))
         self.scans = ScanQueue(limits.scans)
         self._worker = Worker(self.scans, self._read) if threaded else None
 
@@ -101,19 +74,17 @@ class Promotion:
     @property
     def public_units(self) -> int:
         """Return the units that are public in this epoch."""
-        return len(self._state.snapshot.entries)
+        return len(self._votes.snapshot.entries)
 
     @property
     def units_per_period(self) -> int:
         """Return the new units a tenant may vote for before votes cost anew."""
-        a_day = self._limits.epochs_per_day
-        period = self._parts.rule.period_epochs(a_day)
-        return max(1, self._limits.units_per_day * period // a_day)
+        return self._votes.units_per_period
 
     @property
     def eps_per_day(self) -> float | None:
         """Return what the rule's noise may cost one tenant in a day; None where there is none."""
-        return self._parts.rule.eps_total(self.units_per_period, self._limits.epochs_per_day)
+        return self._votes.eps_per_day
 
     def public_len(self, chain: Sequence[bytes], tenant: str) -> int:
         """Return the leading pages that are pinned or that enough others than the tenant sent."""
@@ -121,7 +92,7 @@ class Promotion:
         member = self._parts.directory.consumer(tenant)
         if member is None or self._parts.monitor.falls_back(member.voter):
             return pages
-        step, snapshot = self._limits.unit_pages, self._state.snapshot
+        step, snapshot = self._limits.unit_pages, self._votes.snapshot
         for end in range(step, len(chain) + 1, step):
             if end <= pages:
                 continue
@@ -142,7 +113,7 @@ class Promotion:
             UnitRef(names[i * step : (i + 1) * step], names[i * step - 1] if i else None, i)
             for i in range(count)
         )
-        known, tainted = self._state.ledger.known(member.voter, member.group, units)
+        known, tainted = self._votes.ledger.known(member.voter, member.group, units)
         if known in (count, tainted):
             if known:
                 self.scans.settle(Ballot(member.voter, member.group, units[:known]), self._epoch)
@@ -166,54 +137,57 @@ class Promotion:
 
         Where the inspector's rules have changed, nothing that was read under others stands.
         """
-        old = self._state.snapshot
+        closed = self._epoch
+        ballots = self.close_epoch(self._limits.next_epoch(closed, now))
+        self._votes.count(ballots, closed, self._epoch)
+        return self._delta()
+
+    def close_epoch(self, epoch: int) -> list[Ballot]:
+        """Let another epoch begin; return the ballots of the one before that which ends.
+
+        Where the inspector's rules have changed, nothing that was read under others stands.
+        """
         self._keep_to_the_rules()
         if self._worker is None:
             while read_one(self.scans, self._read):
                 pass
         else:
             self._worker.ensure()
-        closed = self._epoch
-        self._epoch = max(closed + 1, int(now // self._limits.epoch_s))
-        ledger, rule = self._state.ledger, self._parts.rule
-        period = rule.period_epochs(self._limits.epochs_per_day)
-        ballots = self.scans.collect(closed - 1)
-        changed = ledger.cast(ballots, closed, closed // period, self.units_per_period)
-        decided = rule.decide(ledger.units, changed, closed, self._epoch)
-        snapshot = advance(self._state.snapshot, decided, self._epoch)
-        ledger.expire(self._epoch - rule.life_epochs)
-        self._state.snapshot = snapshot
-        self._save()
-        pages = snapshot.pages()
-        gone = tuple(page for page in old.pages() if page not in pages)
-        return EpochDelta(self._epoch, tuple(pages), gone)
+        closed, self._epoch = self._epoch, max(self._epoch + 1, epoch)
+        return self.scans.collect(closed - 1)
+
+    def publish(self, state: bytes) -> EpochDelta:
+        """Make public what whoever counts for several engines has decided."""
+        self._votes.take(state, self.version)
+        return self._delta()
+
+    @property
+    def version(self) -> str:
+        """Return that of the rules which prompts are read by."""
+        return self._parts.inspector.version
 
     def forget(self, tenant: str) -> int:
         """Drop a tenant's votes for all decisions to come; what is public expires as it would."""
         voter = self._parts.directory.voter(tenant)
         self.scans.forget(voter)
         self._parts.monitor.forget(voter)
-        return self._state.ledger.forget(voter)
+        return self._votes.forget(voter)
 
     def close(self) -> None:
         """End the scanning thread."""
         if self._worker is not None:
             self._worker.close()
 
+    def _delta(self) -> EpochDelta:
+        """Return what is public now, and what no longer is."""
+        old, self._told = self._told.pages(), self._votes.snapshot
+        pages = self._told.pages()
+        return EpochDelta(self._told.epoch, tuple(pages), tuple(p for p in old if p not in pages))
+
     def _keep_to_the_rules(self) -> None:
         """Drop offers, votes and the snapshot where others than the rules in force cleared them."""
-        version = self._parts.inspector.version
-        if version != self._state.version:
-            log.warning("the detector's rules changed: votes and shared pages begin anew")
+        if self._votes.keep_to(self.version):
             self.scans.clear()
-            self._state = renewed(self._state, version)
-
-    def _save(self) -> None:
-        """Keep the state; where that fails, a restart begins with older votes or none."""
-        try:
-            self._parts.store.save(encode_state(self._state))
-        except OSError as error:
-            log.warning("votes could not be saved: %s", type(error).__name__)
 
     def _read(self, job: ScanJob) -> int:
         unit_tokens = self._limits.unit_pages * PAGE_TOKENS

@@ -74,13 +74,13 @@ def encode_state(state: State) -> bytes:
     return msgspec.msgpack.encode(state)
 
 
-def decode_state(raw: bytes | None, version: str, unit_pages: int) -> State:
-    """Return what was saved.
+def decode_state(raw: bytes | None, version: str | None, unit_pages: int) -> State:
+    """Return what was saved; `version` None: under whatever rules.
 
     Nothing of it stands where it cannot be read or is of other units; `renewed` of it does where
     another inspector has made it.
     """
-    empty = State(version, unit_pages, Ledger(), Snapshot())
+    empty = State(version or "", unit_pages, Ledger(), Snapshot())
     if raw is None:
         return empty
     try:
@@ -89,7 +89,7 @@ def decode_state(raw: bytes | None, version: str, unit_pages: int) -> State:
         return empty
     if state.unit_pages != unit_pages:
         return empty
-    return state if state.version == version else renewed(state, version)
+    return state if version in (None, state.version) else renewed(state, str(version))
 
 
 def renewed(state: State, version: str) -> State:

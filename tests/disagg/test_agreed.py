@@ -1,0 +1,227 @@
+"""Votes of all workers are counted as one, and the same is public on each."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvkeep.disagg.agreed import Agreement
+from kvkeep.disagg.totals import NOTHING, total
+from kvkeep.engine.api import Chunk, SamplingParams, SharingStats, TenantTerms
+from kvkeep.engine.options import SharingOptions
+from kvkeep.errors import ConfigError
+from kvkeep.sharing.promotion import Promotion
+from tests.disagg.crews import Cluster, cluster_of
+from tests.disagg.pairs import Worker, answers, until
+from tests.engines import request, tokens
+from tests.sharing.worlds import Finds
+
+K = 4
+SHARED = SharingOptions(policy="selective", k=K, epoch_s=3600.0, led=True)
+SOME = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+PROMPT = [5, 6, 7, 8] * 70
+"""One unit of four pages, and a few more tokens."""
+NAMES = tuple(f"t{number}" for number in range(16))
+EPOCHS = 3
+"""One in which prompts are sent, one at whose end they are counted, and one more."""
+
+
+def policy_of(worker: Worker) -> Promotion:
+    found = worker.core.sharing.policy
+    assert isinstance(found, Promotion)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _clears_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every worker read prompts by rules that find nothing: what they find is not at stake."""
+    monkeypatch.setattr("kvkeep.engine.build.inspector_of", lambda *_: Finds())
+
+
+@asynccontextmanager
+async def shared(
+    model: Path, share: SharingOptions = SHARED, prefill: int = 0
+) -> AsyncIterator[Cluster]:
+    """Yield two workers that answer, and perhaps some that prefill; all tenants are of a group."""
+    async with cluster_of(model, crew={"prefill": prefill}, share=share) as cluster:
+        await settle(cluster, NAMES)
+        yield cluster
+
+
+async def settle(cluster: Cluster, names: Sequence[str], silent: Sequence[str] = ()) -> None:
+    """Have tenants share with each other; what silent ones send does not count."""
+    terms = {
+        name: TenantTerms(voter=name, group="g", contribute=name not in silent) for name in names
+    }
+    await cluster.fleet.set_tenants(dict.fromkeys(names, 0.05), terms)
+
+
+def placed(cluster: Cluster) -> tuple[list[str], list[str]]:
+    """Return the tenants whose prompt lies on one worker, and on the other."""
+    by_worker = [
+        [name for name in NAMES if cluster.place("decode", PROMPT, name) == worker]
+        for worker in ("decode-0", "decode-1")
+    ]
+    assert min(map(len, by_worker)) >= 4
+    return by_worker[0], by_worker[1]
+
+
+async def ask(cluster: Cluster, name: str, suffix: str = "") -> list[Chunk]:
+    (told,) = await answers(cluster.fleet, request(PROMPT, SOME, id=name + suffix, tenant=name))
+    return told
+
+
+async def end_epochs(cluster: Cluster, count: int = EPOCHS) -> None:
+    """End epochs once all that was sent has been read."""
+    agreement = agreement_of(cluster)
+    for _ in range(count):
+        for worker in cluster.hands.alive():
+            scans = policy_of(worker).scans
+            await until(lambda scans=scans: not any(scans._open.values()), 60)  # type: ignore[misc]
+        await agreement.end_epoch(0.0)
+
+
+def agreement_of(cluster: Cluster) -> Agreement:
+    assert cluster.fleet.agreement is not None
+    return cluster.fleet.agreement
+
+
+def public(cluster: Cluster) -> list[int]:
+    return [policy_of(worker).public_units for worker in cluster.hands.alive()]
+
+
+def saved(cluster: Cluster) -> list[int]:
+    """Return the tokens that each worker need not have computed."""
+    return [worker.core.stats().sharing.saved_tokens for worker in cluster.hands.alive()]
+
+
+@pytest.mark.parametrize("voters", [K - 1, K])
+async def test_tenants_of_two_workers_promote_together_on_both(
+    tiny: dict[str, Path], voters: int
+) -> None:
+    async with shared(tiny["qwen2"], prefill=1) as cluster:
+        here, there = placed(cluster)
+        both = [*here[: voters - 2], *there[:2]]
+        for name in both:
+            assert (await ask(cluster, name))[0].cached_tokens == 0
+            await ask(cluster, name, "again")  # as often as it likes, on two workers: one voter
+        await end_epochs(cluster)
+        enough = voters >= K
+        assert public(cluster) == [enough] * 3
+        before = saved(cluster)
+        for name in (here[-1], there[-1]):
+            told = await ask(cluster, name)
+            assert (told[0].cached_tokens, len(tokens(told))) == (0, SOME.max_tokens)
+        assert (sum(saved(cluster)) > sum(before)) == enough
+        stats = (await cluster.fleet.stats()).sharing
+        assert (stats.public_units, stats.public_pages) == (enough, 8 * enough)  # pages of two
+
+
+@pytest.mark.parametrize("victims", [K - 1, K])
+async def test_two_worlds_across_two_workers(tiny: dict[str, Path], victims: int) -> None:
+    """What observers on either worker are told is the same with and without fewer than k others."""
+    async with shared(tiny["qwen2"]) as cluster:
+        here, there = placed(cluster)
+        observers = (here[-1], there[-1])
+        await settle(cluster, NAMES, silent=observers)
+        for name in [*here[:2], *there[:2]][:victims]:
+            await ask(cluster, name)
+        seen, saw = [], []
+        for turn in range(EPOCHS + 1):
+            for name in observers:
+                told = await ask(cluster, name, f"-{turn}")
+                seen.append((told[0].cached_tokens, tokens(told)))
+            saw.append(saved(cluster))
+            await end_epochs(cluster, 1)
+            for worker in cluster.hands.alive():  # what they sent themselves is found in any world
+                for manager in worker.core.caches.managers.values():
+                    for name in observers:
+                        manager.evict_pages(name, 99)
+        assert all(told == seen[0] for told in seen)
+        assert saw[0] == [0, 0]
+        assert (saw[-1] == [0, 0]) == (victims < K), "of K, time tells; of fewer, nothing does"
+        assert min(saw[-1]) > 0 or victims < K, "on both workers"
+
+
+async def test_a_worker_that_is_lost_does_not_contribute_and_learns_what_is_public(
+    tiny: dict[str, Path],
+) -> None:
+    async with shared(tiny["qwen2"]) as cluster:
+        here, there = placed(cluster)
+        for name in [*here[:3], there[0]]:
+            await ask(cluster, name)
+        cluster.hands.kill("decode-1")
+        await until(lambda: cluster.fleet.crew.members["decode-1"].starts == 2, 60)
+        await until(lambda: cluster.serves("decode-1"), 60)
+        await end_epochs(cluster)
+        assert public(cluster) == [0, 0]
+        await ask(cluster, there[1])
+        await end_epochs(cluster)
+        assert public(cluster) == [1, 1]
+
+
+async def test_purged_and_leaving_tenants_do_not_count(tiny: dict[str, Path]) -> None:
+    async with shared(tiny["qwen2"]) as cluster:
+        here, there = placed(cluster)
+        for name in [*here[:2], *there[: K - 3]]:
+            await ask(cluster, name)
+        await end_epochs(cluster)
+        assert (await cluster.fleet.purge(here[0])).votes == 1
+        await ask(cluster, there[K - 3])
+        await end_epochs(cluster)
+        assert public(cluster) == [0, 0]
+        await settle(cluster, [name for name in NAMES if name != here[1]])
+        for name in here[2:4]:
+            await ask(cluster, name)
+        await end_epochs(cluster)
+        assert public(cluster) == [1, 1], "K of those that are left"
+
+
+async def test_votes_outlive_the_cluster(tiny: dict[str, Path], tmp_path: Path) -> None:
+    share = msgspec.structs.replace(SHARED, state=str(tmp_path / "votes"))
+    async with shared(tiny["qwen2"], share) as cluster:
+        here, there = placed(cluster)
+        for name in [*here[:2], *there[:1]]:
+            await ask(cluster, name)
+        await end_epochs(cluster)
+    async with shared(tiny["qwen2"], share) as cluster:
+        await ask(cluster, there[1])
+        await end_epochs(cluster)
+        assert public(cluster) == [1, 1]
+
+
+@pytest.mark.parametrize("differs", ["decode-0", "decode-1"])
+async def test_nothing_is_public_while_workers_rules_differ(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, differs: str
+) -> None:
+    async with shared(tiny["qwen2"]) as cluster:
+        here, there = placed(cluster)
+        for name in [*here[:2], *there[:2]]:
+            await ask(cluster, name)
+        await end_epochs(cluster)
+        assert public(cluster) == [1, 1]
+        sharing = cluster.hands.workers[differs].core.sharing
+        close = sharing.close_epoch
+        monkeypatch.setattr(sharing, "close_epoch", lambda epoch: (close(epoch)[0], "other rules"))
+        for name in (here[2], there[2]):
+            await ask(cluster, name)
+        await end_epochs(cluster)
+        assert public(cluster) == [0, 0]
+        assert not agreement_of(cluster)._votes.ledger.units
+
+
+def test_a_policy_that_counts_nothing_is_not_led(tiny: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="share: 'isolate' counts no votes"):
+        Agreement(SharingOptions(led=True), None)  # type: ignore[arg-type]
+
+
+def test_what_is_agreed_is_not_added_up() -> None:
+    one = SharingStats(policy="dp", public_units=3, public_pages=9, eps_per_day=2.0)
+    of = [msgspec.structs.replace(NOTHING, sharing=one)] * 2
+    agreed, apart = (total(of, (), agreed=agreed).sharing for agreed in (True, False))
+    assert (agreed.public_units, agreed.public_pages, agreed.eps_per_day) == (3, 18, 2.0)
+    assert (apart.public_units, apart.eps_per_day) == (6, 4.0)
