@@ -42,6 +42,8 @@ PREFIX: Final = 32_512
 QUICK: Final = 2_048
 PARTS: Final = ("observe", "decode", "bytes")
 STAMP_BYTES: Final = 4
+ASKED: Final = 4.0
+"""c of the threshold whose cost has a goal: a key in thirty has as much. The preset's is higher."""
 
 
 def side_of(
@@ -205,20 +207,23 @@ def observe(options: Options) -> tuple[list[Figure], Row]:
     """Measure attention of a decode step with and without asking who was looked at.
 
     One row of each request is observed, so bits are asked for, as the engine does; `taken` is with
-    the stamps that CORM's preset makes of them.
+    the stamps that CORM's preset makes of them, `corm` is with that preset's own threshold.
     """
     context, kernels = QUICK if options.quick else PREFIX, ops.select("auto", options.threads)
     shape, query_heads = kv_shape(LIKE), 16
     kv, plan = layer_of(context, shape.num_kv_heads, shape.head_dim), plan_of(context)
     q = torch.randn((BATCH, query_heads, shape.head_dim)).bfloat16()
-    asked = Observe(np.full(BATCH, np.log2(4.0 / context), np.float32))
+    asked, seldom = (
+        Observe(np.full(BATCH, np.log2(weight / context), np.float32))
+        for weight in (ASKED, PRESETS["corm"].weight)
+    )
     corm, spec = Corm(PRESETS["corm"]), Float().page_spec(shape._replace(num_layers=1))
     states = [corm.new_state(spec, corm.watch(context)) for _ in range(BATCH)]
 
     def plain() -> None:
         kernels.attention.attend(q, kv, plan)
 
-    def observed() -> UInt64Array:
+    def observed(asked: Observe = asked) -> UInt64Array:
         hits = kernels.attention.attend(q, kv, plan, asked).hits
         assert hits is not None
         return hits
@@ -232,6 +237,7 @@ def observe(options: Options) -> tuple[list[Figure], Row]:
     for name, ours, goal in (
         ("observe_overhead", observed, Goal("<=", 0.03)),
         ("observe_overhead_taken", taken, None),
+        ("observe_overhead_corm", partial(observed, seldom), None),
     ):
         pairs = harness.interleave(
             partial(_seconds, ours),
