@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
 from kvkeep.disagg.agreed import Agreement
 from kvkeep.disagg.totals import NOTHING, total
+from kvkeep.engine import messages as m
 from kvkeep.engine.api import Chunk, SamplingParams, SharingStats, TenantTerms
 from kvkeep.engine.options import SharingOptions
 from kvkeep.errors import ConfigError
+from kvkeep.sharing.ledger import Ballot, UnitRef
 from kvkeep.sharing.promotion import Promotion
-from tests.disagg.crews import Cluster, cluster_of
+from tests.disagg.crews import QUICK_CREW, Cluster, cluster_of
 from tests.disagg.pairs import Worker, answers, until
 from tests.engines import request, tokens
 from tests.sharing.worlds import Finds
@@ -212,6 +216,28 @@ async def test_nothing_is_public_while_workers_rules_differ(
         await end_epochs(cluster)
         assert public(cluster) == [0, 0]
         assert not agreement_of(cluster)._votes.ledger.units
+
+
+@pytest.mark.parametrize("purged", [False, True])
+async def test_who_is_purged_while_ballots_are_on_their_way_does_not_count(purged: bool) -> None:
+    unit = UnitRef((b"page",), None, 0)
+
+    async def close_epoch(epoch: int, now: float) -> m.Votes:
+        if purged:
+            agreement.forget("b")
+        return m.Votes((Ballot("a", "g", (unit,)), Ballot("b", "g", (unit,))), "rules")
+
+    async def publish(state: bytes, now: float) -> None:
+        """Take it."""
+
+    client = SimpleNamespace(close_epoch=close_epoch, publish=publish)
+    worker = SimpleNamespace(name="w", client=client)
+    crew: Any = SimpleNamespace(serving=lambda: [worker], options=QUICK_CREW)
+    agreement = Agreement(SHARED, crew)
+    agreement.settle({name: TenantTerms(voter=name, group="g") for name in "ab"})
+    await agreement.end_epoch(0.0)
+    (votes,) = (unit.votes for unit in agreement._votes.ledger.units.values())
+    assert set(votes) == ({"a"} if purged else {"a", "b"})
 
 
 def test_a_policy_that_counts_nothing_is_not_led(tiny: dict[str, Path]) -> None:
