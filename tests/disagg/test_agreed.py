@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -238,6 +240,29 @@ async def test_who_is_purged_while_ballots_are_on_their_way_does_not_count(purge
     await agreement.end_epoch(0.0)
     (votes,) = (unit.votes for unit in agreement._votes.ledger.units.values())
     assert set(votes) == ({"a"} if purged else {"a", "b"})
+
+
+async def test_an_epoch_that_can_not_be_ended_is_told_and_the_next_one_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = 0
+
+    async def close_epoch(epoch: int, now: float) -> m.Votes:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise ValueError("secret words")
+        return m.Votes((), "rules")
+
+    client = SimpleNamespace(close_epoch=close_epoch, publish=AsyncMock())
+    worker = SimpleNamespace(name="w", client=client)
+    crew: Any = SimpleNamespace(serving=lambda: [worker], options=QUICK_CREW)
+    agreement = Agreement(msgspec.structs.replace(SHARED, epoch_s=0.01), crew)
+    running = asyncio.create_task(agreement.run())
+    await until(lambda: client.publish.await_count > 0, 30)
+    running.cancel()
+    assert "votes of an epoch were not counted: ValueError" in caplog.text
+    assert "secret words" not in caplog.text
 
 
 def test_a_policy_that_counts_nothing_is_not_led(tiny: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ is lost does not contribute. Where workers' rules differ, nothing is public unti
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 
@@ -24,6 +25,8 @@ from kvkeep.sharing.votes import Votes
 
 DIFFERENT = "workers whose rules differ"
 """Stands for rules under which nothing is public."""
+
+log = logging.getLogger(__name__)
 
 
 class Agreement:
@@ -41,10 +44,13 @@ class Agreement:
         self.epoch = max(self._votes.snapshot.epoch, self._limits.epoch_at(time.time()))
 
     async def run(self) -> None:
-        """End epochs for ever."""
+        """End epochs for ever; one that can't be ended is told, and the next one is."""
         while True:
             await asyncio.sleep(self._limits.epoch_s)
-            await self.end_epoch(time.time())
+            try:
+                await self.end_epoch(time.time())
+            except Exception as error:  # noqa: BLE001 - what is public would never expire again
+                log.warning("votes of an epoch were not counted: %s", type(error).__name__)
 
     async def end_epoch(self, now: float) -> None:
         """Count what all workers have, and have them publish the same."""
