@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -18,9 +17,11 @@ from kvkeep.disagg.totals import NOTHING, total
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import Chunk, SamplingParams, SharingStats, TenantTerms
 from kvkeep.engine.options import SharingOptions
+from kvkeep.engine.terms import limits_of
 from kvkeep.errors import ConfigError
 from kvkeep.sharing.ledger import Ballot, UnitRef
 from kvkeep.sharing.promotion import Promotion
+from kvkeep.sharing.state import State, decode_state
 from tests.disagg.crews import QUICK_CREW, Cluster, cluster_of
 from tests.disagg.pairs import Worker, answers, until
 from tests.engines import request, tokens
@@ -242,26 +243,30 @@ async def test_who_is_purged_while_ballots_are_on_their_way_does_not_count(purge
     assert set(votes) == ({"a"} if purged else {"a", "b"})
 
 
-async def test_an_epoch_that_can_not_be_ended_is_told_and_the_next_one_is(
+async def test_where_an_epoch_can_not_be_ended_nothing_is_public_until_one_is(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = 0
+    unit, asked, told = UnitRef((b"page",), None, 0), 0, list[State]()
 
     async def close_epoch(epoch: int, now: float) -> m.Votes:
         nonlocal asked
         asked += 1
-        if asked == 1:
+        if asked == 2:
             raise ValueError("secret words")
-        return m.Votes((), "rules")
+        return m.Votes(tuple(Ballot(f"t{n}", "g", (unit,)) for n in range(K + 1)), "rules")
 
-    client = SimpleNamespace(close_epoch=close_epoch, publish=AsyncMock())
+    async def publish(state: bytes, now: float) -> None:
+        told.append(decode_state(state, None, limits_of(SHARED).unit_pages))
+
+    client = SimpleNamespace(close_epoch=close_epoch, publish=publish)
     worker = SimpleNamespace(name="w", client=client)
     crew: Any = SimpleNamespace(serving=lambda: [worker], options=QUICK_CREW)
     agreement = Agreement(msgspec.structs.replace(SHARED, epoch_s=0.01), crew)
     running = asyncio.create_task(agreement.run())
-    await until(lambda: client.publish.await_count > 0, 30)
+    await until(lambda: len(told) > 2, 30)
     running.cancel()
-    assert "votes of an epoch were not counted: ValueError" in caplog.text
+    assert [len(state.snapshot.entries) for state in told[:3]] == [1, 0, 1]
+    assert "votes can't be counted, so nothing is public: ValueError" in caplog.text
     assert "secret words" not in caplog.text
 
 

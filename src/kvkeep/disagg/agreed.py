@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from kvkeep.disagg.crew import Crew
 from kvkeep.disagg.members import Member as Worker
@@ -44,13 +44,17 @@ class Agreement:
         self.epoch = max(self._votes.snapshot.epoch, self._limits.epoch_at(time.time()))
 
     async def run(self) -> None:
-        """End epochs for ever; one that can't be ended is told, and the next one is."""
+        """End epochs for ever; where one can't be ended, nothing is public until one is."""
         while True:
             await asyncio.sleep(self._limits.epoch_s)
+            now = time.time()
             try:
-                await self.end_epoch(time.time())
-            except Exception as error:  # noqa: BLE001 - what is public would never expire again
-                log.warning("votes of an epoch were not counted: %s", type(error).__name__)
+                await self.end_epoch(now)
+            except Exception as error:  # noqa: BLE001 - doubt means private
+                reason = type(error).__name__
+                log.warning("votes can't be counted, so nothing is public: %s", reason)
+                self._votes.keep_to(DIFFERENT)
+                await self._hand_over(self._crew.serving(), now)
 
     async def end_epoch(self, now: float) -> None:
         """Count what all workers have, and have them publish the same."""
@@ -70,8 +74,7 @@ class Agreement:
         ]
         self._votes.keep_to(versions.pop() if len(versions) == 1 else DIFFERENT)
         self._votes.count(ballots, closed, self.epoch)
-        state = self._votes.encoded()
-        await asyncio.gather(*[self._publish(worker, state, now) for worker in workers])
+        await self._hand_over(workers, now)
 
     def settle(self, terms: Mapping[str, TenantTerms]) -> None:
         """Take the terms of all accounts; votes of those that leave do not count."""
@@ -86,6 +89,11 @@ class Agreement:
         voter = self._directory.voter(account)
         self._left.add(voter)
         return self._votes.forget(voter)
+
+    async def _hand_over(self, workers: Iterable[Worker], now: float) -> None:
+        """Have workers publish what is decided."""
+        state = self._votes.encoded()
+        await asyncio.gather(*[self._publish(worker, state, now) for worker in workers])
 
     async def _collect(self, worker: Worker, now: float) -> m.Votes | None:
         try:

@@ -242,7 +242,7 @@ class Backroom:
                 continue
             try:
                 place = self._frames[level].append(entry.name, entry.shelf, entry.expires_s, frame)
-            except Exception as error:  # noqa: BLE001 - it may still lie in another level
+            except OSError as error:
                 self._note(error, "write")
             else:
                 places[level] = place
