@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Annotated, Final, NamedTuple
 
-import google_crc32c
 import msgspec
+from crc32c import crc32c
 
 from kvkeep.errors import WireError
 
@@ -231,7 +231,7 @@ class FrameParser:
             raise self._fail("what came is no frame")
         if version != VERSION:
             raise self._fail(f"version: this worker speaks {VERSION} and the other {version}")
-        if own != google_crc32c.value(raw[: -_SUM.size]):
+        if own != crc32c(raw[: -_SUM.size]):
             raise self._fail("a frame's header was changed")
         if number not in self._caps:
             raise self._fail(f"kind: {number} is no kind of frame")
@@ -245,7 +245,7 @@ class FrameParser:
 
     def _end(self, begun: _Begun) -> Frame:
         self._begun = None
-        if begun.block is None and google_crc32c.value(bytes(begun.payload)) != begun.sum:
+        if begun.block is None and crc32c(begun.payload) != begun.sum:
             raise self._fail("a control frame's payload was changed")
         return Frame(begun.block, memoryview(begun.payload).toreadonly())
 
@@ -270,9 +270,9 @@ def _header(kind: Kind, block: Block, payload: bytes | memoryview) -> bytes:
     most = CONTROL_BYTES if kind is Kind.CONTROL else PAGES_BYTES
     if len(payload) > most:
         raise WireError(f"payload: {len(payload)} bytes; at most {most} fit in a frame")
-    checked = google_crc32c.value(payload) if isinstance(payload, bytes) else 0
+    checked = crc32c(payload) if isinstance(payload, bytes) else 0
     raw = _HEADER.pack(
         MAGIC, VERSION, kind, block.layer, block.layers, block.request, block.first_page,
         block.pages, len(payload), checked if kind is Kind.CONTROL else 0, block.tag, 0,
     )  # fmt: skip
-    return raw[: -_SUM.size] + _SUM.pack(google_crc32c.value(raw[: -_SUM.size]))
+    return raw[: -_SUM.size] + _SUM.pack(crc32c(raw[: -_SUM.size]))

@@ -12,10 +12,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import google_crc32c
+import numpy as np
+from crc32c import crc32c
 
 from kvkeep.errors import SealError
 from kvkeep.sealing import NAME_BYTES, SHELF_BYTES, Opened, SealContext
+from kvkeep.shield.frame import SLICE_BYTES
 
 _DIGEST_BYTES: Final = 32
 _CRC: Final = struct.Struct("<I")
@@ -48,14 +50,14 @@ class PlainSealer:
     ) -> memoryview:
         """Return a page's layers behind their checksums."""
         bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
-        seed = google_crc32c.value(bound)
-        layers = _cut(memoryview(page), layer_bytes)
-        sums = (_CRC.pack(google_crc32c.extend(seed, layer)) for layer in layers)
-        frame = memoryview(b"".join((bound, *sums, page)))
-        if into is None:
-            return frame
-        into[:] = frame
-        return into
+        seed, plain = crc32c(bound), memoryview(page)
+        sums = b"".join(_CRC.pack(crc32c(plain[at], seed)) for at in _places(layer_bytes))
+        frame = np.empty(self.frame_bytes(layer_bytes), np.uint8).data if into is None else into
+        begin = _DIGEST_BYTES + len(sums)
+        frame[:_DIGEST_BYTES] = bound
+        frame[_DIGEST_BYTES:begin] = sums
+        frame[begin:] = plain
+        return frame
 
     def open(
         self,
@@ -64,31 +66,32 @@ class PlainSealer:
         layer_bytes: Sequence[int],
         into: memoryview | None = None,
     ) -> Opened:
-        """Yield the layers in order; raises `SealError` where a byte differs."""
+        """Yield the layers in order, small ones together; `SealError`: a byte differs."""
         if len(frame) != self.frame_bytes(layer_bytes):
             raise SealError("a frame has another length than its page")
         bound = _digest(context, _DIGEST_BYTES, b"kvkeep-frame")
         if frame[:_DIGEST_BYTES] != bound:
             raise SealError("a frame is another page's")
-        seed = google_crc32c.value(bound)
+        seed = crc32c(bound)
+        sums = _CRC.iter_unpack(frame[_DIGEST_BYTES:][: len(layer_bytes) * _CRC.size])
         page = frame[_DIGEST_BYTES + len(layer_bytes) * _CRC.size :]
-        at = 0
-        for layer, data in enumerate(_cut(page, layer_bytes)):
-            (crc,) = _CRC.unpack_from(frame, _DIGEST_BYTES + layer * _CRC.size)
-            if google_crc32c.extend(seed, data) != crc:
+        plain = np.empty(len(page), np.uint8).data if into is None else into
+        given, last = 0, len(layer_bytes) - 1
+        for layer, (at, (crc,)) in enumerate(zip(_places(layer_bytes), sums, strict=True)):
+            if crc32c(page[at], seed) != crc:
                 raise SealError("a layer of a frame was changed")
-            if into is not None:
-                into[at : at + len(data)] = data
-            yield memoryview(data) if into is None else into[at : at + len(data)]
-            at += len(data)
+            if at.stop - given >= SLICE_BYTES or layer == last:
+                plain[given : at.stop] = page[given : at.stop]
+                yield plain[given : at.stop]
+                given = at.stop
         return False
 
 
-def _cut(page: memoryview, layer_bytes: Sequence[int]) -> Iterator[bytes]:
-    """Yield the layers of a page; the checksum takes nothing but bytes."""
+def _places(layer_bytes: Sequence[int]) -> Iterator[slice]:
+    """Yield where each layer of a page is in it."""
     at = 0
     for size in layer_bytes:
-        yield bytes(page[at : at + size])
+        yield slice(at, at + size)
         at += size
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from enum import IntFlag
 from typing import Final, NamedTuple, Protocol
 
-import google_crc32c
+from crc32c import crc32c
 
 from kvkeep.sealing import NAME_BYTES, SHELF_BYTES
 
@@ -24,7 +24,6 @@ _FIELDS: Final = struct.Struct(f"<4sHHIQ{NAME_BYTES}s{SHELF_BYTES}sd")
 _CRC: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _FIELDS.size + _CRC.size
 _SEARCH_BYTES: Final = 1 << 20
-_SLICE_BYTES: Final = 128 << 10
 
 
 class Readable(Protocol):
@@ -87,9 +86,9 @@ def encode(record: Record, frame: bytes | memoryview) -> tuple[bytes, memoryview
         record.shelf,
         record.expires_s,
     )
-    header = fields + _CRC.pack(google_crc32c.value(fields))
+    header = fields + _CRC.pack(crc32c(fields))
     view = memoryview(frame)
-    return header, view, _CRC.pack(_extended(google_crc32c.value(header), view))
+    return header, view, _CRC.pack(crc32c(view, crc32c(header)))
 
 
 def decode(raw: bytes) -> Record | None:
@@ -98,7 +97,7 @@ def decode(raw: bytes) -> Record | None:
         return None
     fields = raw[: _FIELDS.size]
     (crc,) = _CRC.unpack_from(raw, _FIELDS.size)
-    if google_crc32c.value(fields) != crc:
+    if crc32c(fields) != crc:
         return None
     _, version, flags, length, seq, name, shelf, expires_s = _FIELDS.unpack(fields)
     if version != VERSION:
@@ -115,16 +114,9 @@ def frame_of(raw: bytes, name: bytes, seq: int) -> memoryview:
         raise BadRecord("swapped" if record.size == len(raw) else "length")
     (crc,) = _CRC.unpack_from(raw, len(raw) - _CRC.size)
     checked = memoryview(raw)[: -_CRC.size]
-    if _extended(0, checked) != crc:
+    if crc32c(checked) != crc:
         raise BadRecord("frame")
     return checked[HEADER_BYTES:]
-
-
-def _extended(crc: int, data: memoryview) -> int:
-    """Return a checksum with more bytes taken in, a slice at a time: each is copied for it."""
-    for at in range(0, len(data), _SLICE_BYTES):
-        crc = google_crc32c.extend(crc, bytes(data[at : at + _SLICE_BYTES]))
-    return crc
 
 
 class Scan(NamedTuple):
