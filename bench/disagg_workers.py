@@ -32,6 +32,8 @@ PATIENCE_S: Final = 600.0
 SILENCE_S: Final = 60.0
 """Coding a form for the link holds its thread, and so its beats."""
 VOCABULARY: Final = 50_000
+IDLE_S: Final = 1.0
+"""Longer than this nobody waits for a load's next request once all before it are answered."""
 
 
 def engine_options(model: Path, kv: KvName, threads: int) -> EngineOptions:
@@ -152,18 +154,23 @@ async def answered(client: EngineClient, request: GenerateRequest, at_s: float) 
 
 
 async def play(workers: Workers, variant: Variant, load: Drawn) -> tuple[Played, ...]:
-    """Play a load to empty caches, each request at its time."""
+    """Play a load to empty caches, each request at its time; where nobody waits, time is skipped.
+
+    Between two bursts workers idle for minutes, which tells nothing of them.
+    """
     await workers.fresh(variant.form)
-    client, begun = workers.client(variant), asyncio.get_running_loop().time()
-
-    async def one(number: int, at_s: float, prompt: int, answer: int) -> Played:
-        request = asked(number, prompt, answer, workers.tenant)
-        await asyncio.sleep(begun + at_s - asyncio.get_running_loop().time())
-        return await answered(client, request, at_s)
-
-    rows = zip(*(column.tolist() for column in load), strict=True)
+    client, clock = workers.client(variant), asyncio.get_running_loop().time
+    begun = clock()
+    tasks: list[asyncio.Task[Played]] = []
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(number, *row)) for number, row in enumerate(rows)]
+        rows = zip(*(column.tolist() for column in load), strict=True)
+        for number, (at_s, prompt, answer) in enumerate(rows):
+            if tasks:
+                await asyncio.wait(tasks, timeout=max(0.0, begun + at_s - clock()))
+            begun -= max(0.0, begun + at_s - clock() - IDLE_S)
+            await asyncio.sleep(begun + at_s - clock())
+            request = asked(number, prompt, answer, workers.tenant)
+            tasks.append(group.create_task(answered(client, request, at_s)))
     return tuple(task.result() for task in tasks)
 
 

@@ -122,6 +122,7 @@ class Side:
             tier=self.timed,
         )
         self.ours = Ours(model, threads=threads, kv_cache_bytes=POOL_BYTES, parts=parts)
+        self.core.caches.tiers = self.timed.tier  # as a server has it: its loop asks what is due
         self.timed.tier.set_shares({TENANT: 1.0}, {})
         self.prompt = self.ours.prompt(TOKENS + 1)
         self.waited_s = 0.0
@@ -180,7 +181,6 @@ class Side:
         return took
 
     def close(self) -> None:
-        """End the engine."""
+        """End the engine and its tier."""
         self.core.close()
-        self.timed.tier.close(5.0)
         self.sealing.close()

@@ -221,6 +221,12 @@ class Settings(BaseSettings):
     cluster_epoch_s: PositiveSeconds = Field(
         5.0, description="workers join and leave at the ends of epochs of this length (cluster)"
     )
+    cluster_link_gbit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Gbit/s between machines: kv = auto codes what is long on it (cluster)"
+    )
+    cluster_link_wait_s: Seconds = Field(
+        0.1, description="and this is long: prompts that 16-bit pages would take longer for"
+    )
     cluster_certificate: Path | None = Field(
         None, description="PEM file of a worker's certificate, on every node (cluster)"
     )
@@ -313,6 +319,10 @@ class Settings(BaseSettings):
         if any(files) and not all(files):
             raise ConfigError(
                 "cluster_certificate: goes with cluster_key and cluster_authority; give all three"
+            )
+        if self.cluster_link_gbit is not None and (self.cluster is None or self.kv != "auto"):
+            raise ConfigError(
+                "cluster_link_gbit: kv = auto chooses by it in a cluster; set both, or leave it out"
             )
         if self.cluster is None:
             return

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import disagg, disagg_costs, disagg_figures, disagg_forms, disagg_kept, harness
+from bench import (
+    disagg,
+    disagg_costs,
+    disagg_figures,
+    disagg_forms,
+    disagg_kept,
+    disagg_workers,
+    harness,
+)
 from bench.disagg_coder import Interleaved
 from bench.disagg_forms import FormSealer, normal_page
 from bench.disagg_load import (
     BASE,
     CELLS,
+    COLOCATED,
     MOST_TOKENS,
     OURS,
     STREAMED,
@@ -29,14 +39,15 @@ from bench.disagg_load import (
     phases_of,
 )
 from bench.harness import Options
+from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.moments import Moments
 from kvkeep.errors import ConfigError, SealError
 from kvkeep.quant.baselines.cachegen import CacheGen
 from kvkeep.quant.codec import KVShape, Place, pack_float_tiles, unpack_float_tiles
-from kvkeep.sealing import SealContext
+from kvkeep.sealing import SealContext, layers_of
 from kvkeep.sim.cluster import PHASES
 from kvkeep.sim.costs import Chunk, Step
-from kvkeep.sim.load import TRACES
+from kvkeep.sim.load import TRACES, Drawn
 from kvkeep.types import Layout, PageTag
 from tests.sim.made import COSTS
 
@@ -220,7 +231,7 @@ def test_forms_for_the_link_come_back_as_16_bit_pages(form: str, most: float) ->
     sizes = tuple(one.nbytes for one in tiles)
     frame = sealer.seal(context, page, sizes)
     assert len(frame) <= most * len(page)
-    back = list(sealer.open(context, memoryview(bytes(frame)), sizes))
+    back = layers_of(sealer.open(context, memoryview(bytes(frame)), sizes), sizes)
     assert [len(one) for one in back] == list(sizes)
     if form == "plain":
         assert b"".join(back) == page
@@ -280,3 +291,28 @@ def test_lanes_give_back_what_the_range_coder_does(layer: int) -> None:
         assert torch.equal(one, other)
     states = 4 * 2 * SHAPE.num_kv_heads * SHAPE.head_dim
     assert abs(len(coded) - states - len(wanted)) < 0.02 * len(wanted) + states // 2
+
+
+def test_time_in_which_nobody_waits_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[float, float]] = []
+
+    async def answered(_: object, request: GenerateRequest, at_s: float) -> Played:
+        sent.append((asyncio.get_running_loop().time(), at_s))
+        await asyncio.sleep(0.01)
+        return played(len(request.prompt_ids), at_s=at_s)
+
+    class Nobody:
+        async def set_tenants(self, tenants: dict[str, float]) -> None:
+            assert tenants
+
+    monkeypatch.setattr(disagg_workers, "answered", answered)
+    monkeypatch.setattr(disagg_workers, "IDLE_S", 0.05)
+    at_s = np.array([0.0, 0.1, 5000.0, 5000.2, 5000.21])
+    load = Drawn(at_s, np.arange(1, 6), np.full(5, 2))
+    workers = disagg_workers.Workers(Nobody())  # type: ignore[arg-type]
+    found = asyncio.run(disagg_workers.play(workers, COLOCATED, load))
+    assert [one.at_s for one in found] == at_s.tolist()
+    assert [one.jct_s for one in found] == [1, 2, 3, 4, 5]
+    waited = np.diff([when for when, _ in sent])
+    assert (waited[[0, 1, 2]] >= 0.049).all(), "a pause, and no longer one than there was"
+    assert waited.sum() < 60

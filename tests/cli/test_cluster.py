@@ -46,6 +46,16 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_options(load({**flags, "no_auth": True}), "w").share.state is None
 
 
+def test_what_a_link_is_slow_for_is_coded() -> None:
+    flags: dict[str, Any] = {"cluster": "auto", "kv": "auto", "cluster_link_gbit": 8.0}
+    found = worker_options(load({**flags, "cluster_link_wait_s": 0.25}), "w")
+    assert (found.kv_auto_link_bytes_per_s, found.kv_auto_link_wait_s) == (1e9, 0.25)
+    assert worker_options(load({"cluster": "auto"}), "w").kv_auto_link_bytes_per_s is None
+    for without in ("cluster", "kv"):
+        with pytest.raises(ConfigError, match="cluster_link_gbit: kv = auto chooses by it"):
+            load({key: value for key, value in flags.items() if key != without})
+
+
 def test_certificates_are_given_together() -> None:
     files = {f"cluster_{name}": f"{name}.pem" for name in ("certificate", "key", "authority")}
     tls = link_options(load(files)).tls

@@ -69,7 +69,16 @@ def worker_options(settings: Settings, name: str) -> EngineOptions:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
     tiers = tuple(_own_tier(tier, name) for tier in options.tiers)
-    return msgspec.structs.replace(options, share=share, threads=threads, model=model, tiers=tiers)
+    gbit = settings.cluster_link_gbit
+    return msgspec.structs.replace(
+        options,
+        share=share,
+        threads=threads,
+        model=model,
+        tiers=tiers,
+        kv_auto_link_bytes_per_s=None if gbit is None else gbit * 1e9 / 8,
+        kv_auto_link_wait_s=settings.cluster_link_wait_s,
+    )
 
 
 def _own(file: str | None, name: str) -> str | None:
