@@ -29,7 +29,7 @@ BROKEN_BYTES: Final = 60_000
 """A link fails within so many bytes."""
 
 End = Literal["answered", "left", "deadline", "error", "hung"]
-Event = Literal["kill", "restart", "break", "version", "keys"]
+Event = Literal["kill", "restart", "break", "version", "seal"]
 Tokens = Mapping[int, list[int]]
 """By sequence."""
 
@@ -48,7 +48,7 @@ class Target(Protocol):
     async def restart(self) -> None:
         """Kill the router and start another one."""
 
-    async def disguise(self, draw: random.Random, what: Literal["version", "keys"]) -> None:
+    async def disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
         """Kill a worker and have another come in its place that must not join."""
 
     async def held(self) -> Mapping[str, int]:
@@ -94,7 +94,7 @@ class Plan:
     kills: int = 10
     restarts: int = 2
     breaks: int = 40
-    disguises: tuple[Literal["version", "keys"], ...] = ("version", "keys")
+    disguises: tuple[Literal["version", "seal"], ...] = ("version", "seal")
     deadline_s: float = 60.0
     hurried: float = 0.06
     """Part of the requests whose time is a second at most."""

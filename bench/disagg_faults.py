@@ -41,7 +41,7 @@ from kvkeep.disagg.members import CrewOptions
 from kvkeep.disagg.options import LinkOptions, PaceOptions
 from kvkeep.engine.api import EngineClient, WorkerUse
 from kvkeep.engine.client import MessageClient
-from kvkeep.engine.options import EngineOptions, KeyOptions
+from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.process import spawn_engine
 from kvkeep.models import make
 from tests.disagg.faulty import FaultyLink, faulty_link
@@ -53,7 +53,9 @@ LINK: Final = LinkOptions(
     beat_s=0.1, silence_s=2.0, pace=PaceOptions(bytes_per_s=2e6, latency_s=0.002)
 )
 """On it the longest prompt's pages take about a fifth of a second."""
-REFUSED: Final = re.compile(r"can't be started: (version|sealer): worker \S+ has '.+' and this .+'")
+REFUSED: Final = re.compile(
+    r"can't be started: (version|shield): worker \S+ has ['\"].+['\"] and this .+['\"]"
+)
 SEED: Final = 7
 WHOLE_S: Final = 120.0
 """What workers get to start again."""
@@ -72,7 +74,7 @@ class Size:
 
 FULL: Final = Size(Plan(requests=500), 10, Watch(5.0, 32.0))
 QUICK: Final = Size(
-    Plan(requests=60, questions=20, kills=2, restarts=1, breaks=8, disguises=("version", "keys")),
+    Plan(requests=60, questions=20, kills=2, restarts=1, breaks=8, disguises=("version", "seal")),
     1,
     Watch(4.0, 20.0),
 )
@@ -127,7 +129,7 @@ class Processes:
         await self._client.close()
         await self.start()
 
-    async def disguise(self, draw: random.Random, what: Literal["version", "keys"]) -> None:
+    async def disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
         """Kill a worker and have another come in its place that must not join."""
         every = await self._workers()
         serving = [one for one in every if one.state == "serving"]
@@ -182,7 +184,6 @@ async def fault_run(folder: Path, size: Size, seed: int = SEED) -> FaultRun:
         chunk_tokens=128,
         kv_cache_bytes=32 << 20,
         shield="seal",
-        keys=KeyOptions(store=str(folder / "sealing.json")),
     )
     asked = questions(size.plan.questions, seed)
     alone = spawn_engine(engine)
@@ -223,14 +224,14 @@ async def _played(
         requests=size.plan.requests,
         ends=dict(told.ends),
         events=dict(told.events),
-        refused={what: found.count(what) for what in ("version", "sealer")},
+        refused={what: found.count(what) for what in ("version", "shield")},
         hung=told.ends["hung"],
         wrong=told.wrong,
         leaked_pages=sum(told.leaked.values()),
         late_s=told.late_s,
         recovered_s=tuple(recovered),
     )
-    wanted = {"version": "version", "keys": "sealer"}
+    wanted = {"version": "version", "seal": "shield"}
     if not all(run.refused[wanted[what]] for what in size.plan.disguises):
         raise RuntimeError(f"a worker that must not join was not refused: {run.refused}")
     if not (run.ends.get("answered") and run.ends.get("left")):

@@ -24,7 +24,7 @@ from bench.made_up import kv_shape
 from kvkeep.disagg.options import LinkOptions, Role
 from kvkeep.disagg.worker import run_worker
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, Sealing
+from kvkeep.engine.sealers import Seal, TransferSeal
 from kvkeep.quant.baselines.base import KV, Baseline
 from kvkeep.quant.baselines.fp8 import Fp8
 from kvkeep.quant.baselines.kvquant import KvQuant
@@ -133,9 +133,10 @@ class FormSealer:
         return self._made.get(name)
 
 
-def _seals(engine: EngineOptions) -> Sealing:
+def _seals(engine: EngineOptions) -> TransferSeal:
     del engine
-    return Sealing(FormSealer(kv_shape(LIKE)), lambda: None, lambda: None)
+    sealer = FormSealer(kv_shape(LIKE))
+    return TransferSeal(sealer.name, lambda _: sealer)
 
 
 def _seal() -> Seal:

@@ -1,7 +1,7 @@
 """A cluster's router in a process of its own, with workers in theirs, all of which can be killed.
 
-A file `NAME.version` or `NAME.keys` in the router's folder has the next worker of that name be one
-that must not join: of another program's version, or with another key store. It is taken once.
+A file `NAME.version` or `NAME.seal` in the router's folder has the next worker of that name be one
+that must not join: of another program's version, or one that seals nothing. It is taken once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvkeep.disagg.worker import run_worker
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import Chunk, FinishReason, GenerateRequest
 from kvkeep.engine.client import MessageClient
-from kvkeep.engine.options import EngineOptions, KeyOptions
+from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.process import PipeTransport, run_loop
 from kvkeep.errors import EngineError, KvkeepError
 
@@ -162,9 +162,8 @@ class Router:
         """Start a worker, or one in its place that must not join."""
         routed, engine = self._routed, self._routed.engine
         older = _taken(Path(routed.folder) / f"{name}.version")
-        if _taken(Path(routed.folder) / f"{name}.keys"):
-            others = KeyOptions(store=f"{engine.keys.store}.other")
-            engine = msgspec.structs.replace(engine, keys=others)
+        if _taken(Path(routed.folder) / f"{name}.seal"):
+            engine = msgspec.structs.replace(engine, shield="off")
         arguments = (role, engine, routed.links[name])
         run = partial(run_older, *arguments) if older else partial(run_worker, *arguments)
         return MessageClient(PipeTransport(run))

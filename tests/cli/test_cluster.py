@@ -10,7 +10,10 @@ from kvkeep.cli import run
 from kvkeep.cli.cluster import counted, crew_options, link_options, worker_options
 from kvkeep.cli.engine import engine_options
 from kvkeep.config import DEMO_MODEL, load
+from kvkeep.engine.options import GivenKeys, KeyOptions
 from kvkeep.errors import ConfigError
+
+KEYS = KeyOptions(store="own.json", given=GivenKeys(pages=bytes(32)))
 
 
 def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,25 +35,28 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (crew.prefill, crew.decode, crew.least_tokens) == (2, 3, 700)
     assert (crew.epoch_s, crew.drain_s) == (2.5, 7.0)
     assert link_options(settings).tls is None
-    one, other = worker_options(settings, "decode-0"), worker_options(settings, "decode-1")
+    one, other = (worker_options(settings, name, KEYS) for name in ("decode-0", "decode-1"))
     assert (one.share.policy, one.share.state, one.share.led) == ("selective", None, True)
-    apart = worker_options(load({**flags, "share": "isolate"}), "decode-0").share
+    apart = worker_options(load({**flags, "share": "isolate"}), "decode-0", KEYS).share
     assert (apart.led, apart.state) == (False, str(Path("k.json.votes.decode-0").resolve()))
     assert counted(engine_options(settings).share).state == "k.json.votes"
     assert (other.share.audit_log or "").endswith("alerts.decode-1")
     assert one.tiers == ("memory:1GiB", f"disk:{Path('pages').resolve() / 'decode-0'},8GiB")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=type(one)) == one
+    assert one.keys == KEYS
+    assert bytes(32).hex() not in repr(one)
+    assert repr(bytes(32)) not in repr(one)
     assert (one.threads, one.model) == (1, str(DEMO_MODEL.resolve()))
-    assert worker_options(load({**flags, "threads": 3}), "w").threads == 3
-    assert worker_options(load({**flags, "cluster": "127.0.0.1:1"}), "w").threads is None
-    assert worker_options(load({**flags, "no_auth": True}), "w").share.state is None
+    assert worker_options(load({**flags, "threads": 3}), "w", KEYS).threads == 3
+    assert worker_options(load({**flags, "cluster": "127.0.0.1:1"}), "w", KEYS).threads is None
+    assert worker_options(load({**flags, "no_auth": True}), "w", KEYS).share.state is None
 
 
 def test_what_a_link_is_slow_for_is_coded() -> None:
     flags: dict[str, Any] = {"cluster": "auto", "kv": "auto", "cluster_link_gbit": 8.0}
-    found = worker_options(load({**flags, "cluster_link_wait_s": 0.25}), "w")
+    found = worker_options(load({**flags, "cluster_link_wait_s": 0.25}), "w", KEYS)
     assert (found.kv_auto_link_bytes_per_s, found.kv_auto_link_wait_s) == (1e9, 0.25)
-    assert worker_options(load({"cluster": "auto"}), "w").kv_auto_link_bytes_per_s is None
+    assert worker_options(load({"cluster": "auto"}), "w", KEYS).kv_auto_link_bytes_per_s is None
     for without in ("cluster", "kv"):
         with pytest.raises(ConfigError, match="cluster_link_gbit: kv = auto chooses by it"):
             load({key: value for key, value in flags.items() if key != without})

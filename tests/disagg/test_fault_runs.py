@@ -41,13 +41,13 @@ SMALL = Plan(
     kills=4,
     restarts=1,
     breaks=12,
-    disguises=("version", "keys"),
+    disguises=("version", "seal"),
     grace_s=30.0,
 )
 CALM = Plan(requests=24, questions=6, kills=0, restarts=0, breaks=0, disguises=(), hurried=0.0)
 FEW = questions(CALM.questions, 3)
-OTHER = {"version": {"kv": "k2v2"}, "keys": {"evict": "corm"}}
-"""What differs of a worker in a thread: all of one process have one version, and no keys."""
+OTHER = {"version": {"kv": "k2v2"}, "seal": {"shield": "seal"}}
+"""What differs of a worker in a thread: all of one process have one version, and seal nothing."""
 
 
 class Threads:
@@ -100,7 +100,7 @@ class Threads:
         await self.fleet.close()
         await self.start()
 
-    async def disguise(self, draw: random.Random, what: Literal["version", "keys"]) -> None:
+    async def disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
         name = draw.choice(sorted(self.hands.transports))
         self.hands.others[name] = msgspec.structs.replace(self.hands.engine, **OTHER[what])
         self.hands.kill(name)
@@ -150,14 +150,14 @@ async def test_whatever_fails_clients_are_told_what_is_right_and_nothing_stays_h
     asked = questions(SMALL.questions, 5)
     async with threads(tiny["qwen2"]) as target:
         told = await Storm(target, SMALL, asked, right(tiny["qwen2"], asked)).run(2)
-        for what in ("kv", "evict"):
+        for what in ("kv", "shield"):
             await until(lambda: f"can't be started: {what}: worker" in caplog.text, 60)  # noqa: B023
     assert told.ends["hung"] == 0
     assert told.wrong == 0
     assert told.leaked == {}
     assert sum(told.ends.values()) == SMALL.requests
     assert min(told.ends["answered"], told.ends["left"]) > SMALL.requests // 4
-    assert told.events == {"kill": 4, "restart": 1, "break": 12, "version": 1, "keys": 1}
+    assert told.events == {"kill": 4, "restart": 1, "break": 12, "version": 1, "seal": 1}
     assert sum(link.connections for link in target.links) > 0
 
 
@@ -242,7 +242,7 @@ def test_recovery_is_from_when_on_no_window_is_slow() -> None:
 def test_figures_are_counts_of_all_requests() -> None:
     run = FaultRun(
         requests=500, ends={"answered": 240, "left": 250, "error": 10}, events={"kill": 10},
-        refused={"version": 1, "sealer": 1}, hung=0, wrong=1, leaked_pages=0, late_s=-0.5,
+        refused={"version": 1, "shield": 1}, hung=0, wrong=1, leaked_pages=0, late_s=-0.5,
         recovered_s=(4.0,) * 10,
     )  # fmt: skip
     figures = {one.name: one.row() for one in fault_figures(run)}

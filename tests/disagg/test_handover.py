@@ -12,7 +12,7 @@ import pytest
 
 from kvkeep.engine.api import Chunk, FinishReason, SamplingParams, TenantTerms
 from kvkeep.engine.engine import Output
-from kvkeep.engine.options import KeyOptions, SharingOptions
+from kvkeep.engine.options import SharingOptions
 from tests.disagg.pairs import QUICK, answers, engine_options, pair_of
 from tests.e2e.test_composition import prompt_of
 from tests.engines import core_for, drive, request, tokens
@@ -58,12 +58,9 @@ async def test_two_engines_answer_as_one(tiny: dict[str, Path], kv: str, evict: 
 SELECTIVE = SharingOptions(policy="selective", k=2, epoch_s=0.2)
 
 
-async def test_sealed_on_the_wire_and_shared_selectively(
-    tiny: dict[str, Path], tmp_path: Path
-) -> None:
+async def test_sealed_on_the_wire_and_shared_selectively(tiny: dict[str, Path]) -> None:
     wanted = alone(tiny["qwen2"], SOME, kv="k2v2")
-    keys = KeyOptions(store=str(tmp_path / "keys.json"))
-    engine = engine_options(tiny["qwen2"], kv="k2v2", shield="seal", keys=keys, share=SELECTIVE)
+    engine = engine_options(tiny["qwen2"], kv="k2v2", shield="seal", share=SELECTIVE)
     terms = {name: TenantTerms(voter=name, group="g") for name in ("a", "b", "c")}
     async with pair_of(engine) as pair:
         await pair.client.set_tenants(dict.fromkeys(terms, 0.3), terms)

@@ -20,12 +20,6 @@ class Named:
 
     digest = NO_TAG
 
-    def context(self, block: Block) -> None:
-        return None
-
-    def sizes(self, block: Block) -> tuple[int, ...]:
-        return (SIZE,) * (block.layers * block.pages)
-
 
 def pieces_of(batch: Batch) -> list[tuple[int, int, bytes]]:
     block = batch.block

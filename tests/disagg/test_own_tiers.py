@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,8 @@ import pytest
 from kvkeep.cache.tiers import FirstOf, Room, TierUse
 from kvkeep.disagg.totals import NOTHING, total
 from kvkeep.engine.api import SamplingParams
+from kvkeep.engine.given import Giver
+from kvkeep.engine.options import KeyOptions, ShieldName
 from kvkeep.sealing import KeyState, SealContext
 from kvkeep.types import PageTag
 from tests.disagg.crews import cluster_of
@@ -68,15 +71,21 @@ async def test_own_pages_are_read_and_the_others_sent(
         assert not pair.faults()
 
 
+@pytest.mark.parametrize("shield", ["off", "seal"])
 async def test_a_cluster_that_comes_back_finds_what_its_workers_kept(
-    tiny: dict[str, Path], tmp_path: Path, wanted: list[int]
+    tiny: dict[str, Path], tmp_path: Path, wanted: list[int], shield: ShieldName
 ) -> None:
-    engine = engine_options(tiny["qwen2"], shield="off")
-    others = {
-        name: msgspec.structs.replace(engine, tiers=(f"disk:{tmp_path / name},16MiB",))
-        for name in ("decode-0", "decode-1", "prefill-0", "prefill-1")
-    }
+    keys = KeyOptions(store=str(tmp_path / "sealing.json"))
+    tiers = (f"disk:{tmp_path / 'pages'},16MiB",)
+    engine = engine_options(tiny["qwen2"], shield=shield, keys=keys, tiers=tiers)
     for turn in ("first", "again"):
+        with closing(Giver(engine, tiny["qwen2"])) as giver:
+            others = {
+                name: msgspec.structs.replace(
+                    engine, tiers=(f"disk:{tmp_path / name},16MiB",), keys=giver.of(name)
+                )
+                for name in ("decode-0", "decode-1", "prefill-0", "prefill-1")
+            }
         async with cluster_of(tiny["qwen2"], others=others) as cluster:
             (got,) = await answers(cluster.fleet, request(PROMPT, SOME, id=turn))
             assert tokens(got) == wanted

@@ -23,17 +23,16 @@ BLOCK = Block(request=1, layer=0, layers=1, first_page=1, pages=2, tag=TAG.diges
 
 def pages_of(tokens: Any = TOKENS, tenant: str = "a", tag: PageTag = TAG) -> PromptPages:
     manager = make_manager(16, tier=NothingBelow())
-    return PromptPages(manager, request(tokens, tenant=tenant), tag)
+    return PromptPages(manager, request(tokens, tenant=tenant), tag, PlainSealer())
 
 
 def frame(pages: PromptPages, block: Block) -> memoryview:
-    sizes = pages.sizes(block)
-    return PlainSealer().seal(pages.context(block), bytes(sum(sizes)), sizes)
+    return pages.seal(block, bytes(sum(pages.sizes(block))))
 
 
 def opens(pages: PromptPages, block: Block, sealed: memoryview) -> bool:
     try:
-        list(PlainSealer().open(pages.context(block), sealed, pages.sizes(block)))
+        pages.open(block, sealed)
     except SealError:
         return False
     return True

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from kvkeep.cli.console import NOTES, loading_bar
-from kvkeep.cli.engine import describe, engine_options
+from kvkeep.cli.engine import checkpoint_path, describe, engine_options
 from kvkeep.config import Settings
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.members import CrewOptions
@@ -21,7 +21,8 @@ from kvkeep.disagg.ray_cluster import AUTO, check_links, joined
 from kvkeep.disagg.workers import RayTransport
 from kvkeep.engine.api import ModelInfo
 from kvkeep.engine.client import MessageClient
-from kvkeep.engine.options import EngineOptions, SharingOptions
+from kvkeep.engine.given import Giver
+from kvkeep.engine.options import EngineOptions, KeyOptions, SharingOptions
 from kvkeep.engine.terms import VOTING
 
 
@@ -54,8 +55,11 @@ def counted(share: SharingOptions) -> SharingOptions:
     return msgspec.structs.replace(share, led=share.policy in VOTING)
 
 
-def worker_options(settings: Settings, name: str) -> EngineOptions:
-    """Return what one worker is started with: files that it alone writes, its part of the cores."""
+def worker_options(settings: Settings, name: str, keys: KeyOptions) -> EngineOptions:
+    """Return what one worker is started with: files that it alone writes, its part of the cores.
+
+    `keys` are what it seals by.
+    """
     options = engine_options(settings)
     share = counted(options.share)
     share = msgspec.structs.replace(
@@ -76,6 +80,7 @@ def worker_options(settings: Settings, name: str) -> EngineOptions:
         threads=threads,
         model=model,
         tiers=tiers,
+        keys=keys,
         kv_auto_link_bytes_per_s=None if gbit is None else gbit * 1e9 / 8,
         kv_auto_link_wait_s=settings.cluster_link_wait_s,
     )
@@ -93,9 +98,9 @@ def _own_tier(tier: str, name: str) -> str:
 
 
 def _launch(
-    settings: Settings, link: LinkOptions, places: Places, name: str, role: Role
+    settings: Settings, link: LinkOptions, places: Places, giver: Giver, name: str, role: Role
 ) -> MessageClient:
-    engine = worker_options(settings, name)
+    engine = worker_options(settings, name, giver.of(name))
     gpus = int(settings.device == "cuda")
     return MessageClient(RayTransport(name, role, engine, link, places, gpus=gpus))
 
@@ -105,12 +110,12 @@ async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, Mode
     """Join Ray, start all workers, wait until they are warm, and end them on the way out."""
     address = settings.cluster or AUTO
     link = link_options(settings)
-    with joined(address):
+    options, model = engine_options(settings), checkpoint_path(settings)
+    with joined(address), closing(Giver(options, model)) as giver:
         check_links(link)
-        launch = partial(_launch, settings, link, Places())
+        launch = partial(_launch, settings, link, Places(), giver)
         with loading_bar("starting workers"):
-            share = counted(engine_options(settings).share)
-            fleet = await Fleet.start(launch, crew_options(settings), share=share)
+            fleet = await Fleet.start(launch, crew_options(settings), share=counted(options.share))
         info = await fleet.info()
         NOTES.print(describe(info))
         counts = f"{settings.cluster_prefill} prefill, {settings.cluster_decode} decode"

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
+
 from kvkeep.cli.console import NOTES, human_bytes, loading_bar
 from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient, ModelInfo
@@ -15,9 +17,11 @@ from kvkeep.engine.sealers import provider_of
 from kvkeep.errors import ConfigError
 from kvkeep.models.check import check_directory
 from kvkeep.models.hub import resolve
-from kvkeep.shield.opened import OpenedStore, opened
+from kvkeep.shield.keystore import KeyStore
+from kvkeep.shield.opened import OpenedStore, opened, opened_by_worker
 from kvkeep.shield.providers.provider import located, parse_spec
 from kvkeep.shield.secret import forbid_dumps
+from kvkeep.shield.workers import PROVIDER, cluster_of
 
 MODEL_SETTINGS = (
     "config",
@@ -108,7 +112,18 @@ def opened_store(settings: Settings) -> Iterator[OpenedStore]:
     if not path.exists():
         raise ConfigError(f"shield_store: there is no {path}; name the one the server was given")
     forbid_dumps()
-    with opened(path, provider_of(key_options(settings))) as store:
+    options = key_options(settings)
+    if KeyStore(path).read().provider != PROVIDER:
+        with opened(path, provider_of(options)) as store:
+            yield store
+        return
+    leads, worker = cluster_of(path)  # a worker's, whose key comes from the cluster's
+    if not leads.exists():
+        raise ConfigError(f"shield_store: {path} is a worker's; it needs {leads}")
+    options = msgspec.structs.replace(options, store=str(leads))
+    with opened(leads, provider_of(options)) as store:
+        key = store.worker_key(worker)
+    with opened_by_worker(path, key) as store:
         yield store
 
 

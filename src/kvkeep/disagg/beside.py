@@ -16,7 +16,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.build import build_core, default_parts
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, sealing_of
+from kvkeep.engine.sealers import Seal, transfer_seal_of
 
 VERSION: Final = f"kvkeep {version('kvkeep')}, wire {wire.VERSION}"
 """What workers that speak with each other have in common."""
@@ -27,7 +27,7 @@ def side_of(
     engine: EngineOptions,
     link: LinkOptions,
     inbox: m.Inbox,
-    seal: Seal = sealing_of,
+    seal: Seal = transfer_seal_of,
 ) -> PrefillSide | DecodeSide:
     """Return what stands beside a worker's loop; raises `ConfigError`."""
     return (PrefillSide if role == "prefill" else DecodeSide)(engine, link, inbox, seal=seal)

@@ -24,8 +24,8 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, sealing_of
-from kvkeep.sealing import SealContext
+from kvkeep.engine.sealers import Seal, transfer_seal_of
+from kvkeep.sealing import PageSealer, SealContext
 from kvkeep.types import PageKind, chain_hash
 
 POLL_BYTES: Final = 4 << 20
@@ -43,7 +43,7 @@ class DecodeSide(Side):
         options: LinkOptions,
         inbox: m.Inbox,
         clock: Callable[[], float] = time.monotonic,
-        seal: Seal = sealing_of,
+        seal: Seal = transfer_seal_of,
     ) -> None:
         super().__init__(engine, options, inbox, clock, seal)
         self._numbers = itertools.count(1)
@@ -70,7 +70,7 @@ class DecodeSide(Side):
 
     def begin(self, core: EngineCore) -> None:
         """Take note of the engine."""
-        self._own, thread, _ = self._open(core)
+        self._own, thread = self._open(core)
         wanted = partial(bool, self._requests)
         thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
 
@@ -156,22 +156,25 @@ class DecodeSide(Side):
         """Note the names of the pages that the cache lacks of a prompt."""
         if self._core.sharing.stores_nothing(spec.tenant) or not spec.store:
             return
-        inlet = self._inlet(link)
-        if inlet is None:
+        sealer = self._sealer_of(spec)
+        inlet = None if sealer is None else self._inlet(link)
+        if sealer is None or inlet is None:
             return
         self._requests[spec.id] = own = []
         for manager in self._core.caches.managers.values():
-            incoming = self._incoming(spec, manager)
+            incoming = self._incoming(spec, manager, sealer)
             if incoming is not None:
                 inlet.incoming[incoming.number] = incoming
                 own.append((inlet, incoming))
 
-    def _incoming(self, spec: GenerateRequest, manager: CacheManager) -> Incoming | None:
+    def _incoming(
+        self, spec: GenerateRequest, manager: CacheManager, sealer: PageSealer
+    ) -> Incoming | None:
         """Return what is to come of a prompt into one cache, its pages named as that names them."""
         tokens = np.array(spec.prompt_ids, np.int32)
         match = manager.match(tokens, account=spec.tenant, scope=spec.scope)
         known = match.attached()
-        pages = PromptPages(manager, spec, match.tag)
+        pages = PromptPages(manager, spec, match.tag, sealer)
         if len(known) >= len(pages.hashes):
             return None
         most_s = self._options.expires_s
@@ -198,13 +201,10 @@ class DecodeSide(Side):
         if inlet is not None and not inlet.closed:
             return inlet
         now = self._clock()
-        if self._thread is None or self._sealing is None or now < self._again_s.get(link, now):
+        if self._thread is None or now < self._again_s.get(link, now):
             return None
         self._again_s[link] = now + AGAIN_S
-        inlet = Inlet(
-            link, self._thread, self._sealing.sealer, self._options, self._faults,
-            self._arrived, self._lost,
-        )  # fmt: skip
+        inlet = Inlet(link, self._thread, self._options, self._faults, self._arrived, self._lost)
         self._inlets[link] = inlet
         self._thread.start(inlet.run(self._own))
         return inlet

@@ -13,7 +13,6 @@ from kvkeep.disagg.link import Faults, LinkThread, beat, connector_of, greet, to
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.wire import Block, Control, Credit, Frame, Hello, Lost, control_bytes
 from kvkeep.errors import KvkeepError, LinkLost, SealError, WireError, unexpected
-from kvkeep.sealing import PageSealer, layers_of
 
 
 class Inlet:
@@ -23,7 +22,6 @@ class Inlet:
         self,
         address: str,
         thread: LinkThread,
-        sealer: PageSealer,
         options: LinkOptions,
         faults: Faults,
         arrived: Callable[[Inlet, Block, list[memoryview], int], None],
@@ -39,7 +37,6 @@ class Inlet:
         """By what each is called on this link."""
         self.closed = False
         self._thread = thread
-        self._sealer = sealer
         self._options = options
         self._faults = faults
         self._arrived = arrived
@@ -105,8 +102,7 @@ class Inlet:
         incoming.received_bytes += size
         try:
             incoming.check(block)
-            sizes, context = incoming.pages.sizes(block), incoming.pages.context(block)
-            layers = layers_of(self._sealer.open(context, frame.payload, sizes), sizes)
+            layers = incoming.pages.open(block, frame.payload)
         except (SealError, WireError) as error:
             self._faults.note("pages that do not open", error)
             await channel.send((control_bytes(Credit(size)),))

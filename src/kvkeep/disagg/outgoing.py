@@ -169,4 +169,4 @@ class _Gathered:
 
     def _batch(self, page: int, layer: int, layers: int, pages: int, data: list[bytes]) -> Batch:
         block = Block(self._request, layer, layers, page, pages, self._pages.digest)
-        return Batch(block, self._pages.context(block), self._pages.sizes(block), tuple(data))
+        return Batch(block, self._pages, tuple(data))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from kvkeep.disagg.connector import Channel, LinkStats
 from kvkeep.disagg.link import Faults, LinkThread, beat, greet, together
 from kvkeep.disagg.options import LinkOptions
+from kvkeep.disagg.prompt import PromptPages
 from kvkeep.disagg.wire import (
     Block,
     Control,
@@ -23,21 +24,19 @@ from kvkeep.disagg.wire import (
     pages_header,
 )
 from kvkeep.errors import LinkLost, SealError, WireError, unexpected
-from kvkeep.sealing import PageSealer, SealContext
 
 
 class Batch(NamedTuple):
     """Pages to be sent in one frame: copies, layer by layer."""
 
     block: Block
-    context: SealContext
-    sizes: tuple[int, ...]
+    pages: PromptPages
     data: tuple[bytes, ...]
 
     @property
     def size(self) -> int:
         """Return its bytes."""
-        return sum(self.sizes)
+        return sum(map(len, self.data))
 
 
 Event = Want | Drop | None
@@ -51,7 +50,6 @@ class Outlet:
         self,
         channel: Channel,
         thread: LinkThread,
-        sealer: PageSealer,
         options: LinkOptions,
         faults: Faults,
         heard: Callable[[Outlet, Event], None],
@@ -60,7 +58,6 @@ class Outlet:
         """`heard` and `room` (there is some again) are called on the link's thread."""
         self._channel = channel
         self._thread = thread
-        self._sealer = sealer
         self._options = options
         self._faults = faults
         self._heard = heard
@@ -158,7 +155,7 @@ class Outlet:
     async def _send_pages(self, batch: Batch) -> None:
         block = batch.block
         try:
-            payload = self._sealer.seal(batch.context, b"".join(batch.data), batch.sizes)
+            payload = batch.pages.seal(block, b"".join(batch.data))
         except SealError as error:
             self._faults.note("sealing", error)
             await self._channel.send((control_bytes(Lost(block.request, block.first_page)),))

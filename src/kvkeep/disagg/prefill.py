@@ -25,7 +25,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, sealing_of
+from kvkeep.engine.sealers import Seal, transfer_seal_of
 from kvkeep.sealing import SealContext
 
 PUMP_BYTES: Final = 4 << 20
@@ -43,7 +43,7 @@ class PrefillSide(Side):
         options: LinkOptions,
         inbox: m.Inbox,
         clock: Callable[[], float] = time.monotonic,
-        seal: Seal = sealing_of,
+        seal: Seal = transfer_seal_of,
     ) -> None:
         super().__init__(engine, options, inbox, clock, seal)
         self._events: deque[tuple[Outlet, Event]] = deque()
@@ -65,14 +65,12 @@ class PrefillSide(Side):
 
     def begin(self, core: EngineCore) -> None:
         """Listen; raises `ConfigError` where that can't or must not be done."""
-        own, thread, sealing = self._open(core)
+        own, thread = self._open(core)
         options = self._options
         self._connector = connector_of(options, options.listen)
 
         async def accepted(channel: Channel) -> None:
-            outlet = Outlet(
-                channel, thread, sealing.sealer, options, self._faults, self._heard, self._room
-            )
+            outlet = Outlet(channel, thread, options, self._faults, self._heard, self._room)
             self.outlets.append(outlet)
             with contextlib.suppress(asyncio.CancelledError):  # the thread's end is no error
                 await outlet.serve(own)
@@ -207,7 +205,9 @@ class PrefillSide(Side):
         for manager in self._core.caches.managers.values():
             tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
             if tag.digest() == want.tag:
-                return manager, PromptPages(manager, spec, tag)
+                sealer = self._sealer_of(spec)
+                known = None if sealer is None else PromptPages(manager, spec, tag, sealer)
+                return manager, known
         return None, None
 
     def _expire(self, now: float) -> None:

@@ -12,7 +12,7 @@ from kvkeep.cache.radix import KEY_BYTES, token_bytes
 from kvkeep.disagg.wire import Block, Hello
 from kvkeep.engine.api import GenerateRequest, ModelInfo
 from kvkeep.errors import ConfigError
-from kvkeep.sealing import SealContext
+from kvkeep.sealing import PageSealer, SealContext, layers_of
 from kvkeep.types import PageKind, PageTag, chain_hash
 
 _PLACE = struct.Struct("<HHII")
@@ -26,7 +26,11 @@ class PromptPages:
     holds as public ones is nothing to the other.
     """
 
-    def __init__(self, manager: CacheManager, spec: GenerateRequest, tag: PageTag) -> None:
+    def __init__(
+        self, manager: CacheManager, spec: GenerateRequest, tag: PageTag, sealer: PageSealer
+    ) -> None:
+        """`sealer` is the transfer's."""
+        self._sealer = sealer
         self._below = below_of(manager)
         self._account, self.tag, self.digest = spec.tenant, tag, tag.digest()
         self._first = manager.pool.num_first > 0
@@ -66,6 +70,15 @@ class PromptPages:
         return SealContext(
             page.owner, page.tag, page.chain_hash, page.model_digest, place.digest(), kind
         )
+
+    def seal(self, block: Block, data: bytes) -> memoryview:
+        """Return a block's layers, one after another, as a frame; raises `SealError`."""
+        return self._sealer.seal(self.context(block), data, self.sizes(block))
+
+    def open(self, block: Block, frame: memoryview) -> list[memoryview]:
+        """Return a block's layers; raises `SealError` where the frame is none of this block."""
+        sizes = self.sizes(block)
+        return layers_of(self._sealer.open(self.context(block), frame, sizes), sizes)
 
     def _kind(self, page: int) -> PageKind:
         return PageKind.FIRST if page == 0 and self._first else PageKind.PLAIN

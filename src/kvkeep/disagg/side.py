@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
 
 import msgspec
 
@@ -13,15 +12,12 @@ from kvkeep.disagg.options import LinkOptions, check_engine
 from kvkeep.disagg.prompt import hello_of
 from kvkeep.disagg.wire import Hello
 from kvkeep.engine import messages as m
+from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
-from kvkeep.engine.sealers import Seal, Sealing, sealing_of
-from kvkeep.errors import ConfigError
+from kvkeep.engine.sealers import Seal, transfer_seal_of
+from kvkeep.errors import SealError
 from kvkeep.sealing import PageSealer
-
-CLUSTER: Final = "*cluster"
-"""Whose shelf tells a key store from others'; no account is called so."""
-_SHOWN_BYTES: Final = 8
 
 
 class Side:
@@ -33,52 +29,40 @@ class Side:
         options: LinkOptions,
         inbox: m.Inbox,
         clock: Callable[[], float] = time.monotonic,
-        seal: Seal = sealing_of,
+        seal: Seal = transfer_seal_of,
     ) -> None:
         """Raises `ConfigError` where pages of such an engine can't be handed over."""
         check_engine(engine)
         self._engine = engine
         self._options = options
         self._clock = clock
-        self._seal = seal
+        self._seal = seal(engine)
         self._waker = Waker(inbox)
         self._faults = Faults()
         self._thread: LinkThread | None = None
-        self._sealing: Sealing | None = None
 
     @property
     def faults(self) -> Faults:
         """Return what went wrong on links."""
         return self._faults
 
-    def _open(self, core: EngineCore) -> tuple[Hello, LinkThread, Sealing]:
-        """Take note of the engine; return what this worker says of itself, and what it works with.
-
-        Raises `ConfigError` where keys can't be had.
-        """
+    def _open(self, core: EngineCore) -> tuple[Hello, LinkThread]:
+        """Take note of the engine; return what this worker says of itself, and its thread."""
         self._core = core
-        self._sealing = sealing = self._seal(self._engine)
         self._thread = thread = LinkThread()
-        core.info = msgspec.structs.replace(core.info, sealer=sealer_name(sealing.sealer))
+        core.info = msgspec.structs.replace(core.info, sealer=self._seal.name)
         hello = hello_of(core.info, core.caches.managers, self._options.window_bytes)
-        return hello, thread, sealing
+        return hello, thread
+
+    def _sealer_of(self, spec: GenerateRequest) -> PageSealer | None:
+        """Return what seals a request's pages on their way; None: they stay where they are."""
+        try:
+            return self._seal.sealer(b"" if spec.handover is None else spec.handover.key)
+        except SealError as error:
+            self._faults.note("nothing is handed over", error)
+            return None
 
     def _close(self, last: Callable[[], None] = lambda: None) -> None:
-        """End all links and the keys; `last` is called on the links' thread before."""
+        """End all links; `last` is called on the links' thread before."""
         if self._thread is not None:
             self._thread.close(last)
-        if self._sealing is not None:
-            self._sealing.close()
-
-
-def sealer_name(sealer: PageSealer) -> str:
-    """Return what seals pages and by which store's keys; two that differ open nothing.
-
-    Raises `ConfigError` where the keys can't be had.
-    """
-    if sealer.name == "off":
-        return sealer.name
-    shelf = sealer.shelf_of(CLUSTER)
-    if shelf is None:
-        raise ConfigError("link: the key process gives no keys out; look at shield_keys")
-    return f"{sealer.name}, keys {shelf[:_SHOWN_BYTES].hex()}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple, Protocol, Self
+import secrets
+from typing import Final, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -19,6 +20,9 @@ from kvkeep.engine.api import (
 )
 from kvkeep.engine.moments import Moments
 from kvkeep.errors import EngineError, PrefillLost
+
+KEY_BYTES: Final = 32
+"""Of what pages are sealed under on their way."""
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +69,17 @@ def split(
 ) -> ChunkStream:
     """Start a request in both engines; its seed is set, since both must draw the same.
 
-    Raises `PrefillLost` with nothing left running.
+    Both are given a new key for its pages' way, and no other engine is. Raises `PrefillLost` with
+    nothing left running.
     """
-    there = msgspec.structs.replace(request, handover=Handover(role="prefill", whole=way.whole))
-    own = msgspec.structs.replace(request, handover=Handover(role="decode", link=way.link))
+    key = secrets.token_bytes(KEY_BYTES)
+    there, own = (
+        msgspec.structs.replace(request, handover=part)
+        for part in (
+            Handover(role="prefill", key=key, whole=way.whole),
+            Handover(role="decode", key=key, link=way.link),
+        )
+    )
     try:
         first = prefill.submit(there)
     except EngineError as error:

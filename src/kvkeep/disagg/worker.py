@@ -43,12 +43,13 @@ def run_worker(
         build_beside,
         side_of,
     )
-    from kvkeep.engine.sealers import sealing_of  # noqa: PLC0415 - as above
+    from kvkeep.engine.sealers import transfer_seal_of  # noqa: PLC0415 - as above
 
     sides: list[PrefillSide | DecodeSide] = []
 
     def beside(inbox: m.Inbox) -> PrefillSide | DecodeSide:
-        sides.append(side_of(role, engine, link, inbox, sealing_of if seal is None else seal()))
+        made = transfer_seal_of if seal is None else seal()
+        sides.append(side_of(role, engine, link, inbox, made))
         return sides[0]
 
     run_loop(engine, pipe, lambda reply: build_beside(engine, sides[0], reply), beside)

@@ -76,6 +76,10 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """
     link: str = ""
     """Where the prompt's pages are handed over."""
+    key: bytes = b""
+    """What its pages are sealed under on their way, where pages are sealed: random, the same for
+    both engines and of no other request.
+    """
     whole: bool = False
     """Hand nothing over before the whole prompt is computed: a baseline to measure against."""
 

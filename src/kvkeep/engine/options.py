@@ -49,6 +49,19 @@ class SharingOptions(msgspec.Struct, frozen=True, kw_only=True):
     webhook: str | None = None
 
 
+class GivenKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cluster's worker is told in place of a provider."""
+
+    pages: bytes = b""
+    """What wraps the roots in its own key store; empty: it seals nothing below memory."""
+    model: bytes = b""
+    """The key of a sealed checkpoint."""
+
+    def __repr__(self) -> str:
+        """Return which there are, and none of them."""
+        return f"GivenKeys(pages={bool(self.pages)}, model={bool(self.model)})"
+
+
 class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Whose keys seal pages below memory."""
 
@@ -60,6 +73,8 @@ class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which a tenant's pages are sealed under a new key."""
     dumps: bool = False
     """Whether an engine process that seals may write cores and be attached to by its user."""
+    given: GivenKeys | None = None
+    """Of a cluster's worker: no provider is asked."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):

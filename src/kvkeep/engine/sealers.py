@@ -23,6 +23,7 @@ from kvkeep.shield.providers.local import make_key_file
 from kvkeep.shield.providers.make import make_provider
 from kvkeep.shield.providers.provider import CAVEATS, FORMS, ProviderSpec, parse_spec
 from kvkeep.shield.secret import SecretRegion
+from kvkeep.shield.transfer import TransferKeys
 
 DEFAULT_STORE = "kvkeep-sealing.json"
 
@@ -39,8 +40,18 @@ class Sealing:
     """How the keys stand; None: nothing is sealed."""
 
 
-Seal = Callable[[EngineOptions], Sealing]
-"""Makes what seals pages; `sealing_of` is the usual one."""
+@dataclass(frozen=True, slots=True)
+class TransferSeal:
+    """What seals pages on their way between two workers."""
+
+    name: str
+    """Workers that differ in it do not understand each other."""
+    sealer: Callable[[bytes], PageSealer]
+    """Of a transfer, from its key; raises `SealError` where that is none."""
+
+
+Seal = Callable[[EngineOptions], TransferSeal]
+"""Makes what seals pages on their way; `transfer_seal_of` is the usual one."""
 
 
 def mode_of(options: EngineOptions) -> ShieldName:
@@ -61,10 +72,25 @@ def sealing_of(options: EngineOptions, folders: Iterable[Path] = ()) -> Sealing:
     return Sealing(FrameSealer(keys), keys.close, lambda: keys.state)
 
 
+def transfer_seal_of(options: EngineOptions) -> TransferSeal:
+    """Return what seals pages on their way: every mode but `off` does, by each transfer's key."""
+    if mode_of(options) == "off":
+        plain = PlainSealer()
+        return TransferSeal("off", lambda _: plain)
+    return TransferSeal("seal", lambda key: FrameSealer(TransferKeys(key)))
+
+
 def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:
     """Return the server's side of a key process that is still to be started."""
-    store = _store_of(options)
+    store = store_path(options)
     refuse_inside(store, folders)
+    if options.given is not None:
+        if not store.exists():
+            raise ConfigError(
+                f"shield_store: there is no {store} on this node; all nodes of a cluster must share"
+                f" the folder {store.parent}, and need nothing beside it"
+            )
+        return KeyClient("", str(store), epoch_s=options.epoch_s, given=options.given.pages)
     spec = provider_of(options)
     if spec.kind in CAVEATS:
         log.warning("sealing keys come from %s: %s", spec.kind, CAVEATS[spec.kind])
@@ -77,7 +103,7 @@ def provider_of(options: KeyOptions) -> ProviderSpec:
     Makes that file where neither it nor the store is there yet; of several that start at a time,
     one does.
     """
-    path, store = _own_key_file(options), _store_of(options)
+    path, store = _own_key_file(options), store_path(options)
     if options.provider is None and not store.exists():
         with KeyStore(store).locked():
             if not (path.exists() or store.exists()):
@@ -91,13 +117,14 @@ def _named_or_own(options: KeyOptions) -> ProviderSpec:
     return ProviderSpec("file", (str(_own_key_file(options)),))
 
 
-def _store_of(options: KeyOptions) -> Path:
+def store_path(options: KeyOptions) -> Path:
+    """Return the file of wrapped keys."""
     return Path(options.store or DEFAULT_STORE).absolute()
 
 
 def _own_key_file(options: KeyOptions) -> Path:
     """Return the key file that is used where no provider is named."""
-    store = _store_of(options)
+    store = store_path(options)
     return store.with_name(f"{store.name}.kek")
 
 
@@ -118,7 +145,7 @@ def require_attested(options: KeyOptions) -> None:
 
 def key_state(options: KeyOptions) -> str:
     """Return whether keys could be had now; starts a key process where there is a store."""
-    store = _store_of(options)
+    store = store_path(options)
     if not store.exists():
         return f"no {store} yet; the first start with a tier makes it"
     keys = key_client(options)
@@ -135,6 +162,8 @@ def unwrap_of(options: KeyOptions) -> Unwrap:
     """Return what asks a key process for a sealed checkpoint's key."""
 
     def unwrap(body: Body) -> memoryview:
+        if options.given is not None and options.given.model:
+            return memoryview(bytearray(options.given.model))
         if options.provider is None and not _own_key_file(options).exists():
             raise ConfigError(
                 f"shield_keys: the model is sealed by a key of {body.provider}; name its provider"
@@ -183,7 +212,7 @@ def shred_in(options: KeyOptions, tenant: str) -> bytes:
 
     Raises `ConfigError` where there is no store, or none of this tenant's keys in it.
     """
-    store = _store_of(options)
+    store = store_path(options)
     if not store.exists():
         raise ConfigError(f"shield_store: there is no {store}; no page was ever sealed with it")
     keys = key_client(options)

@@ -95,6 +95,19 @@ def page_material(epoch_key: Secret, page_id: bytes, generation: int) -> bytes:
     return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, info).derive(epoch_key)
 
 
+def worker_key(name_key: Secret, worker: str) -> bytes:
+    """Return what wraps the roots of one worker's store [32], from its name key in the cluster's.
+
+    Random as that one is, so that a worker's key tells nothing of another's.
+    """
+    return HKDFExpand(_SHA256, KEY_BYTES, b"kvs1|worker|" + worker.encode()).derive(name_key)
+
+
+def transfer_material(key: Secret, frame_id: bytes) -> bytes:
+    """Return the key [32] of one frame of a transfer, and its commitment [32]."""
+    return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, b"kvs1|transfer" + frame_id).derive(key)
+
+
 def model_material(model_key: Secret, what: bytes) -> bytes:
     """Return the key [32] of one part of a sealed checkpoint, and its commitment [32]."""
     return HKDFExpand(_SHA256, PAGE_MATERIAL_BYTES, b"kvs1|model|" + what).derive(model_key)

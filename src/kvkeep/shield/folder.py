@@ -112,6 +112,11 @@ def seal_folder(
     return body
 
 
+def read_body(folder: Path) -> Body:
+    """Return what a sealed folder's manifest says, unproven; raises `SealError`."""
+    return _read(folder)[0]
+
+
 def check_folder(folder: Path) -> None:
     """Hold a folder's sealed files against its manifest as far as no key is needed.
 

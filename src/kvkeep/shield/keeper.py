@@ -16,10 +16,11 @@ from kvkeep.errors import KvkeepError
 from kvkeep.shield import envelope
 from kvkeep.shield import wire as w
 from kvkeep.shield.keyring import Keyring
-from kvkeep.shield.opened import OpenedStore, opened
+from kvkeep.shield.opened import OpenedStore, opened, opened_by_worker
 from kvkeep.shield.providers.make import make_provider
 from kvkeep.shield.providers.provider import parse_spec
 from kvkeep.shield.secret import SecretRegion, forbid_dumps
+from kvkeep.shield.workers import is_worker
 
 MODEL_SLOTS = 8
 """Of secret memory, where a checkpoint is opened."""
@@ -51,9 +52,12 @@ class Keeper:
             case w.NameKey(owner):
                 return w.Named(*self._ring.name_key(owner))
             case w.ListOwners():
-                return w.Owners(self._ring.owners(), self._opened.shelf)
+                owners = tuple(o for o in self._ring.owners() if not is_worker(o))
+                return w.Owners(owners, self._opened.shelf)
             case w.Rotate(owner):
                 return w.Rotated(self._ring.rotate(owner))
+            case w.AskWorker(worker):
+                return w.WorkerKey(self._opened.worker_key(worker))
             case w.Shred(tenant):
                 return w.Receipt(self._opened.shred(tenant))
             case _:
@@ -81,7 +85,12 @@ def serve(channel: socket.socket) -> None:
     if not isinstance(begin, w.Begin):
         raise OSError("the first message to the key process must be its beginning")
     try:
-        with opened(Path(begin.store), parse_spec(begin.provider)) as store:
+        path = Path(begin.store)
+        with (
+            opened_by_worker(path, begin.given)
+            if begin.given
+            else opened(path, parse_spec(begin.provider))
+        ) as store:
             _answer_all(channel, Keeper(begin, store))
     except KvkeepError as error:
         w.send(channel, w.refusal(error))

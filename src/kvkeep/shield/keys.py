@@ -51,10 +51,12 @@ class KeyClient:
         store: str,
         *,
         epoch_s: float = EPOCH_S,
+        given: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`given` stands in the provider's place for a cluster's worker."""
         self.counts = KeyCounts()
-        self._begin = w.Begin(provider, store, epoch_s)
+        self._begin = w.Begin(provider, store, epoch_s, given)
         self._clock = clock
         self._asking = threading.Lock()
         self._channel: socket.socket | None = None
@@ -143,6 +145,10 @@ class KeyClient:
             if owner == tenant or owner.startswith(f"{tenant}/"):
                 self._names.pop(owner, None)
         return reply.document
+
+    def worker_key(self, worker: str) -> bytes:
+        """Return what wraps the roots in a worker's store, which is made where there is none."""
+        return self._ask(w.AskWorker(worker), w.WorkerKey).key
 
     def status(self) -> w.Status:
         """Return how the key process stands."""

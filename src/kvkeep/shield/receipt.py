@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -124,16 +124,39 @@ def shred(
     provider: KeyProvider,
     region: SecretRegion,
     wall: Callable[[], float] = time.time,
+    elsewhere: Sequence[Destroyed] = (),
 ) -> bytes:
-    """Destroy a tenant's wrapped roots, and its gateway's tenants'; returns the signed receipt.
+    """Destroy a tenant's keys in a store; returns the signed receipt.
 
-    Raises `ConfigError` where the tenant has no keys.
+    `elsewhere` are those that were destroyed in other stores and belong on it too. Raises
+    `ConfigError` where the tenant has no keys.
     """
+    gone = destroy(tenant, store, wall)
+    if not (gone or elsewhere):
+        raise ConfigError(f"name: there are no keys of a tenant {tenant} in {store.path}")
+    file = store.read()
+    reached = not elsewhere and _destroyed_by(provider, gone)
+    statement = Statement(
+        tenant=tenant,
+        store_id=file.store_id,
+        provider=file.provider,
+        at=wall(),
+        destroyed=(*gone, *elsewhere),
+        provider_destroyed=reached,
+        not_covered=tuple(n for n in NOT_COVERED if not (reached and n == OWN_COPIES)),
+    )
+    return _signed(msgspec.json.encode(statement), file, provider, region)
+
+
+def destroy(
+    tenant: str, store: KeyStore, wall: Callable[[], float] = time.time
+) -> tuple[Destroyed, ...]:
+    """Destroy a tenant's wrapped roots, and its gateway's tenants', in one store."""
     with store.editing() as put:
         file = store.read()
         owners = file.of_tenant(tenant)
         if not owners:
-            raise ConfigError(f"name: there are no keys of a tenant {tenant} in {store.path}")
+            return ()
         gone = tuple(
             Shredded(
                 owner=owner,
@@ -147,23 +170,13 @@ def shred(
         shredded = tuple(s for s in file.shredded if s.owner not in owners) + gone
         rest = msgspec.structs.replace(file, owners=left, shredded=shredded)
         store.scrub_after(lambda: put(rest))
-    reached = _destroyed_by(provider, gone)
-    statement = Statement(
-        tenant=tenant,
-        store_id=file.store_id,
-        provider=file.provider,
-        at=wall(),
-        destroyed=tuple(
-            Destroyed(owner=g.owner, key_id=g.key_id, epochs=len(file.owners[g.owner].epochs))
-            for g in gone
-        ),
-        provider_destroyed=reached,
-        not_covered=tuple(n for n in NOT_COVERED if not (reached and n == OWN_COPIES)),
+    return tuple(
+        Destroyed(owner=g.owner, key_id=g.key_id, epochs=len(file.owners[g.owner].epochs))
+        for g in gone
     )
-    return _signed(msgspec.json.encode(statement), file, provider, region)
 
 
-def _destroyed_by(provider: KeyProvider, gone: tuple[Shredded, ...]) -> bool:
+def _destroyed_by(provider: KeyProvider, gone: tuple[Destroyed, ...]) -> bool:
     try:
         done = [provider.destroy(envelope.root_label(g.owner, g.key_id)) for g in gone]
     except SealError:

@@ -21,6 +21,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     provider: str
     store: str
     epoch_s: float
+    given: bytes = b""
+    """What wraps the store's roots, of a cluster's worker; it has no provider."""
 
 
 class OpenModel(msgspec.Struct, frozen=True, tag=True):
@@ -62,6 +64,12 @@ class Rotate(msgspec.Struct, frozen=True, tag=True):
     owner: str
 
 
+class AskWorker(msgspec.Struct, frozen=True, tag=True):
+    """Ask for what a cluster's worker is to be given."""
+
+    worker: str
+
+
 class Shred(msgspec.Struct, frozen=True, tag=True):
     """Destroy all keys of a tenant."""
 
@@ -72,7 +80,18 @@ class GetStatus(msgspec.Struct, frozen=True, tag=True):
     """Ask how the key process stands."""
 
 
-Request = Begin | OpenModel | Fresh | Known | NameKey | ListOwners | Rotate | Shred | GetStatus
+Request = (
+    Begin
+    | OpenModel
+    | Fresh
+    | Known
+    | NameKey
+    | ListOwners
+    | Rotate
+    | AskWorker
+    | Shred
+    | GetStatus
+)
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
@@ -111,6 +130,12 @@ class Rotated(msgspec.Struct, frozen=True, tag=True):
     epoch: int
 
 
+class WorkerKey(msgspec.Struct, frozen=True, tag=True):
+    """What wraps the roots in a worker's store."""
+
+    key: bytes
+
+
 class Receipt(msgspec.Struct, frozen=True, tag=True):
     """What was destroyed, as a signed JSON document."""
 
@@ -136,7 +161,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Reply = Granted | ModelKey | Named | Owners | Rotated | Receipt | Status | Refused
+Reply = Granted | ModelKey | Named | Owners | Rotated | WorkerKey | Receipt | Status | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

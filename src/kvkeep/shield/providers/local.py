@@ -62,6 +62,11 @@ class LocalProvider:
             ) from None
 
     @classmethod
+    def given(cls, key: bytes, region: SecretRegion) -> LocalProvider:
+        """Return the provider of 32 bytes that this process was told; raises `ConfigError`."""
+        return cls(region, _taken(key, "what this worker was given", region))
+
+    @classmethod
     def _of_bytes(cls, path: Path, what: str, region: SecretRegion) -> LocalProvider:
         buffer = bytearray(HEX_CHARS + 2)
         with path.open("rb", buffering=0) as file:
