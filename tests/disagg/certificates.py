@@ -29,10 +29,10 @@ class Authority:
         self._file = folder / "authority.pem"
         self._file.write_bytes(_pem(made.sign(self._key, hashes.SHA256())))
 
-    def worker(self, name: str) -> TlsFiles:
-        """Return a worker's files."""
+    def worker(self, name: str, *, since: dt.timedelta = DAY) -> TlsFiles:
+        """Return a worker's files, its certificate valid for two days since so long ago."""
         key = ec.generate_private_key(ec.SECP256R1())
-        made = _builder(_name(name), self._name, key.public_key())
+        made = _builder(_name(name), self._name, key.public_key(), since)
         certificate, secret = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         certificate.write_bytes(_pem(made.sign(self._key, hashes.SHA256())))
         secret.write_bytes(
@@ -50,7 +50,10 @@ def _name(common: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    since: dt.timedelta = DAY,
 ) -> x509.CertificateBuilder:
     now = dt.datetime.now(dt.UTC)
     return (
@@ -59,8 +62,8 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - DAY)
-        .not_valid_after(now + DAY)
+        .not_valid_before(now - since)
+        .not_valid_after(now - since + 2 * DAY)
     )
 
 

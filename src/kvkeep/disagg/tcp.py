@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from kvkeep.disagg.connector import Channel, LinkStats, Pacer, Parts
-from kvkeep.disagg.options import LinkOptions, TlsFiles
+from kvkeep.disagg.options import LinkOptions
+from kvkeep.disagg.tls import LOOK, context_of, refusal
 from kvkeep.disagg.wire import HEADER_BYTES, Frame, FrameParser
 from kvkeep.errors import ConfigError, LinkLost
 
@@ -33,6 +33,7 @@ class StreamChannel:
         self._reader = reader
         self._writer = writer
         self._silence_s = options.silence_s
+        self._tls = options.tls
         self._parser = FrameParser()
         self._frames: deque[Frame] = deque()
         self._sending = asyncio.Lock()
@@ -71,9 +72,9 @@ class StreamChannel:
                     f"nothing came from another worker for {self._silence_s} s"
                 ) from None
             except OSError as error:
-                raise LinkLost(f"the link to another worker broke: {error.strerror}") from None
+                raise self._broken(error) from None
             if not data:
-                raise LinkLost("another worker has closed its link")
+                raise LinkLost(f"another worker has closed its link{self._unheard()}")
             self.stats.received_bytes += len(data)
             self._frames.extend(self._parser.feed(data))
         return self._frames.popleft()
@@ -90,7 +91,15 @@ class StreamChannel:
             self._writer.write(data)
             await self._writer.drain()
         except OSError as error:
-            raise LinkLost(f"the link to another worker broke: {error.strerror}") from None
+            raise self._broken(error) from None
+
+    def _broken(self, error: OSError) -> LinkLost:
+        why = refusal(error) or f"{error.strerror or type(error).__name__}{self._unheard()}"
+        return LinkLost(f"the link to another worker broke: {why}")
+
+    def _unheard(self) -> str:
+        """Return where to look where a certificate may be why nothing ever came."""
+        return "" if self._tls is None or self.stats.received_bytes else f" at once; {LOOK}"
 
     async def _pace(self, pacer: Pacer) -> None:
         try:
@@ -114,10 +123,9 @@ class TcpConnector:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await accepted(StreamChannel(reader, writer, self._options, self._name))
 
-        context = None if self._options.tls is None else _context(self._options.tls, server=True)
         try:
             self._server = await asyncio.start_server(
-                serve, host, port, ssl=context, limit=BUFFER_BYTES
+                serve, host, port, limit=BUFFER_BYTES, **self._secured(server=True)
             )
         except OSError as error:
             raise ConfigError(f"listen: {address} can't be used: {error.strerror}") from None
@@ -127,22 +135,30 @@ class TcpConnector:
     async def dial(self, address: str) -> Channel:
         """Connect, see `Connector.dial`."""
         host, port = self._place(address)
-        context = None if self._options.tls is None else _context(self._options.tls, server=False)
+        secured = self._secured(server=False)
         try:
             async with asyncio.timeout(self._options.dial_s):
                 reader, writer = await asyncio.open_connection(
-                    host, port, ssl=context, limit=BUFFER_BYTES
+                    host, port, limit=BUFFER_BYTES, **secured
                 )
         except TimeoutError:
             raise LinkLost(f"no worker answers at {address}") from None
         except OSError as error:
-            raise LinkLost(f"no worker answers at {address}: {type(error).__name__}") from None
+            why = refusal(error) or type(error).__name__
+            raise LinkLost(f"no worker answers at {address}: {why}") from None
         return StreamChannel(reader, writer, self._options, self._name)
 
     def close(self) -> None:
         """Listen no more."""
         if self._server is not None:
             self._server.close()
+
+    def _secured(self, *, server: bool) -> dict[str, Any]:
+        """Return what asyncio is asked for; who connects and says nothing is not waited for."""
+        if self._options.tls is None:
+            return {}
+        context = context_of(self._options.tls, server=server)
+        return {"ssl": context, "ssl_handshake_timeout": self._options.dial_s}
 
     def _place(self, address: str) -> tuple[str, int]:
         """Return host and port; raises `ConfigError` where others could read what passes."""
@@ -173,18 +189,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _context(files: TlsFiles, *, server: bool) -> ssl.SSLContext:
-    """Return a context in which either side proves itself by the cluster's authority."""
-    purpose = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
-    context = ssl.SSLContext(purpose)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # workers move between hosts; the authority is the cluster's own
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(files.certificate, files.key)
-        context.load_verify_locations(files.authority)
-    except OSError as error:
-        raise ConfigError(f"tls: the files can't be used: {error}") from None
-    return context
