@@ -270,6 +270,31 @@ async def test_where_an_epoch_can_not_be_ended_nothing_is_public_until_one_is(
     assert "secret words" not in caplog.text
 
 
+async def test_workers_that_can_not_be_told_that_nothing_is_public_are_lost() -> None:
+    tried, lost = 0, list[str]()
+
+    async def close_epoch(epoch: int, now: float) -> m.Votes:
+        return m.Votes((), "rules")
+
+    async def publish(state: bytes, now: float) -> None:
+        nonlocal tried
+        tried += 1
+        raise ValueError("secret words")
+
+    client = SimpleNamespace(close_epoch=close_epoch, publish=publish)
+    worker = SimpleNamespace(name="w", client=client)
+    crew: Any = SimpleNamespace(
+        serving=lambda: [worker], options=QUICK_CREW, lost=lambda _, why: lost.append(why)
+    )
+    agreement = Agreement(msgspec.structs.replace(SHARED, epoch_s=0.01), crew)
+    running = asyncio.create_task(agreement.run())
+    await until(lambda: len(lost) > 1, 30)
+    assert not running.done(), "epochs go on"
+    running.cancel()
+    assert tried >= 4, "the state, then that nothing is public, in each epoch"
+    assert set(lost) == {"it publishes what is not agreed: ValueError"}
+
+
 def test_a_policy_that_counts_nothing_is_not_led(tiny: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="share: 'isolate' counts no votes"):
         Agreement(SharingOptions(led=True), None)  # type: ignore[arg-type]

@@ -53,8 +53,7 @@ class Agreement:
             except Exception as error:  # noqa: BLE001 - doubt means private
                 reason = type(error).__name__
                 log.warning("votes can't be counted, so nothing is public: %s", reason)
-                self._votes.keep_to(DIFFERENT)
-                await self._hand_over(self._crew.serving(), now)
+                await self._withdraw(now)
 
     async def end_epoch(self, now: float) -> None:
         """Count what all workers have, and have them publish the same."""
@@ -94,6 +93,16 @@ class Agreement:
         """Have workers publish what is decided."""
         state = self._votes.encoded()
         await asyncio.gather(*[self._publish(worker, state, now) for worker in workers])
+
+    async def _withdraw(self, now: float) -> None:
+        """Have nothing public anywhere: a worker that can't be told so is lost."""
+        workers = self._crew.serving()
+        try:
+            self._votes.keep_to(DIFFERENT)
+            await self._hand_over(workers, now)
+        except Exception as error:  # noqa: BLE001 - as above, and the next epoch must come
+            for worker in workers:
+                self._crew.lost(worker, f"it publishes what is not agreed: {type(error).__name__}")
 
     async def _collect(self, worker: Worker, now: float) -> m.Votes | None:
         try:
