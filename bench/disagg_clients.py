@@ -179,13 +179,15 @@ class Storm:
         self._ended = 0
         self._one = asyncio.Event()
         """One more has ended."""
+        self._starting = asyncio.Lock()
+        """Of what waits for processes to start; one at a time, beside everything else."""
 
     async def run(self, seed: int) -> Told:
         """Let all clients ask while everything fails, then wait until nothing is held."""
         draw = random.Random(seed)
         waiting = requests(self._plan, draw)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._hurt(events(self._plan, draw), draw))
+            group.create_task(self._hurt(events(self._plan, draw), draw, group))
             for _ in range(self._plan.clients):
                 group.create_task(self._client(waiting))
         for link in self._target.links:
@@ -199,8 +201,10 @@ class Storm:
             self._ended += 1
             self._one.set()
 
-    async def _hurt(self, due: deque[tuple[int, Event]], draw: random.Random) -> None:
-        """Have happen what is due."""
+    async def _hurt(
+        self, due: deque[tuple[int, Event]], draw: random.Random, group: asyncio.TaskGroup
+    ) -> None:
+        """Have happen what is due; workers that must not join are told so while all goes on."""
         while due:
             while self._ended < due[0][0]:
                 self._one.clear()
@@ -211,13 +215,18 @@ class Storm:
                 case "kill":
                     await self._target.kill(draw)
                 case "restart":
-                    await self._target.restart()
+                    async with self._starting:
+                        await self._target.restart()
                 case "break":
                     if self._target.links:
                         link = draw.choice(self._target.links)
                         link.fail(draw.choice(FAULTS), draw.randrange(BROKEN_BYTES))
                 case _:
-                    await self._target.disguise(draw, what)
+                    group.create_task(self._disguise(draw, what))
+
+    async def _disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
+        async with self._starting:
+            await self._target.disguise(draw, what)
 
     async def _ask(self, one: Asked) -> None:
         clock = asyncio.get_running_loop().time

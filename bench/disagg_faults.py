@@ -74,9 +74,9 @@ class Size:
 
 FULL: Final = Size(Plan(requests=500), 10, Watch(5.0, 32.0))
 QUICK: Final = Size(
-    Plan(requests=60, questions=20, kills=2, restarts=1, breaks=8, disguises=("version", "seal")),
+    Plan(requests=40, questions=12, kills=1, restarts=1, breaks=6, disguises=("version", "seal")),
     1,
-    Watch(4.0, 20.0),
+    Watch(2.0, 20.0, ends_early=True),
 )
 
 
@@ -102,6 +102,7 @@ class Processes:
         self.links = links
         self._routed = routed
         self._up = asyncio.Event()
+        self._killed = 0
 
     async def start(self) -> None:
         """Start a router and its workers."""
@@ -120,7 +121,8 @@ class Processes:
         """Kill a worker; of those that start again some are."""
         workers = [one for one in await self._workers() if one.state != "lost"]
         if workers:
-            _kill(draw.choice(workers).pid, self._transport.pid)
+            self._killed = draw.choice(workers).pid
+            _kill(self._killed, self._transport.pid)
 
     async def restart(self) -> None:
         """Kill the router, and start another on the same ports."""
@@ -150,10 +152,16 @@ class Processes:
         await self._client.close()
 
     async def whole(self) -> None:
-        """Wait until all workers serve; raises `TimeoutError`."""
+        """Wait until all workers serve, none of them the one that was killed.
+
+        Raises `TimeoutError`.
+        """
         async with asyncio.timeout(WHOLE_S):
-            while any(one.state != "serving" for one in await self._workers()):  # noqa: ASYNC110
+            while not all(map(self._serves, await self._workers())):  # noqa: ASYNC110
                 await asyncio.sleep(LOOK_S)  # they are in another process
+
+    def _serves(self, worker: WorkerUse) -> bool:
+        return worker.state == "serving" and worker.pid != self._killed
 
     async def _workers(self) -> tuple[WorkerUse, ...]:
         return (await (await self.client()).stats()).workers
@@ -186,11 +194,6 @@ async def fault_run(folder: Path, size: Size, seed: int = SEED) -> FaultRun:
         shield="seal",
     )
     asked = questions(size.plan.questions, seed)
-    alone = spawn_engine(engine)
-    await alone.info()
-    await alone.set_tenants(dict.fromkeys(TENANTS, 1 / len(TENANTS)))
-    right = await right_answers(alone, asked)
-    await alone.close()
     async with AsyncExitStack() as stack:
         names = [f"prefill-{number}" for number in range(CREW.prefill)]
         proxies = [await stack.enter_async_context(faulty_link()) for _ in names]
@@ -203,8 +206,18 @@ async def fault_run(folder: Path, size: Size, seed: int = SEED) -> FaultRun:
         routed = Routed(folder=str(folder), crew=CREW, engine=engine, links=links)
         target = Processes(routed, proxies)
         stack.push_async_callback(target.close)
-        await target.start()
+        right, _ = await asyncio.gather(_right(engine, asked), target.start())
         return await _played(target, size, asked, right, folder, seed)
+
+
+async def _right(engine: EngineOptions, asked: Sequence[Question]) -> list[Tokens]:
+    """Return what one engine answers that nothing happens to."""
+    alone = spawn_engine(engine)
+    await alone.info()
+    await alone.set_tenants(dict.fromkeys(TENANTS, 1 / len(TENANTS)))
+    right = await right_answers(alone, asked)
+    await alone.close()
+    return right
 
 
 async def _played(

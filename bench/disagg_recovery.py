@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from bench.disagg_clients import Question, Target
+from bench.disagg_clients import Question
+from kvkeep.engine.api import EngineClient
 from kvkeep.errors import EngineError
 
 WINDOW: Final = 8
@@ -32,11 +34,27 @@ class Answer(NamedTuple):
         return self.ended_s - self.begun_s
 
 
+class Target(Protocol):
+    """A cluster of which a worker can be killed."""
+
+    async def client(self) -> EngineClient:
+        """Return who answers now; waits while nobody does."""
+
+    async def kill(self, draw: random.Random) -> None:
+        """Kill a worker."""
+
+    async def whole(self) -> None:
+        """Wait until all serve that were killed."""
+
+
 class Watch(NamedTuple):
     """How long requests are watched before and after a kill."""
 
     before_s: float
     after_s: float
+    """At most, where what was killed may be back sooner."""
+    ends_early: bool = False
+    """Once all serve again, and for `before_s` have."""
 
 
 def recovered_s(answers: Sequence[Answer], killed_s: float) -> float:
@@ -66,28 +84,38 @@ async def recoveries(
     for turn in range(kills + 1):
         answers: list[Answer] = []
         killed_s = clock() + watch.before_s
+        until = _Until(killed_s + watch.after_s * bool(turn))
         async with asyncio.TaskGroup() as group:
             for _ in range(CLIENTS):
-                until_s = killed_s + watch.after_s * bool(turn)
-                group.create_task(_steady(target, single, until_s, numbers, answers))
+                group.create_task(_steady(target, single, until, numbers, answers))
             if turn:  # the first one warms up
                 await asyncio.sleep(watch.before_s)
                 await target.kill(draw)
+                if watch.ends_early:
+                    await target.whole()
+                    until.time_s = min(until.time_s, clock() + watch.before_s)
         if turn:
             found.append(recovered_s(answers, killed_s))
     return found
 
 
+@dataclass(slots=True)
+class _Until:
+    """When clients stop asking."""
+
+    time_s: float
+
+
 async def _steady(
     target: Target,
     asked: Sequence[Question],
-    until_s: float,
+    until: _Until,
     numbers: count[int],
     answers: list[Answer],
 ) -> None:
     """Ask one question after the other."""
     clock = asyncio.get_running_loop().time
-    while clock() < until_s:
+    while clock() < until.time_s:
         number = next(numbers)
         begun_s = clock()
         client = await target.client()

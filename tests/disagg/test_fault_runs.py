@@ -15,14 +15,14 @@ import pytest
 from bench import disagg_clients
 from bench.disagg_clients import Plan, Question, Storm, Tokens, Told, events, is_wrong, questions
 from bench.disagg_faults import FaultRun, fault_figures, fault_row
-from bench.disagg_recovery import WINDOW, Answer, recovered_s
+from bench.disagg_recovery import WINDOW, Answer, Watch, recovered_s, recoveries
 from kvkeep.disagg import fleet as fleets
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.journey import Journey
 from kvkeep.disagg.members import CrewOptions
 from kvkeep.disagg.options import PaceOptions, Role
 from kvkeep.disagg.outgoing import Outgoing
-from kvkeep.engine.api import EngineClient
+from kvkeep.engine.api import Chunk, EngineClient, FinishReason, GenerateRequest
 from kvkeep.engine.client import MessageClient
 from kvkeep.errors import EngineError
 from kvkeep.sealing import Opened, SealContext
@@ -237,6 +237,39 @@ def test_recovery_is_from_when_on_no_window_is_slow() -> None:
     assert slow[-1].ended_s - 10.5 < found < after[WINDOW].ended_s - 10.5
     never = [Answer(10.0 + at, 10.0 + at + 3.0) for at in range(40)]
     assert recovered_s([*usual, *never], 10.5) == never[-1].ended_s - 10.5
+
+
+class Quick:
+    """A `Target` of `bench.disagg_recovery` that answers at once and is whole once it is told."""
+
+    def __init__(self) -> None:
+        self.killed = 0
+        self.answers = 0
+        self.again = asyncio.Event()
+
+    async def client(self) -> Any:
+        return self
+
+    async def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        await asyncio.sleep(0.005)
+        self.answers += 1
+        yield Chunk(token_ids=(1,), finish=FinishReason.LENGTH)
+
+    async def kill(self, draw: random.Random) -> None:
+        self.killed += 1
+        asyncio.get_running_loop().call_later(0.1, self.again.set)
+
+    async def whole(self) -> None:
+        await self.again.wait()
+        self.before = self.answers
+
+
+async def test_a_quick_watch_ends_once_all_serve_again_and_not_before() -> None:
+    target = Quick()
+    watch = Watch(0.05, 1000.0, ends_early=True)
+    found = await recoveries(target, FEW, 1, watch, random.Random(1))
+    assert (target.killed, len(found)) == (1, 1)
+    assert target.answers > target.before > 0, "watched after that too"
 
 
 def test_figures_are_counts_of_all_requests() -> None:
