@@ -18,8 +18,6 @@ from kvkeep.disagg.workers import RayTransport
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.options import EngineOptions
 
-LED = CrewOptions(prefill=1, decode=1, epoch_s=0.2)
-
 
 def _process(engine: EngineOptions, _: str, role: Role) -> MessageClient:
     return spawn_worker(role, engine, LinkOptions())
@@ -29,24 +27,24 @@ def _actor(engine: EngineOptions, places: Places, name: str, role: Role) -> Mess
     return MessageClient(RayTransport(name, role, engine, LinkOptions(), places))
 
 
-async def _lead(engine: EngineOptions, *, on_ray: bool) -> None:
+async def _lead(engine: EngineOptions, prefill: int, *, on_ray: bool) -> None:
     launch = partial(_actor, engine, Places()) if on_ray else partial(_process, engine)
-    fleet = await Fleet.start(launch, LED)
+    fleet = await Fleet.start(launch, CrewOptions(prefill=prefill, decode=1, epoch_s=0.2))
     pids = [str(member.info.pid) for member in fleet.crew.members.values()]
     print(os.getpid(), *pids, flush=True)  # noqa: T201 - whoever started it reads it
     await asyncio.Event().wait()
 
 
-def main(model: str, address: str) -> None:
+def main(model: str, prefill: str, address: str) -> None:
     """Lead workers of a model, on the Ray at an address or as processes."""
     engine = EngineOptions(
         model=str(Path(model)), threads=1, kv_cache_bytes=8 << 20, shield="off", chunk_tokens=128
     )
     if not address:
-        asyncio.run(_lead(engine, on_ray=False))
+        asyncio.run(_lead(engine, int(prefill), on_ray=False))
         return
     with joined(address):
-        asyncio.run(_lead(engine, on_ray=True))
+        asyncio.run(_lead(engine, int(prefill), on_ray=True))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ def lives(pid: int) -> bool:
 
 @contextmanager
 def leading(
-    model: Path, address: str = "", environment: Mapping[str, str] | None = None
+    model: Path, prefill: int, address: str = "", environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the process that leads a prefill and a decode worker, and theirs."""
-    command = [sys.executable, "-m", "tests.disagg.leader", str(model), address]
+    """Yield the process that leads so many prefill workers and one that decodes, and theirs."""
+    command = [sys.executable, "-m", "tests.disagg.leader", str(model), str(prefill), address]
     names = {**os.environ, **(environment or {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=names) as leader:
         try:
@@ -45,15 +45,18 @@ def leading(
 
 
 async def killed(pid: int, workers: list[int]) -> None:
-    assert len(workers) == 2
     assert all(map(lives, workers))
     os.kill(pid, signal.SIGKILL)
     await until(lambda: not any(map(lives, workers)), GONE_S)
 
 
 @pytest.mark.timeout(180)
-async def test_workers_end_with_the_process_that_leads_them(tiny: dict[str, Path]) -> None:
-    with leading(tiny["qwen2"]) as (pid, workers):
+@pytest.mark.parametrize("prefill", [0, pytest.param(2, marks=pytest.mark.slow)])
+async def test_workers_end_with_the_process_that_leads_them(
+    tiny: dict[str, Path], prefill: int
+) -> None:
+    with leading(tiny["qwen2"], prefill) as (pid, workers):
+        assert len(workers) == prefill + 1
         await killed(pid, workers)
 
 
@@ -67,6 +70,7 @@ async def test_workers_on_ray_end_with_the_process_that_leads_them(
     names = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with (
         ray_nodes(1, names) as address,
-        leading(tiny["qwen2"], address, names) as (pid, workers),
+        leading(tiny["qwen2"], 1, address, names) as (pid, workers),
     ):
+        assert len(workers) == 2
         await killed(pid, workers)

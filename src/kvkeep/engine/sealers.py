@@ -13,7 +13,7 @@ from kvkeep.models.checkpoint import open_checkpoint
 from kvkeep.sealing import KeyState, PageSealer
 from kvkeep.shield import envelope
 from kvkeep.shield.attestation import can_attest
-from kvkeep.shield.cipher import FrameSealer
+from kvkeep.shield.cipher import CPU_INFO, FrameSealer, suite_of
 from kvkeep.shield.folder import Body, Unwrap, seal_folder
 from kvkeep.shield.keeper import MODEL_SLOTS
 from kvkeep.shield.keys import KeyClient, unwrap_model
@@ -77,7 +77,8 @@ def transfer_seal_of(options: EngineOptions) -> TransferSeal:
     if mode_of(options) == "off":
         plain = PlainSealer()
         return TransferSeal("off", lambda _: plain)
-    return TransferSeal("seal", lambda key: FrameSealer(TransferKeys(key)))
+    suite = suite_of(CPU_INFO)
+    return TransferSeal("seal", lambda key: FrameSealer(TransferKeys(key), suite))
 
 
 def key_client(options: KeyOptions, folders: Iterable[Path] = ()) -> KeyClient:

@@ -36,7 +36,7 @@ KEY_BYTES = 32
 
 _ZEROS = bytes(2 * KEY_BYTES)
 _BEGIN = struct.Struct("<4sBII")
-_CPU_INFO = Path("/proc/cpuinfo")
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class FrameSealer:
 
     def __init__(self, keys: KeySource, suite: Suite | None = None) -> None:
         self._keys = keys
-        self._suite = suite or suite_of(_CPU_INFO)
+        self._suite = suite or suite_of(CPU_INFO)
         self.name = self._suite.name.lower().replace("_", "-")
 
     def name_of(self, context: SealContext) -> bytes | None:
