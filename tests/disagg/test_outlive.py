@@ -35,6 +35,7 @@ def leading(
     """Yield the process that leads so many prefill workers and one that decodes, and theirs."""
     command = [sys.executable, "-m", "tests.disagg.leader", str(model), str(prefill), address]
     names = {**os.environ, **(environment or {})}
+    workers: list[int] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=names) as leader:
         try:
             assert leader.stdout is not None
@@ -42,6 +43,8 @@ def leading(
             yield pid, workers
         finally:
             leader.kill()
+            for worker in filter(lives, workers):  # one that does outlive it
+                os.kill(worker, signal.SIGKILL)
 
 
 async def killed(pid: int, workers: list[int]) -> None:
