@@ -23,6 +23,7 @@ from bench.harness import RESAMPLES, Cell, Estimate, Figure, Goal, Options, Repo
 from bench.public_prompts import DEMO_TOKENIZER, PROMPT_TOKENS, SEED, public_prompts
 from kvkeep.sharing.detector.catalogue import shipped_rules
 from kvkeep.sharing.detector.context import ContextRules
+from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.scanner import Detector
 from kvkeep.sharing.detector.scorer import LearnedScorer
@@ -63,11 +64,8 @@ class Judge:
     @classmethod
     def shipped(cls) -> Judge:
         """Return what the package ships."""
-        return cls(
-            Detector([RuleRecogniser(shipped_rules())]),
-            Detector([LearnedScorer()]),
-            ContextRules(),
-        )
+        rules = RuleRecogniser(shipped_rules())
+        return cls(Detector([rules]), Detector([LearnedScorer(rules)]), ContextRules())
 
     def read(self, text: str) -> dict[str, tuple[Span, ...]]:
         """Return the spans of each way of reading."""
@@ -278,9 +276,8 @@ def time_rows(judge: Judge, sizes: Sizes) -> list[Figure]:
     for lang in LANGUAGES:
         joined = " ".join(p.text for p in world.negatives(lang, 40))
         texts += [joined[at : at + LIMIT] for at in range(0, 4 * LIMIT, LIMIT)]
-    everything = Detector([*judge.rules.recognisers, *judge.scorer.recognisers], judge.context)
     figures = []
-    for name, detector, goal in (("rules", judge.rules, 0.05), ("all", everything, 2.0)):
+    for name, detector, goal in (("rules", judge.rules, 0.05), ("all", load_detector(), 2.0)):
         for text in texts:
             detector.scan(text)
         samples = []
@@ -306,7 +303,7 @@ def measure(options: Options) -> Report:
         rows += lines
     figures += time_rows(judge, sizes)
     params: dict[str, Cell] = {"quick": options.quick, "prompt_tokens": PROMPT_TOKENS}
-    params["scorer"] = LearnedScorer().version
+    params["scorer"] = LearnedScorer(RuleRecogniser(())).version
     return Report("detect", params, figures, rows)
 
 

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from kvkeep.sharing.detector import scorer
 from kvkeep.sharing.detector.catalogue import shipped_rules
-from kvkeep.sharing.detector.features import BITS, FEATURES, tokenise
+from kvkeep.sharing.detector.features import BITS, FEATURES, GRAMS, INNER, Lexicon, tokenise
 from kvkeep.sharing.detector.rules import RuleRecogniser
-from kvkeep.sharing.detector.scanner import Detector
-from kvkeep.sharing.detector.spans import Verdict
+from kvkeep.sharing.detector.spans import Span, Verdict
 from tools.detector_data import training, validation
 from tools.detector_data.calibration import Judged, calibrate, plot
-from tools.detector_data.dataset import PROSE, Sizes, passages
+from tools.detector_data.dataset import PROMPT, PROSE, Sizes, passages, prompt_parts
+from tools.detector_data.lexicon import lexicon
 from tools.detector_data.lists import SEED
 from tools.detector_data.passages import KINDS, Passage
 from tools.detector_data.prose import Prose, Sources, read
@@ -37,21 +37,28 @@ from tools.detector_data.prose import Prose, Sources, read
 ROOT: Final = Path(__file__).resolve().parents[1]
 WEIGHTS: Final = ROOT / "src" / "kvkeep" / "sharing" / "detector" / "scorer.npz"
 FIGURE: Final = ROOT / "docs" / "figures" / "detector-reliability.svg"
-EMBEDDING: Final = 24
-HIDDEN: Final = 48
+EMBEDDING: Final = 36
+HIDDEN: Final = 64
 SILENT: Final = frozenset(
     kind.kind for slot, kind in KINDS.items() if not kind.free_text and slot != "password"
 )
 """Kinds with a form: learned, so that they are not taken for others, and left to the rules."""
 GAP: Final = max(scorer.NEAR) + max(scorer.WIDE)
 """Empty tokens between passages of a batch."""
-DROPPED: Final = 0.3
+DROPPED: Final = 0.45
 """Share of tokens whose longer features are hidden in training: unseen values look like that."""
-UNKNOWN: Final = 0.1
+UNKNOWN: Final = 0.2
 """Share of tokens hidden altogether: unseen wording looks like that."""
 UNKNOWN_VALUES: Final = 0.12
 """Share of values hidden as a whole: an unseen value looks like that, and the context is left."""
-WORD_COLUMNS: Final = (4, 5, 6, 7, FEATURES - 2, FEATURES - 1)
+UNLISTED: Final = 0.3
+"""Share of tokens that the lexicon is made not to know."""
+UNRULED: Final = 0.25
+"""Share of values, and of stretches between, whose rules are made to find nothing."""
+FORMS: Final = 2 * len(GRAMS) + INNER
+"""The columns after n-grams: shape, word, pair, two of the lexicon, the rules'."""
+WORD_COLUMNS: Final = (4, 5, 6, 7, FORMS + 1, FORMS + 2)
+LEXICON_COLUMNS: Final = (FORMS + 3, FORMS + 4)
 
 
 class Example(NamedTuple):
@@ -61,9 +68,11 @@ class Example(NamedTuple):
     classes: npt.NDArray[np.int64]
 
 
-def encode(passage: Passage, classes: Mapping[str, int]) -> Example:
+def encode(
+    passage: Passage, classes: Mapping[str, int], known: Lexicon | None, hints: scorer.Hints
+) -> Example:
     """Return a passage's tokens with their classes."""
-    tokens = tokenise(passage.text)
+    tokens = tokenise(passage.text, known, hints.of(passage.text))
     target = np.zeros(len(tokens.starts), np.int64)
     for label in passage.labels:
         inside = (tokens.starts < label.end) & (tokens.ends > label.start)
@@ -126,11 +135,17 @@ def _stacked(group: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, torch.from_numpy(np.concatenate([example.classes for example in group]))
 
 
-def hidden_tokens(target: torch.Tensor) -> torch.Tensor:
-    """Return which tokens to hide, values as a whole; of classes `[T]`."""
+def thinned(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return features `[T, FEATURES]` of classes `[T]` with some hidden, as unseen text has."""
+    kept = rows.clone()
+    for columns, share in ((WORD_COLUMNS, DROPPED), (LEXICON_COLUMNS, UNLISTED)):
+        hidden, at = torch.rand(len(rows), 1) < share, torch.tensor(columns)
+        kept[:, at] = rows[:, at].masked_fill(hidden, 0)
     value = torch.cumsum(torch.diff(target, prepend=target[:1]) != 0, 0)
-    whole = torch.rand(len(target))[value] < UNKNOWN_VALUES
-    return (whole & (target > 0)) | (torch.rand(len(target)) < UNKNOWN)
+    kept[torch.rand(len(target))[value] < UNRULED, FEATURES - 1] = 0
+    whole = (torch.rand(len(target))[value] < UNKNOWN_VALUES) & (target > 0)
+    kept[whole | (torch.rand(len(target)) < UNKNOWN)] = 0
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +167,10 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
     steps = plan.epochs * (total // plan.batch_tokens + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=steps + 1)
-    columns = torch.tensor(WORD_COLUMNS)
     for epoch in range(plan.epochs):
         begun, losses = time.perf_counter(), []
         for rows, target in batches(examples, plan.batch_tokens, rng):
-            hidden = torch.rand(len(rows), 1) < DROPPED
-            kept = rows.clone()
-            kept[:, columns] = rows[:, columns].masked_fill(hidden, 0)
-            kept[hidden_tokens(target)] = 0
-            logits = model(kept, (target >= 0).float()[:, None])
+            logits = model(thinned(rows, target), (target >= 0).float()[:, None])
             loss = F.cross_entropy(logits, target, ignore_index=-1)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -172,13 +182,14 @@ def train(examples: Sequence[Example], classes: int, plan: Plan, seed: int) -> T
     return model.eval()
 
 
-def arrays_of(model: Tagger) -> dict[str, npt.NDArray[Any]]:
+def arrays_of(model: Tagger, known: Lexicon) -> dict[str, npt.NDArray[Any]]:
     """Return the weights as they are stored: the table in 8 bits, one scale per column."""
     table = model.table.weight.detach().numpy()
     scale = np.maximum(np.abs(table).max(axis=0) / 127, 1e-8).astype(np.float32)
     stored: dict[str, npt.NDArray[Any]] = {
         "table": np.clip(np.rint(table / scale), -127, 127).astype(np.int8),
         "table_scale": scale,
+        "lexicon": known.bits,
     }
     for name in ("near", "wide", "out"):
         layer = getattr(model, name)
@@ -203,19 +214,25 @@ def save(
     return scorer.load_weights(path)
 
 
-def judged(weights: scorer.Weights, examples: Sequence[Passage]) -> list[Judged]:
+def judged(
+    weights: scorer.Weights, rules: RuleRecogniser, examples: Sequence[Passage]
+) -> list[Judged]:
     """Return each passage's largest log odds of each kind, the kinds it holds, what rules say."""
-    tagger = scorer.LearnedScorer(weights)
-    rules = Detector([RuleRecogniser(shipped_rules())])
-    return [
-        Judged(
-            tuple(tagger.odds(tokenise(p.text)).max(axis=0, initial=-30.0).tolist()),
-            frozenset(label.kind for label in p.labels),
-            p.target == PROSE,
-            any(span.verdict is not Verdict.CLEAR for span in rules.scan(p.text).spans),
-        )
-        for p in examples
-    ]
+    tagger = scorer.LearnedScorer(rules, weights)
+    return [_judged(tagger, rules.spans(passage.text), passage) for passage in examples]
+
+
+def _judged(tagger: scorer.LearnedScorer, found: Sequence[Span], passage: Passage) -> Judged:
+    """Return one passage's outcome, given what the rules found."""
+    tokens = tagger.tokens(passage.text, tagger.hints.beside(passage.text, found))
+    odds = tagger.without_fillers(passage.text, tokens, tagger.odds(tokens))
+    return Judged(
+        tuple(odds.max(axis=0, initial=-30.0).tolist()),
+        frozenset(label.kind for label in passage.labels),
+        passage.target == PROSE,
+        any(span.verdict is not Verdict.CLEAR for span in found),
+        passage.target == PROMPT,
+    )
 
 
 def kept(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, object]]:
@@ -233,21 +250,26 @@ def flat(kinds: int) -> dict[str, list[float]]:
 
 
 def trained(
-    prose: Prose, kinds: Sequence[tuple[str, str]], epochs: int, scale: float
+    prose: Prose,
+    kinds: Sequence[tuple[str, str]],
+    rules: RuleRecogniser,
+    epochs: int,
+    scale: float,
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, object]]:
     """Return new weights and what is told of them."""
     begun = time.perf_counter()
     classes = {kind: 1 + at for at, (kind, _) in enumerate(kinds)}
-    sizes = Sizes(int(450 * scale), int(3000 * scale), 1_000_000)
+    sizes = Sizes(int(330 * scale), int(2200 * scale), 1_000_000)
     known = list(passages(training.world(), prose.seen, sizes, SEED))
-    examples = [encode(passage, classes) for passage in known]
+    names, hints = lexicon(), scorer.Hints(rules)
+    examples = [encode(passage, classes, names, hints) for passage in known]
     tokens = sum(len(example.classes) for example in examples)
     print(
         f"{len(known)} passages, {tokens} tokens, {time.perf_counter() - begun:.0f} s", flush=True
     )
     model = train(examples, 1 + len(kinds), Plan(epochs), SEED)
     meta = {"kinds": kinds, "prose": prose.digest, "passages": len(known), "tokens": tokens}
-    return arrays_of(model), meta
+    return arrays_of(model, names), meta
 
 
 def main() -> int:
@@ -264,14 +286,16 @@ def main() -> int:
     begun = time.perf_counter()
     sources = Sources(given.locales, given.manuals, Path(np.__file__).parents[1])
     prose = read(sources, count=int(1200 * given.scale))
+    rules = RuleRecogniser(shipped_rules())
     kinds = list(dict.fromkeys((kind.kind, kind.category) for kind in KINDS.values()))
     if given.keep:
         arrays, meta = kept(given.keep)
     else:
-        arrays, meta = trained(prose, kinds, given.epochs, given.scale)
+        arrays, meta = trained(prose, kinds, rules, given.epochs, given.scale)
     raw = save(given.out, arrays, meta | flat(len(kinds)))
     held = Sizes(100, 600, 1_000_000)
-    found = judged(raw, list(passages(validation.world(), prose.unseen, held, SEED + 1)))
+    plain = list(passages(validation.world(), prose.unseen, held, SEED + 1))
+    found = judged(raw, rules, [*plain, *prompt_parts(validation.PROMPTS)])
     fit = calibrate(found, [kind for kind, _ in kinds], SILENT)
     save(given.out, arrays, meta | {"slopes": fit.slopes, "offsets": fit.offsets})
     plot(found, fit, given.figure)

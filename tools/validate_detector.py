@@ -1,15 +1,16 @@
-"""Read the validation world with the detector as it is: `python -m tools.validate_detector`.
+"""Read the development world with the detector as it is: `python -m tools.validate_detector`.
 
-What `kvkeep bench detect` tells of the held-out world, told of validation's passages, of
-real text of files that nothing is trained on and of validation's public prompts, so that a change
-can be chosen by it. Recall is the mean over kinds; text is flagged where the verdict is not clear.
+What `kvkeep bench detect` tells of the held-out world, told of development's passages, of
+real text of files that nothing is trained on and of development's public prompts, so that a change
+can be chosen by it; or of validation's, on which the bounds are set. Recall is the mean over
+kinds; text is flagged where the verdict is not clear.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,10 +30,10 @@ from bench.detect import (
     tainted,
 )
 from bench.public_prompts import DEMO_TOKENIZER, public_prompts
-from tools.detector_data import prose, validation
-from tools.detector_data.passages import KINDS, LANGUAGES
+from tools.detector_data import development, prose, validation
+from tools.detector_data.passages import KINDS, LANGUAGES, World
 
-PROMPTS: Final = Path(validation.__file__).parent / "prompts.toml"
+WORLDS: Final = {"development": development, "validation": validation}
 ALL_KINDS: Final = frozenset(kind.kind for kind in KINDS.values())
 
 
@@ -53,9 +54,10 @@ def rates(name: str, scores: Sequence[Score]) -> str:
     return f"{name:24} {len(scores):5} {shares} taint {share(scores, 'all', tainted).median:.4f}"
 
 
-def world_lines(judge: Judge, positives: int, negatives: int, *, misses: bool) -> list[str]:
+def world_lines(
+    judge: Judge, world: World, positives: int, negatives: int, *, misses: bool
+) -> list[str]:
     """Return recall and false positives by language."""
-    world = validation.world()
     lines: list[str] = []
     found: list[Score] = []
     plain: list[Score] = []
@@ -77,21 +79,20 @@ def world_lines(judge: Judge, positives: int, negatives: int, *, misses: bool) -
     return [*lines, rates("lookalikes", plain)]
 
 
-def prose_lines(judge: Judge, sources: prose.Sources, count: int, *, misses: bool) -> list[str]:
-    """Return false positives on real text that no weights were trained on."""
-    unseen = prose.read(sources, count=5 * count).unseen
+def prose_lines(judge: Judge, texts_of: Mapping[str, Sequence[str]], *, misses: bool) -> list[str]:
+    """Return false positives on real text that no weights were trained on, by language."""
     judged = {
         lang: told(judge, ((text, "") for text in texts), misses=misses)
-        for lang, texts in unseen.items()
+        for lang, texts in texts_of.items()
     }
     lines = [rates(f"prose {lang}", scores) for lang, scores in judged.items() if scores]
     return [*lines, rates("prose", [score for scores in judged.values() for score in scores])]
 
 
-def prompt_lines(judge: Judge, count: int) -> list[str]:
+def prompt_lines(judge: Judge, path: Path, count: int) -> list[str]:
     """Return the mean share of public prompts' tokens before the first taint and the first grey."""
     tokenizer = Tokenizer.from_file(str(DEMO_TOKENIZER))
-    prompts = public_prompts(count, PROMPTS)
+    prompts = public_prompts(count, path)
     lines = []
     for name, test in (("taint", tainted), ("grey", flagged)):
         shares = [min(1.0, clear_share(judge, text, tokenizer, test)) for text in prompts]
@@ -102,6 +103,7 @@ def prompt_lines(judge: Judge, count: int) -> list[str]:
 def main() -> int:
     """Read everything and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=tuple(WORLDS), default="development")
     parser.add_argument("--positives", type=int, default=12, help="of each kind and language")
     parser.add_argument("--negatives", type=int, default=200, help="of each language")
     parser.add_argument("--prose", type=int, default=120, help="of each language and sort")
@@ -112,10 +114,13 @@ def main() -> int:
     given = parser.parse_args()
     judge = Judge.shipped()
     sources = prose.Sources(given.locales, given.manuals, Path(np.__file__).parents[1])
+    chosen = WORLDS[given.world]
+    read = prose.read(sources, count=5 * given.prose)
+    texts = read.choosing if given.world == "development" else read.unseen
     for lines in (
-        world_lines(judge, given.positives, given.negatives, misses=given.misses),
-        prose_lines(judge, sources, given.prose, misses=given.misses),
-        prompt_lines(judge, given.prompts),
+        world_lines(judge, chosen.world(), given.positives, given.negatives, misses=given.misses),
+        prose_lines(judge, texts, misses=given.misses),
+        prompt_lines(judge, chosen.PROMPTS, given.prompts),
     ):
         print("\n".join(lines), flush=True)
     return 0

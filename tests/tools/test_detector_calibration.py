@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tools.detector_data import calibration
 from tools.detector_data.calibration import (
     BUDGET,
     PRIOR,
@@ -94,3 +96,24 @@ def test_the_budget_goes_on_what_rules_miss() -> None:
     fair, mindful = calibrate(found, KINDS, NONE), calibrate(known, KINDS, NONE)
     place = KINDS.index("person_name")
     assert mindful.offsets[place] < fair.offsets[place]
+
+
+def test_what_rules_flag_wrongly_is_not_charged_to_the_scorer() -> None:
+    found = drawn(2000)
+    loud = [
+        one._replace(odds=(9.0, 9.0), known=True) if not one.kinds and at % 20 == 3 else one
+        for at, one in enumerate(found)
+    ]
+    charged = [one._replace(known=False) for one in loud]
+    scores = [Judged((4.0, 4.0), NONE)]
+    assert calibrate(loud, KINDS, NONE).scores(scores) > 0.3
+    assert calibrate(charged, KINDS, NONE).scores(scores) < 0.3
+
+
+def test_a_part_of_a_prompt_lets_no_bound_stand_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight parts among thousands of lookalikes would cost nothing if they had no budget."""
+    parts = [Judged((4.0, -2.0), NONE, prompt=True) for _ in range(8)]
+    found = [*drawn(8000), *parts]
+    assert calibrate(found, KINDS, NONE).scores(parts).max() <= 0.3 + 1e-6
+    monkeypatch.setattr(calibration, "PROMPT_BUDGET", 9.0)
+    assert calibrate(found, KINDS, NONE).scores(parts).min() > 0.3

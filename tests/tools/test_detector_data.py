@@ -6,8 +6,17 @@ import pytest
 
 from kvkeep.sharing.detector import checks
 from kvkeep.sharing.detector.spans import CATEGORIES
-from tools.detector_data import heldout, training, validation, values
-from tools.detector_data.dataset import PROSE, Sizes, _bare, passages, roughened, varied
+from tools.detector_data import development, heldout, training, validation, values
+from tools.detector_data.dataset import (
+    PROMPT,
+    PROSE,
+    Sizes,
+    _bare,
+    passages,
+    prompt_parts,
+    roughened,
+    varied,
+)
 from tools.detector_data.lists import LISTED, inflected, invented, reserved
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Label, Passage, World
 
@@ -36,11 +45,14 @@ def test_worlds_share_no_template_and_no_listed_value(train: World, check: World
     held = heldout.world()
     assert len(held.listed_values()) > 800
     assert len(held.templates()) > 400
+    chosen = development.own()
     closed = closed_values(train) | closed_values(held) | closed_values(check)
     for world in (train, check):
-        assert not world.templates() & held.templates()
+        assert not world.templates() & (held.templates() | chosen.templates())
         assert not (world.listed_values() & held.listed_values()) - closed
     assert not train.templates() & check.templates()
+    assert not chosen.templates() & held.templates()
+    assert not train.listed_values() & chosen.listed_values()
 
 
 def test_validation_keeps_values_that_training_lacks(train: World, check: World) -> None:
@@ -54,7 +66,7 @@ def test_validation_keeps_values_that_training_lacks(train: World, check: World)
 
 
 def test_every_slot_has_values(train: World, check: World) -> None:
-    for world in (train, check):
+    for world in (train, check, development.world()):
         for lang in LANGUAGES:
             assert all(world.languages[lang].values.values())
             for slot in KINDS:
@@ -98,7 +110,7 @@ def test_every_kind_has_passages_and_labels_mark_them(lang: str) -> None:
 
 
 def test_lookalikes_hold_no_label(train: World) -> None:
-    for world in (heldout.world(), train):
+    for world in (heldout.world(), train, development.world()):
         for lang in LANGUAGES:
             assert all(not p.labels and not p.target for p in world.negatives(lang, 30))
 
@@ -171,3 +183,18 @@ def test_a_set_mixes_kinds_lookalikes_and_prose(train: World) -> None:
     assert all(len(p.text) <= LIMIT for p in found)
     assert len([p for p in found if not p.target]) == 8 * 2
     assert [p.text for p in found if p.target == PROSE] == ["plain text"] * 8
+
+
+def test_training_has_lookalikes_that_are_parts_of_prompts(train: World) -> None:
+    for lang in LANGUAGES:
+        plain = train.languages[lang].negative
+        assert any("BEGIN:VCARD\nFN:" in text for text in plain)
+        assert not any("\\n" in text for text in plain)
+
+
+def test_parts_of_prompts_are_whole_and_short() -> None:
+    parts = list(prompt_parts(validation.PROMPTS))
+    assert all(0 < len(part.text) <= LIMIT and part.target == PROMPT for part in parts)
+    whole = "".join(part.text for part in parts)
+    assert "find_part" in whole
+    assert "Max Mustermann" in whole

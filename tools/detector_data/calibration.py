@@ -19,9 +19,11 @@ KIND_PRIOR: Final = 0.03
 """Share that holds one given kind, for the slope of its scores."""
 NEVER: Final = -30.0
 """The offset of a kind that never scores."""
-BUDGET: Final = 0.02
-PROSE_BUDGET: Final = 0.012
-"""Share of lookalikes, and of real prose, that may be flagged wrongly."""
+BUDGET: Final = 0.012
+PROSE_BUDGET: Final = 0.008
+PROMPT_BUDGET: Final = 0.01
+"""Share of lookalikes, of real prose and of public prompts' parts that may be flagged wrongly
+beside what the rules flag."""
 QUANTILES: Final = (
     *(0.0, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03),
     *(0.04, 0.06, 0.08, 0.1, 0.15, 0.2),
@@ -41,6 +43,8 @@ class Judged(NamedTuple):
     """Real text, not a lookalike."""
     known: bool = False
     """Flagged by the rules already."""
+    prompt: bool = False
+    """A part of a public prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class _Falses(NamedTuple):
 
     lookalikes: float
     prose: float
+    prompts: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +115,26 @@ class _Bounds:
     odds: Array
     """`[passages, kinds]` of those that hold nothing."""
     prose: npt.NDArray[np.bool_]
+    prompts: npt.NDArray[np.bool_]
     held: Sequence[Array]
     """The odds of each kind of passages that hold it and that the rules miss."""
     levels: Array
     """`[LEVELS, kinds]`: ever lower bounds."""
 
     def falses(self, chosen: Sequence[int]) -> _Falses:
-        """Return the wrongly flagged shares of both sorts of text, over their budgets."""
+        """Return the wrongly flagged shares of each sort of text, over their budgets."""
         bounds = np.array([self.levels[level, kind] for kind, level in enumerate(chosen)])
         hit: npt.NDArray[np.bool_] = np.asarray((self.odds > bounds).any(axis=1), np.bool_)
+        lookalikes = ~self.prose & ~self.prompts
         return _Falses(
-            float(hit[~self.prose].mean()) / BUDGET, float(hit[self.prose].mean()) / PROSE_BUDGET
+            *(
+                float(hit[sort].sum()) / max(1, int(sort.sum())) / budget
+                for sort, budget in (
+                    (lookalikes, BUDGET),
+                    (self.prose, PROSE_BUDGET),
+                    (self.prompts, PROMPT_BUDGET),
+                )
+            )
         )
 
     def recall(self, kind: int, level: int) -> float:
@@ -149,19 +163,22 @@ def calibrate(found: Sequence[Judged], kinds: Sequence[str], silent: frozenset[s
     """Return a fit of each kind: the slope by Platt, the clear bound by the budget.
 
     A score of `CLEAR_BELOW` stands at the bound; all kinds together flag wrongly no more than
-    `BUDGET` of lookalikes and `PROSE_BUDGET` of prose. Silent kinds never score: rules own them.
+    `BUDGET` of lookalikes, `PROSE_BUDGET` of prose and `PROMPT_BUDGET` of prompts' parts. Silent
+    kinds never score: rules own them.
     """
     spoken = [place for place, kind in enumerate(kinds) if kind not in silent]
     fit = Fit([0.0] * len(kinds), [NEVER] * len(kinds))
     odds = np.array([one.odds for one in found])[:, spoken]
     none = ~sensitive(found)
-    holds = [np.array([kinds[place] in one.kinds for one in found]) for place in spoken]
     missed = ~np.array([one.known for one in found])
+    fresh = none & missed
+    holds = [np.array([kinds[place] in one.kinds for one in found]) for place in spoken]
     search = _Bounds(
-        odds[none],
-        np.array([one.prose for one in found])[none],
+        odds[fresh],
+        np.array([one.prose for one in found])[fresh],
+        np.array([one.prompt for one in found])[fresh],
         [odds[held & missed, place] for place, held in enumerate(holds)],
-        np.quantile(odds[none], 1 - np.array(QUANTILES), axis=0),
+        np.quantile(odds[fresh], 1 - np.array(QUANTILES), axis=0),
     )
     start = math.log(CLEAR_BELOW / (1 - CLEAR_BELOW))
     bounds = search.search().tolist()

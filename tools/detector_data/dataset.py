@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+import tomllib
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, SPACELESS, Passage, World
 
 PROSE: Final = "prose"
 """The target of real text."""
+PROMPT: Final = "prompt"
+"""The target of a part of a public prompt."""
 LOWERED: Final = 0.12
 RAISED: Final = 0.02
 IN_PROSE: Final = 0.2
-BARE: Final = 0.06
+BARE: Final = 0.2
 """Shares of positives that are lower-cased, upper-cased, set amid real prose, or there alone."""
 MIXED: Final = 0.05
 """Share of passages beside a lookalike of another language."""
@@ -172,3 +176,11 @@ def passages(
         yield _beside(made, plain, rng) if rng.random() < MIXED else made
     for lang in LANGUAGES:
         yield from (Passage(text, lang, target=PROSE) for text in prose[lang][: sizes.prose])
+
+
+def prompt_parts(path: Path) -> Iterator[Passage]:
+    """Yield the parts of public prompts that a file lists, each cut to what a passage may hold."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    for part in (part for parts in tables.values() for part in parts):
+        for at in range(0, len(part), LIMIT):
+            yield Passage(part[at : at + LIMIT], "en", target=PROMPT)

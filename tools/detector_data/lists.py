@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -58,6 +59,12 @@ CASES: Final = {
     "й": ("я", "ю", "єм"),
 }
 """Ukrainian endings and what they become in other cases."""
+
+
+def public() -> Mapping[str, Sequence[str]]:
+    """Return people whom everybody knows, by language."""
+    text = (Path(__file__).parent / "public.toml").read_text(encoding="utf-8")
+    return {lang: names.split("|") for lang, names in tomllib.loads(text).items()}
 
 
 def reserved(value: str) -> bool:
@@ -143,6 +150,7 @@ def extended(lang: str, folder: Path, keep: Callable[[str, str], bool]) -> Langu
     rng = random.Random(f"{SEED}/{lang}")
     for slot in ("given", "family", "city"):
         added.setdefault(slot, []).extend(invented(drawn(lang).get(slot, ()), INVENTED, rng))
+    added.setdefault("pub", []).extend(public()[lang])
     if lang in LATIN:
         added |= {slot: list(values) for slot, values in foreign().items()}
     if lang == "uk":

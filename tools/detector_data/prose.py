@@ -20,8 +20,9 @@ from typing import Final, NamedTuple
 from bench.detect_text import page_text, passages
 from tools.detector_data.passages import LIMIT, LOCALES
 
-HELD: Final = 8
-"""One file of so many is validation's."""
+SIDES: Final = 8
+"""One file of so many is validation's, one development's."""
+UNSEEN, CHOOSING = 0, 1
 JUDGED: Final = Path(__file__).resolve().parents[2] / "build" / "manpages" / "usr" / "share" / "man"
 
 FOLDERS: Final = {"en": "de", **LOCALES}
@@ -43,6 +44,8 @@ class Prose(NamedTuple):
     """Trained on."""
     unseen: dict[str, tuple[str, ...]]
     """Of other files: for validation."""
+    choosing: dict[str, tuple[str, ...]]
+    """Of others again: for development."""
     digest: str
 
 
@@ -83,9 +86,11 @@ def _joined(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 
 def _english(root: Path) -> Iterator[Path]:
-    """Yield the source files of installed packages."""
+    """Yield installed packages' sources, descriptions and licences."""
     for package in PACKAGES:
         yield from sorted((root / package).rglob("*.py"))
+    yield from sorted(root.glob("*.dist-info/METADATA"))
+    yield from sorted(root.glob("*.dist-info/**/LICENSE*"))
 
 
 def _code(path: Path) -> Iterator[str]:
@@ -118,31 +123,34 @@ def _sample(pieces: Iterable[str], count: int, rng: random.Random) -> tuple[str,
     return tuple(known[:count])
 
 
-def _held(path: Path) -> bool:
-    """Tell whether a file is validation's."""
-    return hashlib.sha256(path.name.encode()).digest()[0] % HELD == 0
+def _side(path: Path) -> int:
+    """Return whose a file is; a package's documents go together."""
+    name = next((one.name for one in path.parents if one.suffix == ".dist-info"), path.name)
+    return min(hashlib.sha256(name.encode()).digest()[0] % SIDES, CHOOSING + 1)
 
 
-def _language(sources: Sources, lang: str, *, held: bool, count: int) -> tuple[str, ...]:
+def _language(sources: Sources, lang: str, side: int, count: int) -> tuple[str, ...]:
     """Return passages of one side of a language's files."""
-    rng = random.Random(f"{lang}/{held}")
+    rng = random.Random(f"{lang}/{side}")
     english, folder = lang == "en", FOLDERS[lang]
     catalogues = sorted((sources.locales / folder / "LC_MESSAGES").glob("*.mo"))
     kept = [path for path in catalogues if not path.name.startswith(NAMES_OF_THINGS)]
-    texts = (text for p in kept if _held(p) is held for text in _messages(p, source=english))
+    texts = (text for p in kept if _side(p) == side for text in _messages(p, source=english))
     messages = _sample(_joined(_sample(texts, count * 8, rng), rng), count, rng)
     if english:
-        sources_read = (p for p in _english(sources.packages) if _held(p) is held)
+        sources_read = (p for p in _english(sources.packages) if _side(p) == side)
         others = (piece for path in sources_read for piece in _code(path))
     else:
         pages = _manuals(sources.manuals, folder)
-        others = (piece for p in pages if _held(p) is held for piece in _manual(p))
+        others = (piece for p in pages if _side(p) == side for piece in _manual(p))
     return _sample((*messages, *_sample(others, count, rng)), 2 * count, rng)
 
 
 def read(sources: Sources, *, count: int) -> Prose:
     """Read prose of every language, `count` pieces of each sort; where there is none, none."""
-    seen = {lang: _language(sources, lang, held=False, count=count) for lang in FOLDERS}
-    unseen = {lang: _language(sources, lang, held=True, count=count // 5) for lang in FOLDERS}
+    seen, unseen, choosing = (
+        {lang: _language(sources, lang, side, size) for lang in FOLDERS}
+        for side, size in ((CHOOSING + 1, count), (UNSEEN, count // 5), (CHOOSING, count // 5))
+    )
     whole = (text for side in (seen, unseen) for texts in side.values() for text in texts)
-    return Prose(seen, unseen, hashlib.sha256("\0".join(whole).encode()).hexdigest())
+    return Prose(seen, unseen, choosing, hashlib.sha256("\0".join(whole).encode()).hexdigest())

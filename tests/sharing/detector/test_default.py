@@ -9,7 +9,7 @@ import pytest
 
 import kvkeep
 from kvkeep.sharing.detector import build, scanner
-from kvkeep.sharing.detector.default import load_detector, optional_part
+from kvkeep.sharing.detector.default import load_detector
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.spans import Verdict
 
@@ -51,7 +51,3 @@ def test_other_code_is_another_detector(tmp_path: Path, monkeypatch: pytest.Monk
     build.build_digest.cache_clear()
     assert build.build_digest() != here
     build.build_digest.cache_clear()
-
-
-def test_a_part_that_is_not_there_is_left_out() -> None:
-    assert optional_part("no_such_part", "Anything") is None

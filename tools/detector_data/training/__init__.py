@@ -6,11 +6,12 @@ that nothing they ask was learned by heart.
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from tools.detector_data import heldout, validation
+from tools.detector_data import development, heldout, validation
 from tools.detector_data.lists import LISTED, SEED, extended, reserved
 from tools.detector_data.passages import LANGUAGES, World
 
@@ -20,9 +21,10 @@ CLOSED: Final = frozenset({"month", "ini"})
 
 def world() -> World:
     """Return the training world."""
-    judging = heldout.world()
-    asked = judging.listed_values()
-    templates = judging.templates() | validation.world().templates()
+    judging, choosing = heldout.world(), development.own()
+    asked = judging.listed_values() | choosing.listed_values()
+    templates = judging.templates() | validation.world().templates() | choosing.templates()
+    prompts = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text(encoding="utf-8"))
 
     def keep(slot: str, value: str) -> bool:
         if slot in CLOSED or "<" in value:
@@ -32,9 +34,11 @@ def world() -> World:
     languages = {}
     for lang in LANGUAGES:
         language = extended(lang, Path(__file__).parent, keep)
+        parts = (text.replace("\\n", "\n") for text in (*prompts["common"], *prompts[lang]))
+        plain = (*language.negative, *parts)
         languages[lang] = replace(
             language,
             positive=tuple(text for text in language.positive if text not in templates),
-            negative=tuple(text for text in language.negative if text not in templates),
+            negative=tuple(text for text in plain if text not in templates),
         )
     return World(languages, SEED)

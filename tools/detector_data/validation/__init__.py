@@ -9,6 +9,9 @@ from tools.detector_data import heldout
 from tools.detector_data.lists import LISTED, SEED, extended, reserved
 from tools.detector_data.passages import LANGUAGES, World
 
+FOLDER: Final = Path(__file__).parent
+PROMPTS: Final = FOLDER / "prompts.toml"
+"""Parts of public prompts, on which bounds are set too."""
 CLOSED: Final = frozenset({"month", "initial"})
 """Slots whose values are a language's own: all worlds list them."""
 
@@ -22,5 +25,4 @@ def world() -> World:
             return True
         return value.casefold() not in asked and (slot not in LISTED or reserved(value))
 
-    folder = Path(__file__).parent
-    return World({lang: extended(lang, folder, keep) for lang in LANGUAGES}, SEED + 1)
+    return World({lang: extended(lang, FOLDER, keep) for lang in LANGUAGES}, SEED + 1)

@@ -18,7 +18,7 @@ import phonenumbers
 from stdnum import iban as stdnum_iban
 from stdnum.iso7064 import mod_11_2
 
-from kvkeep.sharing.detector.fillers import filled, person, real_place
+from kvkeep.sharing.detector.fillers import filled, own_secret, person, real_place
 
 Check = Callable[[str], bool]
 
@@ -56,6 +56,9 @@ _REGIONS: Final = ("US", "GB", "DE", "AT", "CH", "FR", "ES", "IT", "JP", "CN", "
 _SEPARATORS: Final = str.maketrans("", "", " .-\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}")
 
 
+_DATE = re.compile(r"[0-3]?[0-9]([./-])[01]?[0-9]\1(?:19|20)[0-9]{2}")
+_HOST = re.compile(r"@?[\w.-]+:[0-9]{2,5}(?:/[\w-]*)?")
+"""A host, its port and a path, as they end an address."""
 _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[\[(]")
 """How a value that code computes begins."""
 
@@ -94,6 +97,8 @@ def _luhn(digits: list[int]) -> bool:
 
 def _phone(region: str, value: str) -> bool:
     if not placed(value):
+        return False
+    if _DATE.fullmatch(value):
         return False
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(value, region))
@@ -310,7 +315,7 @@ def password(value: str) -> bool:
 
 def strong_password(value: str) -> bool:
     """Tell whether a word looks like a password even where nothing says so."""
-    if not password(value) or not any(map(str.isdigit, value)):
+    if not password(value) or not any(map(str.isdigit, value)) or _HOST.fullmatch(value):
         return False
     signs = any(c in "!@#$%^&*+?~_" for c in value.strip(".,:;?"))
     return signs or (sum(map(str.isupper, value[1:])) >= 2 and any(map(str.islower, value)))
@@ -335,9 +340,9 @@ def four_digits(value: str) -> bool:
 
 
 def own_date(value: str) -> bool:
-    """Tell whether a date is none of those that documentation shows: the first of January."""
+    """Tell whether a date is none of those that documentation shows: first of January, zeros."""
     numbers = [int(part) for part in re.findall(r"[0-9]+", value)]
-    return sorted(numbers)[:2] != [1, 1]
+    return sorted(numbers)[:2] != [1, 1] and (not numbers or any(numbers))
 
 
 def placed(value: str) -> bool:
@@ -373,6 +378,7 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
                 varied,
                 password,
                 strong_password,
+                own_secret,
                 possible_phone,
                 mixed,
                 iban,

@@ -8,6 +8,7 @@ from kvkeep.sharing.detector.catalogue import Rule
 from kvkeep.sharing.detector.normalise import views
 from kvkeep.sharing.detector.rules import RuleRecogniser
 from kvkeep.sharing.detector.scanner import Detector
+from kvkeep.sharing.detector.scorer import RulesAndScorer
 from kvkeep.sharing.detector.spans import Span
 
 
@@ -38,7 +39,8 @@ def explain(detector: Detector, text: str) -> list[Explained]:
 
 def _rules(detector: Detector, text: str) -> dict[Span, Rule]:
     found: dict[Span, Rule] = {}
-    recognisers = [part for part in detector.recognisers if isinstance(part, RuleRecogniser)]
+    parts = (p.rules if isinstance(p, RulesAndScorer) else p for p in detector.recognisers)
+    recognisers = [part for part in parts if isinstance(part, RuleRecogniser)]
     for view in views(text):
         for recogniser in recognisers:
             for rule, span in recogniser.explained(view.text):
