@@ -32,6 +32,7 @@ from bench.eviction_tally import (
     kept_of,
     loss_of,
     margin,
+    refuse_unable,
     removed_of,
     task_rows,
     worlds,
@@ -83,7 +84,7 @@ def measure(options: Options) -> Report:
 
 def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: bool) -> Found:
     """Answer the held-out contexts under all policies, baselines at both of our shares."""
-    rule, repeat = RULES[chosen.rule], REPEAT_RULES[chosen.repeat]
+    rule, repeat = RULES[protocol][chosen.rule], REPEAT_RULES[protocol][chosen.repeat]
     policies: dict[str, Masks] = {"full": everything, OURS: rule, AGAIN: repeat}
     for name, preset in PRESETS.items():
         own = partial(
@@ -92,6 +93,7 @@ def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: b
             weight=preset.weight,
             recent=preset.recent,
             spread=preset.spread,
+            most=preset.most,
         )
         policies[f"--evict {name}"] = own
     policies[PAGES] = partial(paged, rule, PAGE_TOKENS)
@@ -104,7 +106,9 @@ def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: b
             policies[f"{name}, {PUBLISHED}"] = own
         if protocol == "after":
             policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
-    return gathered(protocol, models, policies, development=False, quick=quick, twice=True)
+    found = gathered(protocol, models, policies, reseed=0, quick=quick, twice=True)
+    refuse_unable(found, [world.name for world in models if world.gated])
+    return found
 
 
 def _row(protocol: str, name: str, chosen: Chosen, found: Found) -> Row:

@@ -21,6 +21,8 @@ from torch.nn.functional import avg_pool1d, max_pool1d, normalize, pad
 
 SINKS: Final = 4
 RECENT: Final = 32
+MOST: Final = 0.5
+"""Of a row's weight, what CORM asks of a token in any case: on short prompts c / t may be more."""
 FLOOR: Final = 0.2
 """Of the budget, what is safe for each head where heads compete."""
 FUTURE: Final = 512
@@ -61,6 +63,7 @@ class Seen:
     repeat_share: Tensor | None = None
     """The same in shares of the mean weight."""
     _shares: dict[int, Tensor] = field(default_factory=dict)
+    _weights: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -83,13 +86,19 @@ class Seen:
 
     def share(self, window: int) -> Tensor:
         """Return [L, Hkv, T], in shares of the mean weight the most that one of w rows gave."""
-        rows = self.weights.shape[1]
-        w = min(window, rows)
+        w = min(window, self.weights.shape[1])
         if w not in self._shares:
             seen = torch.arange(self.tokens - w + 1, self.tokens + 1)
-            by_head = (self.weights[:, rows - w :] * seen[None, :, None, None]).amax(1)
+            by_head = (self.weights[:, -w:] * seen[None, :, None, None]).amax(1)
             self._shares[w] = self.by_group(by_head).amax(-2)
         return self._shares[w]
+
+    def weight(self, window: int) -> Tensor:
+        """Return [L, Hkv, T] the most weight that one of w rows gave."""
+        w = min(window, self.weights.shape[1])
+        if w not in self._weights:
+            self._weights[w] = self.by_group(self.weights[:, -w:].amax(1)).amax(-2)
+        return self._weights[w]
 
 
 Policy = Callable[[Seen, float], Tensor]
@@ -127,12 +136,21 @@ def everything(seen: Seen) -> Tensor:
     return torch.ones(seen.keys.shape[:3], dtype=torch.bool)
 
 
-def corm(seen: Seen, window: int, weight: float, recent: int = RECENT, spread: int = 0) -> Tensor:
-    """Return what some head of a group gave c / t or more in one of the last w rows.
+def corm(
+    seen: Seen,
+    window: int,
+    weight: float,
+    recent: int = RECENT,
+    spread: int = 0,
+    most: float = MOST,
+) -> Tensor:
+    """Return what some head of a group gave c / t, or `most`, in one of the last w rows.
 
     `spread`: so many tokens after such a one stay too.
     """
     hit = spread_over(seen.share(window), spread) >= weight - SLACK
+    if most * (seen.tokens - window) < weight:  # some row's c / t may be above it
+        hit |= spread_over(seen.weight(window), spread) >= most - SLACK
     return hit | protected(seen.tokens, recent)
 
 
@@ -140,9 +158,11 @@ def corm_repeat(
     seen: Seen, window: int, weight: float, recent: int = RECENT, spread: int = 0
 ) -> Tensor:
     """Return the same where rows of a second reading are observed too."""
-    if seen.repeat_share is None:
+    if seen.repeat_share is None or seen.repeat is None:
         raise ValueError("this prompt was read once only")
     again = spread_over(seen.repeat_share, spread) >= weight - SLACK
+    if MOST * seen.tokens < weight:
+        again |= spread_over(seen.repeat, spread) >= MOST - SLACK
     return corm(seen, window, weight, recent, spread) | again
 
 

@@ -37,8 +37,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
     """The committed file."""
 
     seed: int
-    development: int
-    """Added to the seed for the contexts that parameters are chosen on."""
+    development: tuple[int, ...]
+    """Each added to the seed for as many more contexts: those that parameters are chosen on."""
     text: tuple[Part, ...]
     recall: tuple[Part, ...]
     digests: dict[str, str]
@@ -51,13 +51,15 @@ def read() -> Suite:
 
 
 def of_text(
-    suite: Suite, text: TextModel, vocab_size: int, *, development: bool, quick: bool = False
+    suite: Suite, text: TextModel, vocab_size: int, *, reseed: int = 0, quick: bool = False
 ) -> list[Context]:
-    """Return the contexts of text, later turns of a conversation as questions."""
+    """Return the contexts of text, later turns of a conversation as questions.
+
+    `reseed`: 0 for those that are held out, else one of `development`.
+    """
     made = quality_suite.Suite(
         seed=suite.seed, weights={}, parts=suite.text, digest="", text=quality_suite.read().text
     )
-    reseed = suite.development if development else 0
     maker = quality_suite.Maker(made, text, vocab_size, reseed=reseed)
     found = (_asked(context, text) for context in maker.contexts(quick=quick))
     return [context for context in found if context.probes]
@@ -79,9 +81,9 @@ def _asked(context: Context, text: TextModel) -> Context:
     return Context(kind="turns", ids=ids, probes=tuple(probes))
 
 
-def of_recall(suite: Suite, *, development: bool, quick: bool = False) -> list[Context]:
+def of_recall(suite: Suite, *, reseed: int = 0, quick: bool = False) -> list[Context]:
     """Return the recall models' contexts; each depends on its place alone."""
-    seed = suite.seed + (suite.development if development else 0)
+    seed = suite.seed + reseed
     found = []
     for part in suite.recall:
         for i in range(part.quick if quick else part.count):
@@ -187,6 +189,8 @@ _MAKERS: Final = {
     "turns": _turns,
 }
 
+DEVELOPMENT: Final = tuple(range(2000, 26000, 1000))
+"""Not 1000: `corm` was chosen on that several times over before there were so many."""
 TEXT: Final = (
     Part(kind="facts", tokens=512, facts=10, count=14, quick=1, asked=6),
     Part(kind="facts", tokens=1024, facts=16, count=14, quick=1, asked=6),
@@ -216,7 +220,7 @@ RECALL: Final = (
 
 def main() -> int:
     """Write the committed suite."""
-    suite = Suite(seed=11, development=1000, text=TEXT, recall=RECALL, digests={})
+    suite = Suite(seed=11, development=DEVELOPMENT, text=TEXT, recall=RECALL, digests={})
     made = dict(held_out(suite))
     suite = msgspec.structs.replace(suite, digests=made)
     FILE.write_text(json.dumps(msgspec.to_builtins(suite), indent=1) + "\n", encoding="utf-8")
@@ -225,8 +229,8 @@ def main() -> int:
 
 def held_out(suite: Suite) -> Iterator[tuple[str, str]]:
     """Yield what names the held-out contexts."""
-    yield "text", digest(of_text(suite, TextModel.load(DEMO_MODEL), 2048, development=False))
-    yield "recall", digest(of_recall(suite, development=False))
+    yield "text", digest(of_text(suite, TextModel.load(DEMO_MODEL), 2048))
+    yield "recall", digest(of_recall(suite))
 
 
 if __name__ == "__main__":

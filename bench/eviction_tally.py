@@ -17,7 +17,9 @@ from torch import Tensor
 
 from bench import eviction_suite, quality_stats
 from bench.eviction_policies import Masks
-from bench.eviction_run import EACH, PROTOCOLS, Outcome, Reader
+from bench.eviction_reader import Reader
+from bench.eviction_run import EACH, PROTOCOLS, Outcome
+from bench.eviction_suite import Suite
 from bench.harness import Cell, Estimate
 from bench.quality_run import Item
 from bench.quality_suite import Context
@@ -39,28 +41,30 @@ class World:
 
     name: str
     reader: Reader
-    contexts: Callable[[bool, bool], list[Context]]
-    """Of (development, quick)."""
+    contexts: Callable[[int, bool], list[Context]]
+    """Of (reseed, quick): 0 for those that are held out."""
     gated: bool = False
     each: int | None = None
     """Questions of a task and context that are asked; None: all."""
 
 
-def worlds(ops: Ops, path: Path | None) -> list[World]:
-    """Return the demo model's and the recall models', or those of a checkpoint."""
-    suite = eviction_suite.read()
+def worlds(ops: Ops, path: Path | None, suite: Suite | None = None) -> list[World]:
+    """Return the demo model's and the recall models', or those of a checkpoint.
+
+    `suite`: None is the committed one.
+    """
+    suite = suite or eviction_suite.read()
     where = path or DEMO_MODEL
     text = TextModel.load(where)
     model = loader.load(where, dtype="float32", ops=ops)
 
-    def told(development: bool, quick: bool) -> list[Context]:
-        vocab = model.spec.vocab_size
-        made = eviction_suite.of_text(suite, text, vocab, development=development, quick=quick)
-        return made[:: _step(development, quick)]
+    def told(reseed: int, quick: bool) -> list[Context]:
+        return eviction_suite.of_text(
+            suite, text, model.spec.vocab_size, reseed=reseed, quick=quick
+        )
 
-    def recalled(development: bool, quick: bool) -> list[Context]:
-        made = eviction_suite.of_recall(suite, development=development, quick=quick)
-        return made[:: _step(development, quick)]
+    def recalled(reseed: int, quick: bool) -> list[Context]:
+        return eviction_suite.of_recall(suite, reseed=reseed, quick=quick)
 
     found = [
         World("given" if path else "demo", Reader(model, theta_of(where), text), told, each=EACH)
@@ -70,11 +74,6 @@ def worlds(ops: Ops, path: Path | None) -> list[World]:
             made = loader.load(own, dtype="float32", ops=ops)
             found.append(World(own.name, Reader(made, theta_of(own)), recalled, gated=True))
     return found
-
-
-def _step(development: bool, quick: bool) -> int:
-    """Choosing takes every second context: many more rules are tried on them."""
-    return 2 if development and not quick else 1
 
 
 def theta_of(path: Path) -> float:
@@ -109,30 +108,29 @@ def gathered(
     models: Sequence[World],
     policies: Mapping[str, Masks],
     *,
-    development: bool,
+    reseed: int,
     quick: bool,
     twice: bool,
 ) -> Found:
-    """Answer all contexts under each policy; `policies` hold `full`."""
+    """Answer a seed's contexts under each policy; `policies` begin with `full`."""
     found: Found = {name: {} for name in policies}
     for world in models:
-        contexts = world.contexts(development, quick)
+        contexts = world.contexts(reseed, quick)
         for outcome in PROTOCOLS[protocol](
             world.reader, contexts, policies, twice=twice, each=world.each
         ):
             found[outcome.policy].setdefault(world.name, Tally()).add(outcome, world.name)
-    refuse_unable(found, [world.name for world in models if world.gated])
     return found
 
 
-def refuse_unable(found: Found, gated: Sequence[str]) -> None:
+def refuse_unable(found: Found, gated: Sequence[str], least: float = ABLE) -> None:
     """Leave out, for all policies, tasks that a recall model can't do with all its tokens."""
     for name in gated:
         full = found["full"].get(name, Tally()).items
         by_task: dict[str, list[float]] = {}
         for item in full:
             by_task.setdefault(item.task, []).append(item.score)
-        able = {task for task, scores in by_task.items() if np.mean(scores) >= ABLE}
+        able = {task for task, scores in by_task.items() if np.mean(scores) >= least}
         for tallies in found.values():
             if name in tallies:
                 tallies[name].items = [i for i in tallies[name].items if i.task in able]

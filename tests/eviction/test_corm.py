@@ -53,12 +53,13 @@ def stamps_of(hits: dict[int, list[int]], tokens: int, head: int = 0) -> NDArray
 
 @pytest.mark.parametrize("birth", ["unseen", "seen"])
 @pytest.mark.parametrize(("prompt", "chunk"), [(1, 1), (100, 100), (100, 7), (9, 9)])
-@pytest.mark.parametrize("weight", [1.0, 4.0])
+@pytest.mark.parametrize(("weight", "most"), [(1.0, 1.0), (4.0, 1.0), (4.0, 0.025)])
 def test_the_literal_algorithm_bit_for_bit(
-    birth: Birth, prompt: int, chunk: int, weight: float
+    birth: Birth, prompt: int, chunk: int, weight: float, most: float
 ) -> None:
     """Message matrix and probabilities there, stamps and log-sum-exp here; and chunks of rows."""
-    tokens, corm = 220, Corm(dataclasses.replace(SMALL, weight=weight, birth=birth))
+    tokens, options = 220, dataclasses.replace(SMALL, weight=weight, most=most, birth=birth)
+    corm = Corm(options)
     worlds = [Scores(tokens, HEADS, GROUP, seed) for seed in range(LAYERS)]
     literal = [
         [LiteralHead(16, 8, sinks=2, birth_counts=birth == "seen") for _ in range(HEADS)]
@@ -73,7 +74,8 @@ def test_the_literal_algorithm_bit_for_bit(
                 own.born(row)
                 if row < state.watch.first:
                     continue
-                important = world.probabilities(row, head, own.kept) >= weight / (row + 1)
+                asked = min(weight / (row + 1), most)
+                important = world.probabilities(row, head, own.kept) >= asked
                 excess = world.excess2(row, head, own.kept)
                 hit = (excess >= corm.thresholds(state, row)).any(0)
                 assert np.array_equal(hit, important.any(0)), "both tests mark the same tokens"
@@ -167,6 +169,20 @@ def test_a_cap_drops_the_longest_unseen_first_and_a_floor_holds() -> None:
     kept = live_of(state, 100)
     assert len(kept[0][0]) == 60
     assert kept[0][1].tolist() == [7, 8, 9, 96, 97, 98, 99]
+
+
+def test_no_more_than_half_of_a_row_is_asked_of_a_token() -> None:
+    """Where a prompt is shorter than c, c / t is more than any weight."""
+    corm = Corm(PRESETS["corm"])
+    c = PRESETS["corm"].weight
+    state = state_of(corm, 100)
+    assert corm.thresholds(state, 99) == pytest.approx(-1.0, abs=1e-4)
+    assert corm.thresholds(state, int(2 * c) - 1) == pytest.approx(-1.0, abs=1e-4)
+    assert corm.thresholds(state, int(4 * c) - 1) == pytest.approx(-2.0, abs=1e-4)
+    published = Corm(dataclasses.replace(SMALL, weight=4.0))
+    state = state_of(published, 1)
+    assert published.thresholds(state, 1) == pytest.approx(0.0, abs=1e-4), "no weight is more"
+    assert published.thresholds(state, 4) == pytest.approx(math.log2(4 / 5), abs=1e-4)
 
 
 def test_tokens_after_an_important_one_stay_with_it() -> None:
@@ -266,6 +282,9 @@ def test_presets() -> None:
         ({"sinks": -1}, "evict_sinks"),
         ({"weight": 0.0}, "evict_weight is 0.0; give a number above 0"),
         ({"weight": math.nan}, "evict_weight"),
+        ({"most": 0.0}, "evict_most is 0.0; give a number above 0, 1 at most"),
+        ({"most": 1.5}, "evict_most"),
+        ({"most": math.nan}, "evict_most"),
         ({"prompt_rows": 0}, "evict_prompt_rows is 0; give a number from 1 to evict_window, 256"),
         ({"prompt_rows": 257}, "evict_prompt_rows"),
         ({"spread": -1}, "evict_spread is -1; give a number from 0 to 64"),

@@ -58,6 +58,8 @@ class CormOptions:
     """r: so many latest tokens stay in any case."""
     weight: float = 1.0
     """c: a token is important from c times the mean weight on."""
+    most: float = 1.0
+    """No more of a row's weight is ever asked for, where c / t would be."""
     spread: int = 0
     """So many tokens after an important one count as important with it."""
     birth: Birth = "unseen"
@@ -86,6 +88,8 @@ class CormOptions:
             raise ConfigError(
                 f"evict_weight is {self.weight}; give a number above 0, {_MAX_WEIGHT:g} at most"
             )
+        if not 0 < self.most <= 1:
+            raise ConfigError(f"evict_most is {self.most}; give a number above 0, 1 at most")
         if self.prompt_rows is not None and not 1 <= self.prompt_rows <= self.window:
             raise ConfigError(
                 f"evict_prompt_rows is {self.prompt_rows}; give a number from 1 to evict_window,"
@@ -114,8 +118,9 @@ PRESETS: Final = {
         window=512,
         prompt_rows=32,
         recent=64,
-        weight=128.0,
-        spread=12,
+        weight=192.0,
+        most=0.5,
+        spread=20,
         birth="seen",
         decide_every=16,
     ),
@@ -161,12 +166,13 @@ class Corm:
         return empty_state(spec, watch, ((0, self.options.sinks), *protected))
 
     def thresholds(self, state: EvictState, position: int) -> FloatArray:
-        """Return log2(c / t), less a rounding error; t counts all tokens seen, kept or not."""
+        """Return log2 of c / t or `most`, less a rounding error; t counts all tokens seen."""
         watch, seen = state.watch, position + 1
         skipped = seen > watch.prompt_tokens and seen % self.options.observe_every
         if position < watch.first or skipped:
             return np.full((1, 1), np.inf, np.float32)
-        return (self._log2_weights - (math.log2(seen) + _SLACK)).astype(np.float32)
+        asked = np.minimum(self._log2_weights - math.log2(seen), math.log2(self.options.most))
+        return (asked - _SLACK).astype(np.float32)
 
     def observe(self, state: EvictState, layer: int, looks: Int32Array | Look) -> None:
         """Raise the layer's stamps [P, Hkv, S]."""
