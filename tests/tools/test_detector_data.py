@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +23,8 @@ from tools.detector_data.dataset import (
 )
 from tools.detector_data.lists import LISTED, inflected, invented, reserved
 from tools.detector_data.passages import KINDS, LANGUAGES, LIMIT, Label, Passage, World
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,23 @@ def test_passages_are_the_same_each_time() -> None:
         return [p for lang in LANGUAGES for p in world.positives(lang, "name", 10)]
 
     assert drawn() == drawn()
+
+
+def test_values_are_the_same_in_every_process() -> None:
+    script = (
+        "from tools.detector_data.lists import LOCALES, drawn, foreign\n"
+        "print([drawn(lang) for lang in LOCALES], foreign())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1
 
 
 def test_numbers_have_valid_check_digits() -> None:

@@ -19,7 +19,7 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import TenantTerms
 from kvkeep.engine.options import SharingOptions
 from kvkeep.engine.terms import leaving, limits_of, members_of, rule_of, store_of
-from kvkeep.errors import EngineError
+from kvkeep.errors import EngineError, unexpected
 from kvkeep.sharing.members import Directory, Member
 from kvkeep.sharing.votes import Votes
 
@@ -51,8 +51,7 @@ class Agreement:
             try:
                 await self.end_epoch(now)
             except Exception as error:  # noqa: BLE001 - doubt means private
-                reason = type(error).__name__
-                log.warning("votes can't be counted, so nothing is public: %s", reason)
+                log.warning("votes can't be counted, so nothing is public: %s", unexpected(error))
                 await self._withdraw(now)
 
     async def end_epoch(self, now: float) -> None:
@@ -102,7 +101,7 @@ class Agreement:
             await self._hand_over(workers, now)
         except Exception as error:  # noqa: BLE001 - as above, and the next epoch must come
             for worker in workers:
-                self._crew.lost(worker, f"it publishes what is not agreed: {type(error).__name__}")
+                self._crew.lost(worker, f"it publishes what is not agreed: {unexpected(error)}")
 
     async def _collect(self, worker: Worker, now: float) -> m.Votes | None:
         try:

@@ -96,9 +96,7 @@ def _luhn(digits: list[int]) -> bool:
 
 
 def _phone(region: str, value: str) -> bool:
-    if not placed(value):
-        return False
-    if _DATE.fullmatch(value):
+    if not placed(value) or _DATE.fullmatch(value):
         return False
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(value, region))
