@@ -1,12 +1,11 @@
 """What forgetting tokens costs: questions after a context was compressed, and before.
 
 The suite and its seeds are committed, and so is what was chosen on other seeds: CORM's rows, c and
-spread and, for questions in the prompt, of every baseline the variant that loses least
-(`bench.eviction_choose`); for late questions baselines have their published settings. Where tuned
-ones differ, published ones stand beside. A baseline keeps the share that CORM kept of the same
-prompt. All decide once, at the prompt's end, by masks in plain torch: so an equal share is an equal
-footprint, and what a mask would free is counted. What engine and kernels make of it is measured
-elsewhere.
+spread, and of every baseline the variant that loses least (`bench.eviction_choose`). Where a
+baseline's published setting is another one, it stands beside. A baseline keeps the share that CORM
+kept of the same prompt. All decide once, at the prompt's end, by masks in plain torch: so an equal
+share is an equal footprint, and what a mask would free is counted. What engine and kernels make of
+it is measured elsewhere.
 `--only` names one protocol; `--model` takes the same parameters to another checkpoint.
 """
 
@@ -20,7 +19,7 @@ from typing import Final
 
 import torch
 
-from bench import eviction_choose, harness
+from bench import eviction_choose, eviction_suite, harness
 from bench.eviction_choose import AGAIN, MOST_LOSS, OURS, REPEAT_RULES, RULES, Chosen
 from bench.eviction_policies import ONCE, TWICE, Masks, at_share_of, corm, everything, paged
 from bench.eviction_run import PROTOCOLS
@@ -106,7 +105,8 @@ def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: b
             policies[f"{name}, {PUBLISHED}"] = own
         if protocol == "after":
             policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
-    found = gathered(protocol, models, policies, reseed=0, quick=quick, twice=True)
+    seeds = eviction_suite.read().held_out[: 1 if quick else None]
+    found = gathered(protocol, models, policies, seeds=seeds, quick=quick, twice=True)
     refuse_unable(found, [world.name for world in models if world.gated])
     return found
 

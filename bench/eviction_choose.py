@@ -1,8 +1,8 @@
 """Which parameters are reported: chosen on development contexts, frozen in a committed file.
 
-Of CORM's rules that keep a quarter or less, the one that keeps least among those whose loss is at
-most half a hundredth by its upper bound, and where there is none, the one whose bound is least; of
-a baseline's variants the one that loses least at the share that this rule keeps.
+Of CORM's rules that keep what a goal leaves them, the one that keeps least among those whose loss
+is at most half a hundredth by its upper bound, and where there is none, the one whose bound is
+least; of a baseline's variants the one that loses least at the share that this rule keeps.
 `python -m bench.eviction_choose [--quick] [--only after|before] [--parts N]` writes them; run it
 again to go on where it stopped.
 """
@@ -52,18 +52,23 @@ REPEAT_ROWS: Final = 16
 """Of the first reading, observed beside all of the second."""
 REPEAT_GRID: Final = {
     "before": ((32, 0), (64, 0), (128, 0)),
-    "after": tuple((c, s) for c in (48, 64, 96, 128) for s in (0, 2)),
+    "after": (
+        *((c, 0) for c in (64, 96, 128)),
+        *((c, 1) for c in (96, 128, 192, 256)),
+        *((c, 2) for c in (128, 192, 256, 384)),
+        *((c, 4) for c in (256, 384)),
+    ),
 }
 FIRST: Final = 1
 """Seeds on which all are tried."""
 OPEN: Final = 3
 """Of the rules, how many are tried on more."""
-SEEDS: Final = {"before": 14, "after": 2}
+SEEDS: Final = {"before": 14, "after": 6}
 """On which these are tried: late questions are many more to a context, and cost more."""
 MOST_LOSS: Final = 0.01
 SURE: Final = 0.005
 """What a rule's upper bound may be on development contexts."""
-MOST_KEPT: Final = 0.25
+MOST_KEPT: Final = {"before": 0.25, "after": 0.3}
 """Of the footprint: a rule that keeps more comes after all that do not."""
 OURS: Final = "corm"
 AGAIN: Final = "corm+repeat"
@@ -117,7 +122,7 @@ def tried(found: Found, name: str, seeds: int) -> Tried:
     return Tried(kept_of(found, name), removed, loss_of(found, name), fmean(highs))
 
 
-def in_order(told: Mapping[str, Tried]) -> list[str]:
+def in_order(told: Mapping[str, Tried], most_kept: float) -> list[str]:
     """Return rules, the best first: of those that keep little, then of the others.
 
     Of both, those that surely lose little by what they keep, then the others by their bound.
@@ -126,7 +131,7 @@ def in_order(told: Mapping[str, Tried]) -> list[str]:
     def place(name: str) -> tuple[bool, bool, float]:
         one = told[name]
         sure = one.loss.high <= SURE
-        return 1 - one.removed > MOST_KEPT, not sure, one.kept if sure else one.loss.high
+        return 1 - one.removed > most_kept, not sure, one.kept if sure else one.loss.high
 
     return sorted(told, key=place)
 
@@ -134,17 +139,18 @@ def in_order(told: Mapping[str, Tried]) -> list[str]:
 def choose(protocol: str, learner: Learner) -> Chosen:
     """Try all rules on the first seeds, the best on more, and baselines at what is kept."""
     rules = {**RULES[protocol], **REPEAT_RULES[protocol]}
+    ordered = partial(in_order, most_kept=MOST_KEPT[protocol])
     told = _tried(protocol, "rules", learner, rules, FIRST)
-    again = in_order({name: told[name] for name in REPEAT_RULES[protocol]})
-    once = in_order({name: told[name] for name in RULES[protocol]})
+    again = ordered({name: told[name] for name in REPEAT_RULES[protocol]})
+    once = ordered({name: told[name] for name in RULES[protocol]})
     best = (again[:OPEN] if protocol == "after" else []) + once[:OPEN]
     told |= _tried(protocol, "best", learner, {name: rules[name] for name in best}, SEEDS[protocol])
-    rule = in_order({name: told[name] for name in once[:OPEN]})[0]
+    rule = ordered({name: told[name] for name in once[:OPEN]})[0]
     repeat = again[0]
     if protocol == "after":
-        repeat = in_order({name: told[name] for name in again[:OPEN]})[0]
+        repeat = ordered({name: told[name] for name in again[:OPEN]})[0]
     both = {rule: OURS, repeat: AGAIN} if protocol == "after" else {rule: OURS}
-    first = in_order({name: told[name] for name in both})[0]
+    first = ordered({name: told[name] for name in both})[0]
     budget = {**dict.fromkeys(ONCE, rules[first]), **dict.fromkeys(TWICE, rules[repeat])}
     every: dict[str, Variants] = {**ONCE, **TWICE}
     tuned = {

@@ -54,7 +54,7 @@ def rows(lengths: Sequence[int], count: int) -> Iterator[dict[str, Cell]]:
 def answered(models: Sequence[World], tokens: int) -> Iterator[dict[str, Cell]]:
     """Yield the tasks of one length."""
     seed = eviction_suite.read().development[0]
-    found = gathered("after", models, {"full": everything}, reseed=seed, quick=False, twice=False)
+    found = gathered("after", models, {"full": everything}, seeds=(seed,), quick=False, twice=False)
     items = items_of(found, "full")
     for task in sorted({item.task for item in items}):
         own = [item.score for item in items if item.task == task]

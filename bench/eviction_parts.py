@@ -90,7 +90,7 @@ class Learner:
                 raise Enough
             self.parts -= 1
         found = gathered(
-            protocol, self.models, policies, reseed=seed, quick=self.quick, twice=twice
+            protocol, self.models, policies, seeds=(seed,), quick=self.quick, twice=twice
         )
         return {
             policy: {model: _told(tally) for model, tally in own.items()}

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -37,8 +38,10 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
     """The committed file."""
 
     seed: int
+    held_out: tuple[int, ...]
+    """Each added to the seed for so many contexts: those that are reported."""
     development: tuple[int, ...]
-    """Each added to the seed for as many more contexts: those that parameters are chosen on."""
+    """The same for those that parameters are chosen on."""
     text: tuple[Part, ...]
     recall: tuple[Part, ...]
     digests: dict[str, str]
@@ -55,7 +58,7 @@ def of_text(
 ) -> list[Context]:
     """Return the contexts of text, later turns of a conversation as questions.
 
-    `reseed`: 0 for those that are held out, else one of `development`.
+    `reseed`: one of `held_out` or of `development`.
     """
     made = quality_suite.Suite(
         seed=suite.seed, weights={}, parts=suite.text, digest="", text=quality_suite.read().text
@@ -189,6 +192,7 @@ _MAKERS: Final = {
     "turns": _turns,
 }
 
+HELD_OUT: Final = (0, *range(31000, 38000, 1000))
 DEVELOPMENT: Final = tuple(range(2000, 26000, 1000))
 """Not 1000: `corm` was chosen on that several times over before there were so many."""
 TEXT: Final = (
@@ -220,7 +224,9 @@ RECALL: Final = (
 
 def main() -> int:
     """Write the committed suite."""
-    suite = Suite(seed=11, development=DEVELOPMENT, text=TEXT, recall=RECALL, digests={})
+    suite = Suite(
+        seed=11, held_out=HELD_OUT, development=DEVELOPMENT, text=TEXT, recall=RECALL, digests={}
+    )
     made = dict(held_out(suite))
     suite = msgspec.structs.replace(suite, digests=made)
     FILE.write_text(json.dumps(msgspec.to_builtins(suite), indent=1) + "\n", encoding="utf-8")
@@ -229,8 +235,11 @@ def main() -> int:
 
 def held_out(suite: Suite) -> Iterator[tuple[str, str]]:
     """Yield what names the held-out contexts."""
-    yield "text", digest(of_text(suite, TextModel.load(DEMO_MODEL), 2048))
-    yield "recall", digest(of_recall(suite))
+    text = TextModel.load(DEMO_MODEL)
+    told = [of_text(suite, text, 2048, reseed=seed) for seed in suite.held_out]
+    yield "text", digest(list(chain.from_iterable(told)))
+    shown = [of_recall(suite, reseed=seed) for seed in suite.held_out]
+    yield "recall", digest(list(chain.from_iterable(shown)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class World:
     name: str
     reader: Reader
     contexts: Callable[[int, bool], list[Context]]
-    """Of (reseed, quick): 0 for those that are held out."""
+    """Of (reseed, quick)."""
     gated: bool = False
     each: int | None = None
     """Questions of a task and context that are asked; None: all."""
@@ -108,14 +108,14 @@ def gathered(
     models: Sequence[World],
     policies: Mapping[str, Masks],
     *,
-    reseed: int,
+    seeds: Sequence[int],
     quick: bool,
     twice: bool,
 ) -> Found:
-    """Answer a seed's contexts under each policy; `policies` begin with `full`."""
+    """Answer some seeds' contexts under each policy; `policies` begin with `full`."""
     found: Found = {name: {} for name in policies}
     for world in models:
-        contexts = world.contexts(reseed, quick)
+        contexts = [context for seed in seeds for context in world.contexts(seed, quick)]
         for outcome in PROTOCOLS[protocol](
             world.reader, contexts, policies, twice=twice, each=world.each
         ):

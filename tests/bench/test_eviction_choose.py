@@ -25,9 +25,9 @@ def one(kept: float, high: float) -> Tried:
 
 def test_who_surely_loses_little_comes_first_by_what_it_keeps() -> None:
     told = {"a": one(0.25, SURE), "b": one(0.2, SURE), "c": one(0.1, 0.02), "d": one(0.2, 0.01)}
-    assert in_order(told) == ["b", "a", "d", "c"]
+    assert in_order(told, 0.25) == ["b", "a", "d", "c"]
     much = {"e": one(0.4, 0.01), "f": one(0.5, SURE), "g": one(0.3, SURE)}
-    assert in_order({**much, **told}) == ["b", "a", "d", "c", "g", "f", "e"]
+    assert in_order({**much, **told}, 0.25) == ["b", "a", "d", "c", "g", "f", "e"]
 
 
 def told(scores: Sequence[float], task: str = "m/t") -> Told:
@@ -61,18 +61,23 @@ def test_a_rule_is_chosen_by_tasks_that_a_model_can_nearly_do() -> None:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds that were answered, by a stand-in."""
-    seeds: list[int] = []
+    answered: list[int] = []
 
     def gathered(
-        _protocol: str, models: object, policies: dict[str, Masks], *, reseed: int, **_: object
+        _protocol: str,
+        models: object,
+        policies: dict[str, Masks],
+        *,
+        seeds: tuple[int, ...],
+        **_: object,
     ) -> Found:
-        seeds.append(reseed)
+        answered.extend(seeds)
         tally = Tally([Item("m/t", 0, 1.0)], [torch.ones(2, 2)], [(1.0, 2.0, 3.0)])
         return {name: {"m": tally} for name in policies}
 
     monkeypatch.setattr(eviction_parts, "gathered", gathered)
     monkeypatch.setattr(harness, "commit", lambda: "0" * 40)
-    return seeds
+    return answered
 
 
 def test_choosing_goes_on_where_it_stopped(asked: list[int], tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_suite_is_the_one_that_was_committed() -> None:
     suite = eviction_suite.read()
     assert dict(eviction_suite.held_out(suite)) == suite.digests
     held = eviction_suite.of_recall(suite)
-    seeds = (0, *suite.development)
+    seeds = (*suite.held_out, *suite.development)
     assert len(set(seeds)) == len(seeds)
     made = [eviction_suite.of_recall(suite, reseed=seed, quick=True) for seed in seeds]
     ids = [context.ids for contexts in made for context in contexts]
@@ -311,7 +311,7 @@ def test_a_model_of_ones_own_is_measured_alone(tiny: dict[str, Path]) -> None:
 def test_outcomes_are_gathered_by_policy_and_model(reader: Reader) -> None:
     contexts = [Context(kind="x", ids=IDS[:60], probes=PROBES)] * 2
     world = World("m", reader, lambda _reseed, _quick: contexts)
-    found = gathered("after", [world], POLICIES, reseed=1, quick=False, twice=False)
+    found = gathered("after", [world], POLICIES, seeds=(1,), quick=False, twice=False)
     assert set(found) == {"full", "half"}
     assert len(found["half"]["m"].items) == 6
     assert {item.task for item in found["half"]["m"].items} == {"m/a", "m/b"}
