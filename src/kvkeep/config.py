@@ -116,6 +116,9 @@ class Settings(BaseSettings):
     evict_weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="times the mean weight from which a token counts as looked at (c)"
     )
+    evict_most: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="part of a query's weight above which nothing is asked of a token"
+    )
     evict_spread: Annotated[int, Field(ge=0)] | None = Field(
         None, description="tokens after one that counts as looked at that count with it"
     )

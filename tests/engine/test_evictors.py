@@ -30,6 +30,10 @@ def test_presets_and_what_is_changed_of_them() -> None:
     assert (found.options.window, found.options.weight, found.options.cap) == (300, 2.0, 900)
     assert found.options.recent == PRESETS["corm"].recent
     assert found.options.prompt_rows == PRESETS["corm"].prompt_rows
+    assert found.options.most == PRESETS["corm"].most
+    asked = evictor_of(options(evict="corm", evict_most=0.25))
+    assert isinstance(asked, Corm)
+    assert asked.options.most == 0.25
     narrow = evictor_of(options(evict="corm", evict_window=24))
     assert isinstance(narrow, Corm)
     assert narrow.options.prompt_rows == 24
@@ -42,6 +46,7 @@ def test_presets_and_what_is_changed_of_them() -> None:
         ({"evict_cap": 900}, "evict_cap is given and evict is off; set evict to corm"),
         ({"evict": "corm", "evict_window": 0}, "evict_window is 0"),
         ({"evict": "corm", "evict_window": 8, "evict_prompt_rows": 9}, "evict_prompt_rows is 9"),
+        ({"evict": "corm", "evict_most": 1.5}, "evict_most is 1.5"),
         ({"evict": "corm-paper", "evict_cap": 100}, "raise it to 260 or more"),
     ],
 )

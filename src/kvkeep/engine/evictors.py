@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
@@ -11,14 +12,22 @@ from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import Evictor, KeepAll
 from kvkeep.models import hub
 
+_SETTINGS: Final = (
+    "window",
+    "prompt_rows",
+    "recent",
+    "weight",
+    "most",
+    "spread",
+    "cap",
+    "observe_every",
+)
+"""Of a preset, what options change."""
+
 
 def evictor_of(options: EngineOptions) -> Evictor:
     """Return the evictor the options ask for: a preset with what they change of it."""
-    given = [
-        name
-        for name in ("window", "prompt_rows", "recent", "weight", "spread", "cap", "observe_every")
-        if getattr(options, f"evict_{name}") is not None
-    ]
+    given = [name for name in _SETTINGS if getattr(options, f"evict_{name}") is not None]
     if options.evict == "off":
         if given:
             raise ConfigError(f"evict_{given[0]} is given and evict is off; set evict to corm")

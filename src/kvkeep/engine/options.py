@@ -121,6 +121,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     evict_prompt_rows: int | None = None
     evict_recent: int | None = None
     evict_weight: float | None = None
+    evict_most: float | None = None
     evict_spread: int | None = None
     evict_cap: int | None = None
     evict_observe_every: int | None = None
