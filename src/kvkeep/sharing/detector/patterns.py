@@ -52,10 +52,13 @@ class Pattern:
             return None
         spans = self._match(_ANYWHERE, data, start, size)
         whole = spans[0]
-        if whole[0] < 0:
+        first, last = whole
+        if first < 0:
             return None
-        value = next((group for group in spans[1:] if group[0] >= 0), whole)
-        return Hit(whole[0], whole[1], value)
+        for group in spans[1:]:
+            if group[0] >= 0:
+                return Hit(first, last, group)
+        return Hit(first, last, whole)
 
     def hits(self, data: bytes) -> Iterator[Hit]:
         """Yield matches from left to right, none inside another."""
