@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 from kvkeep.disagg.members import CrewOptions, Launch, Member, check_alike
@@ -196,7 +196,7 @@ class Crew:
                     await client.set_tenants(*settled)
             self._check_open()
         except BaseException:
-            await client.close()
+            await _to_the_end(client.close())
             raise
         self._starts[name] += 1
         self.members[name] = Member(name, role, client, info, self._starts[name])
@@ -245,6 +245,15 @@ class Crew:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for something, also where whoever waits is cancelled meanwhile: another one failed."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    await task
 
 
 def _name(role: Role, number: int) -> str:
