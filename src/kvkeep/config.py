@@ -331,8 +331,11 @@ class Settings(BaseSettings):
             return
         if any(one.startswith("redis") for one in self.tier):
             raise ConfigError("tier: a cluster's workers share no server; give memory: and disk:")
-        if self.guard_share:
-            raise ConfigError("guard_share: a cluster's workers have no guard; leave it at 0")
+        if self.guard_share and self.kv == "bf16" and self.evict == "off":
+            raise ConfigError(
+                "guard_share: pages of kv = bf16 are stored as they were computed, and nothing can"
+                " drift; choose another kv, let tokens be evicted, or leave it at 0"
+            )
         if not self.prefix_caching:
             raise ConfigError("prefix_caching: a cluster hands cached pages over; leave it on")
 

@@ -44,6 +44,9 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.tiers == ("memory:1GiB", f"disk:{Path('pages').resolve() / 'decode-0'},8GiB")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=type(one)) == one
     assert one.keys == KEYS
+    guarded = worker_options(load({**flags, "kv": "k4v4", "guard_share": 0.1}), "w", KEYS)
+    assert (guarded.guard_share, guarded.guard_led, guarded.guard_state) == (0.1, True, None)
+    assert not one.guard_led
     assert bytes(32).hex() not in repr(one)
     assert repr(bytes(32)) not in repr(one)
     assert (one.threads, one.model) == (1, str(DEMO_MODEL.resolve()))
@@ -76,7 +79,7 @@ def test_certificates_are_given_together() -> None:
     ("flags", "why"),
     [
         (["--tier", "redis://h:1/0,1GiB"], "tier: a cluster's workers share no server"),
-        (["--guard-share", "0.1"], "guard_share: a cluster's workers have no guard"),
+        (["--guard-share", "0.1"], "guard_share: pages of kv = bf16 are stored as they were"),
         (["--no-prefix-caching"], "prefix_caching: a cluster hands cached pages over"),
         (["--cluster-decode", "0"], "cluster_decode"),
         (["--cluster-prefill", "-1"], "cluster_prefill"),

@@ -127,13 +127,17 @@ async def cluster_of(
     others: dict[str, EngineOptions] | None = None,
     key: bytes = KEY,
     crew: dict[str, Any] | None = None,
+    guard: dict[str, Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Cluster]:
-    """Yield two prefill and two decode workers, or as many as `crew` says, for two tenants."""
-    engine = engine_options(model, shield="off", **options)
+    """Yield two prefill and two decode workers, or as many as `crew` says, for two tenants.
+
+    `guard`: options of workers that are guarded.
+    """
+    engine = engine_options(model, shield="off", guard_led=bool(guard), **(guard or {}), **options)
     hands = Hands(engine, link, others or {})
     led = msgspec.structs.replace(QUICK_CREW, **(crew or {}))
-    fleet = await Fleet.start(hands, led, key, engine.share)
+    fleet = await Fleet.start(hands, led, key, engine.share, engine)
     try:
         await fleet.set_tenants({"a": 0.5, "b": 0.5})
         yield Cluster(fleet, hands)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvkeep.engine.api import SamplingParams, TenantTerms
-from kvkeep.engine.build import KEPT, Parts, build_core, default_parts
+from kvkeep.engine.build import Parts, build_core, default_parts
+from kvkeep.engine.choosing import KEPT
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions, SharingOptions
 from kvkeep.errors import ConfigError

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from kvkeep.attention.planner import FlatPlanner
-from kvkeep.engine.api import Chunk, FinishReason, GuardUse, SamplingParams
+from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import KEPT, Parts, build_core
+from kvkeep.engine.build import Parts, build_core
+from kvkeep.engine.choosing import KEPT
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.guard import LAG, Guard
+from kvkeep.engine.guarded import GuardUse
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.eviction.policy import KeepAll
@@ -274,7 +276,7 @@ def under_load(model: Path, *, load: int, hasty: bool = False) -> tuple[list[obj
         model, Hack(Layout.K2V2), guard_kl=1e-9, guard_samples=1, max_num_batched_tokens=64
     )
     if hasty:
-        core._forms.guard.__class__ = Hasty
+        core.forms.guard.__class__ = Hasty
     asked = [request(prompt_of(140 + 9 * i, i), PARAMS, id=f"a{i}") for i in range(8)]
     others = [request(prompt_of(400, i), PARAMS, id=f"b{i}", tenant="b") for i in range(load)]
     told: dict[str, list[Chunk]] = {}

@@ -10,7 +10,8 @@ import pytest
 
 from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
-from kvkeep.engine.build import KEPT, Parts
+from kvkeep.engine.build import Parts
+from kvkeep.engine.choosing import KEPT
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.probes import PASSAGE_TOKENS
 from kvkeep.eviction.corm import Corm, CormOptions

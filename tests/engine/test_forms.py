@@ -8,7 +8,8 @@ import pytest
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import SamplingParams
-from kvkeep.engine.forms import Forms, controller_of
+from kvkeep.engine.choosing import controller_of
+from kvkeep.engine.forms import Forms
 from kvkeep.engine.guard import Guard, GuardLimits
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
@@ -75,7 +76,7 @@ def test_a_configured_link_enters_the_choice_and_is_logged(
     options = EngineOptions(model="", kv="auto", kv_auto_tokens=999)
     assert controller_of(options, names, 100.0) == ByLength(names, 999)
     slow = EngineOptions(model="", kv="auto", kv_auto_tokens=999, kv_auto_link_bytes_per_s=1e5)
-    with caplog.at_level(logging.INFO, "kvkeep.engine.forms"):
+    with caplog.at_level(logging.INFO, "kvkeep.engine.choosing"):
         chooses = controller_of(slow, names, 100.0)
     assert chooses == ByLink(ByLength(names, 999), 100.0, 1e5, 0.1)
     assert "prompts of more than 100 tokens are coded" in caplog.text

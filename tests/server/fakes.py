@@ -14,7 +14,6 @@ from kvkeep.engine.api import (
     EngineStats,
     FinishReason,
     GenerateRequest,
-    GuardUse,
     Histogram,
     ModelInfo,
     Purged,
@@ -23,6 +22,7 @@ from kvkeep.engine.api import (
     TenantUse,
     TokenLogprob,
 )
+from kvkeep.engine.guarded import GuardUse
 from kvkeep.errors import EngineStopped, InvalidRequest
 from kvkeep.sealing import KeyState
 from kvkeep.server.text import ChatMessage

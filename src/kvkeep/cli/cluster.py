@@ -73,14 +73,23 @@ def worker_options(settings: Settings, name: str, keys: KeyOptions) -> EngineOpt
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
     tiers = tuple(_own_tier(tier, name) for tier in options.tiers)
-    gbit = settings.cluster_link_gbit
     return msgspec.structs.replace(
-        options,
+        by_link(options, settings),
         share=share,
         threads=threads,
         model=model,
         tiers=tiers,
         keys=keys,
+        guard_led=bool(options.guard_share),
+        guard_state=None,
+    )
+
+
+def by_link(options: EngineOptions, settings: Settings) -> EngineOptions:
+    """Return options that choose a request's form by the network between workers, if it is told."""
+    gbit = settings.cluster_link_gbit
+    return msgspec.structs.replace(
+        options,
         kv_auto_link_bytes_per_s=None if gbit is None else gbit * 1e9 / 8,
         kv_auto_link_wait_s=settings.cluster_link_wait_s,
     )
@@ -115,7 +124,12 @@ async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, Mode
         check_links(link)
         launch = partial(_launch, settings, link, Places(), giver)
         with loading_bar("starting workers"):
-            fleet = await Fleet.start(launch, crew_options(settings), share=counted(options.share))
+            fleet = await Fleet.start(
+                launch,
+                crew_options(settings),
+                share=counted(options.share),
+                guard=by_link(options, settings),
+            )
         info = await fleet.info()
         NOTES.print(describe(info))
         counts = f"{settings.cluster_prefill} prefill, {settings.cluster_decode} decode"

@@ -11,6 +11,7 @@ import msgspec
 
 from kvkeep.disagg.agreed import Agreement, agreement_of
 from kvkeep.disagg.crew import Crew
+from kvkeep.disagg.guarding import Guarding, guarding_of
 from kvkeep.disagg.journey import Journey
 from kvkeep.disagg.members import CrewOptions, Launch, Member
 from kvkeep.disagg.router import KEY_BYTES
@@ -23,17 +24,23 @@ from kvkeep.engine.api import (
     Purged,
     TenantTerms,
 )
-from kvkeep.engine.options import SharingOptions
-from kvkeep.errors import EngineError, EngineStopped
+from kvkeep.engine.options import EngineOptions, SharingOptions
+from kvkeep.errors import ConfigError, EngineError, EngineStopped
 
 
 class Fleet:
     """An `EngineClient` over a cluster's workers."""
 
-    def __init__(self, crew: Crew, agreement: Agreement | None = None) -> None:
-        """`agreement` counts all workers' votes; None: they have none, or each counts its own."""
+    def __init__(
+        self, crew: Crew, agreement: Agreement | None = None, guarding: Guarding | None = None
+    ) -> None:
+        """`agreement` counts all workers' votes; None: they have none, or each counts its own.
+
+        `guarding` is the tenants' guard; None: they have none.
+        """
         self.crew = crew
         self.agreement = agreement
+        self.guarding = guarding
         self._journeys: dict[str, Journey] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -46,17 +53,24 @@ class Fleet:
         options: CrewOptions,
         key: bytes | None = None,
         share: SharingOptions | None = None,
+        guard: EngineOptions | None = None,
     ) -> Self:
         """Return a cluster whose workers are warm; raises what the first one failed with.
 
-        `share`: what their votes are counted by, where they are started as led ones.
+        `share`: what their votes are counted by, where they are started as led ones; `guard`: what
+        their tenants are guarded by, where they are started so.
         """
         crew = Crew(launch, secrets.token_bytes(KEY_BYTES) if key is None else key, options)
         agreement = agreement_of(share, crew)
         await crew.start()
+        try:
+            guarding = guarding_of(guard, crew.info)
+        except ConfigError:
+            await crew.close()
+            raise
         if agreement is not None:
             crew.beside(agreement.run())
-        return cls(crew, agreement)
+        return cls(crew, agreement, guarding)
 
     def submit(self, request: GenerateRequest) -> ChunkStream:
         """Start a request; closing the stream early ends it wherever it runs."""
@@ -67,7 +81,8 @@ class Fleet:
         if request.params.seed is None:  # whoever goes on with it draws the same
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
             request = msgspec.structs.replace(request, params=params)
-        journey = self._journeys[request.id] = Journey(request, self.crew, self._ended)
+        turn = None if self.guarding is None else self.guarding.enter(request)
+        journey = self._journeys[request.id] = Journey(request, self.crew, self._ended, turn)
         self._idle.clear()
         return journey
 
@@ -83,7 +98,9 @@ class Fleet:
         found = await asyncio.gather(*[self._figures(member) for member in decode])
         uses = tuple(member.use(self.crew.epoch) for member in self.crew.members.values())
         agreed = self.agreement is not None
-        return total([one for one in found if one is not None], uses, agreed=agreed)
+        told = total([one for one in found if one is not None], uses, agreed=agreed)
+        guard = () if self.guarding is None else self.guarding.stats()
+        return msgspec.structs.replace(told, guard=guard)
 
     async def set_tenants(
         self, quotas: dict[str, float], terms: dict[str, TenantTerms] | None = None
@@ -92,6 +109,8 @@ class Fleet:
         self.crew.settled = (quotas, terms)
         if self.agreement is not None:
             self.agreement.settle(terms or {})
+        if self.guarding is not None:
+            self.guarding.settle(quotas, terms or {})
         await asyncio.gather(*[self._set(member, quotas, terms) for member in self.crew.serving()])
 
     async def purge(self, tenant: str) -> Purged:

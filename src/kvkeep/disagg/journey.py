@@ -10,6 +10,7 @@ from typing import Final, Self
 import msgspec
 
 from kvkeep.disagg.crew import Crew
+from kvkeep.disagg.guarding import Turn
 from kvkeep.disagg.members import Member
 from kvkeep.disagg.split import Way, single, split, splits
 from kvkeep.engine.api import Chunk, ChunkStream, FinishReason, GenerateRequest, Handover
@@ -32,12 +33,20 @@ class Journey:
     """
 
     def __init__(
-        self, request: GenerateRequest, crew: Crew, ended: Callable[[Journey], None]
+        self,
+        request: GenerateRequest,
+        crew: Crew,
+        ended: Callable[[Journey], None],
+        turn: Turn | None = None,
     ) -> None:
-        """`ended` hears that no worker has anything of it any more."""
+        """`ended` hears that no worker has anything of it any more.
+
+        `turn` is its place in its tenant's guard, where there is one.
+        """
         self.request = request
         self._crew = crew
         self._ended = ended
+        self._turn = turn
         self._begun_s = asyncio.get_running_loop().time()
         self._single = single(request)
         self._told: tuple[int, ...] = ()
@@ -120,7 +129,10 @@ class Journey:
             )
 
     async def _begin(self) -> ChunkStream:
-        """Start on the workers it is placed on, once there is a decode worker."""
+        """Start on the workers it is placed on, once it may and there is a decode worker."""
+        if self._turn is not None:
+            guarded = await self._turn.comes()
+            self.request = msgspec.structs.replace(self.request, guarded=guarded)
         decode = await self._decode_worker()
         self._attempts += 1
         self._skip = Counter() if self._single else self._chunks.copy()
@@ -157,7 +169,10 @@ class Journey:
                 Way(prefill.info.link, patience_s, self._told, again=True),
             )
         if not self._told:
-            return decode.client.submit(request)
+            stream = decode.client.submit(request)
+            if self._turn is not None and sampled(request):
+                self._turn.runs(decode.client.verdict(request.id))
+            return stream
         alone = msgspec.structs.replace(request, handover=Handover(role="decode"))
         stream = decode.client.submit(alone)
         decode.client.begin(alone.id, self._told, ())
@@ -174,6 +189,8 @@ class Journey:
 
     def _prefill_of(self, request: GenerateRequest) -> Member | None:
         """Return the worker that computes the prompt; None: the decode worker does."""
+        if sampled(request):  # its shadow needs the prompt computed where it is answered
+            return None
         options, info = self._crew.options, self._crew.info
         least_tokens = max(options.least_tokens, PAGE_TOKENS)
         if self._attempts > MOST_PREFILLS or not splits(
@@ -201,7 +218,14 @@ class Journey:
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.aclose()
+        if self._turn is not None:
+            self._turn.leave()
         for member in (self._decode, self._prefill):
             if member is not None:
                 member.let_go()
         self._decode = self._prefill = None
+
+
+def sampled(request: GenerateRequest) -> bool:
+    """Tell whether a request is to carry a shadow."""
+    return request.guarded is not None and request.guarded.sampled

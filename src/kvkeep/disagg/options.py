@@ -32,8 +32,10 @@ def check_engine(engine: EngineOptions) -> None:
     """Refuse what can't be handed over; raises `ConfigError`."""
     if not engine.prefix_caching:
         raise ConfigError("link: pages are handed over from cache to cache; keep prefix_caching")
-    if engine.guard_share:
-        raise ConfigError("guard_share: shadows are not handed over; leave it at 0")
+    if engine.guard_share and not engine.guard_led:
+        raise ConfigError(
+            "guard_share: two engines of a request have no guard of their own; leave it at 0"
+        )
 
 
 class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -63,7 +63,7 @@ NOTHING: Final = msgspec.convert(
 def total(
     of: Sequence[EngineStats], workers: tuple[WorkerUse, ...], *, agreed: bool = False
 ) -> EngineStats:
-    """Return the sum of what engines say of themselves; they have no guards.
+    """Return the sum of what engines say of themselves: led ones nothing of guards.
 
     `agreed`: their votes are counted as one.
     """

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from kvkeep.cache.tiers import TierUse
+from kvkeep.engine.guarded import Guarded, GuardUse
 from kvkeep.engine.moments import Moments
 
 
@@ -103,6 +104,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     protected: tuple[tuple[int, int], ...] = ()
     """Ranges of its prompt that are never evicted."""
     handover: Handover | None = None
+    guarded: Guarded | None = None
+    """Of its tenant's guard, where that is kept by whoever leads a cluster's workers."""
     timed: bool = False
     """Whether its last chunk says when what happened."""
 
@@ -157,6 +160,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int
     bytes_per_token: int
     """Of a stored page."""
+    uncoded_bytes_per_token: float = 0.0
+    """Of a page in the model's dtype."""
     kernel: str
     kv: str = "bf16"
     """How pages are stored; `bf16` stands for the model's dtype."""
@@ -263,27 +268,6 @@ class SharingStats(msgspec.Struct, frozen=True, kw_only=True):
     alerts: tuple[tuple[str, str, int], ...] = ()
     """(rule, action, count)."""
     alerts_failed: int = 0
-
-
-class GuardUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What the shadows of one tenant's requests have said, for the admin port only."""
-
-    tenant: str
-    shadowed: int
-    """Requests that were compared with their shadow."""
-    unshadowed: int
-    """Requests that were drawn and not: too large, ended by their client, or with nothing to lose.
-    """
-    compared_tokens: int
-    agreed_tokens: int
-    """Of these, those whose most likely next token was the same."""
-    recalled_tokens: int = 0
-    """Tokens planted behind prompts that shadows told."""
-    forgotten_tokens: int = 0
-    """Of these, those that were not told without the whole cache."""
-    kl_nats: float
-    """Summed over the compared tokens."""
-    steps_back: int
 
 
 class Histogram(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,11 +26,11 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
+from kvkeep.engine.choosing import KEPT
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.evictors import evictor_of, measured_heads
-from kvkeep.engine.forms import Forms, controller_of
+from kvkeep.engine.forms import forms_of
 from kvkeep.engine.gate import PrefillCost
-from kvkeep.engine.guard import Guard, GuardLimits
 from kvkeep.engine.lower import order_of, sizes_of, tier_of
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
@@ -54,12 +54,8 @@ from kvkeep.quant.hack import Hack
 from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
-from kvkeep.sharing.state import FileStore, NoStore
 from kvkeep.shield.guarantees import describe
 from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
-
-KEPT = "kept"
-"""Codec in the tag of pages in the model's dtype beside coded ones; keys are turned as theirs."""
 
 _KEPT_VIEWS = 1 << 48
 """Numbers of views over kept pages begin here."""
@@ -167,9 +163,9 @@ def build_core(
             model, pool, kernels, backend.upload, planner, techniques, shape, parts.listeners
         )
     )
-    info = _info(options, model, pool, kernels.name, max_model_len)
+    info = _info(options, model, pool, kernels.name, max_model_len, shape)
     evicts = techniques.evictor.watch(max_model_len) is not None
-    forms = _forms(options, caches, sharing, evicts=evicts)
+    forms = forms_of(options, caches, sharing.may_code, evicts=evicts)
     core = EngineCore(
         info,
         caches,
@@ -187,7 +183,7 @@ def build_core(
         prompts = pinned_prompts(Path(options.share.pinned), text)
         pin(core, caches.of(techniques.codec.name), prompts)
         core.reset_counters()
-    forms.guard.asleep = False
+    forms.wake()
     caches.tiers.asleep = False
     return core
 
@@ -231,22 +227,6 @@ def _caches(
             first_view=_KEPT_VIEWS,
         )
     return Caches(managers, policy, lower)
-
-
-def _forms(options: EngineOptions, caches: Caches, sharing: Sharing, *, evicts: bool) -> Forms:
-    """Return what chooses between the forms that there is memory for."""
-    names = tuple(caches.managers)
-    if options.guard_share and len(names) == 1 and not evicts:
-        raise ConfigError(
-            f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
-            " can drift; choose another kv, let tokens be evicted, or leave it at 0"
-        )
-    controller = controller_of(options, names, caches.of(names[-1]).pool.spec.bytes_per_token)
-    limits = GuardLimits(options.guard_share, options.guard_samples, options.guard_kl)
-    state = options.guard_state
-    store = FileStore(Path(state), "guard_state") if state and options.guard_share else NoStore()
-    guard = Guard(limits, names[-1], len(names) - 1 + evicts, store)
-    return Forms(controller, guard, caches, sharing.may_code, evicts=evicts)
 
 
 def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
@@ -332,7 +312,12 @@ def _pool(
 
 
 def _info(
-    options: EngineOptions, model: HostedModel, pool: TilePool, kernel: str, max_model_len: int
+    options: EngineOptions,
+    model: HostedModel,
+    pool: TilePool,
+    kernel: str,
+    max_model_len: int,
+    shape: KVShape,
 ) -> ModelInfo:
     spec = model.spec
     return ModelInfo(
@@ -347,6 +332,7 @@ def _info(
         head_dim=spec.head_dim,
         num_pages=pool.num_pages,
         bytes_per_token=pool.spec.bytes_per_token,
+        uncoded_bytes_per_token=Float().page_spec(shape).bytes_per_token,
         kernel=kernel,
         kv=options.kv,
         evict=options.evict,

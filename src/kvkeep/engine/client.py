@@ -20,10 +20,12 @@ from kvkeep.engine.api import (
     TenantTerms,
     TokenLogprob,
 )
+from kvkeep.engine.guarded import Said
 from kvkeep.errors import ConfigError, EngineError, EngineStopped
 
 Progress = Callable[[int, int], None]
 Arrivals = asyncio.Queue[Chunk | EngineError]
+Verdict = asyncio.Future[tuple[Said, ...]]
 
 
 class Transport(Protocol):
@@ -92,6 +94,7 @@ class MessageClient:
         self._purges: deque[asyncio.Future[Purged]] = deque()
         self._votes: deque[asyncio.Future[m.Votes]] = deque()
         self._published: deque[asyncio.Future[None]] = deque()
+        self._verdicts: dict[str, Verdict] = {}
         self._failure: Exception | None = None
         self._drained = asyncio.Event()
         """No stream is open."""
@@ -107,6 +110,8 @@ class MessageClient:
         stream: Arrivals = asyncio.Queue()
         self._streams[request.id] = stream
         self._drained.clear()
+        if request.guarded is not None and request.guarded.sampled:
+            self._verdicts[request.id] = self._loop.create_future()
         self._transport.send(m.Submit(request))
         return _Stream(request, stream, self._ended)
 
@@ -116,6 +121,13 @@ class MessageClient:
         """Let a request go on after another engine's tokens; see `messages.Begin`."""
         if self._failure is None and request_id in self._streams:
             self._transport.send(m.Begin(request_id, token_ids, logprobs))
+
+    def verdict(self, request_id: str) -> Verdict:
+        """Return what the shadow of a sampled request will have said.
+
+        Nothing is said where the request fails, or the engine ends before.
+        """
+        return self._verdicts[request_id]
 
     async def info(self) -> ModelInfo:
         """Return the model's description, once loaded and warm."""
@@ -195,6 +207,8 @@ class MessageClient:
         match reply:
             case m.Outputs(items):
                 for request_id, chunk in items:
+                    if chunk.error is not None:
+                        self._judge(request_id, ())
                     stream = self._streams.get(request_id)
                     if stream is not None:
                         stream.put_nowait(chunk)
@@ -212,6 +226,8 @@ class MessageClient:
                 _resolve(self._votes.popleft(), reply)
             case m.Published():
                 _resolve(self._published.popleft(), None)
+            case m.Verdict(request_id, said):
+                self._judge(request_id, said)
             case m.Loading(done, total):
                 if self._progress is not None:
                     self._progress(done, total)
@@ -221,6 +237,12 @@ class MessageClient:
                 self._fail(_error(kind, message))
             case m.Stopped():
                 self._fail(EngineStopped("the engine was stopped"))
+
+    def _judge(self, request_id: str, said: tuple[Said, ...]) -> None:
+        """Tell what a sampled request has said, once; whoever has left has let go of it."""
+        future = self._verdicts.pop(request_id, None)
+        if future is not None:
+            _resolve(future, said)
 
     def _fail(self, error: Exception) -> None:
         """End everything that waits; later calls raise `EngineStopped`."""
@@ -233,6 +255,8 @@ class MessageClient:
         down = error if isinstance(error, EngineError) else EngineStopped(str(error))
         for stream in self._streams.values():
             stream.put_nowait(down)
+        for request_id in list(self._verdicts):
+            self._judge(request_id, ())
         waiting: list[asyncio.Future[Any]] = [
             *self._stats,
             *self._tenants,

@@ -71,7 +71,7 @@ class EngineCore:
         self._prefix_caching = prefix_caching
         self.info = info
         self.caches = caches
-        self._forms = forms
+        self.forms = forms
         self._runner = runner
         self._outputs = outputs
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
@@ -100,7 +100,7 @@ class EngineCore:
         self.caches.set_shares(shares)
         for name in self._shares.keys() - shares.keys():
             self.caches.forget(name)
-            self._forms.guard.forget(name)
+            self.forms.guard.forget(name)
         for name in self.sharing.leaving(terms or {}):
             self.caches.forget_votes(name)
         self.sharing.settle(terms or {})
@@ -111,7 +111,7 @@ class EngineCore:
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
         try:
-            check_request(spec, self.info, self._shares, self.caches, self._forms.least(spec))
+            check_request(spec, self.info, self._shares, self.caches, self.forms.least(spec))
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -123,9 +123,9 @@ class EngineCore:
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
         request = Request(spec, now, deadline, awaits=awaits(spec))
         request.watch = self._runner.watch(spec) if self.sharing.may_evict(spec) else None
-        request.epoch, request.sample = self._forms.enter(spec, evicts=request.watch is not None)
+        request.epoch, request.sample = self.forms.enter(spec, evicts=request.watch is not None)
         self._queue(request)
-        probe = probe_beside(request, self._forms.guard, self.info.max_model_len)
+        probe = probe_beside(request, self.forms.guard, self.info.max_model_len)
         if probe is not None:
             self._queue(probe)
 
@@ -198,7 +198,7 @@ class EngineCore:
         """Return a snapshot for the admin port."""
         most = self.info.max_model_len
         sources = Sources(
-            self.caches, self._scheduler, self._runner, self.sharing, self._forms.guard, most
+            self.caches, self._scheduler, self._runner, self.sharing, self.forms.guard, most
         )
         return snapshot(sources, self.counters, self._shares)
 
@@ -369,7 +369,7 @@ class EngineCore:
             counters.tpot.add((now - request.first_token_s) / (sequence.generated - 1))
         if all(s.status is Status.FINISHED for s in request.sequences):
             counters.e2e.add(now - request.arrived_s)
-            self._forms.guard.settle(request.sample, counts=reason in GOOD)
+            self.forms.guard.settle(request.sample, counts=reason in GOOD)
             self._requests.pop(request.spec.id, None)
             for chunk in () if request.held is None else request.held.result():
                 self._emit(request.spec.id, stored_as(chunk, request))

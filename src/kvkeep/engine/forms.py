@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from kvkeep.cache.caches import Caches
+from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
-from kvkeep.engine.guard import Guard, Ticket
+from kvkeep.engine.choosing import controller_of
+from kvkeep.engine.guard import Guard, Ticket, guard_of
+from kvkeep.engine.led_guard import LedGuard
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sequence import Request
 from kvkeep.errors import ConfigError
-from kvkeep.quant.controller import ANSWER_TOKENS, ByLength, ByLink, Controller, Fixed
+from kvkeep.quant.controller import ANSWER_TOKENS, Controller
 from kvkeep.types import PAGE_TOKENS
-
-log = logging.getLogger(__name__)
-
-
-def controller_of(
-    options: EngineOptions, names: tuple[str, ...], bytes_per_token: float
-) -> Controller:
-    """Return what chooses among forms; `bytes_per_token`: of those that are not coded."""
-    link = options.kv_auto_link_bytes_per_s
-    if options.kv != "auto":
-        if link is not None:
-            raise ConfigError("kv_auto_link_bytes_per_s: only kv = auto chooses by it; set that")
-        return Fixed(names)
-    by_length = ByLength(names, options.kv_auto_tokens)
-    if link is None:
-        return by_length
-    if link <= 0 or options.kv_auto_link_wait_s < 0:
-        raise ConfigError(
-            f"kv_auto_link_bytes_per_s: {link:g} with kv_auto_link_wait_s ="
-            f" {options.kv_auto_link_wait_s:g}; the first must be above 0, the other not below"
-        )
-    by_link = ByLink(by_length, bytes_per_token, link, options.kv_auto_link_wait_s)
-    log.info(
-        "kv auto: prompts of more than %d tokens are coded: in 16 bits they would take longer than"
-        " %g s on the link",
-        by_link.bound_tokens,
-        by_link.wait_s,
-    )
-    return by_link
 
 
 class Forms:
@@ -50,7 +23,7 @@ class Forms:
     def __init__(
         self,
         controller: Controller,
-        guard: Guard,
+        guard: Guard | LedGuard,
         caches: Caches,
         may_code: Callable[[str], bool],
         *,
@@ -73,12 +46,15 @@ class Forms:
         `evicts`: tokens of it may be. What cannot drift is no part of it; a search, whose beams
         change places, has no shadow.
         """
-        if not evicts and self.least(spec) == self.guard.form:
-            return Ticket(0, None)
+        drifts = evicts or self.least(spec) != self.guard.form
         answer = _answer(spec)
         length = len(spec.prompt_ids) + answer
         fits = self._caches.of(self.guard.form).fits(spec.tenant, _pages(length))
         can = fits and not spec.params.use_beam_search
+        if isinstance(self.guard, LedGuard):
+            return self.guard.enter(spec, length, max(1, answer), can=drifts and can)
+        if not drifts:
+            return Ticket(0, None)
         return self.guard.enter(spec.tenant, length, max(1, answer), can=can)
 
     def settle(self, request: Request) -> bool:
@@ -86,7 +62,7 @@ class Forms:
         if request.settled:
             return True
         spec = request.spec
-        floor = self.guard.floor(spec.tenant, request.epoch)
+        floor = self._floor(request)
         if floor is None:
             return False
         if self._evicts and floor:
@@ -97,6 +73,20 @@ class Forms:
         if request.sample is not None and same and request.watch is None:
             request.sample.over = True
         return True
+
+    def wake(self) -> None:
+        """Sample from now on: what comes is clients'."""
+        if isinstance(self.guard, Guard):
+            self.guard.asleep = False
+
+    def verdicts(self) -> list[m.Verdict]:
+        """Return what samples have said since the last call that somebody else has asked for."""
+        return self.guard.take() if isinstance(self.guard, LedGuard) else []
+
+    def _floor(self, request: Request) -> int | None:
+        if isinstance(self.guard, LedGuard):
+            return self.guard.floor(request.spec)
+        return self.guard.floor(request.spec.tenant, request.epoch)
 
     def _fitting(self, spec: GenerateRequest, floor: int) -> str:
         """Return the form with the most bits up to the floor's that the tenant's share holds."""
@@ -112,6 +102,22 @@ class Forms:
             may_code=self._may_code(spec.tenant),
             floor=floor,
         )
+
+
+def forms_of(
+    options: EngineOptions, caches: Caches, may_code: Callable[[str], bool], *, evicts: bool
+) -> Forms:
+    """Return what chooses between the forms that there is memory for; raises `ConfigError`."""
+    names = tuple(caches.managers)
+    if options.guard_share and len(names) == 1 and not evicts:
+        raise ConfigError(
+            f"guard_share: pages of kv = {options.kv} are stored as they were computed, and nothing"
+            " can drift; choose another kv, let tokens be evicted, or leave it at 0"
+        )
+    controller = controller_of(options, names, caches.of(names[-1]).pool.spec.bytes_per_token)
+    led = options.guard_led
+    guard = LedGuard(names[-1]) if led else guard_of(options, names[-1], len(names) - 1 + evicts)
+    return Forms(controller, guard, caches, may_code, evicts=evicts)
 
 
 def _answer(spec: GenerateRequest) -> int:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
-from kvkeep.engine.api import GuardUse
-from kvkeep.sharing.state import StateStore
+from kvkeep.engine.guarded import GuardUse, Said
+from kvkeep.engine.options import EngineOptions
+from kvkeep.sharing.state import FileStore, NoStore, StateStore
 
 LAG: Final = 2
 """Epochs from the one that was sampled to the one that follows from it."""
@@ -85,6 +87,12 @@ class Sample:
     def skip(self) -> None:
         """Count a row that says nothing: it took its place in what was reserved."""
         self.rows += 1
+
+    def take(self, said: Said) -> None:
+        """Take in all that was said elsewhere."""
+        self.compared, self.agreed = said.compared, said.agreed
+        self.recalled, self.forgotten = said.recalled, said.forgotten
+        self.kl_nats = said.kl_nats
 
     def void(self) -> None:
         """Drop what was said: how much was depends on when its request was ended."""
@@ -219,6 +227,23 @@ class Guard:
         if own is not None:
             own.count(sample)
 
+    def hear(self, ticket: Ticket, said: tuple[Said, ...]) -> None:
+        """Take in what a sample, and a probe beside it, have said in another engine.
+
+        Nothing: it does not count.
+        """
+        sample = ticket.sample
+        if sample is None or sample.settled:
+            return
+        own = self._tenants.get(sample.tenant)
+        ours = [] if own is None else own.samples.get(ticket.epoch, [])
+        for one in said if sample in ours else ():
+            heard = self.plant(ticket, 0, 0) if one.probe else sample
+            assert heard is not None
+            heard.take(one)
+            self.settle(heard, counts=True)
+        self.settle(sample, counts=False)
+
     def forget(self, tenant: str) -> None:
         """Drop what is remembered of a tenant that left."""
         self._tenants.pop(tenant, None)
@@ -279,6 +304,14 @@ class Guard:
             self._store.save(msgspec.json.encode(self._back))
         except OSError as error:
             log.warning("guard: steps back could not be saved: %s", type(error).__name__)
+
+
+def guard_of(options: EngineOptions, form: str, steps: int) -> Guard:
+    """Return the guard that the options ask for, asleep."""
+    limits = GuardLimits(options.guard_share, options.guard_samples, options.guard_kl)
+    state = options.guard_state
+    store = FileStore(Path(state), "guard_state") if state and options.guard_share else NoStore()
+    return Guard(limits, form, steps, store)
 
 
 def draw(tenant: str, number: int, what: bytes = b"") -> float:

@@ -91,6 +91,8 @@ def _serve(core: EngineCore, inbox: m.Inbox, reply: m.Sink, beside: Beside) -> N
         outputs = core.step()
         if outputs:
             reply(m.Outputs(tuple((o.request_id, o.chunk) for o in outputs)))
+        for verdict in core.forms.verdicts():
+            reply(verdict)
         beside.after(outputs)
 
 

@@ -16,6 +16,7 @@ from kvkeep.engine.api import (
     TenantTerms,
     TokenLogprob,
 )
+from kvkeep.engine.guarded import Said
 from kvkeep.sharing.ledger import Ballot
 
 
@@ -140,6 +141,16 @@ class Published(msgspec.Struct, frozen=True, tag=True):
     """Answer to `Publish`."""
 
 
+class Verdict(msgspec.Struct, frozen=True, tag=True):
+    """What the shadow of a sampled request has said, and that of a probe beside it.
+
+    Told once for each such request that was taken; nothing said: it had none, or it does not count.
+    """
+
+    request_id: str
+    said: tuple[Said, ...] = ()
+
+
 class Stopped(msgspec.Struct, frozen=True, tag=True):
     """The loop has ended as asked."""
 
@@ -154,6 +165,7 @@ Reply = (
     | PurgeDone
     | Votes
     | Published
+    | Verdict
     | Stopped
 )
 

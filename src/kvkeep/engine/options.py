@@ -114,6 +114,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Part of the memory for shadows and tenants that stepped back; `auto` has its own."""
     guard_state: str | None = None
     """File that carries steps back over restarts."""
+    guard_led: bool = False
+    """Whether requests are sampled, and steps back decided, where a cluster's workers are led."""
     kv_cache_bytes: int | None = None
     evict: EvictName = "off"
     evict_window: int | None = None

@@ -8,6 +8,7 @@ import msgspec
 
 from kvkeep.engine.api import SamplingParams
 from kvkeep.engine.guard import Guard, Ticket, draw
+from kvkeep.engine.led_guard import LedGuard
 from kvkeep.engine.sequence import Request
 
 CUE_TOKENS: Final = 8
@@ -20,7 +21,7 @@ def probe_id(request_id: str) -> str:
     return f"{request_id}/recall"
 
 
-def probe_beside(request: Request, guard: Guard, max_tokens: int) -> Request | None:
+def probe_beside(request: Request, guard: Guard | LedGuard, max_tokens: int) -> Request | None:
     """Return a request for the same prompt and then a passage of it again, beside a sampled one.
 
     The passage comes from before the rows that are observed, from a place drawn for the request.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.api import EngineStats, FinishReason, TenantUse
 from kvkeep.engine.guard import Guard
+from kvkeep.engine.led_guard import LedGuard
 from kvkeep.engine.runner import ModelRunner
 from kvkeep.engine.scheduler import Scheduler
 from kvkeep.engine.sharing import Sharing
@@ -21,7 +22,7 @@ class Sources(NamedTuple):
     scheduler: Scheduler
     runner: ModelRunner
     sharing: Sharing
-    guard: Guard
+    guard: Guard | LedGuard
     max_tokens: int
     """Of a prompt."""
 

@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from kvkeep import metrics as m
 from kvkeep.cache.tiers import TierUse
-from kvkeep.engine.api import EngineStats, GuardUse, Histogram, SharingStats
+from kvkeep.engine.api import EngineStats, Histogram, SharingStats
+from kvkeep.engine.guarded import GuardUse
 from kvkeep.server.frontend import Frontend, Health
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
