@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,21 @@ import pytest
 
 from kvkeep.engine.given import Giver
 from kvkeep.engine.options import EngineOptions, GivenKeys, KeyOptions
-from kvkeep.engine.sealers import key_client, seal_model, sealing_of, unwrap_of
-from kvkeep.errors import CheckpointError, ConfigError
+from kvkeep.engine.sealers import (
+    key_client,
+    seal_model,
+    sealing_of,
+    shred_in,
+    store_path,
+    unwrap_of,
+)
+from kvkeep.errors import CheckpointError, ConfigError, KeysGone, SealError
+from kvkeep.sealing import PageSealer, SealContext, layers_of
 from kvkeep.shield.folder import read_body
+from kvkeep.shield.receipt import SignedReceipt
+from kvkeep.shield.workers import stores_of
+from kvkeep.types import PageTag
+from tests.shield.providers.machines import Machine, machine, verifier
 
 
 def options(folder: Path, **changes: Any) -> EngineOptions:
@@ -54,11 +69,91 @@ def test_who_seals_nothing_below_memory_is_given_nothing(
     giver.close()
 
 
-def test_an_attested_worker_asks_for_itself(tmp_path: Path) -> None:
+def test_an_attested_worker_is_released_a_key_of_its_own(tmp_path: Path) -> None:
     leads = options(tmp_path, shield="tee")
+    named = "attested:https://v.example,kek,/entry"
+    leads = msgspec.structs.replace(leads, keys=msgspec.structs.replace(leads.keys, provider=named))
     giver = Giver(leads, tmp_path)
-    assert giver.of("decode-0") == leads.keys
+    own = giver.of("decode-0")
+    assert own.provider == "attested:https://v.example,kek/decode-0,/entry"
+    assert own.store == f"{leads.keys.store}.workers/decode-0"
+    assert (own.model_provider, own.given) == (named, None)
     giver.close()
+    with pytest.raises(ConfigError, match="set shield_keys to attested:URL,KEY"):
+        Giver(options(tmp_path, shield="tee"), tmp_path).of("decode-0")
+
+
+CONTEXT = SealContext("acme", PageTag("acme"), b"h" * 32, b"m" * 32, b"s" * 16)
+SIZES = (6,)
+
+
+@contextmanager
+def attesting(leads: EngineOptions, worker: str, entry: Machine) -> Iterator[PageSealer]:
+    """Yield what seals on a worker that is on a machine of its own."""
+    keys = Giver(leads, Path()).of(worker)
+    provider = f"{keys.provider},{entry.path}"
+    sealing = sealing_of(
+        msgspec.structs.replace(leads, keys=msgspec.structs.replace(keys, provider=provider))
+    )
+    try:
+        yield sealing.sealer
+    finally:
+        sealing.close()
+
+
+def opens(sealer: PageSealer, frame: memoryview) -> bytes:
+    return b"".join(layers_of(sealer.open(CONTEXT, frame, SIZES), SIZES))
+
+
+def test_attested_workers_open_their_own_pages_alone_and_one_receipt_is_for_all(
+    tmp_path: Path,
+) -> None:
+    with (
+        verifier() as service,
+        machine(tmp_path / "one") as one,
+        machine(tmp_path / "two") as two,
+    ):
+        one.measurement, two.measurement = b"one", b"two"
+        service.only = {"kek/decode-0": b"one", "kek/decode-1": b"two"}
+        for name in service.only:
+            service.keys[name] = os.urandom(32)
+        leads = options(tmp_path, shield="tee")
+        provider = f"attested:{service.url},kek"
+        keys = msgspec.structs.replace(leads.keys, provider=provider)
+        leads = msgspec.structs.replace(leads, keys=keys)
+        with attesting(leads, "decode-0", one) as own, attesting(leads, "decode-1", two) as other:
+            frame = own.seal(CONTEXT, b"a page", SIZES)
+            assert opens(own, frame) == b"a page"
+            other.seal(CONTEXT, b"a page", SIZES)
+            with pytest.raises(SealError, match="another key"):
+                opens(other, frame)
+        with (
+            pytest.raises(ConfigError, match="the verifier refuses this machine's report"),
+            attesting(leads, "decode-0", two),
+        ):
+            pass
+        stores = stores_of(store_path(leads.keys))
+        assert [store.name for store in stores] == ["decode-0", "decode-1"]
+        at_the_leaders = msgspec.structs.replace(keys, provider=f"{provider},{one.path}")
+        service.measurement = b"one"
+        receipt = msgspec.json.decode(shred_in(at_the_leaders, "acme"), type=SignedReceipt)
+        assert [gone.owner for gone in receipt.check().destroyed] == ["acme", "acme"]
+        with attesting(leads, "decode-0", one) as own, pytest.raises(KeysGone):
+            opens(own, frame)
+
+
+def test_a_sealed_checkpoint_is_opened_by_the_clusters_key_under_tee_too(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    with verifier() as service, machine(tmp_path / "entry") as guest:
+        keys = KeyOptions(
+            provider=f"attested:{service.url},kek,{guest.path}",
+            store=str(tmp_path / "sealing.json"),
+        )
+        body = seal_model(keys, tiny["qwen2"], tmp_path / "sealed")
+        leads = EngineOptions(model=str(tmp_path / "sealed"), shield="tee", keys=keys)
+        own = Giver(leads, tmp_path / "sealed").of("decode-0")
+        assert bytes(unwrap_of(own)(body)) == bytes(unwrap_of(keys)(body))
 
 
 def test_a_sealed_checkpoints_key_is_given_in_place_of_its_provider(

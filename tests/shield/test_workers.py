@@ -20,7 +20,7 @@ from kvkeep.shield.opened import opened, opened_by_worker
 from kvkeep.shield.providers.local import make_key_file
 from kvkeep.shield.providers.provider import parse_spec
 from kvkeep.shield.receipt import SignedReceipt
-from kvkeep.shield.workers import cluster_of, is_worker, owner_of, store_of, workers_of
+from kvkeep.shield.workers import cluster_of, is_worker, owner_of, store_of, stores_of
 from kvkeep.types import PageTag
 
 PAGE, SIZES = b"a page of a tenant", (6, 12)
@@ -144,8 +144,19 @@ def test_a_shredded_tenants_pages_open_on_no_worker(keys: Keys, tmp_path: Path) 
             keys.client.shred("a")
 
 
-def test_names_of_workers_are_told_from_tenants() -> None:
-    assert workers_of(["acme", "*public", owner_of("b-1"), owner_of("a-0")]) == ("a-0", "b-1")
+def test_names_of_workers_are_told_from_tenants(tmp_path: Path) -> None:
+    assert [is_worker(name) for name in ("acme", "*public", owner_of("b-1"))] == [
+        False,
+        False,
+        True,
+    ]
+    assert stores_of(tmp_path / "k.sealing") == []
+    for name in ("b-1", "a-0", "a-0.lock"):
+        path = tmp_path / "k.sealing.workers" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = [store_of(tmp_path / "k.sealing", name) for name in ("a-0", "b-1")]
+    assert stores_of(tmp_path / "k.sealing") == found
     assert cluster_of(store_of(Path("x/k.sealing"), "a-0")) == (Path("x/k.sealing"), "a-0")
     for name in ("", "../a", "a.b", "A", "a/b"):
         with pytest.raises(ConfigError, match=r"worker: .* must be of small letters"):

@@ -21,7 +21,7 @@ from kvkeep.shield.keystore import KeyStore
 from kvkeep.shield.opened import OpenedStore, opened, opened_by_worker
 from kvkeep.shield.providers.provider import located, parse_spec
 from kvkeep.shield.secret import forbid_dumps
-from kvkeep.shield.workers import PROVIDER, cluster_of
+from kvkeep.shield.workers import PROVIDER, cluster_of, stores_of
 
 MODEL_SETTINGS = (
     "config",
@@ -110,11 +110,12 @@ def key_options(settings: Settings) -> KeyOptions:
 def opened_store(settings: Settings) -> Iterator[OpenedStore]:
     """Open the key store for its operator; raises `ConfigError` where there is none."""
     path = key_store(settings)
-    if not path.exists():
+    there = path.exists()
+    if not (there or stores_of(path)):
         raise ConfigError(f"shield_store: there is no {path}; name the one the server was given")
     forbid_dumps()
     options = key_options(settings)
-    if KeyStore(path).read().provider != PROVIDER:
+    if not there or KeyStore(path).read().provider != PROVIDER:
         with opened(path, provider_of(options)) as store:
             yield store
         return

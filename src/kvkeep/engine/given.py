@@ -8,7 +8,13 @@ import msgspec
 
 from kvkeep.engine.lower import sizes_of
 from kvkeep.engine.options import EngineOptions, GivenKeys, KeyOptions
-from kvkeep.engine.sealers import key_client, mode_of, store_path, unwrap_of
+from kvkeep.engine.sealers import (
+    attested_worker,
+    key_client,
+    mode_of,
+    store_path,
+    unwrap_of,
+)
 from kvkeep.errors import CheckpointError, SealError
 from kvkeep.shield import workers
 from kvkeep.shield.folder import is_sealed, read_body
@@ -29,10 +35,13 @@ class Giver:
             self._keys.start()
 
     def of(self, worker: str) -> KeyOptions:
-        """Return by what a worker seals; raises `SealError` while its key can't be had."""
+        """Return by what a worker seals; raises `SealError` while its key can't be had.
+
+        Raises `ConfigError` under tee where nobody releases keys against attestation.
+        """
         options = self._options.keys
-        if mode_of(self._options) == "tee":  # it attests itself, and is given the provider's key
-            return options
+        if mode_of(self._options) == "tee":  # it attests itself, and is released a key of its own
+            return attested_worker(options, worker)
         given = GivenKeys(
             pages=b"" if self._keys is None else self._keys.worker_key(worker), model=self._model
         )

@@ -73,6 +73,8 @@ class KeyOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which a tenant's pages are sealed under a new key."""
     dumps: bool = False
     """Whether an engine process that seals may write cores and be attached to by its user."""
+    model_provider: str | None = None
+    """Whose key a sealed checkpoint's is wrapped by; None: `provider`'s."""
     given: GivenKeys | None = None
     """Of a cluster's worker: no provider is asked."""
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
 from kvkeep.errors import ConfigError, KeysUnavailable, SealError
 from kvkeep.models.checkpoint import open_checkpoint
 from kvkeep.sealing import KeyState, PageSealer
-from kvkeep.shield import envelope
+from kvkeep.shield import envelope, workers
 from kvkeep.shield.attestation import can_attest
 from kvkeep.shield.cipher import CPU_INFO, FrameSealer, suite_of
 from kvkeep.shield.folder import Body, Unwrap, seal_folder
@@ -129,14 +131,30 @@ def _own_key_file(options: KeyOptions) -> Path:
     return store.with_name(f"{store.name}.kek")
 
 
-def require_attested(options: KeyOptions) -> None:
-    """Raise `ConfigError` where keys are not released against attestation, or it can't be had."""
+def attested_spec(options: KeyOptions) -> ProviderSpec:
+    """Return who releases keys against attestation; raises `ConfigError` where nobody does."""
     spec = parse_spec(options.provider) if options.provider else None
     if spec is None or spec.kind != "attested":
         raise ConfigError(
             "shield: tee needs keys that an attested machine alone is given;"
             f" set shield_keys to {FORMS['attested']}"
         )
+    return spec
+
+
+def attested_worker(options: KeyOptions, worker: str) -> KeyOptions:
+    """Return by what a worker seals that attests itself: a store and a key of its own."""
+    url, key, *entry = attested_spec(options).parts
+    own = ProviderSpec("attested", (url, workers.released_to(worker, key), *entry))
+    store = workers.store_of(store_path(options), worker)
+    return msgspec.structs.replace(
+        options, provider=str(own), store=str(store), model_provider=options.provider
+    )
+
+
+def require_attested(options: KeyOptions) -> None:
+    """Raise `ConfigError` where keys are not released against attestation, or it can't be had."""
+    spec = attested_spec(options)
     if not can_attest(spec.parts[2] if len(spec.parts) > 2 else None):
         raise ConfigError(
             "shield: tee: this machine gives no attestation reports; use seal, or see"
@@ -169,7 +187,8 @@ def unwrap_of(options: KeyOptions) -> Unwrap:
             raise ConfigError(
                 f"shield_keys: the model is sealed by a key of {body.provider}; name its provider"
             )
-        spec = _named_or_own(options)
+        named = options.model_provider
+        spec = _named_or_own(options) if named is None else parse_spec(named)
         try:
             return unwrap_model(str(spec), body.model_id, body.wrapped)
         except KeysUnavailable as error:
@@ -214,7 +233,7 @@ def shred_in(options: KeyOptions, tenant: str) -> bytes:
     Raises `ConfigError` where there is no store, or none of this tenant's keys in it.
     """
     store = store_path(options)
-    if not store.exists():
+    if not (store.exists() or workers.stores_of(store)):
         raise ConfigError(f"shield_store: there is no {store}; no page was ever sealed with it")
     keys = key_client(options)
     try:

@@ -63,10 +63,8 @@ class OpenedStore:
         A worker's store that is not there has no keys.
         """
         elsewhere: list[Destroyed] = []
-        for worker in workers.workers_of(self.store.read().owners):
-            path = workers.store_of(self.store.path, worker)
-            if path.exists():
-                elsewhere += destroy(tenant, KeyStore(path))
+        for path in workers.stores_of(self.store.path):
+            elsewhere += destroy(tenant, KeyStore(path))
         return shred(tenant, self.store, self.provider, self.region, elsewhere=elsewhere)
 
     def worker_key(self, worker: str) -> bytes:

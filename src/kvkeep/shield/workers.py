@@ -7,7 +7,6 @@ no page: from its name key comes what wraps the roots in the worker's store.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +31,21 @@ def is_worker(owner: str) -> bool:
     return owner.startswith(_PREFIX)
 
 
-def workers_of(owners: Iterable[str]) -> tuple[str, ...]:
-    """Return the workers among a store's owners."""
-    return tuple(owner.removeprefix(_PREFIX) for owner in sorted(owners) if is_worker(owner))
-
-
 def store_of(store: Path, worker: str) -> Path:
     """Return a worker's store, in a folder beside the cluster's: nodes need that folder alone."""
     return store.with_name(store.name + _FOLDER) / worker
+
+
+def stores_of(store: Path) -> list[Path]:
+    """Return the workers' stores that are there beside the cluster's."""
+    folder = store.with_name(store.name + _FOLDER)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if _NAME.fullmatch(path.name) and path.is_file()]
+
+
+def released_to(worker: str, key: str) -> str:
+    """Return what a verifier calls the key that it releases to one worker, beside the cluster's."""
+    return f"{key}/{owner_of(worker).removeprefix(_PREFIX)}"
 
 
 def cluster_of(store: Path) -> tuple[Path, str]:

@@ -79,6 +79,8 @@ class Verifier:
         self.keys = {"kek": os.urandom(32)}
         self.nonces: set[bytes] = set()
         self.measurement = b"good"
+        self.only: dict[str, bytes] = {}
+        """Measurements of the machines that keys are for, of those that are for one alone."""
         self.releases = 0
         self.says: dict[str, tuple[int, bytes]] = {}
         """(status, body) in place of an answer, by path."""
@@ -94,7 +96,9 @@ class Verifier:
         nonce, public, report = (
             base64.b64decode(told[name]) for name in ("nonce", "public", "report")
         )
-        if nonce not in self.nonces or not self._holds(report, bound_data(nonce, public)):
+        if nonce not in self.nonces or not self._holds(
+            report, bound_data(nonce, public), self.only.get(told["key"], self.measurement)
+        ):
             return 403, b""
         self.nonces.remove(nonce)
         assert (told["provider"], base64.b64decode(told["auxiliary"])) == (
@@ -110,8 +114,8 @@ class Verifier:
         self.releases += 1
         return 200, _encoded(public=mine, wrapped=wrapped)
 
-    def _holds(self, report: bytes, data: bytes) -> bool:
-        return report == signed(data, self.measurement)
+    def _holds(self, report: bytes, data: bytes, measurement: bytes) -> bool:
+        return report == signed(data, measurement)
 
 
 @contextmanager
