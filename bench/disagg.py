@@ -15,8 +15,8 @@ CacheGen's), unstreamed, and one engine on all threads that computes prompts in 
 commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
 `--only costs` measures forms for the link by themselves; `--only faults` (`bench.disagg_faults`)
 kills workers and routers and breaks links beside 500 requests; with `--quick` beside 40, which
-takes two minutes, most of them starts of processes. What the simulator makes of the same requests
-stands in rows of its own.
+takes two minutes where nothing else runs, most of them starts of processes. What the simulator
+makes of the same requests stands in rows of its own.
 """
 
 from __future__ import annotations

@@ -230,7 +230,9 @@ def parse(name: str, arguments: Sequence[str], description: str | None = None) -
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="end within a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="end within a minute, or what is said above"
+    )
     parser.add_argument("--json", metavar="FILE|-", help="write the report as JSON")
     parser.add_argument("--peer", action="append", default=[], help="measure beside this peer")
     parser.add_argument("--threads", type=int, default=2, help="of the kernels (default: 2)")
