@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,15 @@ from kvkeep.engine.sealers import (
     store_path,
     unwrap_of,
 )
-from kvkeep.errors import CheckpointError, ConfigError, KeysGone, SealError
-from kvkeep.sealing import PageSealer, SealContext, layers_of
+from kvkeep.errors import CheckpointError, ConfigError
 from kvkeep.shield.folder import read_body
+from kvkeep.shield.keyring import Keyring
+from kvkeep.shield.keystore import KeyStore
+from kvkeep.shield.opened import opened
+from kvkeep.shield.providers.provider import parse_spec
 from kvkeep.shield.receipt import SignedReceipt
 from kvkeep.shield.workers import stores_of
-from kvkeep.types import PageTag
-from tests.shield.providers.machines import Machine, machine, verifier
+from tests.shield.providers.machines import machine, verifier
 
 
 def options(folder: Path, **changes: Any) -> EngineOptions:
@@ -83,31 +83,10 @@ def test_an_attested_worker_is_released_a_key_of_its_own(tmp_path: Path) -> None
         Giver(options(tmp_path, shield="tee"), tmp_path).of("decode-0")
 
 
-CONTEXT = SealContext("acme", PageTag("acme"), b"h" * 32, b"m" * 32, b"s" * 16)
-SIZES = (6,)
-
-
-@contextmanager
-def attesting(leads: EngineOptions, worker: str, entry: Machine) -> Iterator[PageSealer]:
-    """Yield what seals on a worker that is on a machine of its own."""
-    keys = Giver(leads, Path()).of(worker)
-    provider = f"{keys.provider},{entry.path}"
-    sealing = sealing_of(
-        msgspec.structs.replace(leads, keys=msgspec.structs.replace(keys, provider=provider))
-    )
-    try:
-        yield sealing.sealer
-    finally:
-        sealing.close()
-
-
-def opens(sealer: PageSealer, frame: memoryview) -> bytes:
-    return b"".join(layers_of(sealer.open(CONTEXT, frame, SIZES), SIZES))
-
-
-def test_attested_workers_open_their_own_pages_alone_and_one_receipt_is_for_all(
-    tmp_path: Path,
+def test_attested_workers_open_their_own_stores_alone_and_one_receipt_is_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kvkeep.shield.keys.ANSWER_S", 60.0)  # of a process, on a loaded machine
     with (
         verifier() as service,
         machine(tmp_path / "one") as one,
@@ -120,26 +99,22 @@ def test_attested_workers_open_their_own_pages_alone_and_one_receipt_is_for_all(
         leads = options(tmp_path, shield="tee")
         provider = f"attested:{service.url},kek"
         keys = msgspec.structs.replace(leads.keys, provider=provider)
-        leads = msgspec.structs.replace(leads, keys=keys)
-        with attesting(leads, "decode-0", one) as own, attesting(leads, "decode-1", two) as other:
-            frame = own.seal(CONTEXT, b"a page", SIZES)
-            assert opens(own, frame) == b"a page"
-            other.seal(CONTEXT, b"a page", SIZES)
-            with pytest.raises(SealError, match="another key"):
-                opens(other, frame)
-        with (
-            pytest.raises(ConfigError, match="the verifier refuses this machine's report"),
-            attesting(leads, "decode-0", two),
-        ):
-            pass
-        stores = stores_of(store_path(leads.keys))
-        assert [store.name for store in stores] == ["decode-0", "decode-1"]
-        at_the_leaders = msgspec.structs.replace(keys, provider=f"{provider},{one.path}")
+        giver = Giver(msgspec.structs.replace(leads, keys=keys), tmp_path)
+        told = [giver.of(name) for name in ("decode-0", "decode-1")]
+        for own, guest in zip(told, (one, two), strict=True):
+            with opened(Path(own.store or ""), parse_spec(f"{own.provider},{guest.path}")) as store:
+                Keyring(store.store, store.provider, store.region).name_key("acme")
+        for asks, why in ((told[0], "refuses this machine's report"), (told[1], "not open")):
+            spec = parse_spec(f"{asks.provider},{two.path}")
+            with pytest.raises(ConfigError, match=why), opened(Path(told[0].store or ""), spec):
+                pass
+        assert stores_of(store_path(keys)) == [Path(own.store or "") for own in told]
         service.measurement = b"one"
+        at_the_leaders = msgspec.structs.replace(keys, provider=f"{provider},{one.path}")
         receipt = msgspec.json.decode(shred_in(at_the_leaders, "acme"), type=SignedReceipt)
         assert [gone.owner for gone in receipt.check().destroyed] == ["acme", "acme"]
-        with attesting(leads, "decode-0", one) as own, pytest.raises(KeysGone):
-            opens(own, frame)
+        for path in stores_of(store_path(keys)):
+            assert "acme" not in KeyStore(path).read().owners
 
 
 def test_a_sealed_checkpoint_is_opened_by_the_clusters_key_under_tee_too(
