@@ -230,6 +230,9 @@ class Settings(BaseSettings):
     cluster_link_wait_s: Seconds = Field(
         0.1, description="and this is long: prompts that 16-bit pages would take longer for"
     )
+    cluster_attend_apart: Count | None = Field(
+        None, description="prompts so long stay where they were computed, read there (cluster)"
+    )
     cluster_certificate: Path | None = Field(
         None, description="PEM file of a worker's certificate, on every node (cluster)"
     )
@@ -326,6 +329,10 @@ class Settings(BaseSettings):
         if self.cluster_link_gbit is not None and (self.cluster is None or self.kv != "auto"):
             raise ConfigError(
                 "cluster_link_gbit: kv = auto chooses by it in a cluster; set both, or leave it out"
+            )
+        if self.cluster_attend_apart is not None and (self.cluster is None or self.kv == "auto"):
+            raise ConfigError(
+                "cluster_attend_apart: pages of one form in a cluster; choose another kv than auto"
             )
         if self.cluster is None:
             return

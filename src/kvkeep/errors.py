@@ -25,6 +25,7 @@ KvkeepError
 └── EngineError                the engine itself failed
     ├── EngineStopped          it is shutting down or has died
     │   └── PrefillLost        of a cluster, the worker that was to compute a prompt
+    ├── PartLost               pages of a running request that another worker held
     ├── NonFiniteKV            a key or value that a codec can't store: the request fails
     ├── RequestCancelled       cancelled by its client or by revocation
     └── DeadlineExceeded       the request's own deadline passed
@@ -148,6 +149,10 @@ class EngineError(KvkeepError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down or has died."""
+
+
+class PartLost(EngineError):
+    """Pages of a running request that another worker held can't be attended to any more."""
 
 
 class PrefillLost(EngineStopped):

@@ -225,6 +225,8 @@ class View:
     version: int = 0
     """How often pages it holds were replaced or dropped: appending pages leaves it alone."""
     packed: Packed | None = None
+    apart: int = 0
+    """Leading pages that lie in another worker; their slots are -1."""
 
     def push(self, slot: int) -> None:
         """Append one page slot."""

@@ -65,6 +65,15 @@ def test_what_a_link_is_slow_for_is_coded() -> None:
             load({key: value for key, value in flags.items() if key != without})
 
 
+def test_prompts_may_stay_where_they_were_computed() -> None:
+    flags: dict[str, Any] = {"cluster": "auto", "cluster_attend_apart": 8192}
+    assert link_options(load(flags)).attend_apart == 8192
+    assert link_options(load({"cluster": "auto"})).attend_apart is None
+    for other in ({"cluster": None}, {"kv": "auto"}):
+        with pytest.raises(ConfigError, match="cluster_attend_apart: pages of one form"):
+            load({**flags, **other})
+
+
 def test_certificates_are_given_together() -> None:
     files = {f"cluster_{name}": f"{name}.pem" for name in ("certificate", "key", "authority")}
     tls = link_options(load(files)).tls

@@ -12,13 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.disagg import wire
-from kvkeep.disagg.wire import Beat, Block, Control, Credit, Drop, Freed, Hello, Lost, Mapped, Want
+from kvkeep.disagg.wire import (
+    Beat,
+    Block,
+    Control,
+    Credit,
+    Drop,
+    Freed,
+    Hello,
+    Hold,
+    Holds,
+    Lost,
+    Mapped,
+    Want,
+)
 from kvkeep.errors import WireError
 
 HELLO = Hello("digest", {"float": "f0"}, "off", 1 << 20)
 RECORDS: list[Control] = [
     HELLO,
     Want(3, "request", 1, 9, bytes(32), bytes(16)),
+    Hold(3, "request", 9, bytes(32), bytes(16)),
+    Holds(3),
     Lost(3, 4),
     Drop(3),
     Credit(1 << 20),
@@ -49,6 +64,13 @@ def encoded(item: Any) -> bytes:
 
 def told(frame: wire.Frame) -> Any:
     return frame.control() if frame.block is None else (frame.block, bytes(frame.payload))
+
+
+@pytest.mark.parametrize("kind", [wire.Kind.PAGES, wire.Kind.ROWS])
+def test_a_frame_says_whether_it_carries_pages_or_rows(kind: wire.Kind) -> None:
+    header = wire.rows_header if kind is wire.Kind.ROWS else wire.pages_header
+    (frame,) = wire.FrameParser().feed(header(BLOCK, b"some") + b"some")
+    assert (frame.kind, frame.block, bytes(frame.payload)) == (kind, BLOCK, b"some")
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -145,7 +167,7 @@ def test_a_parser_that_failed_stays_so() -> None:
 def test_another_version_or_kind_is_refused_by_its_number() -> None:
     other = bytearray(wire.control_bytes(Beat()))
     other[2] = 9
-    with pytest.raises(WireError, match="this worker speaks 1 and the other 9"):
+    with pytest.raises(WireError, match="this worker speaks 2 and the other 9"):
         list(wire.FrameParser().feed(bytes(other)))
     empty = wire.pages_header(BLOCK._replace(pages=0), b"x")
     with pytest.raises(WireError, match="holds none"):

@@ -36,9 +36,13 @@ class Chain:
     """[n, L, Hkv] live masks of the leading n pages."""
     packed: Packed | None = None
     """Tiles of the view's own in place of leading pages; its entries -1 - i name them."""
+    apart: int = 0
+    """Leading pages that lie elsewhere, and are not among `pages`."""
 
     def page_at(self, entry: int) -> int:
         """Return the place in the sequence of an entry of `pages`."""
+        if self.apart:
+            return entry + self.apart
         if self.packed is None or entry <= len(self.packed.tiles):
             return entry
         return entry + self.packed.gap
@@ -61,9 +65,13 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
         own = -1 - np.arange(len(packed.tiles), dtype=np.int32)
         pages = np.concatenate([pages[:1], own, pages[packed.end :]])
         coded = coded and coded - packed.gap
+    if view.apart:
+        pages, coded = pages[view.apart :], max(coded - view.apart, 0)
     masks = evict.masks[: len(pages)] if evict is not None and evict.masks.size else None
     shareable = 0
-    if evict is None or (not evict.masks.size and first + end - begin <= evict.watch.first):
+    if view.apart:
+        shareable = 0
+    elif evict is None or (not evict.masks.size and first + end - begin <= evict.watch.first):
         shareable = first // STEP_TOKENS * STEP_PAGES
         if geometry.window_of(segment) is not None:
             shareable = min(shareable, coded)
@@ -79,6 +87,7 @@ def _chain(segment: Segment, geometry: BatchGeometry, begin: int, end: int, code
         view.tag.scope,
         masks,
         packed,
+        view.apart,
     )
 
 

@@ -20,7 +20,7 @@ from kvkeep.attention.contraction import (
 from kvkeep.attention.cost import CostModel
 from kvkeep.attention.patch import with_moved
 from kvkeep.attention.tree import Forest, Node, build_forest, flat_forest
-from kvkeep.ops.layout import AttentionPlan
+from kvkeep.ops.layout import CARRIED, AttentionPlan
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, Int32Array, UInt64Array, View
 
 CACHED_BYTES = 8 << 20
@@ -193,7 +193,7 @@ def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) ->
         held = chains[forest.order[node.first]]
         run_begin = len(runs)
         for begin, end, layout in _cut_by_layout(node.begin, node.end, held, geometry):
-            page = begin if held.packed is None else held.page_at(begin)
+            page = held.page_at(begin)
             at = total + begin - node.begin
             runs.append((at, end - begin, page * PAGE_TOKENS, layout))
         groups.append((bounds[node.first], bounds[node.last], run_begin, len(runs)))
@@ -214,7 +214,7 @@ def plan_of(geometry: BatchGeometry, chains: Sequence[Chain], forest: Forest) ->
         pages=np.concatenate(entries) if entries else np.zeros(0, np.int32),
         private_tiles=np.concatenate(private) if private else None,
         masks=_stack_masks(masks, total),
-        parents=_parents(forest),
+        parents=_parents(forest, chains),
         row_order=None if straight else _row_order(chains, forest.order),
     )
 
@@ -251,10 +251,14 @@ def _positions(chains: Sequence[Chain], rows: int) -> Int32Array:
     return positions
 
 
-def _parents(forest: Forest) -> Int32Array | None:
-    if len(forest.nodes) == len(forest.order):
+def _parents(forest: Forest, chains: Sequence[Chain]) -> Int32Array | None:
+    if len(forest.nodes) == len(forest.order) and not any(one.apart for one in chains):
         return None
-    return np.array([node.parent for node in forest.nodes], np.int32)
+    parents = [
+        CARRIED if node.parent < 0 and chains[forest.order[node.first]].apart else node.parent
+        for node in forest.nodes
+    ]
+    return np.array(parents, np.int32)
 
 
 def _row_order(chains: Sequence[Chain], order: Sequence[int]) -> Int32Array:

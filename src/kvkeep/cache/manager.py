@@ -212,15 +212,16 @@ class CacheManager:
             self._policy.observe(match.access(at, prompt_len, tuple(served), answer_tokens))
         return view
 
-    def reserve_view(self, n_tokens: int, *, account: str, scope: str) -> View:
-        """Return an empty view with room for `n_tokens`, observed by nobody and never indexed.
+    def reserve_view(self, n_tokens: int, *, account: str, scope: str, apart: int = 0) -> View:
+        """Return a view with room for `n_tokens`, observed by nobody and never indexed.
 
-        Raises `QuotaExceeded` or `PoolExhausted`.
+        It is empty but for `apart` pages that others hold. Raises what `extend` does.
         """
-        view = View(self._next_view, self._tag_of(scope), tainted_from=0)
-        pages = self._store.new_pages(account, view.tag, -(-n_tokens // PAGE_TOKENS), at=0)
+        view = View(self._next_view, self._tag_of(scope), tainted_from=0, apart=apart)
+        view.length, count = apart * PAGE_TOKENS, -(-n_tokens // PAGE_TOKENS) - apart
+        pages = self._store.new_pages(account, view.tag, count, at=apart)
         self._next_view += 1
-        held = HeldView(view, account, pages, 0, offered=True, indexable=False)
+        held = HeldView(view, account, pages, apart, offered=True, indexable=False, apart=apart)
         held.set_slots()
         self._held[view.id] = held
         return view

@@ -34,6 +34,8 @@ class HeldView:
     """Full pages of what the tenant sent; offered once they are all there."""
     offered: bool = False
     indexable: bool = True
+    apart: int = 0
+    """Leading pages of the view that another worker holds, and `pages` lacks."""
     gone: int = 1
     """Pages 1 to `gone` - 1 were let go of; `tiles` hold what is left of them."""
     tiles: OwnTiles | None = None
@@ -44,7 +46,7 @@ class HeldView:
 
     def set_slots(self) -> None:
         """Write the pages' slots into the view."""
-        self.view.assign([page.slot for page in self.pages])
+        self.view.assign([-1] * self.apart + [page.slot for page in self.pages])
 
     def clean_tokens(self, count: int) -> int:
         """Return how many of the first `count` tokens may be indexed."""
@@ -88,7 +90,7 @@ class Closer:
         clean = held.clean_tokens(last * PAGE_TOKENS) // PAGE_TOKENS
         raw = token_bytes(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS])
         for i in range(first, last):
-            page = held.pages[i]
+            page = held.pages[i - held.apart]
             page.state = self._spec.last_state
             if i < clean and not page.attached:
                 begin = (i - first) * KEY_BYTES

@@ -39,15 +39,14 @@ def crew_options(settings: Settings) -> CrewOptions:
 
 def link_options(settings: Settings) -> LinkOptions:
     """Return how pages pass between workers: on loopback, or under TLS wherever they are."""
-    if settings.cluster_certificate is None:
-        return LinkOptions()
-    return LinkOptions(
-        tls=TlsFiles(
+    files = None
+    if settings.cluster_certificate is not None:
+        files = TlsFiles(
             certificate=str(settings.cluster_certificate),
             key=str(settings.cluster_key),
             authority=str(settings.cluster_authority),
         )
-    )
+    return LinkOptions(tls=files, attend_apart=settings.cluster_attend_apart)
 
 
 def counted(share: SharingOptions) -> SharingOptions:

@@ -39,7 +39,7 @@ def build_beside(
     """Return a core whose pages a side sends, or whose tier it is."""
     parts = default_parts(engine)
     if isinstance(side, DecodeSide):
-        parts = msgspec.structs.replace(parts, tier=side)
+        parts = msgspec.structs.replace(parts, tier=side, elsewhere=side)
     else:
         tier = None if engine.tiers else NothingBelow()
         parts = msgspec.structs.replace(parts, tier=tier, listeners=(side,))

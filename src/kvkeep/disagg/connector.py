@@ -27,7 +27,7 @@ class LinkStats:
     """The kind of connection; an emulated link says that it is one."""
     sent_bytes: int = 0
     sent_pages_bytes: int = 0
-    """Of these, in frames of pages."""
+    """Of these, in frames of pages or rows."""
     sent_pages_frames: int = 0
     received_bytes: int = 0
 

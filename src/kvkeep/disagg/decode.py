@@ -11,9 +11,11 @@ from typing import Final
 
 import numpy as np
 
+from kvkeep.attention.apart import part_pages
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.radix import KEY_BYTES, token_bytes
 from kvkeep.cache.tiers import Copy, Install
+from kvkeep.disagg.afar import Afar, AfarPart
 from kvkeep.disagg.incoming import Incoming
 from kvkeep.disagg.inlet import Inlet
 from kvkeep.disagg.options import LinkOptions
@@ -21,6 +23,7 @@ from kvkeep.disagg.prompt import PromptPages, below_of
 from kvkeep.disagg.side import Side
 from kvkeep.disagg.wire import Block, Credit, Drop
 from kvkeep.engine import messages as m
+from kvkeep.engine.apart import Part
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
@@ -47,6 +50,7 @@ class DecodeSide(Side):
     ) -> None:
         super().__init__(engine, options, inbox, clock, seal)
         self._numbers = itertools.count(1)
+        self.afar = Afar(self._waker.wake)
         self._requests: dict[str, list[tuple[Inlet, Incoming]]] = {}
         self._names: dict[SealContext, list[tuple[Incoming, int]]] = {}
         self._inlets: dict[str, Inlet] = {}
@@ -59,7 +63,7 @@ class DecodeSide(Side):
     @property
     def pending(self) -> int:
         """Return the prompts on their way in, and what is known of them."""
-        return len(self._requests) + len(self._names) + len(self._asking)
+        return len(self._requests) + len(self._names) + len(self._asking) + len(self.afar)
 
     @property
     def inlets(self) -> list[Inlet]:
@@ -71,7 +75,7 @@ class DecodeSide(Side):
     def begin(self, core: EngineCore) -> None:
         """Take note of the engine."""
         self._own, thread = self._open(core)
-        wanted = partial(bool, self._requests)
+        wanted = lambda: bool(self._requests) or len(self.afar) > 0  # noqa: E731
         thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
 
     def before(self, command: m.Command) -> None:
@@ -84,13 +88,17 @@ class DecodeSide(Side):
                     self._expect(spec, spec.handover.link)
             case m.Begin(request_id, ()):
                 self._forget(request_id)  # nobody computes it elsewhere
+            case m.Begin(request_id) if (part := self.afar.part_of(request_id)) is not None:
+                part.due_s = self._clock() + self._options.answer_s
 
     def after(self, outputs: Sequence[Output]) -> None:
         """Forget requests that have ended, and what has taken too long."""
         for output in outputs:
             if output.chunk.finish is not None:
                 self._forget(output.request_id)
+                self.afar.forget(output.request_id)
         now = self._clock()
+        self.afar.expire(now)
         for request_id, own in list(self._requests.items()):
             if any(incoming.expires_s <= now for _, incoming in own):
                 self._forget(request_id)
@@ -98,6 +106,12 @@ class DecodeSide(Side):
     def close(self) -> None:
         """End all links."""
         self._close()
+
+    # Elsewhere
+
+    def part_of(self, spec: GenerateRequest) -> Part | None:
+        """Return the part of a request whose first pages stay with its prefill worker."""
+        return self.afar.part_of(spec.id)
 
     # Below the cache
 
@@ -160,12 +174,37 @@ class DecodeSide(Side):
         inlet = None if sealer is None else self._inlet(link)
         if sealer is None or inlet is None:
             return
+        if (part := self._part(spec, sealer, inlet)) is not None:
+            self.afar.add(part)
+            return
         self._requests[spec.id] = own = []
         for manager in self._core.caches.managers.values():
             incoming = self._incoming(spec, manager, sealer)
             if incoming is not None:
                 inlet.incoming[incoming.number] = incoming
                 own.append((inlet, incoming))
+
+    def _part(self, spec: GenerateRequest, sealer: PageSealer, inlet: Inlet) -> AfarPart | None:
+        """Return a long prompt's first pages, to be held elsewhere; None: they come here.
+
+        The prompt's length decides, and what its tenant asked for. Where tokens may be evicted,
+        pages come here: only who attends to all of them can tell which.
+        """
+        least = self._options.attend_apart
+        if least is None or len(spec.prompt_ids) < least or self._core.watch(spec) is not None:
+            return None
+        (manager,) = self._core.caches.managers.values()
+        pages = part_pages(len(spec.prompt_ids), manager.pool.spec.block_pages)
+        if not pages:
+            return None
+        tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
+        names, ends_s = PromptPages(manager, spec, tag, sealer), self._ends_s(spec)
+        number, answer_s = next(self._numbers), self._options.answer_s
+        return AfarPart(spec.id, number, pages, names, inlet, ends_s, answer_s, self._faults)
+
+    def _ends_s(self, spec: GenerateRequest) -> float:
+        most_s = self._options.expires_s
+        return self._clock() + (most_s if spec.deadline_s is None else spec.deadline_s)
 
     def _incoming(
         self, spec: GenerateRequest, manager: CacheManager, sealer: PageSealer
@@ -177,8 +216,7 @@ class DecodeSide(Side):
         pages = PromptPages(manager, spec, match.tag, sealer)
         if len(known) >= len(pages.hashes):
             return None
-        most_s = self._options.expires_s
-        ends_s = self._clock() + (most_s if spec.deadline_s is None else spec.deadline_s)
+        ends_s = self._ends_s(spec)
         incoming = Incoming(spec.id, next(self._numbers), pages, len(known), ends_s)
         last = known[-1].hash if known else manager.index.model_digest
         digest, raw, below = match.tag.digest(), token_bytes(tokens), below_of(manager)
@@ -204,7 +242,15 @@ class DecodeSide(Side):
         if self._thread is None or now < self._again_s.get(link, now):
             return None
         self._again_s[link] = now + AGAIN_S
-        inlet = Inlet(link, self._thread, self._options, self._faults, self._arrived, self._lost)
+        inlet = Inlet(
+            link,
+            self._thread,
+            self._options,
+            self._faults,
+            self._arrived,
+            self._lost,
+            self.afar.hears,
+        )
         self._inlets[link] = inlet
         self._thread.start(inlet.run(self._own))
         return inlet
@@ -216,6 +262,7 @@ class DecodeSide(Side):
 
     def _lost(self, inlet: Inlet, number: int | None, page: int) -> None:
         """Hear of pages that do not come; on the link's thread."""
+        self.afar.lost(inlet, number)
         self._events.append((0, partial(self._lose, inlet, number, page)))
         self._waker.wake()
 
@@ -245,6 +292,8 @@ class DecodeSide(Side):
 
     def _forget(self, request_id: str) -> None:
         """Wait for nothing more of a request, and say so."""
+        if (part := self.afar.part_of(request_id)) is not None:
+            part.lose()
         for inlet, incoming in self._requests.pop(request_id, ()):
             if incoming.asked and not incoming.done:
                 inlet.say(Drop(incoming.number))

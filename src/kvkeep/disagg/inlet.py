@@ -11,7 +11,17 @@ from kvkeep.disagg.connector import Channel, LinkStats
 from kvkeep.disagg.incoming import Incoming
 from kvkeep.disagg.link import Faults, LinkThread, beat, connector_of, greet, together
 from kvkeep.disagg.options import LinkOptions
-from kvkeep.disagg.wire import Block, Control, Credit, Frame, Hello, Lost, control_bytes
+from kvkeep.disagg.wire import (
+    Block,
+    Control,
+    Credit,
+    Frame,
+    Hello,
+    Holds,
+    Kind,
+    Lost,
+    control_bytes,
+)
 from kvkeep.errors import KvkeepError, LinkLost, SealError, WireError, unexpected
 
 
@@ -26,11 +36,12 @@ class Inlet:
         faults: Faults,
         arrived: Callable[[Inlet, Block, list[memoryview], int], None],
         lost: Callable[[Inlet, int | None, int], None],
+        apart: Callable[[Inlet, Frame | int], None],
     ) -> None:
         """`arrived` hears of a block's layers and its frame's bytes.
 
-        `lost` hears of a request, None for all, and from which page on. Both are called on the
-        link's thread.
+        `lost` hears of a request, None for all, and from which page on; `apart` of pages that are
+        held there, and of what rows have gathered. All are called on the link's thread.
         """
         self.address = address
         self.incoming: dict[int, Incoming] = {}
@@ -41,7 +52,8 @@ class Inlet:
         self._faults = faults
         self._arrived = arrived
         self._lost = lost
-        self._queue: deque[Control] = deque()
+        self._apart = apart
+        self._queue: deque[Control | tuple[bytes, memoryview]] = deque()
         self._there = asyncio.Event()
         self._channel: Channel | None = None
 
@@ -50,8 +62,8 @@ class Inlet:
         """Return what the connection has carried."""
         return None if self._channel is None else self._channel.stats
 
-    def say(self, record: Control) -> None:
-        """Send a record, once there is a connection; on the engine's thread."""
+    def say(self, record: Control | tuple[bytes, memoryview]) -> None:
+        """Send a record, or a frame of rows, once there is a connection; on the engine's thread."""
         if not self.closed:
             self._queue.append(record)
             self._thread.loop.call_soon_threadsafe(self._there.set)
@@ -80,7 +92,8 @@ class Inlet:
     async def _send(self, channel: Channel) -> None:
         while True:
             while self._queue:
-                await channel.send((control_bytes(self._queue.popleft()),))
+                item = self._queue.popleft()
+                await channel.send(item if isinstance(item, tuple) else (control_bytes(item),))
             self._there.clear()
             await self._there.wait()
 
@@ -88,9 +101,16 @@ class Inlet:
         while True:
             frame = await channel.receive()
             if frame.block is not None:
-                await self._open(channel, frame, frame.block)
-            elif isinstance(record := frame.control(), Lost):
-                self._lost(self, record.request, record.page)
+                if frame.kind is Kind.ROWS:
+                    self._apart(self, frame)
+                else:
+                    await self._open(channel, frame, frame.block)
+                continue
+            match frame.control():
+                case Lost(request, page):
+                    self._lost(self, request, page)
+                case Holds(request):
+                    self._apart(self, request)
 
     async def _open(self, channel: Channel, frame: Frame, block: Block) -> None:
         incoming = self.incoming.get(block.request)

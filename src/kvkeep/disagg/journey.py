@@ -57,6 +57,7 @@ class Journey:
         """Chunks that a successor tells once more."""
         self._cached: int | None = None
         self._attempts = 0
+        self._most_prefills = MOST_PREFILLS
         self._left = request.params.n
         self._stream: ChunkStream | None = None
         self._decode: Member | None = None
@@ -107,7 +108,11 @@ class Journey:
             try:
                 if self._stream is None:
                     self._stream = await self._begin()
-                return await anext(self._stream)
+                chunk = await anext(self._stream)
+                if not chunk.again or self._attempts >= MOST_ATTEMPTS:
+                    return chunk
+                self._most_prefills = MOST_ATTEMPTS  # no decode worker has room for the prompt
+                await self._let_go()
             except StopAsyncIteration:
                 raise EngineStopped("the answer ended too early; send the request again") from None
             except PrefillLost as error:
@@ -193,7 +198,7 @@ class Journey:
             return None
         options, info = self._crew.options, self._crew.info
         least_tokens = max(options.least_tokens, PAGE_TOKENS)
-        if self._attempts > MOST_PREFILLS or not splits(
+        if self._attempts > self._most_prefills or not splits(
             request, least_tokens=least_tokens, max_model_len=info.max_model_len
         ):
             return None

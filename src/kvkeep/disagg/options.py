@@ -48,6 +48,12 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsFiles | None = None
     """Needed wherever another host could connect."""
     pace: PaceOptions | None = None
+    attend_apart: int | None = None
+    """Of prompts of so many tokens or more, a prefill worker holds the pages while they are
+    answered, and a decode worker attends to them there; None: of none.
+    """
+    answer_s: float = 5.0
+    """A worker that attends for another and takes longer over a layer is given up."""
     queue_bytes: int = 64 << 20
     """Copied by a prefill worker and not yet sent, per link; what exceeds it is sent later."""
     window_bytes: int = 64 << 20
@@ -62,3 +68,22 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
     expires_s: float = 600.0
     """A transfer that lasts longer is given up."""
+
+
+def check_apart(engine: EngineOptions, link: LinkOptions) -> None:
+    """Refuse pages attended to where another worker holds them, where that can't be done.
+
+    Raises `ConfigError`.
+    """
+    if link.attend_apart is None:
+        return
+    if link.attend_apart < 1:
+        raise ConfigError("cluster_attend_apart: must be a number of prompt tokens of at least 1")
+    if engine.device != "cpu" or engine.kernel == "triton":
+        raise ConfigError(
+            "cluster_attend_apart: parts of a prompt are attended on a CPU only; leave it out"
+        )
+    if engine.kv == "auto":
+        raise ConfigError(
+            "cluster_attend_apart: pages of one form only; choose another kv than auto"
+        )

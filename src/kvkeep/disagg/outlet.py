@@ -17,7 +17,10 @@ from kvkeep.disagg.wire import (
     Control,
     Credit,
     Drop,
+    Frame,
     Hello,
+    Hold,
+    Kind,
     Lost,
     Want,
     control_bytes,
@@ -39,8 +42,15 @@ class Batch(NamedTuple):
         return sum(map(len, self.data))
 
 
-Event = Want | Drop | None
-"""What an asker says; None: its link has ended."""
+class Reply(NamedTuple):
+    """What rows have gathered, as a frame: it waits for no pages and no credit."""
+
+    header: bytes
+    payload: memoryview
+
+
+Event = Want | Hold | Drop | Frame | None
+"""What an asker says, or rows that it sends; None: its link has ended."""
 
 
 class Outlet:
@@ -63,10 +73,12 @@ class Outlet:
         self._heard = heard
         self._room = room
         self._queue: deque[Batch | Control] = deque()
+        self._replies: deque[Reply] = deque()
         self._counting = threading.Lock()
         self._queued_bytes = 0
         self._dropped: set[int] = set()
         self._there = asyncio.Event()
+        self._replied = asyncio.Event()
         self._credited = asyncio.Event()
         self._window_bytes = 0
         self._flying_bytes = 0
@@ -82,16 +94,20 @@ class Outlet:
         """Return the copies that wait to be sent."""
         return self._queued_bytes
 
-    # On the engine's thread
+    # On other threads
 
     def has_room(self, size: int) -> bool:
         """Tell whether so many bytes more may wait; one batch always may."""
         used = self._queued_bytes
         return not self.closed and (used == 0 or used + size <= self._options.queue_bytes)
 
-    def put(self, item: Batch | Control) -> None:
-        """Send something after all that waits."""
+    def put(self, item: Batch | Control | Reply) -> None:
+        """Send something after all that waits, a reply after other replies alone."""
         if self.closed:
+            return
+        if isinstance(item, Reply):
+            self._replies.append(item)
+            self._thread.loop.call_soon_threadsafe(self._replied.set)
             return
         if isinstance(item, Batch):
             with self._counting:
@@ -110,7 +126,12 @@ class Outlet:
         try:
             other = await greet(self._channel, own)
             self._window_bytes = other.window_bytes
-            await together(self._listen(), self._send(), beat(self._channel, self._options.beat_s))
+            await together(
+                self._listen(),
+                self._send(),
+                self._reply(),
+                beat(self._channel, self._options.beat_s),
+            )
         except LinkLost as error:
             self._faults.note("a link ended", error)
         except WireError as error:
@@ -121,19 +142,31 @@ class Outlet:
             self.closed = True
             self._channel.close()
             self._queue.clear()
+            self._replies.clear()
             with self._counting:
                 self._queued_bytes = 0
             self._heard(self, None)
 
     async def _listen(self) -> None:
         while True:
-            record = (await self._channel.receive()).control()
+            frame = await self._channel.receive()
+            if frame.kind is Kind.ROWS and frame.block is not None:
+                self._heard(self, frame)
+                continue
+            record = frame.control()
             match record:
-                case Want() | Drop():
+                case Want() | Hold() | Drop():
                     self._heard(self, record)
                 case Credit(count):
                     self._flying_bytes = max(0, self._flying_bytes - count)
                     self._credited.set()
+
+    async def _reply(self) -> None:
+        while True:
+            while self._replies:
+                await self._channel.send(self._replies.popleft())
+            self._replied.clear()
+            await self._replied.wait()
 
     async def _send(self) -> None:
         while True:

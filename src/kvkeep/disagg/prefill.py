@@ -14,13 +14,14 @@ import msgspec
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.tiers import ClosedPage, Copy, Install
 from kvkeep.disagg.connector import Channel, Connector
+from kvkeep.disagg.keeper import Asked, Keeper
 from kvkeep.disagg.link import connector_of
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.outgoing import Outgoing
 from kvkeep.disagg.outlet import Event, Outlet
 from kvkeep.disagg.prompt import PromptPages
 from kvkeep.disagg.side import Side
-from kvkeep.disagg.wire import Drop, Lost, Want
+from kvkeep.disagg.wire import Drop, Frame, Hold, Lost, Want
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
@@ -49,9 +50,10 @@ class PrefillSide(Side):
         self._events: deque[tuple[Outlet, Event]] = deque()
         self._specs: OrderedDict[str, tuple[GenerateRequest, float | None]] = OrderedDict()
         """By request: its prompt, and when it is forgotten once it has ended."""
-        self._early: list[tuple[Outlet, Want, float]] = []
+        self._early: list[tuple[Outlet, Want | Hold, float]] = []
         self._going: dict[str, Outgoing] = {}
         self._connector: Connector | None = None
+        self.keeper = Keeper(self._faults)
         self.outlets: list[Outlet] = []
         self.address = ""
         """What is listened at."""
@@ -59,7 +61,7 @@ class PrefillSide(Side):
     @property
     def pending(self) -> int:
         """Return the prompts on their way out."""
-        return len(self._going)
+        return len(self._going) + len(self.keeper)
 
     # Beside the loop
 
@@ -67,6 +69,8 @@ class PrefillSide(Side):
         """Listen; raises `ConfigError` where that can't or must not be done."""
         own, thread = self._open(core)
         options = self._options
+        if options.attend_apart is not None:
+            self.keeper.begin(core, self._engine)
         self._connector = connector_of(options, options.listen)
 
         async def accepted(channel: Channel) -> None:
@@ -92,10 +96,13 @@ class PrefillSide(Side):
             case m.Cancel(request_id):
                 self._specs.pop(request_id, None)
                 self._give_up(request_id)
+            case m.SetTenants(shares):
+                self.keeper.end_where(lambda one: one.spec.tenant not in shares, say=True)
             case m.Purge(tenant):
                 for request_id, going in list(self._going.items()):
                     if going.spec.tenant == tenant:
                         self._give_up(request_id)
+                self.keeper.end_where(lambda one: one.spec.tenant == tenant, say=True)
 
     def after(self, outputs: Sequence[Output]) -> None:
         """Take in what askers said, and send what has closed or lies in the cache."""
@@ -105,6 +112,7 @@ class PrefillSide(Side):
             if output.chunk.finish is None or known is None:
                 continue
             self._specs[output.request_id] = (known[0], now + self._options.unasked_s)
+            self.keeper.computed(output.request_id)
             if (going := self._going.get(output.request_id)) is not None:
                 going.hold(ended=True)
         while self._events:
@@ -128,6 +136,7 @@ class PrefillSide(Side):
         """End all links."""
         for request_id in list(self._going):
             self._end(request_id)
+        self.keeper.close()
         self._close(self._listen_no_more)
 
     # In a step
@@ -142,6 +151,9 @@ class PrefillSide(Side):
 
     def _heard(self, outlet: Outlet, event: Event) -> None:
         """Hear of an asker; on the link's thread."""
+        if isinstance(event, Frame):
+            self.keeper.rows(outlet, event)
+            return
         if event is None and outlet in self.outlets:
             self.outlets.remove(outlet)
         self._events.append((outlet, event))
@@ -152,7 +164,7 @@ class PrefillSide(Side):
             self._connector.close()
 
     def _may_expire(self) -> bool:
-        return bool(self._going or self._early)
+        return bool(self._going or self._early or len(self.keeper))
 
     def _room(self) -> None:
         """Hear that a queue has room again; on the link's thread."""
@@ -161,23 +173,32 @@ class PrefillSide(Side):
 
     def _take_in(self, outlet: Outlet, event: Event, now: float) -> None:
         match event:
-            case Want():
+            case Want() | Hold():
                 self._ask(outlet, event, now + EARLY_S)
             case Drop(request):
                 outlet.drop(request)
+                early = self._early
+                self._early = [e for e in early if e[0] is not outlet or e[1].request != request]
+                self.keeper.end_where(
+                    lambda one: one.outlet is outlet and one.record.request == request
+                )
                 for request_id, going in list(self._going.items()):
                     if going.outlet is outlet and going.want.request == request:
                         self._end(request_id)
             case None:
+                self.keeper.end_where(lambda one: one.outlet is outlet)
                 for request_id, going in list(self._going.items()):
                     if going.outlet is outlet:
                         self._end(request_id)
 
-    def _ask(self, outlet: Outlet, want: Want, expires_s: float) -> None:
+    def _ask(self, outlet: Outlet, want: Want | Hold, expires_s: float) -> None:
         """Begin to send what was asked for; a wish that comes before its prompt waits for it."""
         spec, forgotten_s = self._specs.get(want.id, (None, None))
         if spec is None:
             self._early.append((outlet, want, expires_s))
+            return
+        if isinstance(want, Hold):
+            self._keep(outlet, want, spec, ended=forgotten_s is not None)
             return
         going = self._going_of(outlet, want, spec)
         if going is None or want.id in self._going:
@@ -186,25 +207,42 @@ class PrefillSide(Side):
         self._going[want.id] = going
         going.hold(ended=forgotten_s is not None)
 
+    def _keep(self, outlet: Outlet, hold: Hold, spec: GenerateRequest, *, ended: bool) -> None:
+        """Hold a request's first pages where both sides mean the same ones, and nothing else."""
+        manager, pages = self._pages_of(hold.tag, spec)
+        if (
+            self._options.attend_apart is None
+            or manager is None
+            or pages is None
+            or hold.pages > len(pages.hashes)
+            or pages.chain(hold.pages) != hold.chain
+        ):
+            outlet.put(Lost(hold.request, 0))
+        else:
+            asked = Asked(outlet, hold, spec, manager, pages, self._ends_s(spec))
+            self.keeper.ask(asked, ended=ended)
+
+    def _ends_s(self, spec: GenerateRequest) -> float:
+        most_s = self._options.expires_s
+        return self._clock() + min(most_s, most_s if spec.deadline_s is None else spec.deadline_s)
+
     def _going_of(self, outlet: Outlet, want: Want, spec: GenerateRequest) -> Outgoing | None:
         """Return what is to be sent; None where the two sides' pages are not the same ones."""
-        manager, pages = self._pages_of(want, spec)
+        manager, pages = self._pages_of(want.tag, spec)
         if manager is None or pages is None:
             return None
         inside = want.first_page < want.end_page <= len(pages.hashes)
         if not inside or pages.chain(want.first_page) != want.chain:
             return None
-        most_s = self._options.expires_s
-        ends_s = self._clock() + min(most_s, most_s if spec.deadline_s is None else spec.deadline_s)
-        return Outgoing(want, spec, manager, pages, outlet, ends_s)
+        return Outgoing(want, spec, manager, pages, outlet, self._ends_s(spec))
 
     def _pages_of(
-        self, want: Want, spec: GenerateRequest
+        self, tag_digest: bytes, spec: GenerateRequest
     ) -> tuple[CacheManager | None, PromptPages | None]:
         """Return the cache whose pages have the tag asked for, and the prompt's names in it."""
         for manager in self._core.caches.managers.values():
             tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
-            if tag.digest() == want.tag:
+            if tag.digest() == tag_digest:
                 sealer = self._sealer_of(spec)
                 known = None if sealer is None else PromptPages(manager, spec, tag, sealer)
                 return manager, known
@@ -214,11 +252,12 @@ class PrefillSide(Side):
         for request_id, going in list(self._going.items()):
             if going.expires_s <= now:
                 self._give_up(request_id)
+        self.keeper.end_where(lambda one: one.expires_s <= now, say=True)
         early = self._early
         self._early = [one for one in early if one[2] > now and not one[0].closed]
         for outlet, want, expires_s in early:
             if expires_s <= now:
-                outlet.put(Lost(want.request, want.first_page))
+                outlet.put(Lost(want.request, want.first_page if isinstance(want, Want) else 0))
         while self._specs:
             request_id, (_, forgotten_s) = next(iter(self._specs.items()))
             if forgotten_s is None or forgotten_s > now:
@@ -227,6 +266,7 @@ class PrefillSide(Side):
 
     def _give_up(self, request_id: str) -> None:
         """Send nothing more of a prompt, and say so."""
+        self.keeper.end_where(lambda one: one.spec.id == request_id, say=True)
         going = self._going.get(request_id)
         if going is not None:
             going.outlet.drop(going.want.request)

@@ -16,6 +16,7 @@ from kvkeep.sealing import PageSealer, SealContext, layers_of
 from kvkeep.types import PageKind, PageTag, chain_hash
 
 _PLACE = struct.Struct("<HHII")
+_ROWS = struct.Struct("<HHIII")
 _DIGEST_BYTES = 16
 
 
@@ -79,6 +80,31 @@ class PromptPages:
         """Return a block's layers; raises `SealError` where the frame is none of this block."""
         sizes = self.sizes(block)
         return layers_of(self._sealer.open(self.context(block), frame, sizes), sizes)
+
+    # Rows that attend to its first pages where they lie
+
+    def seal_rows(self, block: Block, pages: int, data: memoryview, *, answer: bool) -> memoryview:
+        """Return rows' queries, or with `answer` their states, as a frame; raises `SealError`."""
+        return self._sealer.seal(self._rows_context(block, pages, answer), data, (len(data),))
+
+    def open_rows(
+        self, block: Block, pages: int, frame: memoryview, size: int, *, answer: bool
+    ) -> bytearray:
+        """Return `size` bytes of rows; raises `SealError` for a frame that is none of these."""
+        opened = layers_of(
+            self._sealer.open(self._rows_context(block, pages, answer), frame, (size,)), (size,)
+        )
+        return bytearray(opened[0])
+
+    def _rows_context(self, block: Block, pages: int, answer: bool) -> SealContext:
+        """Return what rows are bound to: the pages' chain, layer, turn, count and direction."""
+        kind = self._kind(0)
+        page = self._below.context(self._account, self.tag, self.hashes[pages - 1], kind)
+        place = hashlib.blake2b(page.spec_digest, digest_size=_DIGEST_BYTES, person=b"kvkeep-rows")
+        place.update(_ROWS.pack(block.layer, answer, block.first_page, block.pages, pages))
+        return SealContext(
+            page.owner, page.tag, page.chain_hash, page.model_digest, place.digest(), kind
+        )
 
     def _kind(self, page: int) -> PageKind:
         return PageKind.FIRST if page == 0 and self._first else PageKind.PLAIN

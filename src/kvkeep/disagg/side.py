@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvkeep.disagg.link import Faults, LinkThread, Waker
-from kvkeep.disagg.options import LinkOptions, check_engine
+from kvkeep.disagg.options import LinkOptions, check_apart, check_engine
 from kvkeep.disagg.prompt import hello_of
 from kvkeep.disagg.wire import Hello
 from kvkeep.engine import messages as m
@@ -33,6 +33,7 @@ class Side:
     ) -> None:
         """Raises `ConfigError` where pages of such an engine can't be handed over."""
         check_engine(engine)
+        check_apart(engine, options)
         self._engine = engine
         self._options = options
         self._clock = clock

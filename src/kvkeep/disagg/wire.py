@@ -20,7 +20,7 @@ from crc32c import crc32c
 
 from kvkeep.errors import WireError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"KW"
 HEADER_BYTES: Final = 48
 TAG_BYTES: Final = 16
@@ -43,6 +43,8 @@ class Kind(IntEnum):
 
     CONTROL = 1
     PAGES = 2
+    ROWS = 3
+    """Queries of rows that attend to pages held for them, or the states they have gathered."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -84,6 +86,23 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     request: _Count
 
 
+class Hold(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a request's first pages to be held, and attended to where they lie."""
+
+    request: _Count
+    id: _Name
+    pages: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
+    chain: Annotated[bytes, msgspec.Meta(max_length=64)]
+    """Hash of the chain up to their end."""
+    tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
+
+
+class Holds(msgspec.Struct, frozen=True, tag=True):
+    """A request's first pages are held from now on."""
+
+    request: _Count
+
+
 class Credit(msgspec.Struct, frozen=True, tag=True):
     """So many bytes of pages were taken, and as many may follow."""
 
@@ -107,7 +126,7 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
     """The oldest frame in shared memory was read."""
 
 
-Control = Hello | Want | Lost | Drop | Credit | Beat | Mapped | Freed
+Control = Hello | Want | Hold | Holds | Lost | Drop | Credit | Beat | Mapped | Freed
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _CONTROL: Final[msgspec.msgpack.Decoder[Control]] = msgspec.msgpack.Decoder(Control)
@@ -129,6 +148,8 @@ class Frame(NamedTuple):
 
     block: Block | None
     payload: memoryview
+    kind: Kind = Kind.PAGES
+    """Of a frame that has a block."""
 
     def control(self) -> Control:
         """Return a control frame's record; raises `WireError`."""
@@ -151,6 +172,14 @@ def pages_header(block: Block, payload: bytes | memoryview) -> bytes:
     return _header(Kind.PAGES, block, payload)
 
 
+def rows_header(block: Block, payload: bytes | memoryview) -> bytes:
+    """Return the header of a frame of rows: `pages` rows of a layer, in turn `first_page`.
+
+    Raises `WireError` where these are too many.
+    """
+    return _header(Kind.ROWS, block, payload)
+
+
 def check_hello(own: Hello, other: Hello) -> None:
     """Raise `WireError`, naming both values, where two workers do not fit together."""
     for name in ("model", "sealer"):
@@ -171,7 +200,11 @@ class FrameParser:
 
     def __init__(self, pages_bytes: int = PAGES_BYTES) -> None:
         """`pages_bytes`: most bytes of a frame of pages."""
-        self._caps = {Kind.CONTROL: CONTROL_BYTES, Kind.PAGES: pages_bytes}
+        self._caps = {
+            Kind.CONTROL: CONTROL_BYTES,
+            Kind.PAGES: pages_bytes,
+            Kind.ROWS: pages_bytes,
+        }
         self._head = bytearray()
         self._begun: _Begun | None = None
         self._failed = False
@@ -238,16 +271,18 @@ class FrameParser:
         kind = Kind(number)
         if size > self._caps[kind]:
             raise self._fail(f"payload: {size} bytes; at most {self._caps[kind]} are taken")
-        if kind is Kind.PAGES and not (layers and pages and size):
-            raise self._fail("a frame of pages holds none")
-        block = Block(request, layer, layers, first, pages, tag) if kind is Kind.PAGES else None
-        return _Begun(block, payload_sum, size)
+        if kind is Kind.CONTROL:
+            return _Begun(None, kind, payload_sum, size)
+        if not (layers and pages and size):
+            raise self._fail("a frame of pages or rows holds none")
+        block = Block(request, layer, layers, first, pages, tag)
+        return _Begun(block, kind, payload_sum, size)
 
     def _end(self, begun: _Begun) -> Frame:
         self._begun = None
         if begun.block is None and crc32c(begun.payload) != begun.sum:
             raise self._fail("a control frame's payload was changed")
-        return Frame(begun.block, memoryview(begun.payload).toreadonly())
+        return Frame(begun.block, memoryview(begun.payload).toreadonly(), begun.kind)
 
     def _fail(self, why: str) -> WireError:
         self._failed = True
@@ -257,10 +292,11 @@ class FrameParser:
 class _Begun:
     """A frame whose header is proven."""
 
-    __slots__ = ("block", "missing", "payload", "sum")
+    __slots__ = ("block", "kind", "missing", "payload", "sum")
 
-    def __init__(self, block: Block | None, payload_sum: int, size: int) -> None:
+    def __init__(self, block: Block | None, kind: Kind, payload_sum: int, size: int) -> None:
         self.block = block
+        self.kind = kind
         self.sum = payload_sum
         self.payload = bytearray(size)
         self.missing = size

@@ -12,9 +12,15 @@ from kvkeep.types import PAGE_TOKENS
 
 
 def check_request(
-    spec: GenerateRequest, info: ModelInfo, tenants: Collection[str], caches: Caches, codec: str
+    spec: GenerateRequest,
+    info: ModelInfo,
+    tenants: Collection[str],
+    caches: Caches,
+    codec: str,
+    *,
+    apart: int = 0,
 ) -> None:
-    """Raise `InvalidRequest` for what could never run."""
+    """Raise `InvalidRequest` for what could never run; `apart` pages of it lie elsewhere."""
     length = len(spec.prompt_ids)
     check_fanout(spec.params)
     if spec.tenant not in tenants:
@@ -29,7 +35,7 @@ def check_request(
         )
     if not 0 <= min(spec.prompt_ids) <= max(spec.prompt_ids) < info.vocab_size:
         raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
-    if not caches.of(codec).fits(spec.tenant, length // PAGE_TOKENS + 1):
+    if not caches.of(codec).fits(spec.tenant, length // PAGE_TOKENS + 1 - apart):
         raise InvalidRequest(
             f"prompt: {length} tokens do not fit this tenant's reserved share of the cache;"
             " shorten it or raise the share",

@@ -138,6 +138,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens generated for sequences that are not told; in one chunk of a request."""
     error: str | None = None
     """A clear sentence without content, where `finish` is `error`."""
+    again: bool = False
+    """Whether it could go on if other workers took it up."""
     kv: str | None = None
     """How its request's pages are stored, where `finish` is told; for the server's log."""
     moments: tuple[Moments, ...] = ()

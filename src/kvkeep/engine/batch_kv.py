@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import ClosedPage, PageListener
+from kvkeep.engine.apart import Gathering, RowsApart
 from kvkeep.engine.turning import Turning
-from kvkeep.errors import NonFiniteKV
+from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import Evictor, Look
 from kvkeep.ops.layout import (
     Attended,
-    AttentionOps,
     AttentionPlan,
     LayerKV,
     Observe,
+    Ops,
     Run,
     chains,
 )
@@ -51,6 +52,8 @@ class StepKV:
     slots: Int32Array
     """[T] page slot * S + row to write; -1 where K and V are already stored."""
     closing: tuple[Closing, ...]
+    apart: tuple[RowsApart, ...] = ()
+    """Rows whose views begin in other workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class BatchKV:
         step: StepKV,
         pool: TilePool,
         layers: Sequence[LayerKV],
-        ops: AttentionOps,
+        kernels: Ops,
         techniques: Techniques,
         shape: KVShape,
         turning: Turning,
@@ -89,7 +92,8 @@ class BatchKV:
         self._step = step
         self._pool = pool
         self._layers = layers
-        self._ops = ops
+        self._ops = kernels.attention
+        self._gathering = Gathering(step.apart, kernels.parts) if step.apart else None
         self._codec = techniques.codec
         self._transform = transform
         self._evictor = techniques.evictor
@@ -122,10 +126,18 @@ class BatchKV:
         """Return attention [T, Hq, D] of the step's rows over their views."""
         queries = self._turning.queries(self._transform.transform(q, "q", layer))
         observe = self._observe[layer % len(self._observe)] if self._observe else None
-        attended = self._ops.attend(queries, self._layers[layer], self._step.plan, observe)
+        kv, plan = self._layers[layer], self._step.plan
+        if self._gathering is None:
+            attended = self._ops.attend(queries, kv, plan, observe)
+        else:
+            attended = self._gathering.attend(layer, queries, kv, plan, observe)
         if observe is not None:
             self._hand_out(layer, attended)
         return self._transform.restore(attended.out, layer)
+
+    def failures(self) -> dict[int, EngineError]:
+        """Return by view why its rows are worth nothing."""
+        return {**self.failed, **({} if self._gathering is None else self._gathering.lost)}
 
     def finish(self) -> None:
         """Let the evictor decide what stays live; taints a view whose masks changed."""

@@ -23,6 +23,7 @@ from kvkeep.cache.radix import RadixIndex
 from kvkeep.cache.tier.files import Directory, Files
 from kvkeep.cache.tiers import FirstOf, PageListener, Tier
 from kvkeep.engine import messages as m
+from kvkeep.engine.apart import Elsewhere
 from kvkeep.engine.api import GenerateRequest, ModelInfo, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.batch_kv import Techniques
@@ -31,12 +32,12 @@ from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.evictors import evictor_of, measured_heads
 from kvkeep.engine.forms import forms_of
 from kvkeep.engine.gate import PrefillCost
+from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.lower import order_of, sizes_of, tier_of
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
 from kvkeep.engine.runner import ModelRunner, RunnerParts
-from kvkeep.engine.scheduler import SchedulerLimits
 from kvkeep.engine.sealers import mode_of, unwrap_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
@@ -83,12 +84,13 @@ class Parts(msgspec.Struct, kw_only=True):
     listeners: tuple[PageListener, ...] = ()
     tier: Tier | None = None
     """Asked for pages that the tiers of the options lack, if there are any."""
+    elsewhere: Elsewhere | None = None
+    """Where prompts' first pages may be held; None: nowhere but here."""
     files: Callable[[Path], Files] = Directory
     """How the directory of a disk tier is opened."""
     backend: Backend | None = None
-    """None: the one the options ask for."""
     model: HostedModel | None = None
-    """None: the one the options name; another engine's on the same backend, where two run."""
+    """None, of both: as the options ask; another engine's, where two run on one backend."""
 
 
 def default_parts(options: EngineOptions) -> Parts:
@@ -149,10 +151,8 @@ def build_core(
         unwrap=unwrap_of(options.keys),
     )
     _require_measured(options, path, model.spec.digest)
-    shape = _shape_of(model, kernels)
-    max_model_len = _max_model_len(options, model)
-    spec = parts.techniques.codec.page_spec(shape)
-    techniques = parts.techniques
+    shape, techniques = _shape_of(model, kernels), parts.techniques
+    max_model_len, spec = _max_model_len(options, model), techniques.codec.page_spec(shape)
     pool = _pool(options, backend, spec, shape, max_model_len)
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
     order = order_of(options, kernels.name, str(model.spec.dtype), techniques.codec.name)
@@ -166,15 +166,17 @@ def build_core(
     info = _info(options, model, pool, kernels.name, max_model_len, shape)
     evicts = techniques.evictor.watch(max_model_len) is not None
     forms = forms_of(options, caches, sharing.may_code, evicts=evicts)
+    outputs = OutputFactory(text, info.vocab_size, info.eos_token_ids)
     core = EngineCore(
         info,
         caches,
         runner,
-        OutputFactory(text, info.vocab_size, info.eos_token_ids),
+        outputs,
         _limits(options, coded=spec.window_tokens is not None),
         sharing,
         forms,
         prefix_caching=options.prefix_caching,
+        elsewhere=parts.elsewhere,
     )
     _warm_up(core, tokens=8, answer=4)
     if sharing.gate is not None:
@@ -230,12 +232,8 @@ def _caches(
 
 
 def _limits(options: EngineOptions, *, coded: bool) -> SchedulerLimits:
-    return SchedulerLimits(
-        options.max_num_seqs,
-        options.max_num_batched_tokens,
-        options.chunk_tokens,
-        coded=coded,
-    )
+    rows, chunk = options.max_num_batched_tokens, options.chunk_tokens
+    return SchedulerLimits(options.max_num_seqs, rows, chunk, coded=coded)
 
 
 def _decode(text: TextModel) -> DecodeText:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 
 from kvkeep.cache.caches import Caches
 from kvkeep.engine import messages as m
 from kvkeep.engine.admission import check_request
+from kvkeep.engine.apart import NO_ROOM, Elsewhere, NothingElsewhere
 from kvkeep.engine.api import (
     Chunk,
     EngineStats,
@@ -25,9 +25,11 @@ from kvkeep.engine.api import (
 )
 from kvkeep.engine.branches import Beams, held_of
 from kvkeep.engine.divergence import compare
+from kvkeep.engine.family import family_of, lost_parts, unstored
 from kvkeep.engine.forms import Forms
 from kvkeep.engine.handing import awaits, begin, hands_over
 from kvkeep.engine.held import GOOD, BestOf
+from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.moments import Moments
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.probes import probe_beside, probe_id
@@ -35,13 +37,14 @@ from kvkeep.engine.prompt_rows import take_prompt_rows
 from kvkeep.engine.report import Sources, snapshot
 from kvkeep.engine.runner import ModelRunner, Stepped
 from kvkeep.engine.sampling import Sampler, TokenScores
-from kvkeep.engine.scheduler import Scheduler, SchedulerLimits
+from kvkeep.engine.scheduler import Scheduler
 from kvkeep.engine.sequence import Request, Sequence, Status, TokenBuffer, stored_as
 from kvkeep.engine.sharing import EpochTimer, Sharing
 from kvkeep.engine.stats import EngineCounters
 from kvkeep.engine.work import Work
 from kvkeep.errors import EngineError, InvalidRequest
 from kvkeep.types import EpochDelta
+from kvkeep.watch import Watch
 
 
 class Output(NamedTuple):
@@ -65,15 +68,18 @@ class EngineCore:
         forms: Forms,
         *,
         prefix_caching: bool = True,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self.sharing = sharing
         self.epochs = EpochTimer(sharing.epoch_s, led=sharing.led)
         self._prefix_caching = prefix_caching
+        self._elsewhere = elsewhere or NothingElsewhere()
         self.info = info
         self.caches = caches
         self.forms = forms
         self._runner = runner
         self._outputs = outputs
+        self._limits = limits
         self._sampler = Sampler(info.vocab_size, runner.kernels.sample)
         self._scheduler = Scheduler(
             caches, limits, self._exhaust, runner, forms.settle, sharing.reads, sharing.gate
@@ -82,6 +88,7 @@ class EngineCore:
         self._shares: dict[str, float] = {}
         self._pending: list[Output] = []
         self.kernels = runner.kernels
+        self.num_heads = runner.num_heads
         self.weight_bytes = runner.weight_bytes
         """Bytes of packed weights read to compute one row."""
         self.stalled = False
@@ -93,7 +100,7 @@ class EngineCore:
         self, shares: Mapping[str, float], terms: Mapping[str, TenantTerms] | None = None
     ) -> None:
         """Reserve each tenant's share of the pool; tenants left out lose their requests."""
-        self._scheduler.caps(shares)
+        self._limits.caps(shares)
         for request in list(self._requests.values()):
             if request.spec.tenant not in shares:
                 self._end_request(request, FinishReason.CANCELLED)
@@ -110,8 +117,11 @@ class EngineCore:
 
     def submit(self, spec: GenerateRequest) -> None:
         """Queue a request; one that can never run ends at once with an error chunk."""
+        part = self._elsewhere.part_of(spec)
+        apart = 0 if part is None else part.pages
         try:
-            check_request(spec, self.info, self._shares, self.caches, self.forms.least(spec))
+            codec = self.forms.least(spec)
+            check_request(spec, self.info, self._shares, self.caches, codec, apart=apart)
         except InvalidRequest as error:
             self._emit(spec.id, Chunk(finish=FinishReason.ERROR, error=str(error)))
             return
@@ -121,13 +131,17 @@ class EngineCore:
             spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        request = Request(spec, now, deadline, awaits=awaits(spec))
-        request.watch = self._runner.watch(spec) if self.sharing.may_evict(spec) else None
+        request = Request(spec, now, deadline, awaits=awaits(spec), part=part)
+        request.watch = self.watch(spec)
         request.epoch, request.sample = self.forms.enter(spec, evicts=request.watch is not None)
         self._queue(request)
         probe = probe_beside(request, self.forms.guard, self.info.max_model_len)
         if probe is not None:
             self._queue(probe)
+
+    def watch(self, spec: GenerateRequest) -> Watch | None:
+        """Return when a request's rows are observed and its tokens evicted; None: never."""
+        return self._runner.watch(spec) if self.sharing.may_evict(spec) else None
 
     def _queue(self, request: Request) -> None:
         spec = request.spec
@@ -203,19 +217,15 @@ class EngineCore:
         return snapshot(sources, self.counters, self._shares)
 
     def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
-        spec = request.spec
-        ids = np.array(spec.prompt_ids, np.int32)
-        return Sequence(
-            request=request,
-            index=index,
-            tokens=TokenBuffer(ids, min(spec.params.max_tokens, 4096)),
-            sampling=self._outputs.sampling(spec, index, seed),
-            output=self._outputs.sequence(spec, index),
-        )
+        spec, outputs = request.spec, self._outputs
+        tokens = TokenBuffer.of(spec)
+        sampling = outputs.sampling(spec, index, seed)
+        return Sequence(request, index, tokens, sampling, outputs.sequence(spec, index))
 
     def _after(self, work: list[Work], stepped: Stepped) -> None:
         """Index what closed, take in prompt log-probabilities, sample and emit."""
         own = [item for item in work if not item.shadow]
+        lost = lost_parts(own, stepped)
         for item in own:
             view, tokens = item.view, item.sequence.tokens
             if item.commits:
@@ -223,7 +233,8 @@ class EngineCore:
                 item.sequence.uncommitted = False
             self._scheduler.packs.pack(item.sequence)
         now = time.monotonic()
-        self._fail_unstored(own, stepped, now)
+        for sequence, error in unstored(own, stepped):
+            self._fail(sequence, str(error), now)
         compare(work, stepped)
         take_prompt_rows(own, stepped, self._sampler)
         sampling = [item.sequence for item in own if item.samples]
@@ -231,14 +242,14 @@ class EngineCore:
         sequences: list[Sequence] = []
         searches: dict[Request, Beams] = {}
         for row, sequence in enumerate(sampling, stepped.prompt_rows):
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.FINISHED or sequence in lost:
                 continue
             held = sequence.request.held
             if isinstance(held, Beams):
                 self._take_beam(held, sequence, stepped.logits[row], now)
                 searches[sequence.request] = held
                 continue
-            family = self._family(sequence)
+            family = family_of(sequence, self._sequence, self._scheduler.follow)
             rows += [row] * len(family)
             sequences += family
         for request, beams in searches.items():
@@ -246,14 +257,8 @@ class EngineCore:
                 self._advance(request, beams, now)
         if sequences:
             self._sample(stepped.logits, rows, sequences, now)
-
-    def _fail_unstored(self, work: list[Work], stepped: Stepped, now: float) -> None:
-        """End the sequences whose keys or values could not be stored; the others go on."""
-        for item in work if stepped.failed else ():
-            view = item.sequence.view
-            error = None if view is None else stepped.failed.get(view.id)
-            if error is not None:
-                self._fail(item.sequence, str(error), now)
+        for sequence in lost:
+            self._scheduler.restart(sequence)
 
     def _sample(
         self, logits: torch.Tensor, rows: list[int], sequences: list[Sequence], now: float
@@ -286,18 +291,6 @@ class EngineCore:
         self.counters.generated_tokens += beams.advance(self._scheduler, self._sequence)
         if not beams.search.beams:
             self._end_request(request, FinishReason.STOP)
-
-    def _family(self, sequence: Sequence) -> list[Sequence]:
-        """Return the sequence, and on its request's first sampling step its new siblings too."""
-        request = sequence.request
-        params = request.spec.params
-        if sequence.generated or len(request.sequences) == params.width or params.max_tokens == 0:
-            return [sequence]
-        for index in range(1, params.width):
-            sibling = self._sequence(request, index, sequence.sampling.seed)
-            request.sequences.append(sibling)
-            self._scheduler.follow(sibling, sequence)
-        return list(request.sequences)
 
     def _first_token(self, request: Request, now: float) -> None:
         """Count a request's first token, once."""
@@ -338,11 +331,12 @@ class EngineCore:
             if chunk.finish is not None:
                 self._end(sequence, chunk.finish, now)
 
-    def _fail(self, sequence: Sequence, message: str, now: float) -> None:
+    def _fail(self, sequence: Sequence, message: str, now: float, *, again: bool = False) -> None:
         chunk = Chunk(
             index=sequence.index,
             finish=FinishReason.ERROR,
             error=message,
+            again=again,
             cached_tokens=sequence.request.cached_tokens or 0,
         )
         self._tell(sequence.request, chunk)
@@ -354,6 +348,9 @@ class EngineCore:
     def _exhaust(self, sequence: Sequence) -> None:
         """End a sequence that its tenant's share can't hold even alone, and so no other beam."""
         request = sequence.request
+        if request.part is not None and request.part.state == "lost":
+            self._fail(sequence, NO_ROOM, time.monotonic(), again=True)
+            return
         if isinstance(request.held, Beams):
             self._end_request(request, FinishReason.LENGTH)
             return

@@ -14,6 +14,7 @@ from kvkeep.attention.planner import AttentionPlanner
 from kvkeep.cache.packing import Packing
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import ClosedPage, PageListener
+from kvkeep.engine.apart import RowsApart
 from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
@@ -22,7 +23,7 @@ from kvkeep.engine.packer import Packer
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
 from kvkeep.engine.work import Work
-from kvkeep.errors import NonFiniteKV
+from kvkeep.errors import EngineError
 from kvkeep.models.host import HostedModel
 from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
 from kvkeep.quant.codec import KVShape
@@ -41,7 +42,7 @@ class Stepped(NamedTuple):
     """Leading rows of `logits` that belong to prompts asked for log-probabilities."""
     model_s: float
     """Seconds inside the model's forward."""
-    failed: Mapping[int, NonFiniteKV]
+    failed: Mapping[int, EngineError]
     """By view: what it computed can't be stored, and is worth nothing from there on."""
 
 
@@ -101,6 +102,11 @@ class ModelRunner:
         """Return the bytes of packed weights read to compute one row."""
         return self._parts.model.spec.weight_bytes
 
+    @property
+    def num_heads(self) -> int:
+        """Return the model's query heads."""
+        return self._parts.model.spec.num_heads
+
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Stepped:
         """Compute K, V and logits of the work's rows; afterwards their views hold them."""
@@ -110,7 +116,7 @@ class ModelRunner:
             item.sequence.request.step_begins(begun)
         step = self._build(work)
         kv = BatchKV(
-            step, parts.pool, self._layers, parts.ops.attention, parts.techniques, parts.shape,
+            step, parts.pool, self._layers, parts.ops, parts.techniques, parts.shape,
             self._turning, self._transform, parts.listeners,
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
@@ -136,7 +142,7 @@ class ModelRunner:
             request.moments.encode_s += kv.encode_s.pop(request.spec.id, 0.0)
         self._staging.drop_encoded(step.geometry)
         self.read.encoded_pages += kv.encoded // parts.shape.num_layers
-        return Stepped(logits, prompt_rows, model_s, kv.failed)
+        return Stepped(logits, prompt_rows, model_s, kv.failures())
 
     def watch(self, spec: GenerateRequest) -> Watch | None:
         """Return when a request's rows are observed and its tokens evicted; None: never."""
@@ -164,6 +170,7 @@ class ModelRunner:
         segments: list[Segment] = []
         slots: list[Int32Array] = []
         closing: list[Closing] = []
+        apart: list[RowsApart] = []
         row = 0
         for item in work:
             view, request = item.view, item.sequence.request
@@ -186,6 +193,9 @@ class ModelRunner:
                 slot, written = int(view.slots[page]), int(staged[page - staged_from])
                 closed = ClosedPage(request.spec.id, view, page, slot)
                 closing.append(Closing(closed, written if written != slot else -1))
+            if view.apart:
+                assert request.part is not None
+                apart.append(RowsApart(view, row, item.count, request.part))
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
@@ -193,7 +203,7 @@ class ModelRunner:
         )  # fmt: skip
         plan = self._parts.planner.plan(geometry)
         self._count(geometry, plan)
-        return StepKV(geometry, plan, np.concatenate(slots), tuple(closing))
+        return StepKV(geometry, plan, np.concatenate(slots), tuple(closing), tuple(apart))
 
     def _count(self, geometry: BatchGeometry, plan: AttentionPlan) -> None:
         """Count what a step's plan reads."""
@@ -204,8 +214,9 @@ class ModelRunner:
         self.read.planned_bytes += int((plan.runs[:, 1] * sizes).sum())
         for segment in geometry.segments:
             end = segment.first_position + segment.num_rows
-            first = geometry.coded_pages(segment, end - 1)
-            rest = -(-end // PAGE_TOKENS) - first
+            first, apart = geometry.coded_pages(segment, end - 1), segment.view.apart
+            rest = -(-end // PAGE_TOKENS) - max(first, apart)
+            first = max(first - apart, 0)
             self.read.flat_bytes += first * coded_bytes + rest * plain_bytes
 
 

@@ -15,26 +15,16 @@ import numpy as np
 from kvkeep.cache.caches import Caches
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.matching import Match
+from kvkeep.engine.apart import Part
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
+from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.packs import Packs
 from kvkeep.engine.sequence import Request, Sequence, Status
 from kvkeep.engine.shadows import Shadows, with_shadows
 from kvkeep.engine.work import Lane, Planned, ViewKeeper, Work
-from kvkeep.errors import CapacityError, ConfigError
+from kvkeep.errors import CapacityError
 from kvkeep.types import PAGE_TOKENS, PageSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """How much one step may hold."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    chunk_tokens: int = 256
-    """Prefill is cut at absolute multiples of this."""
-    coded: bool = False
-    """Whether pages are coded: then no more sequences run than there are staged pages for."""
 
 
 @dataclass(slots=True)
@@ -79,7 +69,7 @@ class Scheduler:
 
     def set_tenants(self, shares: Mapping[str, float]) -> None:
         """Set each tenant's part of the running sequences; tenants left out must have none."""
-        for name, cap in self.caps(shares).items():
+        for name, cap in self._limits.caps(shares).items():
             if name in self._tenants:
                 self._tenants[name].max_running = cap
             else:
@@ -90,20 +80,6 @@ class Scheduler:
             while self._limits.coded and len(tenant.running) > tenant.max_running:
                 self._preempt(tenant, tenant.running[-1])
         self._robin.set_tenants(list(self._tenants))
-
-    def caps(self, shares: Mapping[str, float]) -> dict[str, int]:
-        """Return how many sequences of each tenant may run at a time.
-
-        Raises `ConfigError` where pages are coded and fewer could.
-        """
-        most = self._limits.max_num_seqs
-        caps = {name: max(1, int(most * share)) for name, share in shares.items()}
-        if self._limits.coded and sum(caps.values()) > most:
-            raise ConfigError(
-                f"max_num_seqs: {len(caps)} tenants run up to {sum(caps.values())} sequences, and"
-                f" recent tokens are kept for {most}; raise it"
-            )
-        return caps
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind its tenant's others."""
@@ -172,6 +148,10 @@ class Scheduler:
         sequence.status = Status.FINISHED
         self._release(sequence)
 
+    def restart(self, sequence: Sequence) -> None:
+        """Have a running sequence computed again in its turn."""
+        self._preempt(self._tenants[sequence.account], sequence)
+
     def counts(self, tenant: str) -> tuple[int, int]:
         """Return (running, waiting) sequences of a tenant."""
         own = self._tenants[tenant]
@@ -217,6 +197,8 @@ class Scheduler:
             if not sequence.fetch.done or request.awaits:
                 return False
             self._end_fetch(sequence)
+        if request.part is not None and request.part.state != "lost":
+            return self._open_apart(sequence, request.part, alone=alone)
         if not alone and not self._shadows.fits(sequence):
             return False
         match = manager.match(
@@ -259,6 +241,23 @@ class Scheduler:
         if sequence.request.cached_tokens is None:
             sequence.request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
             sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
+        return True
+
+    def _open_apart(self, sequence: Sequence, part: Part, *, alone: bool) -> bool:
+        """Reserve room for what is not held elsewhere, once that is there; False: not yet."""
+        request, length = sequence.request, len(sequence.tokens)
+        if part.state == "awaited" or request.awaits:
+            return False
+        at, scope = self._caches.of(request.codec), request.spec.scope
+        try:
+            view = at.reserve_view(length, account=sequence.account, scope=scope, apart=part.pages)
+        except CapacityError:
+            if alone:
+                self._exhausted(sequence)
+            return False
+        sequence.view, sequence.status = view, Status.RUNNING
+        if request.cached_tokens is None:
+            request.cached_tokens = request.saved_tokens = view.length
         return True
 
     def _awaited(self, sequence: Sequence, match: Match, manager: CacheManager) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Self
 
 import msgspec
 import numpy as np
 
 from kvkeep.cache.fetch import Fetch
+from kvkeep.engine.apart import Part
 from kvkeep.engine.api import Chunk, GenerateRequest
 from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
@@ -42,6 +44,11 @@ class TokenBuffer:
         self._ids[: len(ids)] = ids
         self._length = len(ids)
 
+    @classmethod
+    def of(cls, spec: GenerateRequest) -> Self:
+        """Return a request's prompt, with room for its answer."""
+        return cls(np.array(spec.prompt_ids, np.int32), min(spec.params.max_tokens, 4096))
+
     def __len__(self) -> int:
         return self._length
 
@@ -73,6 +80,8 @@ class Request:
     """Prompt tokens found among its own and pinned pages when it was first admitted."""
     awaits: bool = False
     """Whether its first token is still to come from another engine."""
+    part: Part | None = None
+    """The first pages of its prompt, where another worker holds them."""
     codec: str = "float"
     """What stores its pages; fixed once, when it is first admitted."""
     settled: bool = False

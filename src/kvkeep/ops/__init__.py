@@ -59,5 +59,7 @@ def select(kernel: Kernel, threads: int, device: Device = "cpu") -> Ops:
         return device_ops(device)
     if kernel == "reference":
         turn = TorchTurn(HOST, torch.float64)
-        return Ops(kernel, ReferenceAttention(), ReferenceLeaf(), ReferenceSample(), turn)
+        attention = ReferenceAttention()
+        leaf, sample = ReferenceLeaf(), ReferenceSample()
+        return Ops(kernel, attention, leaf, sample, turn, parts=attention)
     return cpu_ops(available()[0] if kernel == "auto" else kernel, threads)

@@ -129,6 +129,7 @@ def prepare_plan(
     group: int,
     kv_heads: int,
     dim: int,
+    leaves: bool,
 ) -> PreparedPlan: ...
 
 class Cache:
@@ -186,6 +187,8 @@ class Attention:
         thresholds: int,
         hits: int,
         stamps: int,
+        carried: int,
+        left: int,
     ) -> None: ...
     def merge(
         self,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvkeep.errors import KernelInputError
 from kvkeep.ops.codes import CODE_BITS, tile_bytes
-from kvkeep.ops.layout import AttentionPlan, LayerKV
+from kvkeep.ops.layout import CARRIED, AttentionPlan, LayerKV
 from kvkeep.types import PAGE_TOKENS, Int32Array, Layout, UInt64Array
 
 Int64Array = NDArray[np.int64]
@@ -81,6 +81,18 @@ def check_parts(outs: torch.Tensor, lse2s: torch.Tensor) -> None:
             f"outs {tuple(outs.shape)} and lse2s {tuple(lse2s.shape)} {lse2s.dtype} "
             "do not fit: pass [N, T, Hq, D] and float32 [N, T, Hq]"
         )
+
+
+def check_states(q: torch.Tensor, plan: AttentionPlan, states: torch.Tensor) -> None:
+    """Raise where states to go on from do not fit the queries, or no group goes on from any."""
+    rows, heads, dim = q.shape
+    if states.shape != (2, rows, heads, dim + 2) or states.dtype != torch.float32:
+        raise KernelInputError(
+            f"states {tuple(states.shape)} {states.dtype} do not fit q {tuple(q.shape)}:"
+            " pass float32 [2, T, Hq, D + 2]"
+        )
+    if plan.parents is None or not np.any(plan.parents == CARRIED):
+        raise KernelInputError("no group of the plan goes on from states")
 
 
 def validate(q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> None:

@@ -71,9 +71,9 @@ class DotPeak:
 def cpu_ops(kernel: CpuKernel, threads: int) -> Ops:
     """Return the kernels of one path, run by `threads` threads."""
     backend = _backend(kernel, threads)
-    return Ops(
-        kernel, CpuAttention(backend), CpuLeaf(backend), CpuSample(backend), CpuTurn(backend)
-    )
+    attention = CpuAttention(backend)
+    leaf, sample, turn = CpuLeaf(backend), CpuSample(backend), CpuTurn(backend)
+    return Ops(kernel, attention, leaf, sample, turn, parts=attention)
 
 
 def decoding_attention(kernel: CpuKernel, threads: int, *, halves: bool = False) -> CpuAttention:

@@ -16,6 +16,7 @@ from kvkeep.ops.checks import (
     check_dim,
     check_parts,
     check_pool,
+    check_states,
     check_unit,
     coded_layouts,
     dense_rows,
@@ -39,7 +40,8 @@ class _Prepared:
 
     plan: AttentionPlan
     tile_table: Int32Array
-    query: tuple[torch.Size, torch.dtype]
+    query: tuple[torch.Size, torch.dtype, bool]
+    """Its shape and dtype, and whether states are left."""
     native: _native.PreparedPlan
     arrays: tuple[np.ndarray | None, ...]
 
@@ -114,8 +116,39 @@ class CpuAttention:
         self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
     ) -> Attended:
         """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
+        return self._attend(q, kv, plan, observe)
+
+    def attend_part(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> torch.Tensor:
+        """Return states [2, T, Hq, D + 2], see `PartOps.attend_part`."""
+        rows, heads, dim = q.shape
+        left = torch.empty((2, rows, heads, dim + 2), dtype=torch.float32)
+        self._attend(q, kv, plan, left=left)
+        return left
+
+    def attend_after(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        states: torch.Tensor,
+        observe: Observe | None = None,
+    ) -> Attended:
+        """Attend, going on from states; see `PartOps.attend_after`."""
+        check_states(q, plan, states)
+        return self._attend(q, kv, plan, observe, carried=states.contiguous())
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        observe: Observe | None = None,
+        *,
+        carried: torch.Tensor | None = None,
+        left: torch.Tensor | None = None,
+    ) -> Attended:
         layout = _layout_of(q.dtype, "q")
-        prepared = self._prepare(q, kv, plan, layout)
+        prepared = self._prepare(q, kv, plan, layout, leaves=left is not None)
         q = dense_rows(q)
         rows, heads, dim = q.shape
         q_token, q_head, _ = q.stride()
@@ -141,6 +174,8 @@ class CpuAttention:
                 _address(thresholds),
                 _address(hits),
                 _address(stamps),
+                0 if carried is None else carried.data_ptr(),
+                0 if left is None else left.data_ptr(),
             )
         except ValueError as error:
             raise KernelInputError(str(error)) from None
@@ -189,11 +224,17 @@ class CpuAttention:
         return native
 
     def _prepare(
-        self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, layout: Layout
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        layout: Layout,
+        *,
+        leaves: bool = False,
     ) -> _Prepared:
         """Return the plan's work list, kept from the layer before where nothing changed."""
         last = self._last
-        query = (q.shape, q.dtype)
+        query = (q.shape, q.dtype, leaves)
         if (
             last is not None
             and last.plan is plan
@@ -236,6 +277,7 @@ class CpuAttention:
                 q.shape[1] // kv.num_kv_heads,
                 kv.num_kv_heads,
                 kv.head_dim,
+                leaves,
             )
         except ValueError as error:
             raise KernelInputError(str(error)) from None

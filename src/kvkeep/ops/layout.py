@@ -48,6 +48,9 @@ TORCH_DTYPE = {
     Layout.ROWS_F16: torch.float16,
     Layout.ROWS_BF16: torch.bfloat16,
 }
+CARRIED = -2
+"""In `AttentionPlan.parents`."""
+
 HOST = torch.device("cpu")
 
 LANE_LAYOUTS = {torch.float32: Layout.F32, torch.bfloat16: Layout.BF16}
@@ -100,7 +103,9 @@ class AttentionPlan:
     masks: UInt64Array | None = None
     """[E, L, Hkv] live masks; None where nothing is evicted."""
     parents: Int32Array | None = None
-    """[N] the group that each goes on from, -1 for roots; None: all are roots."""
+    """[N] the group that each goes on from, -1 for roots; None: all are roots. `CARRIED`: a group
+    goes on, at its first run, from states that another worker's part has left; it shares nothing.
+    """
     row_order: Int32Array | None = None
     """[T] query row at each place; None: as they are."""
 
@@ -200,6 +205,31 @@ class AttentionOps(Protocol):
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq] left to right; lse2 = -inf: empty."""
+
+
+class PartOps(Protocol):
+    """Attention over a prefix whose pages lie apart: a part leaves states, the rest goes on.
+
+    States are [2, T, Hq, D + 2] float32: m, l and O of a row's complete spans, then of the part of
+    the span in which the pages end (lse2 = m + log2(l); m = -inf: empty). They are what a node of a
+    plan's forest leaves to its children, so results have the bits of one plan over all pages.
+    """
+
+    def attend_part(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> torch.Tensor:
+        """Return what q's rows have gathered over one group's pages, all of which they see."""
+
+    def attend_after(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        states: torch.Tensor,
+        observe: Observe | None = None,
+    ) -> Attended:
+        """Attend as `attend` does; `CARRIED` groups go on from their rows' states.
+
+        Rows of these groups are not observed.
+        """
 
 
 class PackedWeight(Protocol):
@@ -316,3 +346,5 @@ class Ops:
     device: torch.device = HOST
     layouts: Mapping[torch.dtype, Layout] = field(default_factory=lambda: LANE_LAYOUTS)
     """Layout of the tiles that `attention` reads, per dtype of the model."""
+    parts: PartOps | None = None
+    """None: this backend attends whole prefixes only."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from kvkeep.errors import KernelInputError
-from kvkeep.ops.checks import check_forest, check_pool, coded_layouts, validate
+from kvkeep.ops.checks import (
+    check_forest,
+    check_pool,
+    check_states,
+    coded_layouts,
+    validate,
+)
 from kvkeep.ops.codes import tile_bytes
 from kvkeep.ops.layout import (
+    CARRIED,
     LANE_LAYOUTS,
+    SPAN_TOKENS,
     TORCH_DTYPE,
     Attended,
     AttentionPlan,
@@ -55,13 +64,23 @@ class ReferenceAttention:
         self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan, observe: Observe | None = None
     ) -> Attended:
         """Attend q [T, Hq, D] over the plan's runs; see `AttentionOps.attend`."""
+        return self._attend(q, kv, plan, observe, q.dtype)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        observe: Observe | None,
+        dtype: torch.dtype,
+    ) -> Attended:
         self.calls += 1
         validate(q, kv, plan)
         check_forest(plan)
         layout = _layout_of(q.dtype)
         for stored in (layout, *coded_layouts(kv, plan, layout)):
             check_pool(kv, stored)
-        out = torch.zeros(q.shape, dtype=q.dtype)
+        out = torch.zeros(q.shape, dtype=dtype)
         lse2 = torch.full(q.shape[:2], -math.inf)
         hits = stamps = None
         least = torch.zeros(0)
@@ -82,6 +101,42 @@ class ReferenceAttention:
                     if stamps is not None:
                         tokens.stamp(stamps, seen.any(dim=1), int(plan.row_positions[row]))
         return Attended(out, lse2, hits, stamps)
+
+    def attend_part(self, q: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> torch.Tensor:
+        """Return states [2, T, Hq, D + 2] as `m = lse2`, `l = 1`, `O = out`; see `PartOps`."""
+        (runs,) = [runs for _, runs in chains(plan)]
+        end = max(run.first_position + run.page_count * PAGE_TOKENS for run in runs)
+        whole = end // SPAN_TOKENS * SPAN_TOKENS
+        return torch.stack(
+            [
+                _states(self._attend(q, kv, _tokens_of(plan, begin, last), None, torch.float32))
+                for begin, last in ((0, whole), (whole, end))
+            ]
+        )
+
+    def attend_after(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        plan: AttentionPlan,
+        states: torch.Tensor,
+        observe: Observe | None = None,
+    ) -> Attended:
+        """Attend what is here and merge it with the states; see `PartOps.attend_after`."""
+        check_states(q, plan, states)
+        here = self._attend(q, kv, plan, observe, torch.float32)
+        lse2s = states[..., 0] + torch.log2(states[..., 1])
+        outs = states[..., 2:] / states[..., 1:2]
+        merged = self.merge(
+            torch.cat([outs.nan_to_num(), here.out[None]]),
+            torch.cat([torch.where(states[..., 0].isinf(), -math.inf, lse2s), here.lse2[None]]),
+        )
+        out, lse2 = here.out.to(q.dtype), here.lse2.clone()
+        groups = np.asarray(plan.groups)[np.asarray(plan.parents) == CARRIED]
+        places = [place for begin, end in groups[:, :2].tolist() for place in range(begin, end)]
+        rows = places if plan.row_order is None else plan.row_order[places].tolist()
+        out[rows], lse2[rows] = merged[0][rows].to(q.dtype), merged[1][rows]
+        return Attended(out, lse2, here.hits, here.stamps)
 
     def merge(self, outs: torch.Tensor, lse2s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge parts [N, T, Hq, D] and [N, T, Hq]; a part with lse2 = -inf is empty."""
@@ -199,6 +254,26 @@ class _GroupTokens:
             own = seen[:, _rows(i)].numpy()
             hit = stamps[entry, :, : own.shape[1]]
             hit[own] = np.maximum(hit[own], position)
+
+
+def _states(attended: Attended) -> torch.Tensor:
+    """Return results as states [T, Hq, D + 2]."""
+    there = torch.where(attended.lse2.isinf(), 0.0, 1.0)
+    parts = (attended.lse2[..., None], there[..., None], attended.out.float())
+    return torch.cat(parts, dim=-1)
+
+
+def _tokens_of(plan: AttentionPlan, begin: int, end: int) -> AttentionPlan:
+    """Return a plan of one group with the pages of tokens [begin, end) alone."""
+    runs = []
+    for run in (Run(*one) for one in plan.runs.tolist()):
+        first = max(0, (begin - run.first_position) // PAGE_TOKENS)
+        last = min(run.page_count, (end - run.first_position) // PAGE_TOKENS)
+        if first < last:
+            at = run.first_position + first * PAGE_TOKENS
+            runs.append(Run(run.page_begin + first, last - first, at, run.layout))
+    groups = np.array([[0, len(plan.row_positions), 0, len(runs)]], np.int32)
+    return replace(plan, groups=groups, runs=np.array(runs, np.int32).reshape(-1, 4))
 
 
 def _rows(place: int) -> slice:

@@ -54,6 +54,47 @@ std::vector<int> order_of(const Job& job, const std::vector<PreparedPlan::Work>&
   return order;
 }
 
+// Call fn(record, state) for each state of rows at places [begin, end): where its m, l and O lie
+// in the records, and in [2, T, Hq, D + 2].
+template <class Fn>
+void each_state(const PreparedPlan& prepared, const Job& job, int begin, int end, Fn&& fn) {
+  const int dim = prepared.dim, heads = prepared.kv_heads * prepared.group;
+  const int64_t line = line_floats(job.record_rows);
+  for (int i = 0; i < 2; i++) {
+    for (int place = begin; place < end; place++) {
+      const int64_t row = job.plan.order ? job.plan.order[place] : place;
+      for (int head = 0; head < heads; head++) {
+        float* all = job.records +
+                     (2 * int64_t{head / prepared.group} + i) * state_floats(job.record_rows, dim);
+        const int64_t r = int64_t{place} * prepared.group + head % prepared.group;
+        const int64_t at = ((i * prepared.num_rows + row) * heads + head) * (dim + 2);
+        fn(all + r, all + line + r, all + 2 * line + r * dim, at, i);
+      }
+    }
+  }
+}
+
+// Put states of elsewhere where the groups that go on from them look.
+void take_in(const PreparedPlan& prepared, const Job& job, const float* carried) {
+  for (const auto& [begin, end] : prepared.carried) {
+    each_state(prepared, job, begin, end, [&](float* m, float* l, float* o, int64_t at, int) {
+      *m = carried[at];
+      *l = carried[at + 1];
+      std::memcpy(o, carried + at + 2, sizeof(float) * prepared.dim);
+    });
+  }
+}
+
+void hand_out(const PreparedPlan& prepared, const Job& job, float* left) {
+  const int rows = static_cast<int>(prepared.num_rows);
+  each_state(prepared, job, 0, rows, [&](float* m, float* l, float* o, int64_t at, int i) {
+    const bool empty = *m == -INFINITY || (i == 1 && prepared.whole_spans);
+    left[at] = empty ? -INFINITY : *m;
+    left[at + 1] = empty ? 0.0f : *l;
+    for (int d = 0; d < prepared.dim; d++) left[at + 2 + d] = empty ? 0.0f : o[d];
+  });
+}
+
 // Write the rows of one KV head whose index lies in [begin, end).
 template <class T, int kPair>
 void write_rows(const Cache& cache, const NewRows& rows, int head, int64_t begin, int64_t end) {
@@ -123,8 +164,10 @@ void Attention::append(Layout layout, const Cache& cache, const NewRows& rows) {
   }
 }
 
-void Attention::attend(const PreparedPlan& prepared, Job job) {
+void Attention::attend(const PreparedPlan& prepared, Job job, const float* carried, float* left) {
   auto held = backend_.enter();
+  if (prepared.carried.empty() != !carried || prepared.leaves != (left != nullptr))
+    throw std::invalid_argument("a plan's states of elsewhere and what is passed differ");
   calls_.fetch_add(1, std::memory_order_relaxed);
   if (prepared.by_head && !job.cache.coded)
     throw std::invalid_argument("a run's layout is by head and the layer names none");
@@ -142,6 +185,7 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
   job.states = states_.reserve<float>(prepared.state_floats);
   job.records = records_.reserve<float>(prepared.record_floats);
   job.record_rows = static_cast<int>(prepared.num_rows * prepared.group);
+  if (carried) take_in(prepared, job, carried);
   const auto run = [&](const std::vector<PreparedPlan::Work>& work, auto kernel_of_work) {
     const std::vector<int> order = order_of(job, work);
     backend_.pool.parallel_for(static_cast<int64_t>(work.size()), [&](int64_t i, int thread) {
@@ -172,6 +216,7 @@ void Attention::attend(const PreparedPlan& prepared, Job job) {
         count(kernel.observe(job, wave.beside[i], memory));
     });
   }
+  if (left) hand_out(prepared, job, left);
   if (bad_tile) throw std::invalid_argument("the plan names a page without a tile in the pool");
 }
 

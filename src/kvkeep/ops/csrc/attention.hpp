@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "attention_job.hpp"
@@ -17,7 +18,7 @@ namespace kvkeep::attention {
 struct PlanArrays {
   Plan plan;
   const int32_t (*groups)[4];
-  const int32_t* parents;  // or null: all are roots
+  const int32_t* parents;  // or null: all are roots; kCarried: goes on from states of elsewhere
   int64_t num_rows, num_groups, num_runs, num_pages, num_private;
 };
 
@@ -45,6 +46,9 @@ struct PreparedPlan {
   int64_t record_floats = 0;  // between parents and children
   int most_rows = 0;          // of an item
   double makespan = 0;        // predicted, over the larger of an even share and the longest item
+  std::vector<std::pair<int, int>> carried;  // places of groups that go on from states of elsewhere
+  bool leaves = false;                       // rows' states instead of their results
+  bool whole_spans = false;                  // of such a part: nothing of a span is left over
 
   int64_t pieces_beside() const {
     int64_t count = 0;
@@ -53,9 +57,9 @@ struct PreparedPlan {
   }
 };
 
-// Throws std::invalid_argument where the plan contradicts itself.
+// Throws std::invalid_argument where the plan contradicts itself. `leaves`: states are asked for.
 PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
-                     int threads);
+                     int threads, bool leaves);
 
 // k and v [T, Hkv, D] by strides in elements; slots [T] = page slot * 64 + row, -1 skips.
 struct NewRows {
@@ -70,7 +74,9 @@ class Attention {
   Attention(Backend& backend, Widen widen) : backend_(backend), widen_(widen) {}
 
   void append(Layout layout, const Cache& cache, const NewRows& rows);
-  void attend(const PreparedPlan& prepared, Job job);
+  // `carried` and `left` are [2, T, Hq, D + 2] (m, l, O of complete spans, then of the last one's
+  // part), for plans that go on from states and such that leave them; or null.
+  void attend(const PreparedPlan& prepared, Job job, const float* carried, float* left);
   void merge(Layout layout, const void* outs, const float* lse2s, int64_t parts, int64_t rows,
              int dim, void* out, float* lse2);
 

@@ -14,6 +14,7 @@ inline constexpr int kSpan = 1024;            // tokens per carried state
 inline constexpr int kPanel = 126;            // rows scored together: 21 blocks of 6
 inline constexpr int kBits = 4;               // floats that a bit for each token of a step takes
 inline constexpr int kNoted = kBits + kStep;  // floats noted of an observed row and step, at most
+inline constexpr int kCarried = -2;           // parent of a group that goes on from elsewhere
 inline constexpr int kSinks = 4;              // tokens that the first coded page keeps in 16 bits
 
 // kvkeep.types.Layout; the first kLayouts are those of the model's dtype.

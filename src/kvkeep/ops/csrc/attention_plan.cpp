@@ -85,6 +85,8 @@ std::vector<Node> nodes_of(const PlanArrays& arrays) {
       node.depth = nodes[parent].depth + 1;
       node.begin = nodes[parent].end;
     }
+    check(parent != kCarried || run_begin < run_end, "a group goes on from elsewhere to nothing");
+    if (parent == kCarried) node.begin = arrays.plan.runs[run_begin].first_position;
     node.end = node.begin;
     if (run_begin == run_end) continue;
     const Run& last = arrays.plan.runs[run_end - 1];
@@ -142,7 +144,8 @@ void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const
   const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
   const int rows = (row_end - row_begin) * prepared.group;
   const int most = node.leaf() ? kPanel : rows;  // a shared token is read once for all rows
-  const bool root = !arrays.parents || arrays.parents[g] < 0;
+  const bool root = !arrays.parents || (arrays.parents[g] < 0 && arrays.parents[g] != kCarried);
+  const bool leaf = node.leaf() && !prepared.leaves;
   for (int begin = 0; begin < rows; begin += most) {
     const int end = std::min(begin + most, rows);
     int32_t first = INT32_MAX, last = -1;
@@ -153,7 +156,7 @@ void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const
       first = std::min(first, at);
       last = std::max(last, at);
     }
-    check(node.leaf() || first >= node.end - 1, "a row does not see all of a shared group");
+    check(leaf || first >= node.end - 1, "a row does not see all of a shared group");
     const int32_t seen = std::max(std::min(last + 1, node.end), node.begin);
     const int64_t middle = (int64_t{first} + last) / 2 + 1;  // rows see less, the earlier they are
     const int64_t cost = kPage * weight_of(prepared.layout).of(end - begin) +
@@ -161,9 +164,9 @@ void cut_rows(PreparedPlan& prepared, const PlanArrays& arrays, int64_t g, const
                                  std::clamp<int64_t>(middle, node.begin, seen));
     prepared.most_rows = std::max(prepared.most_rows, end - begin);
     for (int head = 0; head < prepared.kv_heads; head++) {
-      to.push_back({{row_begin, head, begin, end, run_begin, run_end, node.begin, seen, root,
-                     node.leaf(), -1},
-                    cost});
+      to.push_back(
+          {{row_begin, head, begin, end, run_begin, run_end, node.begin, seen, root, leaf, -1},
+           cost});
     }
   }
 }
@@ -341,7 +344,7 @@ double makespan_over_bound(const PreparedPlan& prepared, int threads) {
 }  // namespace
 
 PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_heads, int dim,
-                     int threads) {
+                     int threads, bool leaves) {
   check_plan(arrays, layout);
   PreparedPlan prepared{arrays.plan,
                         layout,
@@ -353,7 +356,11 @@ PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_
                         any_run(arrays, is_coded),
                         any_run(arrays, [](Layout stored) { return stored == Layout::kByHead; }),
                         {}};
+  prepared.leaves = leaves;
   const auto nodes = nodes_of(arrays);
+  check(!leaves || (nodes.size() == 1 && nodes[0].end > 0 && nodes[0].end % kStep == 0),
+        "a part is one group of whole steps of 128 tokens");
+  prepared.whole_spans = leaves && nodes[0].end % kSpan == 0;
   for (int64_t g = 0; g < arrays.num_groups; g++) {
     const auto& [row_begin, row_end, run_begin, run_end] = arrays.groups[g];
     check(nodes[g].leaf() || (nodes[g].held == row_end - row_begin && nodes[g].end % kStep == 0),
@@ -361,8 +368,10 @@ PreparedPlan prepare(const PlanArrays& arrays, Layout layout, int group, int kv_
     if (static_cast<size_t>(nodes[g].depth) >= prepared.waves.size())
       prepared.waves.resize(nodes[g].depth + 1);
     cut_rows(prepared, arrays, g, nodes[g], prepared.waves[nodes[g].depth].work);
+    if (arrays.parents && arrays.parents[g] == kCarried)
+      prepared.carried.emplace_back(row_begin, row_end);
   }
-  if (prepared.waves.size() > 1)
+  if (prepared.waves.size() > 1 || leaves || !prepared.carried.empty())
     prepared.record_floats = 2 * kv_heads * state_floats(arrays.num_rows * group, dim);
   const auto detached = detach(prepared);
   for (auto& wave : prepared.waves) schedule(prepared, wave, threads);

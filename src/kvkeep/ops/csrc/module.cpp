@@ -145,7 +145,7 @@ attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions
                                      int64_t num_groups, uintptr_t runs, int64_t num_runs,
                                      uintptr_t pages, int64_t num_pages, uintptr_t private_tiles,
                                      int64_t num_private, uintptr_t masks, attention::Layout layout,
-                                     int group, int kv_heads, int dim) {
+                                     int group, int kv_heads, int dim, bool leaves) {
   attention::Plan plan{at<int32_t>(positions), at<int32_t>(order),         at<attention::Run>(runs),
                        at<int32_t>(pages),     at<int32_t>(private_tiles), at<uint64_t>(masks)};
   attention::PlanArrays arrays{plan,
@@ -156,7 +156,7 @@ attention::PreparedPlan prepare_plan(const Backend& backend, uintptr_t positions
                                num_runs,
                                num_pages,
                                num_private};
-  return attention::prepare(arrays, layout, group, kv_heads, dim, backend.pool.threads());
+  return attention::prepare(arrays, layout, group, kv_heads, dim, backend.pool.threads(), leaves);
 }
 
 void bind_attention(nb::module_& m) {
@@ -167,8 +167,8 @@ void bind_attention(nb::module_& m) {
       .def_prop_ro("pieces_beside", &PreparedPlan::pieces_beside);
   m.def("prepare_plan", &prepare_plan, "backend"_a, "positions"_a, "rows"_a, "order"_a, "groups"_a,
         "parents"_a, "num_groups"_a, "runs"_a, "num_runs"_a, "pages"_a, "num_pages"_a,
-        "private_tiles"_a, "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a,
-        "dim"_a);
+        "private_tiles"_a, "num_private"_a, "masks"_a, "layout"_a, "group"_a, "kv_heads"_a, "dim"_a,
+        "leaves"_a);
   nb::class_<Cache>(m, "Cache")
       .def(
           "__init__",
@@ -206,30 +206,34 @@ void bind_attention(nb::module_& m) {
           "attend",
           [](Attention& self, const PreparedPlan& plan, const Cache& cache, uintptr_t q,
              int64_t q_token, int64_t q_head, uintptr_t out, uintptr_t lse2, float scale,
-             uintptr_t thresholds, uintptr_t hits, uintptr_t stamps) {
-            self.attend(plan, {at<void>(q),
-                               q_token,
-                               q_head,
-                               at<void>(out),
-                               at<float>(lse2),
-                               plan.group,
-                               false,
-                               nullptr,
-                               false,
-                               scale,
-                               {},
-                               cache,
-                               nullptr,
-                               0,
-                               at<float>(thresholds),
-                               at<uint64_t>(hits),
-                               at<int32_t>(stamps),
-                               nullptr,
-                               nullptr,
-                               nullptr});
+             uintptr_t thresholds, uintptr_t hits, uintptr_t stamps, uintptr_t carried,
+             uintptr_t left) {
+            self.attend(plan,
+                        {at<void>(q),
+                         q_token,
+                         q_head,
+                         at<void>(out),
+                         at<float>(lse2),
+                         plan.group,
+                         false,
+                         nullptr,
+                         false,
+                         scale,
+                         {},
+                         cache,
+                         nullptr,
+                         0,
+                         at<float>(thresholds),
+                         at<uint64_t>(hits),
+                         at<int32_t>(stamps),
+                         nullptr,
+                         nullptr,
+                         nullptr},
+                        at<float>(carried), at<float>(left));
           },
           "plan"_a, "cache"_a, "q"_a, "q_token"_a, "q_head"_a, "out"_a, "lse2"_a, "scale"_a,
-          "thresholds"_a, "hits"_a, "stamps"_a, nb::call_guard<nb::gil_scoped_release>())
+          "thresholds"_a, "hits"_a, "stamps"_a, "carried"_a, "left"_a,
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
           "merge",
           [](Attention& self, Layout layout, uintptr_t outs, uintptr_t lse2s, int64_t parts,
