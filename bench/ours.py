@@ -13,7 +13,7 @@ from kvkeep.engine.api import Chunk, GenerateRequest, SamplingParams
 from kvkeep.engine.backend import Backend, choose
 from kvkeep.engine.build import Parts, build_core
 from kvkeep.engine.engine import EngineCore
-from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.options import EngineOptions, KvName, ShieldName
 from kvkeep.errors import ConfigError
 from kvkeep.models import loader
 from kvkeep.models.host import HostedModel
@@ -48,11 +48,15 @@ class Ours:
         weights: Literal["float", "int8"] = "float",
         max_num_seqs: int = 64,
         parts: Parts | None = None,
+        kv: KvName = "bf16",
+        shield: ShieldName | None = None,
     ) -> None:
         options = EngineOptions(
             model=str(model),
             dtype="bfloat16",
             weights=weights,
+            kv=kv,
+            shield=shield,
             threads=threads,
             kv_cache_bytes=kv_cache_bytes,
             max_num_seqs=max_num_seqs,

@@ -3,7 +3,7 @@
 `--only` names a part: `transforms` takes decoding steps of engines in turn and the published
 method's cost for one token of three models; `attacks` steals pages and counts the tokens that
 their rows give away to somebody who has the public weights; `sealing` holds sealed pages of 1 MiB
-beside the raw cipher, and shreds tenants.
+beside the raw cipher, and shreds tenants; `tile` takes decoding steps whose tiles are opened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from bench import harness, shield_attacks, shield_seal, shield_transforms
+from bench import harness, shield_attacks, shield_seal, shield_tile, shield_transforms
 from bench.harness import Cell, Figure, Options, Report, Row
 from kvkeep.errors import ConfigError
 
@@ -21,6 +21,7 @@ PARTS: Final[dict[str, Part]] = {
     "transforms": shield_transforms.figures,
     "attacks": shield_attacks.figures,
     "sealing": shield_seal.figures,
+    "tile": shield_tile.figures,
 }
 
 

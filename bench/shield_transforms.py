@@ -105,14 +105,23 @@ def side_of(model: Path, shield: Shield, threads: int) -> Ours:
     return Ours(model, threads=threads, kv_cache_bytes=512 << 20, parts=parts)
 
 
-def steps_of(sides: list[Ours], batch: int, steps: int) -> list[np.ndarray]:
-    """Return the seconds of decoding steps of each side, which take turns."""
+def steps_of(
+    sides: list[Ours],
+    batch: int,
+    steps: int,
+    context: int = CONTEXT,
+    begins: Callable[[int], None] = lambda _: None,
+) -> list[np.ndarray]:
+    """Return the seconds of decoding steps of each side, which take turns.
+
+    `begins` hears whose turn it is.
+    """
     for side in sides:
         core = side.core
         core.set_tenants({})
         core.set_tenants({TENANT: 1.0})
         for _ in range(batch):
-            side.submit(side.prompt(CONTEXT), greedy(4 * steps))
+            side.submit(side.prompt(context), greedy(4 * steps))
         fresh = 0
         while fresh < batch:
             before = core.counters.generated_tokens
@@ -122,6 +131,7 @@ def steps_of(sides: list[Ours], batch: int, steps: int) -> list[np.ndarray]:
     order = list(range(len(sides)))
     for _ in range(steps):
         for at in order:
+            begins(at)
             begun = time.perf_counter()
             sides[at].core.step()
             took[at].append(time.perf_counter() - begun)

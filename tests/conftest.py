@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvkeep.shield.secret import overwrite_freed
 from tests import counts
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -26,6 +27,13 @@ BACKENDS = ("reference", "portable", "avx2", "avx512", "triton")
 def pytest_configure(config: pytest.Config) -> None:
     """Tell `tests.counts` whether the slow tests run too: then nothing is cut short."""
     os.environ[counts.AT_LENGTH] = str(int("not slow" not in str(config.option.markexpr)))
+
+
+@pytest.fixture(autouse=True)
+def _freed_as_before() -> Iterator[None]:
+    """Let freed memory be: an engine under `tile` in this process has it overwritten."""
+    yield
+    overwrite_freed(wanted=False)
 
 
 @pytest.fixture(autouse=True)

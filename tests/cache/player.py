@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvkeep.cache.classes import Beside
 from kvkeep.cache.manager import CacheManager
-from kvkeep.cache.pool import Beside, TilePool
-from kvkeep.cache.radix import Page, RadixIndex, TokenIds
+from kvkeep.cache.pool import TilePool
+from kvkeep.cache.radix import TOKEN_KEYS, Page, PageKeys, RadixIndex, TokenIds
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.cache.tiers import Tier
 from kvkeep.cache.views import OwnTiles
@@ -55,11 +56,12 @@ def make_manager(
     tier: Tier | None = None,
     spec: PageSpec = SPEC,
     num_first: int = 0,
+    keys: PageKeys = TOKEN_KEYS,
 ) -> CacheManager:
     chosen = ShareNothing() if policy is None else policy
     beside = Beside(num_first, 0, 0) if num_first else None
     pool = TilePool(spec, num_pages, beside=beside)
-    return CacheManager(pool, RadixIndex(DIGEST), chosen, tag_of, tier)
+    return CacheManager(pool, RadixIndex(DIGEST, keys), chosen, tag_of, tier)
 
 
 def prompt(*blocks: int, tail: int = 0) -> list[int]:

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvkeep.cache.pool import Beside, TilePool
+from kvkeep.cache.classes import Beside
+from kvkeep.cache.pool import TilePool
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.types import Layout, PageKind, PageSpec, TileForm
 from tests.cache.player import SPEC, tiles_of

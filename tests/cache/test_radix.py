@@ -110,18 +110,17 @@ def test_public_pages_are_found_by_hash() -> None:
 
 
 def test_a_public_chain_is_computed_only_as_far_as_asked() -> None:
-    known: list[bytes] = []
     tokens = np.array(prompt(1, 2, 3, tail=5), np.int32)
     digest = PageTag(PUBLIC_SCOPE).digest()
-    chain = PublicChain(DIGEST, digest, tokens, 3, known)
+    chain = PublicChain(DIGEST, digest, tokens, 3)
     assert len(chain) == 3
-    assert known == []
+    assert chain._known == []
     assert chain[0] == chain_hash(DIGEST, digest, token_bytes(prompt(1)))
-    assert len(known) == 1
+    assert len(chain._known) == 1
     assert chain[-1] == chain_hash(chain[1], digest, token_bytes(prompt(3)))
     assert chain[1:] == (chain[1], chain[2])
     assert chain[3:] == ()
     with pytest.raises(IndexError):
         _ = chain[3]
     everything: Iterator[bytes] = iter(chain)
-    assert list(everything) == known
+    assert list(everything) == chain._known

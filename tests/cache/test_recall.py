@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.radix import TOKEN_KEYS, PageKeys
 from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.cache.tier.pages import TieredPages
 from kvkeep.sealing import PUBLIC_OWNER
 from kvkeep.sharing.members import Member
 from kvkeep.sharing.policies.selective import AtLeast
 from kvkeep.shield.plain import PlainSealer
+from kvkeep.shield.tiles import PageLabels, TileKeys
 from tests.cache.player import SPEC, Player, make_manager, prompt
 from tests.cache.tier.disks import Disk
 from tests.sharing.worlds import BYSTANDERS, TEMPLATE, K, MemoryStore, Setting
@@ -31,13 +33,14 @@ class Life:
     disk: Disk
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     life_epochs: int = 1000
+    keys: PageKeys = TOKEN_KEYS
 
     def __post_init__(self) -> None:
         self.setting.directory.set({name: Member(name, "all") for name in (*BYSTANDERS, "x0")})
         policy = self.setting.promotion(AtLeast(K, life_epochs=self.life_epochs))
         self.tier = TieredPages(PlainSealer(), DISK, self.disk, lambda: self.setting.now)
         self.tier.set_shares(self.shares, {})
-        self.manager: CacheManager = make_manager(64, policy, self.tier)
+        self.manager: CacheManager = make_manager(64, policy, self.tier, keys=self.keys)
         self.manager.set_quotas(dict.fromkeys((*BYSTANDERS, "x0"), 9), 6)
         self.player = Player(self.manager)
 
@@ -72,9 +75,11 @@ class Life:
         self.tier.close(5.0)
 
 
-def served(shares: dict[str, float] | None = None, life_epochs: int = 1000) -> Life:
+def served(
+    shares: dict[str, float] | None = None, life_epochs: int = 1000, keys: PageKeys = TOKEN_KEYS
+) -> Life:
     """Return a life at whose end two pages were public."""
-    life = Life(Setting(), Disk(), shares or dict(SHARES), life_epochs)
+    life = Life(Setting(), Disk(), shares or dict(SHARES), life_epochs, keys)
     for name in BYSTANDERS:
         life.player.open(name, f"{name}/0", prompt(*TEMPLATE))
     life.player.end_views()
@@ -86,11 +91,14 @@ def served(shares: dict[str, float] | None = None, life_epochs: int = 1000) -> L
 
 def again(life: Life, **changes: object) -> Life:
     setting = replace(life.setting, **changes)  # type: ignore[arg-type]
-    return Life(setting, life.disk, life.shares, life.life_epochs)
+    return Life(setting, life.disk, life.shares, life.life_epochs, life.keys)
 
 
-def test_a_snapshot_comes_back_between_two_epochs_ends_and_not_for_a_request() -> None:
-    life = again(served())
+@pytest.mark.parametrize("hidden", [False, True], ids=["tokens", "labels"])
+def test_a_snapshot_comes_back_between_two_epochs_ends_and_not_for_a_request(
+    hidden: bool,
+) -> None:
+    life = again(served(keys=PageLabels(TileKeys()) if hidden else TOKEN_KEYS))
     life.settle()
     assert life.found() == 0
     assert life.end_epoch() == 0, "its pages are on their way"

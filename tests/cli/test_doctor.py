@@ -31,7 +31,7 @@ def test_doctor_names_the_kernel_and_accepts_a_good_model(
     shown = capsys.readouterr().out
     assert "reference" in shown
     assert "can be served (qwen2)" in shown
-    for what in ("key memory", "core dumps", "swap", "attestation"):
+    for what in ("key memory", "open tiles", "core dumps", "swap", "attestation"):
         assert what in shown
 
 

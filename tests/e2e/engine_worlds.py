@@ -18,7 +18,14 @@ from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts, build_core, codec_of
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.evictors import evictor_of
-from kvkeep.engine.options import EngineOptions, EvictName, KvName, PolicyName, SharingOptions
+from kvkeep.engine.options import (
+    EngineOptions,
+    EvictName,
+    KvName,
+    PolicyName,
+    SharingOptions,
+    ShieldName,
+)
 from kvkeep.models.text import TextModel
 from kvkeep.sealing import PUBLIC_OWNER
 from kvkeep.sharing.promotion import Promotion
@@ -66,6 +73,7 @@ class Setup(NamedTuple):
     kv_cache_bytes: int = 32 << 20
     below: TierSizes = TierSizes()
     """What the tiers below memory may take; their pages are sealed."""
+    shield: ShieldName | None = None
     one_shelf: bool = False
     """Plants a leak: all tenants' pages below memory make way for each other's."""
 
@@ -116,6 +124,7 @@ class World:
             guard_share=setup.guard_share,
             guard_samples=1,
             guard_kl=1e-9,
+            shield=setup.shield,
         )
         self.told: list[tuple[object, ...]] = []
         self.preemptions = 0

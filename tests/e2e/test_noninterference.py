@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.cache.tier.lowest import TierSizes
-from kvkeep.engine.options import EvictName, KvName, PolicyName
+from kvkeep.engine.options import EvictName, KvName, PolicyName, ShieldName
 from tests.calibrated import calibrated
 from tests.e2e.engine_worlds import CASTS, Setup, Turn, World, script
 
@@ -57,6 +57,12 @@ def test_an_attacker_is_told_the_same_of_coded_pages(
     if kv == "calibrated":
         model = calibrated(model, tmp_path / "model")
     assert same(Setup(model, kv=kv), tmp_path, 0)
+
+
+def test_an_attacker_is_told_the_same_of_pages_that_are_sealed_in_memory(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    assert same(Setup(tiny["llama"], shield="tile"), tmp_path, 1)
 
 
 @pytest.mark.parametrize(("kv", "evict"), [("bf16", "corm"), ("k2v2", "corm")])
@@ -132,11 +138,13 @@ def test_an_attacker_is_told_more_by_the_unsafe_policies(
     assert not same(Setup(tiny["llama"], policy), tmp_path, 0)
 
 
-@pytest.mark.parametrize(("kv", "restarts"), [("bf16", 1), ("k2v2", 0)])
+@pytest.mark.parametrize(
+    ("kv", "restarts", "shield"), [("bf16", 1, None), ("k2v2", 0, None), ("bf16", 0, "tile")]
+)
 def test_the_snapshot_is_used_in_these_tests(
-    tiny: dict[str, Path], tmp_path: Path, kv: KvName, restarts: int
+    tiny: dict[str, Path], tmp_path: Path, kv: KvName, restarts: int, shield: ShieldName | None
 ) -> None:
-    world = World(Setup(tiny["llama"], kv=kv), tmp_path, ("x0",))
+    world = World(Setup(tiny["llama"], kv=kv, shield=shield), tmp_path, ("x0",))
     world.play([*[Turn("restart")] * restarts, Turn("x0", 2, 600)])
     assert world.told[0][0] == 512
 

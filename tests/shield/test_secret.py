@@ -119,7 +119,7 @@ def test_a_machine_is_looked_at(tmp_path: Path) -> None:
     kinds: tuple[RegionKind, ...] = ("memfd_secret", "mlock", "unlocked")
     assert found.key_memory in kinds
     limit = resource.getrlimit(resource.RLIMIT_CORE)[0]
-    assert found == Hygiene(found.key_memory, True, limit, True)
+    assert found == Hygiene(found.key_memory, True, limit, True, found.locked_bytes)
     bare = look(tmp_path / "none", tmp_path / "none")
     assert (bare.swap, bare.attestation) == (False, False)
 

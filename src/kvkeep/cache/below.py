@@ -15,7 +15,7 @@ from functools import partial
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.pace import Pace
 from kvkeep.cache.parts import Pages
-from kvkeep.cache.radix import KEY_BYTES, Page
+from kvkeep.cache.radix import Page, RadixIndex
 from kvkeep.cache.tiers import Copy, Install, Tier
 from kvkeep.sealing import PUBLIC_OWNER, SealContext
 from kvkeep.types import PageKind, PageSpec, PageTag
@@ -27,8 +27,8 @@ MOST_BYTES = 16 << 20
 MOST_S = 0.0015
 """No one waits for a copy down, so that even a long step gives it no more."""
 
-META_BYTES = 32 + KEY_BYTES
-"""Before a public page's layers: its parent's chain hash and its tokens."""
+CHAIN_BYTES = 32
+"""Of a page's chain hash."""
 
 _FLUSH_S = 0.001
 _DIGEST_BYTES = 16
@@ -66,17 +66,19 @@ class Below:
         self,
         tier: Tier,
         pool: Pages,
-        model_digest: bytes,
+        index: RadixIndex,
         order: bytes,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`order` decides the bytes of a page beside its spec: kernels, device, dtype."""
         self._tier = tier
         self._pool = pool
-        self._model_digest = model_digest
+        self._model_digest = index.model_digest
         self.form = form_digest(pool.spec, order)
         """Of how its pages' bytes are arranged."""
         self._clock = clock
+        self.meta_bytes = CHAIN_BYTES + index.keys.page_bytes
+        """Before a public page's layers: its parent's chain hash and its key in the index."""
         self._plain = layer_bytes(pool, PageKind.PLAIN)
         self._first = layer_bytes(pool, PageKind.FIRST)
         self._due: dict[str, dict[Page, Copy]] = {}
@@ -128,7 +130,7 @@ class Below:
     def fetch_public(
         self, context: SealContext, install: Install, done: Callable[[bool], None]
     ) -> None:
-        """Start to fetch a public page: `META_BYTES` come as layer 0, its layers after that."""
+        """Start to fetch a public page: `meta_bytes` come as layer 0, its layers after that."""
         self._tier.fetch(context, self._public_sizes(context.kind), install, done)
 
     def evicted(self, page: Page) -> None:
@@ -189,11 +191,11 @@ class Below:
         return copy
 
     def _read_public(self, slot: int, meta: bytes, into: memoryview) -> None:
-        into[:META_BYTES] = meta
-        self._pool.read_page(slot, into[META_BYTES:])
+        into[: self.meta_bytes] = meta
+        self._pool.read_page(slot, into[self.meta_bytes :])
 
     def _public_sizes(self, kind: PageKind) -> tuple[int, ...]:
-        return (META_BYTES, *self._sizes(kind))
+        return (self.meta_bytes, *self._sizes(kind))
 
     def _sizes(self, kind: PageKind) -> tuple[int, ...]:
         return self._first if kind is PageKind.FIRST else self._plain

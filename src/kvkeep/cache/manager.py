@@ -20,10 +20,11 @@ from kvkeep.cache.below import Below
 from kvkeep.cache.epochs import Promoter
 from kvkeep.cache.fetch import Fetch
 from kvkeep.cache.hold import Holds
+from kvkeep.cache.losses import Losses
 from kvkeep.cache.matching import Match, Matcher
 from kvkeep.cache.packing import Packing
 from kvkeep.cache.parts import Pages
-from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, path_to, token_bytes
+from kvkeep.cache.radix import Page, RadixIndex, TokenIds, path_to
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.cache.tiers import Tier
 from kvkeep.cache.views import Closer, HeldView
@@ -59,7 +60,7 @@ class CacheManager:
         self.pool = pool
         self.index = index
         self._policy = policy
-        self.below = None if tier is None else Below(tier, pool, index.model_digest, order)
+        self.below = None if tier is None else Below(tier, pool, index, order)
         self._store = PageStore(pool, index, self.below)
         public_tag = tag_of(PUBLIC_SCOPE)
         self._matcher = Matcher(index, policy, tag_of, self.below, pool.spec)
@@ -69,6 +70,7 @@ class CacheManager:
         self._held: dict[int, HeldView] = {}
         self.packing = Packing(self._store, self._held)
         self.holds = Holds(self._store)
+        self.losses = Losses(self._store)
         self._fetches: set[Fetch] = set()
         self._next_view = first_view
 
@@ -336,9 +338,9 @@ class CacheManager:
         owner = self._store.accounts.get(match.account)
         if owner is None or count <= 0 or not owner.has_room(count, first=not prefix):
             return None
-        first = len(prefix) * PAGE_TOKENS
-        raw = token_bytes(tokens[first : first + count * PAGE_TOKENS])
-        keys = [raw[begin : begin + KEY_BYTES] for begin in range(0, len(raw), KEY_BYTES)]
+        first, size = len(prefix), self.index.keys.page_bytes
+        raw = self.index.keys.of(tokens[: (first + count) * PAGE_TOKENS])
+        keys = [raw[begin : begin + size] for begin in range(first * size, len(raw), size)]
         pages = self._store.new_pages(match.account, match.tag, count, at=len(prefix))
         before = prefix[-1] if prefix else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from kvkeep.cache.below import Below
-from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex, TokenIds, token_bytes
+from kvkeep.cache.radix import Page, RadixIndex, TokenIds
 from kvkeep.cache.store import PUBLIC_ACCOUNT
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import SealContext
@@ -83,7 +83,8 @@ class Matcher:
         self._policy = policy
         self._tag_of = tag_of
         self._below = below
-        self._copies_rows = spec.window_tokens is None
+        self._copies_rows = spec.window_tokens is None and index.keys.rows
+        self._key_bytes = index.keys.page_bytes
         self._block_pages = spec.block_pages
         self._public_tag = tag_of(PUBLIC_SCOPE)
 
@@ -94,7 +95,7 @@ class Matcher:
         after, and is used like pages yet to be computed: no result but the time depends on it.
         """
         tag = self._private_tag(scope)
-        raw = token_bytes(tokens)
+        raw = self._index.keys.of(tokens)
         readable = self._match_public(raw, account, scope)
         public = self._whole(tuple(takewhile(lambda page: page.pinned, readable)))
         best = Match(account, tag, public, (), None, (), len(public) * PAGE_TOKENS)
@@ -106,7 +107,7 @@ class Matcher:
             own = self._index.walk(root, raw, shared)
             pages = self._in_blocks(shared + len(own))
             own = own[: max(pages - shared, 0)]
-            rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
+            rest = self._key_of(raw, pages)
             partial = None
             if rest and self._copies_rows:
                 partial = self._index.longest_partial(own[-1] if own else root, rest)
@@ -139,13 +140,16 @@ class Matcher:
         """Return a prompt's first pages without those of a block that is not all there."""
         return pages[: self._in_blocks(len(pages))]
 
+    def _key_of(self, raw: bytes, page: int) -> bytes:
+        return raw[page * self._key_bytes : (page + 1) * self._key_bytes]
+
     def _in_blocks(self, pages: int) -> int:
         return pages - pages % self._block_pages
 
     def _with_snapshot(self, match: Match, readable: tuple[Page, ...], raw: bytes) -> Match:
         """Add the readable pages that go on where the match ends."""
         known, pages = len(match.public) + len(match.own), len(readable)
-        rest = raw[pages * KEY_BYTES : (pages + 1) * KEY_BYTES]
+        rest = self._key_of(raw, pages)
         branch = hashlib.blake2b(rest, digest_size=8, person=b"kvkeep-branch").digest()
         node = readable[-1].hash if readable and not readable[-1].pinned else b""
         return replace(match, snapshot=readable[known:], node=node, branch=branch)
@@ -156,9 +160,9 @@ class Matcher:
         last = pages[-1].hash if pages else self._index.model_digest
         digest = match.tag.digest()
         pending: list[SealContext] = []
-        for begin in range(len(pages) * KEY_BYTES, len(raw) - KEY_BYTES + 1, KEY_BYTES):
-            last = chain_hash(last, digest, raw[begin : begin + KEY_BYTES])
-            found = below.find(match.account, match.tag, last, begin // KEY_BYTES)
+        for page in range(len(pages), len(raw) // self._key_bytes):
+            last = chain_hash(last, digest, self._key_of(raw, page))
+            found = below.find(match.account, match.tag, last, page)
             if found is None:
                 break
             pending.append(found)

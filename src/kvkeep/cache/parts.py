@@ -20,7 +20,7 @@ class PoolPart:
             pool.copy_page,
         )
         self.read, self.read_page, self.install = pool.read, pool.read_page, pool.install
-        self.holders = pool.holders
+        self.holders, self.prove = pool.holders, pool.prove
         self.tile_table = pool.tile_table
         self._pool = pool
 

@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvkeep.cache.free import FreeList
-from kvkeep.cache.storage import HostTiles, StorageMaker, TileRange, Tiles
+from kvkeep.cache.classes import Beside, PageClass, Part, classes_of, ranges_of, wanted_of
+from kvkeep.cache.sealed import SealedTiles
+from kvkeep.cache.storage import HostTiles, StorageMaker, Tiles
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted
 from kvkeep.ops.layout import LayerKV
 from kvkeep.types import Int32Array, PageKind, PageSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What a pool of coded pages keeps beside them."""
-
-    num_first: int
-    """Of the pages, those that may be a sequence's first; 0: all."""
-    num_staged: int
-    """Pages in the model's dtype, of `staged_tile_bytes` a tile."""
-    staged_tile_bytes: int
-    num_kept: int = 0
-    """Pages of the same size for views that are not coded."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Tiles of one size: those of some layers and heads of every page of a class."""
-
-    place: int
-    where: NDArray[np.bool_]
-    """[L, Hkv]"""
-    per_page: int
-    range: TileRange
-    tiles: FreeList
-
-
-@dataclass(frozen=True, slots=True)
-class _Class:
-    """Pages of one kind: their slots and tiles, free or not."""
-
-    num_pages: int
-    first_slot: int
-    slots: FreeList
-    parts: tuple[_Part, ...]
-
-    @property
-    def free_pages(self) -> int:
-        return min(len(self.slots), *(len(p.tiles) // p.per_page for p in self.parts))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(p.range.num_tiles * p.range.tile_bytes for p in self.parts)
-
-    def in_layer(self, layer: int) -> Iterator[tuple[_Part, NDArray[np.bool_]]]:
-        """Yield the parts that a layer's tiles are of, and which heads [Hkv] are of each."""
-        for part in self.parts:
-            if part.where[layer].any():
-                yield part, part.where[layer]
 
 
 class TilePool:
@@ -89,12 +36,14 @@ class TilePool:
         self.spec = spec
         self.num_pages = num_pages
         self.num_first = 0 if beside is None else beside.num_first
-        wanted = _wanted(spec, num_pages, beside)
-        ranges = _ranges(wanted)
+        wanted = wanted_of(spec, num_pages, beside)
+        ranges = ranges_of(wanted)
         slots = sum(one.pages for one in wanted)
         shape = (slots, spec.num_layers, spec.num_kv_heads)
         self._storage = storage(ranges, shape)
-        self._classes = _classes(wanted, ranges)
+        self.sealed = self._storage if isinstance(self._storage, SealedTiles) else None
+        """Its tiles, where they are sealed while nobody attends to them."""
+        self._classes = classes_of(wanted, ranges)
         places = {one.kind: place for place, one in enumerate(wanted)}
         self._of = {kind: places.get(kind, 0) for kind in PageKind}
         self.buffer: torch.Tensor = self._storage.buffer
@@ -166,7 +115,9 @@ class TilePool:
             return
         own.slots.give_back(np.array([slot - own.first_slot], np.int32))
         for part in own.parts:
-            part.tiles.give_back(part.range.numbers(self.tile_table[slot][part.where]))
+            ids = self.tile_table[slot][part.where]
+            self._drop(part, ids)
+            part.tiles.give_back(part.range.numbers(ids))
         self.tile_table[slot] = -1
 
     def alloc_tiles(
@@ -188,7 +139,31 @@ class TilePool:
         if sum(map(len, held)) != len(ids):
             raise EngineError("a tile was freed that is not in use")
         for part, own in zip(parts, held, strict=True):
+            self._drop(part, own)
             part.tiles.give_back(part.range.numbers(own))
+
+    def seal(self, slot: int) -> None:
+        """Seal a page to which no row is appended any more, where pages are sealed."""
+        if self.sealed is None:
+            return
+        for part in self._require(slot).parts:
+            self.sealed.seal(part.place, self.tile_table[slot][part.where])
+
+    def open_bytes(self) -> NDArray[np.int64]:
+        """Return [slots] the bytes of a page's largest layer; 0 where it is never sealed."""
+        found, staged = np.zeros(len(self.tile_table), np.int64), self._of[PageKind.STAGED]
+        for place, own in enumerate(self._classes):
+            layers = sum(part.where.sum(1) * part.range.tile_bytes for part in own.parts)
+            last = own.first_slot + own.num_pages
+            found[own.first_slot : last] = 0 if place == staged > 0 else np.max(layers)
+        return found
+
+    def prove(self, ids: Int32Array) -> None:
+        """Raise `SealError` where one of these tiles, sealed and of any sizes, was changed."""
+        if self.sealed is None:
+            return
+        for part in self._parts():
+            self.sealed.prove(part.place, ids[part.range.holds(ids)])
 
     def read_ids(self, ids: Int32Array) -> Tiles:
         """Return tiles of one size by their ids; perhaps a view."""
@@ -225,6 +200,8 @@ class TilePool:
         if len(parts) == 1:
             tiles = self._storage.read(parts[0].place, self.tile_table[slot].reshape(-1))
             into[:] = tiles.reshape(-1).data
+            if self.sealed is not None:
+                tiles.fill(0)  # they are a copy in the clear
             return
         at = 0
         for layer in range(self.spec.num_layers):
@@ -294,7 +271,7 @@ class TilePool:
         self.write_tiles(slot, layer, rows)
         return data[sum(sizes) :]
 
-    def _layer_bytes(self, part: _Part) -> int:
+    def _layer_bytes(self, part: Part) -> int:
         return self.spec.num_kv_heads * part.range.tile_bytes
 
     def layer_kv(self, layer: int) -> LayerKV:
@@ -321,77 +298,26 @@ class TilePool:
             sizes[heads] = part.range.tile_bytes
         return [int(size) for size in sizes]
 
-    def _class(self, kind: PageKind) -> _Class:
+    def _class(self, kind: PageKind) -> PageClass:
         return self._classes[self._of[kind]]
 
     def _place_of(self, ids: Int32Array) -> int:
         """Return the range that tiles are of."""
-        for own in self._classes:
-            for part in own.parts:
-                if part.range.holds(ids).all():
-                    return part.place
+        for part in self._parts():
+            if part.range.holds(ids).all():
+                return part.place
         raise EngineError("tiles of several sizes, or of none")
 
-    def _require(self, slot: int) -> _Class:
+    def _drop(self, part: Part, ids: Int32Array) -> None:
+        if self.sealed is not None:
+            self.sealed.drop(part.place, ids)
+
+    def _parts(self) -> list[Part]:
+        return [part for own in self._classes for part in own.parts]
+
+    def _require(self, slot: int) -> PageClass:
         """Return the class of a page in use."""
         for own in self._classes:
             if own.slots.is_used(slot - own.first_slot):
                 return own
         raise EngineError(f"page slot {slot} is not in use")
-
-
-class _Wanted(NamedTuple):
-    """Pages of one kind."""
-
-    kind: PageKind
-    pages: int
-    sizes: Int32Array
-    """[L, Hkv] bytes of each tile."""
-
-    def parts(self) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        """Yield each size and where [L, Hkv] tiles have it, the largest first."""
-        for size in np.unique(self.sizes)[::-1]:
-            yield int(size), self.sizes == size
-
-
-def _wanted(spec: PageSpec, num_pages: int, beside: Beside | None) -> list[_Wanted]:
-    sizes = spec.tile_sizes()
-    wanted = [_Wanted(PageKind.PLAIN, num_pages, sizes)]
-    if beside is not None:
-        plain = np.full_like(sizes, beside.staged_tile_bytes)
-        wanted += [
-            _Wanted(PageKind.FIRST, beside.num_first, sizes + spec.first_extra_bytes),
-            _Wanted(PageKind.STAGED, beside.num_staged, plain),
-            _Wanted(PageKind.KEPT, beside.num_kept, plain),
-        ]
-    wanted = [one for one in wanted if one.pages]
-    for size, _ in (part for one in wanted for part in one.parts()):
-        if size <= 0 or size % 64:
-            raise ConfigError(f"tile_bytes is {size}; it must be a positive multiple of 64")
-    return wanted
-
-
-def _ranges(wanted: Sequence[_Wanted]) -> list[TileRange]:
-    """Return where the tiles of each part are; a unit is the largest that all sizes are made of."""
-    parts = [(one.pages, *part) for one in wanted for part in one.parts()]
-    unit = math.gcd(*(size for _, size, _ in parts))
-    ranges: list[TileRange] = []
-    for pages, size, where in parts:
-        first_byte = ranges[-1].end_byte if ranges else 0
-        ranges.append(TileRange(size, pages * int(where.sum()), first_byte, unit))
-    return ranges
-
-
-def _classes(wanted: Sequence[_Wanted], ranges: Sequence[TileRange]) -> tuple[_Class, ...]:
-    made: list[_Class] = []
-    slot = place = 0
-    for one in wanted:
-        parts: list[_Part] = []
-        for _, where in one.parts():
-            tiles = ranges[place]
-            free = FreeList(tiles.num_tiles, "tile")
-            parts.append(_Part(place, where, int(where.sum()), tiles, free))
-            place += 1
-        made.append(_Class(one.pages, slot, FreeList(one.pages, "page"), tuple(parts)))
-        slot += one.pages
-    return tuple(made)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -34,6 +34,35 @@ TokenIds = Int32Array | Sequence[int]
 def token_bytes(tokens: TokenIds) -> bytes:
     """Return token ids as int32, little-endian: what keys and chain hashes are made of."""
     return np.asarray(tokens, dtype="<i4").tobytes()
+
+
+class PageKeys(Protocol):
+    """What stands for the tokens of pages in the index: the tokens, or labels that hide them."""
+
+    page_bytes: int
+    """A full page's key; a longer one is no key."""
+    rows: bool
+    """Whether a key says how many leading rows two pages share."""
+
+    def of(self, tokens: TokenIds, before: bytes = b"") -> bytes:
+        """Return the keys of pages, one after the other, the last perhaps of a page's first rows.
+
+        `before`: the key of the page that they follow.
+        """
+
+
+class TokenKeys:
+    """Keys are token ids, compared in full: no collision can give a prompt another's page."""
+
+    page_bytes = KEY_BYTES
+    rows = True
+
+    def of(self, tokens: TokenIds, before: bytes = b"") -> bytes:
+        """Return the tokens' own bytes."""
+        return token_bytes(tokens)
+
+
+TOKEN_KEYS = TokenKeys()
 
 
 class Page:
@@ -92,18 +121,24 @@ class Page:
 class PublicChain(Chain):
     """The chain hashes of full pages under the public tag, computed only when looked at.
 
-    Reads `tokens` when asked, so it is valid during the call it is passed to. `known` keeps what
-    was computed.
+    Reads `tokens` when asked, so it is valid during the call it is passed to.
     """
 
     def __init__(
-        self, root: bytes, tag_digest: bytes, tokens: TokenIds, num_pages: int, known: list[bytes]
+        self,
+        root: bytes,
+        tag_digest: bytes,
+        tokens: TokenIds,
+        num_pages: int,
+        keys: PageKeys = TOKEN_KEYS,
     ) -> None:
         self._root = root
         self._tag_digest = tag_digest
         self._tokens = tokens
         self._num_pages = num_pages
-        self._known = known
+        self._keys = keys
+        self._last_key = b""
+        self._known: list[bytes] = []
 
     def __len__(self) -> int:
         return self._num_pages
@@ -124,8 +159,9 @@ class PublicChain(Chain):
         known = self._known
         while len(known) <= upto:
             first = len(known) * PAGE_TOKENS
-            raw = token_bytes(self._tokens[first : first + PAGE_TOKENS])
-            known.append(chain_hash(known[-1] if known else self._root, self._tag_digest, raw))
+            page = self._keys.of(self._tokens[first : first + PAGE_TOKENS], self._last_key)
+            known.append(chain_hash(known[-1] if known else self._root, self._tag_digest, page))
+            self._last_key = page
         if isinstance(wanted, int):
             return known[wanted]
         return tuple(known[i] for i in wanted)
@@ -137,11 +173,12 @@ class RadixIndex:
     A tree is found by the chain hash it continues (the model digest, or a public page's hash), the
     account that pays and the tag, so no walk can reach a page of another account, scope, codec or
     shield. A page's key in its parent is its tokens, so a hit is a comparison of all tokens, never
-    of a hash alone.
+    of a hash alone; but where `keys` are labels that hide them.
     """
 
-    def __init__(self, model_digest: bytes) -> None:
+    def __init__(self, model_digest: bytes, keys: PageKeys = TOKEN_KEYS) -> None:
         self.model_digest = model_digest
+        self.keys = keys
         self._roots: dict[tuple[bytes, str, PageTag], Page] = {}
         self.public_pages: dict[bytes, Page] = {}
         """Public full pages by chain hash."""
@@ -169,11 +206,11 @@ class RadixIndex:
         yield from tuple(self._roots.values())
 
     def walk(self, root: Page, raw: bytes, first_page: int = 0) -> list[Page]:
-        """Return the pages equal to whole pages of `raw` (token bytes), from `first_page` on."""
+        """Return the pages equal to whole pages of `raw` (keys), from `first_page` on."""
         pages: list[Page] = []
-        children = root.children
-        for begin in range(first_page * KEY_BYTES, len(raw) - KEY_BYTES + 1, KEY_BYTES):
-            page = children.get(raw[begin : begin + KEY_BYTES])
+        children, size = root.children, self.keys.page_bytes
+        for begin in range(first_page * size, len(raw) - size + 1, size):
+            page = children.get(raw[begin : begin + size])
             if page is None:
                 break
             pages.append(page)
@@ -183,8 +220,10 @@ class RadixIndex:
     def longest_partial(self, node: Page, rest: bytes) -> tuple[Page, int] | None:
         """Return the page after `node` that begins most like `rest`, and its number of equal rows.
 
-        Looks at a bounded number of children, the newest first.
+        Looks at a bounded number of children, the newest first; None where keys hide rows.
         """
+        if not self.keys.rows:
+            return None
         best: Page | None = None
         rows = 0
         for group in (node.partials, node.children):
@@ -206,9 +245,10 @@ class RadixIndex:
         page.key, page.parent, page.index = key, parent, parent.index + 1
         page.tag, page.tag_digest = parent.tag, parent.tag_digest
         page.hash = chain_hash(parent.hash, parent.tag_digest, key)
-        page.n_tokens = len(key) // 4
+        whole = len(key) == self.keys.page_bytes
+        page.n_tokens = PAGE_TOKENS if whole else len(key) // 4
         page.attached = True
-        if len(key) < KEY_BYTES:
+        if not whole:
             parent.partials[key] = page
             return
         parent.children[key] = page

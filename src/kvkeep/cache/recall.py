@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvkeep.cache.below import META_BYTES, Below
+from kvkeep.cache.below import CHAIN_BYTES, Below
 from kvkeep.cache.radix import Page, path_to
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.cache.tiers import Install
@@ -104,10 +104,11 @@ class Recall:
             if self._incoming.get(chain) is not one:
                 return
             if layer == 0:
-                parent, key = bytes(data[:32]), bytes(data[32:META_BYTES])
+                end = self._below.meta_bytes
+                parent, key = bytes(data[:CHAIN_BYTES]), bytes(data[CHAIN_BYTES:end])
                 if chain_hash(parent, self._digest, key) == chain:
                     one.parent, one.key = parent, key
-                layer, data = 1, data[META_BYTES:]
+                layer, data = 1, data[end:]
                 if not data:
                     return
             try:

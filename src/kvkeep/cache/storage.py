@@ -101,8 +101,11 @@ StorageMaker = Callable[[Sequence[TileRange], TableShape], TileStorage]
 class HostTiles:
     """Tiles in one mapping of this machine's memory, touched so that no request waits for it."""
 
-    def __init__(self, ranges: Sequence[TileRange], table: TableShape) -> None:
-        memory = _anonymous_bytes(ranges[-1].end_byte)
+    def __init__(
+        self, ranges: Sequence[TileRange], table: TableShape, *, spare_bytes: int = 0
+    ) -> None:
+        """`spare_bytes` lie behind the tiles."""
+        memory = _anonymous_bytes(ranges[-1].end_byte + spare_bytes)
         memory[::_TOUCH_BYTES] = 0
         self.buffer: torch.Tensor = torch.from_numpy(memory)
         self.device_table: torch.Tensor | None = None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvkeep.cache.accounts import Account, AccountUse, CacheStats
 from kvkeep.cache.below import Below
 from kvkeep.cache.parts import Pages
-from kvkeep.cache.radix import KEY_BYTES, Page, RadixIndex
+from kvkeep.cache.radix import Page, RadixIndex
 from kvkeep.errors import ConfigError, EngineError, PoolExhausted, QuotaExceeded
 from kvkeep.types import PAGE_TOKENS, PUBLIC_SCOPE, Int32Array, PageKind, PageState, PageTag
 
@@ -204,7 +204,7 @@ class PageStore:
                 "a page can be indexed only in a tree of the account that pays for it"
             )
         self.index.attach(parent, page, key)
-        if len(key) == KEY_BYTES and page.state is PageState.OPEN:
+        if page.n_tokens == PAGE_TOKENS and page.state is PageState.OPEN:
             page.state = self.pool.spec.last_state
         for length in range(4, len(key), 4) if parent.partials else ():
             shorter = parent.partials.get(key[:length])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvkeep.cache.matching import public_start
-from kvkeep.cache.radix import KEY_BYTES, Page, PublicChain, TokenIds, token_bytes
+from kvkeep.cache.radix import Page, PublicChain, TokenIds
 from kvkeep.cache.store import PUBLIC_ACCOUNT, PageStore
 from kvkeep.types import PAGE_TOKENS, Int32Array, PageTag, SharingPolicy, View
 
@@ -88,13 +88,17 @@ class Closer:
         first, last = held.closed, len(tokens) // PAGE_TOKENS
         last = max(first, last - last % self._spec.block_pages)
         clean = held.clean_tokens(last * PAGE_TOKENS) // PAGE_TOKENS
-        raw = token_bytes(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS])
+        keys, before = self._index.keys, held.pages[first - 1].key if first else b""
+        raw, size = (
+            keys.of(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS], before),
+            keys.page_bytes,
+        )
         for i in range(first, last):
             page = held.pages[i - held.apart]
             page.state = self._spec.last_state
             if i < clean and not page.attached:
-                begin = (i - first) * KEY_BYTES
-                self._index_page(held, i, raw[begin : begin + KEY_BYTES])
+                begin = (i - first) * size
+                self._index_page(held, i, raw[begin : begin + size])
         held.closed = last
 
     def offer(self, held: HeldView, tokens: TokenIds, *, ended: bool) -> None:
@@ -106,7 +110,7 @@ class Closer:
         pages = min(held.clean_tokens(len(tokens)) // PAGE_TOKENS, held.prompt_pages)
         if pages:
             start = public_start(self._index, self._policy, held.view.tag.scope)
-            chain = PublicChain(start, self._public_tag_digest, tokens, pages, [])
+            chain = PublicChain(start, self._public_tag_digest, tokens, pages, self._index.keys)
             self._policy.offer(chain, held.account)
 
     def _index_page(self, held: HeldView, i: int, key: bytes) -> None:
@@ -156,11 +160,13 @@ class Closer:
     def keep_rows(self, held: HeldView, tokens: TokenIds) -> None:
         """Index the open page's rows as a partial leaf.
 
-        Not where some page already begins with them.
+        Not where some page already begins with them, or keys would hide which rows they are.
         """
         clean = held.clean_tokens(len(tokens))
         full, rows = divmod(clean, PAGE_TOKENS)
         if not rows or self._spec.window_tokens is not None or full >= len(held.pages):
+            return
+        if not self._index.keys.rows:
             return
         if held.gone > 1 and full <= held.gone:
             return
@@ -171,7 +177,7 @@ class Closer:
         parent = self.own_parent(before, held.account, held.view.tag)
         if parent is None:
             return
-        key = token_bytes(tokens[full * PAGE_TOKENS : clean])
+        key = self._index.keys.of(tokens[full * PAGE_TOKENS : clean])
         found = self._index.longest_partial(parent, key)
         if found is None or found[1] < rows:
             self._store.attach(parent, page, key)

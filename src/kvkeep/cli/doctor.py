@@ -58,10 +58,17 @@ def hygiene_rows() -> list[tuple[str, str]]:
         cores += "; the front end may, with prompts in it: ulimit -c 0"
     return [
         ("key memory", memory[found.key_memory]),
+        ("open tiles", _locked(found.locked_bytes)),
         ("core dumps", cores),
         ("swap", "on: pages in memory may reach it; encrypt it" if found.swap else "off"),
         ("attestation", "configfs reports" if found.attestation else "none: no --shield tee"),
     ]
+
+
+def _locked(most: int | None) -> str:
+    """Return how much of what `--shield tile` opens stays out of swap."""
+    room = "all" if most is None else f"up to {human_bytes(most)}"
+    return f"{room} of what --shield tile opens can be locked (RLIMIT_MEMLOCK)"
 
 
 def tier_rows(settings: Settings) -> list[tuple[str, str]]:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import ClosedPage, PageListener
 from kvkeep.engine.apart import Gathering, RowsApart
+from kvkeep.engine.opened import Readable
 from kvkeep.engine.turning import Turning
 from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import Evictor, Look
 from kvkeep.ops.layout import (
     Attended,
     AttentionPlan,
-    LayerKV,
     Observe,
     Ops,
     Run,
@@ -81,7 +81,7 @@ class BatchKV:
         self,
         step: StepKV,
         pool: TilePool,
-        layers: Sequence[LayerKV],
+        readable: Readable,
         kernels: Ops,
         techniques: Techniques,
         shape: KVShape,
@@ -91,8 +91,7 @@ class BatchKV:
     ) -> None:
         self._step = step
         self._pool = pool
-        self._layers = layers
-        self._ops = kernels.attention
+        self._readable = readable
         self._gathering = Gathering(step.apart, kernels.parts) if step.apart else None
         self._codec = techniques.codec
         self._transform = transform
@@ -115,7 +114,8 @@ class BatchKV:
         """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
         stored = self._transform.transform
         keys = self._turning.keys(stored(k, "k", layer))
-        self._ops.append(self._layers[layer], keys, stored(v, "v", layer), self._step.slots)
+        into = self._readable.layers[layer]
+        self._ops.append(into, keys, stored(v, "v", layer), self._step.slots)
         for closing in self._step.closing:
             if closing.staged >= 0 and not self._encode(closing, layer):
                 continue
@@ -126,11 +126,11 @@ class BatchKV:
         """Return attention [T, Hq, D] of the step's rows over their views."""
         queries = self._turning.queries(self._transform.transform(q, "q", layer))
         observe = self._observe[layer % len(self._observe)] if self._observe else None
-        kv, plan = self._layers[layer], self._step.plan
         if self._gathering is None:
-            attended = self._ops.attend(queries, kv, plan, observe)
+            attended = self._readable.attend(queries, layer, observe)
         else:
-            attended = self._gathering.attend(layer, queries, kv, plan, observe)
+            kv = self._readable.layers[layer]
+            attended = self._gathering.attend(layer, queries, kv, self._step.plan, observe)
         if observe is not None:
             self._hand_out(layer, attended)
         return self._transform.restore(attended.out, layer)
@@ -141,6 +141,9 @@ class BatchKV:
 
     def finish(self) -> None:
         """Let the evictor decide what stays live; taints a view whose masks changed."""
+        for closing in self._step.closing:
+            if closing.staged < 0:
+                self._pool.seal(closing.page.slot)
         for segment in self._step.geometry.segments:
             view = segment.view
             if view.evict is None:

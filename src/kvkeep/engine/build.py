@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -37,17 +38,16 @@ from kvkeep.engine.lower import order_of, sizes_of, tier_of
 from kvkeep.engine.options import CodedName, EngineOptions
 from kvkeep.engine.output import OutputFactory
 from kvkeep.engine.pinning import pin, pinned_prompts
+from kvkeep.engine.pools import Secrecy, pool_of
 from kvkeep.engine.runner import ModelRunner, RunnerParts
 from kvkeep.engine.sealers import mode_of, unwrap_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
-from kvkeep.engine.sizing import divide, most_pages
 from kvkeep.errors import ConfigError
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
-from kvkeep.models.memory import free_on
 from kvkeep.models.text import TextModel
-from kvkeep.ops.layout import LANE_LAYOUTS, Ops, float_tile_bytes
+from kvkeep.ops.layout import Ops
 from kvkeep.quant.by_head import ByHead
 from kvkeep.quant.calibration import Calibration
 from kvkeep.quant.codec import Codec, Float, KVShape
@@ -56,12 +56,11 @@ from kvkeep.sharing.detector.organisation import OrganisationFile
 from kvkeep.sharing.inspection import DecodeText, Inspector
 from kvkeep.sharing.policy import SharingPolicy
 from kvkeep.shield.guarantees import describe
-from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageSpec, PageTag
+from kvkeep.types import PAGE_TOKENS, Layout, PageKind, PageTag
 
 _KEPT_VIEWS = 1 << 48
 """Numbers of views over kept pages begin here."""
 
-DEFAULT_KV_BYTES = 4 << 30
 WARM_UP = "warm-up"
 """Tenant of the request that runs before the engine reports ready."""
 FIT_TOKENS = 513
@@ -153,10 +152,12 @@ def build_core(
     _require_measured(options, path, model.spec.digest)
     shape, techniques = _shape_of(model, kernels), parts.techniques
     max_model_len, spec = _max_model_len(options, model), techniques.codec.page_spec(shape)
-    pool = _pool(options, backend, spec, shape, max_model_len)
+    secrecy = Secrecy(options, backend, alone=parts.tier is None and not parts.listeners)
+    pool = pool_of(options, backend, spec, shape, max_model_len, secrecy)
     sharing = Sharing(options.share, _decode(text), parts.policy, parts.inspector, parts.rules)
     order = order_of(options, kernels.name, str(model.spec.dtype), techniques.codec.name)
-    caches = _caches(options, parts, pool, shape, model.spec.digest, sharing.policy, order)
+    indexes = partial(RadixIndex, model.spec.digest, secrecy.keys)
+    caches = _caches(options, parts, pool, shape, indexes, sharing.policy, order)
     planner = parts.planner or _planner(options, backend, pool, model)
     runner = ModelRunner(
         RunnerParts(
@@ -178,16 +179,20 @@ def build_core(
         prefix_caching=options.prefix_caching,
         elsewhere=parts.elsewhere,
     )
-    _warm_up(core, tokens=8, answer=4)
-    if sharing.gate is not None:
-        sharing.gate.set_cost(_prefill_cost(core))
-    if options.share.pinned is not None:
-        prompts = pinned_prompts(Path(options.share.pinned), text)
-        pin(core, caches.of(techniques.codec.name), prompts)
-        core.reset_counters()
+    _begin(core, options, text, caches.of(techniques.codec.name))
     forms.wake()
     caches.tiers.asleep = False
     return core
+
+
+def _begin(core: EngineCore, options: EngineOptions, text: TextModel, cache: CacheManager) -> None:
+    """Run what comes before the first client's request."""
+    _warm_up(core, tokens=8, answer=4)
+    if core.sharing.gate is not None:
+        core.sharing.gate.set_cost(_prefill_cost(core))
+    if options.share.pinned is not None:
+        pin(core, cache, pinned_prompts(Path(options.share.pinned), text))
+        core.reset_counters()
 
 
 def _caches(
@@ -195,7 +200,7 @@ def _caches(
     parts: Parts,
     pool: TilePool,
     shape: KVShape,
-    digest: bytes,
+    index: Callable[[], RadixIndex],
     policy: SharingPolicy,
     order: bytes,
 ) -> Caches:
@@ -210,9 +215,7 @@ def _caches(
         return lambda scope: PageTag(scope, codec, techniques.shield.name)
 
     name = techniques.codec.name
-    managers = {
-        name: CacheManager(pool, RadixIndex(digest), policy, tag_of(name), tier, order=order)
-    }
+    managers = {name: CacheManager(pool, index(), policy, tag_of(name), tier, order=order)}
     if pool.bytes_of(PageKind.KEPT):
         if options.share.pinned is not None:
             raise ConfigError(
@@ -221,7 +224,7 @@ def _caches(
         kept = PoolPart(pool, Float().page_spec(shape))
         managers[KEPT] = CacheManager(
             kept,
-            RadixIndex(digest),
+            index(),
             policy,
             tag_of(KEPT),
             tier,
@@ -287,26 +290,6 @@ def _max_model_len(options: EngineOptions, model: HostedModel) -> int:
     if not 1 <= options.max_model_len <= limit:
         raise ConfigError(f"max_model_len: must lie between 1 and the model's {limit}")
     return options.max_model_len
-
-
-def _pool(
-    options: EngineOptions, backend: Backend, spec: PageSpec, shape: KVShape, max_model_len: int
-) -> TilePool:
-    """Return the pool of the memory asked for, or of what is free."""
-    if spec.forms and shape.layout not in LANE_LAYOUTS.values():
-        raise ConfigError(
-            "kv: bits that differ by head are attended on a CPU only; choose one codec there"
-        )
-    available = free_on(backend.ops.device) or 2 * DEFAULT_KV_BYTES
-    wanted = options.kv_cache_bytes or min(DEFAULT_KV_BYTES, available // 2)
-    if wanted > available:
-        raise ConfigError(
-            f"kv_cache_memory_bytes: {wanted / 2**30:.1f} GiB were asked for and"
-            f" {available / 2**30:.1f} GiB are free; lower it or free memory"
-        )
-    staged_tile_bytes = float_tile_bytes(shape.layout, shape.head_dim)
-    division = divide(spec, staged_tile_bytes, wanted, options, most_pages(options, max_model_len))
-    return TilePool(spec, division.num_pages, backend.storage, division.beside)
 
 
 def _info(

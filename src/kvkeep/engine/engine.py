@@ -13,6 +13,7 @@ import torch
 from kvkeep.cache.caches import Caches
 from kvkeep.engine import messages as m
 from kvkeep.engine.admission import check_request
+from kvkeep.engine.anew import begin_anew, running
 from kvkeep.engine.apart import NO_ROOM, Elsewhere, NothingElsewhere
 from kvkeep.engine.api import (
     Chunk,
@@ -224,9 +225,10 @@ class EngineCore:
 
     def _after(self, work: list[Work], stepped: Stepped) -> None:
         """Index what closed, take in prompt log-probabilities, sample and emit."""
+        begin_anew(work, stepped, self._runner, self.caches, self._scheduler)
         own = [item for item in work if not item.shadow]
         lost = lost_parts(own, stepped)
-        for item in own:
+        for item in running(own):
             view, tokens = item.view, item.sequence.tokens
             if item.commits:
                 self.caches.of_view(view).commit(view, tokens.ids(view.length))
@@ -242,7 +244,7 @@ class EngineCore:
         sequences: list[Sequence] = []
         searches: dict[Request, Beams] = {}
         for row, sequence in enumerate(sampling, stepped.prompt_rows):
-            if sequence.status is Status.FINISHED or sequence in lost:
+            if sequence.status is not Status.RUNNING or sequence in lost:
                 continue
             held = sequence.request.held
             if isinstance(held, Beams):
@@ -370,6 +372,7 @@ class EngineCore:
             self._requests.pop(request.spec.id, None)
             for chunk in () if request.held is None else request.held.result():
                 self._emit(request.spec.id, stored_as(chunk, request))
+            request.sequences = []  # they hold the request: its tokens go now, not when cycles do
 
     def _end_request(self, request: Request, reason: FinishReason) -> None:
         now = time.monotonic()

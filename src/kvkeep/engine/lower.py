@@ -97,6 +97,7 @@ def tier_of(
             ended=sealing.close,
             look=lambda: Surroundings(None if path is None else room_in(path), sealing.keys()),
             remote=remote,
+            wipes=options.shield == "tile",
         )
     except OSError as error:
         raise ConfigError(f"tier: can't read {path}: {error.strerror}") from None

@@ -52,6 +52,7 @@ class Packer:
         found = arrangement(view, spec.window_tokens)
         if found is not None:
             sources = self._sources(view, packing, found)
+            packing.pool.prove(sources[sources >= 0])
             cuts = found.cuts(PARTS)
             moving = packing.begin(view, found.end, found.stays, cuts)
             for begin, wanted in cuts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvkeep.cache.caches import Caches
 from kvkeep.engine.sequence import Sequence
 from kvkeep.engine.work import ViewKeeper
-from kvkeep.errors import CapacityError
+from kvkeep.errors import CapacityError, SealError
 
 
 class Packs:
@@ -26,6 +26,8 @@ class Packs:
             self._keeper.pack(view, self._caches.of_view(view).packing)
         except CapacityError:
             return False
+        except SealError:  # the next step sees which tile was changed
+            view.evict.pending = False
         return True
 
     def give_up(self, sequence: Sequence) -> None:

@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,7 @@ from kvkeep.engine.client import MessageClient, Progress
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import mode_of
 from kvkeep.shield.folder import is_sealed
-from kvkeep.shield.secret import forbid_dumps
+from kvkeep.shield.secret import forbid_dumps, overwrite_freed, overwriting_children
 
 if TYPE_CHECKING:
     from kvkeep.engine.engine import EngineCore
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 class PipeTransport:
     """Runs the loop in a spawned process, messages over a pipe as msgpack."""
 
-    def __init__(self, main: Callable[[Connection], None]) -> None:
-        """`main` runs there, given the process's end of the pipe; it must be picklable."""
+    def __init__(self, main: Callable[[Connection], None], *, overwrites: bool = False) -> None:
+        """`main` runs there, given the process's end of the pipe; it must be picklable.
+
+        `overwrites`: memory is overwritten there as it is freed.
+        """
+        self._around = overwriting_children if overwrites else nullcontext
         context = mp.get_context("spawn")
         self._pipe, self._child_pipe = context.Pipe()
         self._process = context.Process(
@@ -39,7 +44,8 @@ class PipeTransport:
 
     def start(self, deliver: Callable[[m.Reply], None]) -> None:
         """Start the process and a thread that reads its replies."""
-        self._process.start()
+        with self._around():
+            self._process.start()
         self._child_pipe.close()
         threading.Thread(
             target=_read_replies, args=(self._pipe, deliver), name="kvkeep-replies", daemon=True
@@ -63,7 +69,10 @@ class PipeTransport:
 
 def spawn_engine(options: EngineOptions, progress: Progress | None = None) -> MessageClient:
     """Return a client of an engine in a process; call inside a running event loop."""
-    return MessageClient(PipeTransport(partial(_main, options)), progress)
+    tile = options.shield == "tile"
+    if tile:
+        overwrite_freed()
+    return MessageClient(PipeTransport(partial(_main, options), overwrites=tile), progress)
 
 
 def _read_replies(pipe: Connection, deliver: Callable[[m.Reply], None]) -> None:

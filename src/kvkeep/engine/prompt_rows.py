@@ -18,6 +18,6 @@ def take_prompt_rows(work: Iterable[Work], stepped: Stepped, sampler: Sampler) -
         if prompt is None:
             continue
         count = max(0, min(item.start + item.count, item.sequence.prompt_len) - item.start)
-        if item.sequence.status is not Status.FINISHED:
+        if item.sequence.status is Status.RUNNING:
             prompt.add(sampler, stepped.logits[row : row + count], item.start)
         row += count

@@ -19,6 +19,7 @@ from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.evicted import EvictCounts
+from kvkeep.engine.opened import Opener
 from kvkeep.engine.packer import Packer
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
@@ -44,6 +45,8 @@ class Stepped(NamedTuple):
     """Seconds inside the model's forward."""
     failed: Mapping[int, EngineError]
     """By view: what it computed can't be stored, and is worth nothing from there on."""
+    changed: frozenset[int]
+    """Tiles in memory that somebody else changed: what attended to them is worth nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class ModelRunner:
     def __init__(self, parts: RunnerParts) -> None:
         self._parts = parts
         self._spec = parts.techniques.codec.page_spec(parts.shape)
-        self._layers = [parts.pool.layer_kv(i) for i in range(parts.shape.num_layers)]
+        self._opener = Opener(parts.pool, parts.ops.attention)
         self._staging = Staging(parts.pool)
         codec = parts.techniques.codec
         self._coded = None if self._spec.window_tokens is None else codec.name
@@ -115,18 +118,25 @@ class ModelRunner:
         for item in work:
             item.sequence.request.step_begins(begun)
         step = self._build(work)
+        readable = self._opener.open(step.plan)
         kv = BatchKV(
-            step, parts.pool, self._layers, parts.ops, parts.techniques, parts.shape,
+            step, parts.pool, readable, parts.ops, parts.techniques, parts.shape,
             self._turning, self._transform, parts.listeners,
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
         rows, prompt_rows = _logit_rows(work)
         positions = step.plan.row_positions
         begun = time.perf_counter()
+        wide = ids.astype(np.int64)
         ids_there, positions_there, rows_there = parts.upload(
-            [ids.astype(np.int64), positions.astype(np.int64), rows]
+            [wide, positions.astype(np.int64), rows]
         )
-        logits = parts.model.forward(ids_there, positions_there, kv, rows_there)
+        try:
+            logits = parts.model.forward(ids_there, positions_there, kv, rows_there)
+        finally:
+            readable.close()
+            ids.fill(0)  # numpy keeps small arrays' memory as it was
+            wide.fill(0)
         model_s = time.perf_counter() - begun
         asked = [
             segment
@@ -142,7 +152,7 @@ class ModelRunner:
             request.moments.encode_s += kv.encode_s.pop(request.spec.id, 0.0)
         self._staging.drop_encoded(step.geometry)
         self.read.encoded_pages += kv.encoded // parts.shape.num_layers
-        return Stepped(logits, prompt_rows, model_s, kv.failures())
+        return Stepped(logits, prompt_rows, model_s, kv.failures(), readable.changed)
 
     def watch(self, spec: GenerateRequest) -> Watch | None:
         """Return when a request's rows are observed and its tokens evicted; None: never."""
@@ -160,6 +170,10 @@ class ModelRunner:
         """Return what eviction has done; `unpacked`: times there was no room to pack."""
         packer = self.packer
         return self._evicted.stats(packer.packed_views, packer.freed_bytes, unpacked)
+
+    def tiles_of(self, view: View) -> Int32Array:
+        """Return the tiles of a view's pages and of its own, whatever they are."""
+        return self._opener.tiles_of(view)
 
     def forget(self, view: View) -> None:
         """Drop what planner and staging remember of a view that ended."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Self
@@ -35,19 +37,23 @@ class Status(Enum):
 
 
 class TokenBuffer:
-    """Token ids that grow at the end."""
+    """Token ids that grow at the end, in memory that goes back to the system's allocator.
+
+    So an engine that overwrites what it frees keeps no ended request's tokens; numpy keeps small
+    arrays' memory at hand as it is.
+    """
 
     __slots__ = ("_ids", "_length")
 
     def __init__(self, ids: Int32Array, reserve: int = 64) -> None:
-        self._ids = np.empty(len(ids) + reserve, np.int32)
+        self._ids = _room(len(ids) + reserve)
         self._ids[: len(ids)] = ids
         self._length = len(ids)
 
     @classmethod
     def of(cls, spec: GenerateRequest) -> Self:
         """Return a request's prompt, with room for its answer."""
-        return cls(np.array(spec.prompt_ids, np.int32), min(spec.params.max_tokens, 4096))
+        return cls(ids_of(spec.prompt_ids), min(spec.params.max_tokens, 4096))
 
     def __len__(self) -> int:
         return self._length
@@ -55,7 +61,8 @@ class TokenBuffer:
     def append(self, token_id: int) -> None:
         """Add one token."""
         if self._length == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+            before, self._ids = self._ids, _room(2 * self._length)
+            self._ids[: self._length] = before
         self._ids[self._length] = token_id
         self._length += 1
 
@@ -66,6 +73,15 @@ class TokenBuffer:
     def ids(self, end: int | None = None) -> Int32Array:
         """Return the first `end` tokens (default all), a view that later appends leave alone."""
         return self._ids[: self._length if end is None else end]
+
+
+def ids_of(tokens: Iterable[int]) -> Int32Array:
+    """Return tokens as an array in memory of the system's allocator."""
+    return np.frombuffer(array("i", tokens), np.int32)
+
+
+def _room(count: int) -> Int32Array:
+    return np.frombuffer(bytearray(4 * count), np.int32)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Final, NamedTuple
 
-from kvkeep.cache.pool import Beside
+from kvkeep.cache.classes import Beside
 from kvkeep.engine.options import EngineOptions
 from kvkeep.errors import ConfigError
 from kvkeep.types import PAGE_TOKENS, PageSpec

@@ -22,8 +22,10 @@ GUARANTEES: Final = {
         True,
     ),
     "tile": Guarantee(
-        "as seal, and pages in memory are open a tile at a time",
-        "the tile in use and its key, the server's administrator, when and how much is read",
+        "as seal, and cached pages are sealed in memory, open a layer at a time while it is"
+        " attended; the index holds no tokens",
+        "open pages, what running requests hold, text that waits to be read, the server's"
+        " administrator, when and how much is read",
         True,
     ),
     "perm": Guarantee(

@@ -7,6 +7,8 @@ import mmap
 import os
 import resource
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,8 @@ RegionKind = Literal["memfd_secret", "mlock", "unlocked"]
 _MEMFD_SECRET = 447
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
 _MADV_DONTFORK, _MADV_DONTDUMP = 10, 16
+_M_PERTURB, _PERTURB = -6, 0xA5
+_TUNABLES, _NOTHING_AT_HAND = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -115,6 +119,35 @@ def _map(size: int, *, secret: bool) -> tuple[int, RegionKind]:
     return int(address), "mlock" if _LIBC.mlock(address, size) == 0 else "unlocked"
 
 
+def lock(address: int, size: int) -> bool:
+    """Keep memory that begins at a page out of swap and dumps; False where it may be swapped."""
+    _LIBC.madvise(address, size, _MADV_DONTDUMP)
+    return bool(_LIBC.mlock(address, size) == 0)
+
+
+def overwrite_freed(*, wanted: bool = True) -> None:
+    """Let the C library overwrite memory as it is freed, small pieces it keeps at hand aside."""
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_PERTURB, _PERTURB if wanted else 0)
+
+
+@contextmanager
+def overwriting_children() -> Iterator[None]:
+    """Let processes that are started meanwhile overwrite all memory that they free."""
+    tunables = (os.environ.get(_TUNABLES), f"glibc.malloc.perturb={_PERTURB}", _NOTHING_AT_HAND)
+    wanted = {_TUNABLES: ":".join(filter(None, tunables)), "PYTHONMALLOC": "malloc"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def forbid_dumps() -> None:
     """Let no core of this process be written and no process of the same user attach to it."""
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
@@ -135,6 +168,8 @@ class Hygiene:
     swap: bool
     core_limit_bytes: int
     attestation: bool
+    locked_bytes: int | None
+    """That a process may lock; None: as much as it likes."""
 
 
 def look(proc: Path = Path("/proc"), config: Path = Path("/sys/kernel/config")) -> Hygiene:
@@ -142,10 +177,12 @@ def look(proc: Path = Path("/proc"), config: Path = Path("/sys/kernel/config")) 
     region = SecretRegion(1)
     region.close()
     swaps = proc / "swaps"
+    most, privileged = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], os.geteuid() == 0
     listed = swaps.read_text(encoding="utf-8").splitlines()[1:] if swaps.exists() else []
     return Hygiene(
         key_memory=region.kind,
         swap=bool(listed),
         core_limit_bytes=resource.getrlimit(resource.RLIMIT_CORE)[0],
         attestation=(config / "tsm" / "report").is_dir(),
+        locked_bytes=None if privileged or most == resource.RLIM_INFINITY else most,
     )

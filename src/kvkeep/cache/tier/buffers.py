@@ -15,7 +15,9 @@ PREPARED: Final = 16
 class Buffers:
     """Writable memory by size; one thread takes and gives back."""
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, kept_bytes: int = KEPT_BYTES, *, wipe: bool = False) -> None:
+        """`wipe`: memory is zeroed as it is given back."""
+        self._wipe = wipe
         self._most = kept_bytes
         self._free: dict[int, list[memoryview]] = {}
         self._known: set[int] = set()
@@ -38,6 +40,8 @@ class Buffers:
 
     def give_back(self, buffer: memoryview) -> None:
         """Take memory back that nothing reads any more."""
+        if self._wipe:
+            np.frombuffer(buffer, np.uint8).fill(0)
         if self.kept_bytes + len(buffer) <= self._most:
             self._free.setdefault(len(buffer), []).append(buffer)
             self.kept_bytes += len(buffer)

@@ -25,6 +25,7 @@ from kvkeep.cache.tier.frames import Found, Frames, Place
 from kvkeep.cache.tier.levels import Level
 from kvkeep.cache.tier.lowest import TierSizes, lower_of
 from kvkeep.cache.tiers import Copy, Install, Read, Surroundings, TierUse
+from kvkeep.errors import SealError
 from kvkeep.sealing import PageSealer, SealContext
 
 POLL_BYTES: Final = 1 << 20
@@ -47,10 +48,12 @@ class TieredPages:
         ended: Callable[[], None] = lambda: None,
         look: Callable[[], Surroundings] = Surroundings,
         remote: Frames | None = None,
+        wipes: bool = False,
     ) -> None:
         """`files`: of the disk tier, `remote`: both read at once; raises `OSError` if that fails.
 
-        `ended` is called once nothing is sealed or opened any more; `look` tells what it is on.
+        `ended` is called once nothing is sealed or opened any more; `look` tells what it is on;
+        `wipes`: copies in the clear are zeroed once they were used.
         """
         self.asleep = False
         """Nothing is taken or found while it is set."""
@@ -65,7 +68,7 @@ class TieredPages:
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._drops: Counter[str] = Counter()
-        self._buffers = Buffers()
+        self._buffers = Buffers(wipe=wipes)
         self._pace = Pace(POLL_BYTES, MOST_BYTES)
         self._shares: dict[str, float] = {}
         self._terms: dict[str, Retention] = {}
@@ -227,7 +230,12 @@ class TieredPages:
     ) -> None:
         """Copy a page."""
         page = self._buffers.take(sum(layer_bytes))
-        read(page)
+        try:
+            read(page)
+        except SealError:
+            self._buffers.give_back(page)
+            self.lose(entry, "changed")
+            return
         entry.page = page
         self._back.seal(entry, context, page, layer_bytes, partial(self._stored, entry, page))
 
