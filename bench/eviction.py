@@ -63,11 +63,12 @@ def measure(options: Options) -> Report:
     contexts = 0
     for protocol in options.only or tuple(PROTOCOLS):
         chosen = choices[protocol]
-        found = answered(protocol, models, chosen, quick=options.quick)
+        found, whole = answered(protocol, models, chosen, quick=options.quick)
         rows += [_row(protocol, name, chosen, found) for name in found]
         ours = chosen.ours
-        rows += [*task_rows(protocol, ours, found), *head_rows(protocol, ours, found)]
+        rows += [*task_rows(protocol, ours, whole, found), *head_rows(protocol, ours, found)]
         figures += figures_of(protocol, ours, found)
+        figures.append(Figure(f"loss_{LABELS[protocol][0]}_all_tasks", loss_of(whole, ours)))
         margins += _margins(protocol, chosen, found)
         contexts += sum(len(tally.heads) for tally in found[ours].values())
     worst = min(margins, key=lambda one: one.median)
@@ -81,8 +82,13 @@ def measure(options: Options) -> Report:
     return Report("eviction", params, figures, rows)
 
 
-def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: bool) -> Found:
-    """Answer the held-out contexts under all policies, baselines at both of our shares."""
+def answered(
+    protocol: str, models: Sequence[World], chosen: Chosen, *, quick: bool
+) -> tuple[Found, Found]:
+    """Answer the held-out contexts under all policies, baselines at both of our shares.
+
+    Returns what tasks came to that are judged, and all tasks.
+    """
     rule, repeat = RULES[protocol][chosen.rule], REPEAT_RULES[protocol][chosen.repeat]
     policies: dict[str, Masks] = {"full": everything, OURS: rule, AGAIN: repeat}
     for name, preset in PRESETS.items():
@@ -107,8 +113,8 @@ def answered(protocol: str, models: Sequence[World], chosen: Chosen, *, quick: b
             policies[f"{name} beside {AGAIN}"] = partial(at_share_of, variants[tuned], repeat)
     seeds = eviction_suite.read().held_out[: 1 if quick else None]
     found = gathered(protocol, models, policies, seeds=seeds, quick=quick, twice=True)
-    refuse_unable(found, [world.name for world in models if world.gated])
-    return found
+    whole = refuse_unable(found, [world.name for world in models if world.gated])
+    return found, whole
 
 
 def _row(protocol: str, name: str, chosen: Chosen, found: Found) -> Row:

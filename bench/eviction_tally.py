@@ -7,7 +7,7 @@ them (a footprint); prompts themselves are computed whole, and with their rows i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -123,8 +123,15 @@ def gathered(
     return found
 
 
-def refuse_unable(found: Found, gated: Sequence[str], least: float = ABLE) -> None:
-    """Leave out, for all policies, tasks that a recall model can't do with all its tokens."""
+def refuse_unable(found: Found, gated: Sequence[str], least: float = ABLE) -> Found:
+    """Leave out, for all policies, tasks that a recall model can't do with all its tokens.
+
+    Returns what all tasks came to, those included.
+    """
+    whole: Found = {
+        policy: {name: replace(tally) for name, tally in tallies.items()}
+        for policy, tallies in found.items()
+    }
     for name in gated:
         full = found["full"].get(name, Tally()).items
         by_task: dict[str, list[float]] = {}
@@ -134,6 +141,7 @@ def refuse_unable(found: Found, gated: Sequence[str], least: float = ABLE) -> No
         for tallies in found.values():
             if name in tallies:
                 tallies[name].items = [i for i in tallies[name].items if i.task in able]
+    return whole
 
 
 def items_of(found: Found, policy: str) -> list[Item]:
@@ -205,9 +213,12 @@ def head_rows(protocol: str, policy: str, found: Found) -> Iterator[dict[str, Ce
                 }
 
 
-def task_rows(protocol: str, policy: str, found: Found) -> Iterator[dict[str, Cell]]:
-    """Yield what a policy loses of each task."""
+def task_rows(
+    protocol: str, policy: str, found: Found, judged: Found | None = None
+) -> Iterator[dict[str, Cell]]:
+    """Yield what a policy loses of each task, and whether it is judged by that."""
     full, own = items_of(found, "full"), items_of(found, policy)
+    counted = {item.task for item in items_of(found if judged is None else judged, policy)}
     for task in sorted({item.task for item in full}):
         mine = [item for item in own if item.task == task]
         plain = [item for item in full if item.task == task]
@@ -215,6 +226,7 @@ def task_rows(protocol: str, policy: str, found: Found) -> Iterator[dict[str, Ce
         yield {
             "question": protocol,
             "task": task,
+            "judged": task in counted,
             "items": len(mine),
             "full": float(np.mean([item.score for item in plain])),
             "corm": float(np.mean([item.score for item in mine])),

@@ -22,6 +22,7 @@ from bench.eviction_tally import (
     margin,
     refuse_unable,
     removed_of,
+    task_rows,
     weights_of,
     worlds,
 )
@@ -218,9 +219,12 @@ def test_tasks_weigh_the_same_within_a_model_and_models_among_each_other() -> No
 
 def test_a_task_that_a_recall_model_cannot_do_is_left_out_for_all() -> None:
     found = {"full": tally([1.0] * 97 + [0.0] * 3, []), "ours": tally([1.0] * 100, [])}
-    refuse_unable(found, ["m"])
+    whole = refuse_unable(found, ["m"])
     assert not found["full"]["m"].items
     assert not found["ours"]["m"].items
+    assert len(whole["full"]["m"].items) == len(whole["ours"]["m"].items) == 100
+    row = next(task_rows("after", "ours", whole, found))
+    assert (row["judged"], row["items"]) == (False, 100)
     able = {"full": tally([1.0] * 98 + [0.0] * 2, []), "ours": tally([0.0] * 100, [])}
     refuse_unable(able, ["m"])
     assert len(able["ours"]["m"].items) == 100

@@ -92,6 +92,7 @@ class BatchKV:
         self._step = step
         self._pool = pool
         self._readable = readable
+        self._ops = kernels.attention
         self._gathering = Gathering(step.apart, kernels.parts) if step.apart else None
         self._codec = techniques.codec
         self._transform = transform
