@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,20 @@ import pytest
 
 from kvkeep.disagg.afar import AfarPart
 from kvkeep.disagg.handover import SplitClient
-from kvkeep.disagg.keeper import readable
+from kvkeep.disagg.keeper import Keeper, readable
 from kvkeep.disagg.options import LinkOptions, check_apart
+from kvkeep.disagg.outlet import Outlet
 from kvkeep.disagg.prefill import PrefillSide
-from kvkeep.disagg.wire import Hold
+from kvkeep.disagg.wire import Block, Hold
 from kvkeep.disagg.worker import spawn_worker
-from kvkeep.engine.api import Chunk, FinishReason, SamplingParams, TenantTerms
+from kvkeep.engine.api import (
+    Chunk,
+    ChunkStream,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TenantTerms,
+)
 from kvkeep.engine.options import EngineOptions, SharingOptions
 from kvkeep.errors import ConfigError
 from tests.disagg.crews import cluster_of
@@ -28,6 +39,10 @@ DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True, 
 LONG = msgspec.structs.replace(DRAWN, max_tokens=150)
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((200, 400, 1100, 1300))]
 APART = msgspec.structs.replace(QUICK, attend_apart=300, answer_s=60.0)
+WITHIN_S = 60.0
+"""What a loaded machine may take for some seconds' work."""
+HELD_FRAME = 30
+Attend = Callable[[Outlet, Block, memoryview], None]
 SELECTIVE = SharingOptions(policy="selective", k=2, epoch_s=0.2)
 
 
@@ -86,7 +101,7 @@ async def test_two_places_answer_as_one(
         asked = [request(prompt, DRAWN, id=str(i)) for i, prompt in enumerate(PROMPTS)]
         got = await answers(pair.client, *asked)
         assert same(got, wanted)
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
         assert not pair.faults()
         assert pair.sends.keeper.attended_rows > 3 * 11
         whole = 128 if kv != "bf16" else 64
@@ -102,7 +117,7 @@ async def test_a_prompt_that_the_decode_worker_has_no_room_for(tiny: dict[str, P
         asked = [request(prompt, LONG, id=str(i)) for i, prompt in enumerate(PROMPTS)]
         got = await answers(pair.client, *asked[1:])  # more than fit: some are preempted
         assert same(got, wanted[1:])
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
         assert manager_of(pair.decode.core).room("a") == room
 
 
@@ -119,7 +134,7 @@ async def test_what_others_have_made_public_is_read_there_too(tiny: dict[str, Pa
             ]
             assert same(await answers(pair.client, *asked), wanted)
             await asyncio.sleep(0.3)  # an epoch ends in both engines
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
         assert not pair.faults()
 
 
@@ -136,18 +151,40 @@ async def test_where_tokens_are_evicted_all_pages_come_here(tiny: dict[str, Path
         core = core_for(tiny["qwen2"], chunk_tokens=128, threads=1, evict="corm")
         assert same(await answers(pair.client, kept), [drive(core, [kept])["kept"]])
         assert pair.sends.keeper.attended_rows > 0, "what asks to keep all is read there"
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
 
 
-async def in_the_middle(pair: Pair) -> tuple[asyncio.Task[list[Chunk]], AfarPart]:
-    """Return an answer under way to the longest prompt, and its part."""
-    running = asyncio.create_task(answer(pair.client.submit(request(PROMPTS[3], LONG, id="r"))))
-    await until(lambda: pair.sends.keeper.attended_rows > 400)
+class Gate:
+    """Holds one frame of rows back, some tokens into an answer, until a test has done its part."""
+
+    def __init__(self, *keepers: Keeper) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+        for keeper in keepers:
+            keeper._attend = partial(self._hold, keeper._attend)  # type: ignore[method-assign]
+        self._frames = 0
+
+    def _hold(self, attend: Attend, outlet: Outlet, block: Block, payload: memoryview) -> None:
+        self._frames += 1
+        if self._frames == HELD_FRAME:
+            self.reached.set()
+            assert self.open.wait(WITHIN_S)
+        attend(outlet, block, payload)
+
+
+async def in_the_middle(
+    pair: Pair, asked: GenerateRequest | None = None
+) -> tuple[asyncio.Task[list[Chunk]], AfarPart, Gate, ChunkStream]:
+    """Return an answer under way to the longest prompt, its part, and what keeps it there."""
+    gate = Gate(pair.sends.keeper)
+    stream = pair.client.submit(asked or request(PROMPTS[3], LONG))
+    running = asyncio.create_task(answer(stream))
+    await until(gate.reached.is_set, WITHIN_S)
     part = pair.receives.afar.part_of("r")
     assert part is not None
     assert part.state == "there"
     assert held_there(pair) >= part.pages
-    return running, part
+    return running, part, gate, stream
 
 
 @pytest.mark.parametrize("how", ["purged", "expired", "late", "link"])
@@ -155,23 +192,25 @@ async def test_pages_that_are_lost_in_the_middle_cost_time_and_no_token(
     tiny: dict[str, Path], how: str
 ) -> None:
     wanted = alone(tiny["qwen2"], LONG)[3]
-    link = msgspec.structs.replace(APART, answer_s=1.0) if how == "late" else APART
-    async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=link) as pair:
-        running, part = await in_the_middle(pair)
-        keeper = pair.sends.keeper
+    async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=APART) as pair:
+        running, part, gate, _ = await in_the_middle(pair)
         if how == "purged":
             await pair.client._prefill.purge("a")
         elif how == "expired":
             part.expires_s = 0.0
         elif how == "late":
-            keeper.rows = lambda *_: None  # type: ignore[method-assign]
+            with part._there:
+                part._end_s = 0.0
+                part._there.notify_all()
+            await until(lambda: part.state == "lost", WITHIN_S)
         else:
             (outlet,) = pair.sends.outlets
             outlet._thread.loop.call_soon_threadsafe(outlet._channel.close)
+        gate.open.set()
         got = await running
         assert part.state == "lost"
         assert said(got) == said(wanted)
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
         assert held_there(pair) == 0
 
 
@@ -180,32 +219,31 @@ async def test_without_room_for_what_was_lost_the_request_ends_with_why(
 ) -> None:
     engine = engine_options(tiny["qwen2"], shield="off")
     async with pair_of(engine, other=smaller(engine), link=APART) as pair:
-        running, _ = await in_the_middle(pair)
+        running, _, gate, _ = await in_the_middle(pair)
         await pair.client._prefill.purge("a")
+        gate.open.set()
         last = (await running)[-1]
         assert last.finish is FinishReason.ERROR
         assert last.again
         assert "the worker that held this prompt is lost" in (last.error or "")
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
 
 
 @pytest.mark.parametrize("how", ["leaves", "deadline"])
 async def test_pages_are_given_back_on_every_way_out(tiny: dict[str, Path], how: str) -> None:
     async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=APART) as pair:
-        deadline_s = None if how == "leaves" else 3.0
-        params = msgspec.structs.replace(LONG, max_tokens=4000)
-        asked = request(PROMPTS[2], params, deadline_s=deadline_s)
-        stream = pair.client.submit(asked)
-        reading = asyncio.ensure_future(answer(stream))
-        await until(lambda: pair.sends.keeper.attended_rows > 140)
-        assert held_there(pair) > 0
+        asked = request(PROMPTS[3], LONG, deadline_s=600.0)
+        reading, _, gate, stream = await in_the_middle(pair, asked)
         if how == "leaves":
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             await stream.aclose()
+            gate.open.set()
         else:
-            assert (await reading)[-1].finish in {FinishReason.DEADLINE, FinishReason.LENGTH}
-        await pair.quiet()
+            pair.decode.core._requests["r"].deadline_s = 0.0
+            gate.open.set()
+            assert (await reading)[-1].finish is FinishReason.DEADLINE
+        await pair.quiet(WITHIN_S)
         assert held_there(pair) == 0
 
 
@@ -213,7 +251,7 @@ async def test_a_request_reads_its_own_scope_and_what_is_public_alone(
     tiny: dict[str, Path],
 ) -> None:
     async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=APART) as pair:
-        running, part = await in_the_middle(pair)
+        running, part, gate, _ = await in_the_middle(pair)
         side, (outlet,) = pair.sends, pair.sends.outlets
         (kept,) = side.keeper._kept.values()
         spec, right = kept.asked.spec, kept.asked.record
@@ -238,8 +276,9 @@ async def test_a_request_reads_its_own_scope_and_what_is_public_alone(
         match.own[3].tag = manager.match((), account="b", scope="scope-b").tag
         assert readable(match, spec, right.tag) == 3, "a page of another scope ends it"
         match.own[3].tag = own
+        gate.open.set()
         await running
-        await pair.quiet()
+        await pair.quiet(WITHIN_S)
         assert part.state == "lost", "nobody goes on reading once it has ended"
 
 
@@ -263,14 +302,16 @@ async def test_a_cluster_goes_on_with_another_worker_that_computes_the_prompt(
     few = smaller(engine_options(tiny["qwen2"], shield="off"))
     others = {"decode-0": few, "decode-1": few}
     async with cluster_of(tiny["qwen2"], link=APART, others=others) as cluster:
-        asked = request(PROMPTS[3], LONG)
-        running = asyncio.create_task(answer(cluster.fleet.submit(asked)))
         sides = [worker.side for worker in cluster.hands.alive()]
         keepers = [side.keeper for side in sides if isinstance(side, PrefillSide)]
-        await until(lambda: any(keeper.attended_rows > 400 for keeper in keepers))
+        gate = Gate(*keepers)
+        asked = request(PROMPTS[3], LONG)
+        running = asyncio.create_task(answer(cluster.fleet.submit(asked)))
+        await until(gate.reached.is_set, WITHIN_S)
         cluster.hands.kill(cluster.place("prefill", PROMPTS[3]))
+        gate.open.set()
         assert said(await running) == said(wanted)
-        await cluster.hands.quiet()
+        await cluster.hands.quiet(WITHIN_S)
 
 
 @pytest.mark.slow
