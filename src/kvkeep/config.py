@@ -330,10 +330,8 @@ class Settings(BaseSettings):
             raise ConfigError(
                 "cluster_link_gbit: kv = auto chooses by it in a cluster; set both, or leave it out"
             )
-        if self.cluster_attend_apart is not None and (self.cluster is None or self.kv == "auto"):
-            raise ConfigError(
-                "cluster_attend_apart: pages of one form in a cluster; choose another kv than auto"
-            )
+        if self.cluster_attend_apart and (self.cluster is None or self.kv == "auto"):
+            raise ConfigError("cluster_attend_apart: is for a cluster, and another kv than auto")
         if self.cluster is None:
             return
         if any(one.startswith("redis") for one in self.tier):

@@ -70,7 +70,7 @@ def test_prompts_may_stay_where_they_were_computed() -> None:
     assert link_options(load(flags)).attend_apart == 8192
     assert link_options(load({"cluster": "auto"})).attend_apart is None
     for other in ({"cluster": None}, {"kv": "auto"}):
-        with pytest.raises(ConfigError, match="cluster_attend_apart: pages of one form"):
+        with pytest.raises(ConfigError, match="cluster_attend_apart: is for a cluster"):
             load({**flags, **other})
 
 

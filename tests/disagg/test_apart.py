@@ -287,6 +287,8 @@ def test_what_cannot_be_attended_apart_is_refused_at_start(tiny: dict[str, Path]
     check_apart(engine, APART)
     for wrong, link, why in (
         ({"kv": "auto"}, APART, "pages of one form only"),
+        ({"guard_share": 0.1}, APART, "no guard_share"),
+        ({"shield": "tile"}, APART, "another shield than tile"),
         ({"device": "cuda"}, APART, "on a CPU only"),
         ({}, LinkOptions(attend_apart=0), "at least 1"),
     ):

@@ -88,7 +88,8 @@ class Closer:
         first, last = held.closed, len(tokens) // PAGE_TOKENS
         last = max(first, last - last % self._spec.block_pages)
         clean = held.clean_tokens(last * PAGE_TOKENS) // PAGE_TOKENS
-        keys, before = self._index.keys, held.pages[first - 1].key if first else b""
+        here = first - held.apart
+        keys, before = self._index.keys, held.pages[here - 1].key if here else b""
         raw, size = (
             keys.of(tokens[first * PAGE_TOKENS : last * PAGE_TOKENS], before),
             keys.page_bytes,

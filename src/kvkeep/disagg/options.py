@@ -83,7 +83,13 @@ def check_apart(engine: EngineOptions, link: LinkOptions) -> None:
         raise ConfigError(
             "cluster_attend_apart: parts of a prompt are attended on a CPU only; leave it out"
         )
-    if engine.kv == "auto":
+    if engine.kv == "auto" or engine.guard_share:
         raise ConfigError(
-            "cluster_attend_apart: pages of one form only; choose another kv than auto"
+            "cluster_attend_apart: pages of one form only; choose another kv than auto, and no"
+            " guard_share"
+        )
+    if engine.shield == "tile":
+        raise ConfigError(
+            "cluster_attend_apart: pages held for others lie open in memory; choose another shield"
+            " than tile"
         )
