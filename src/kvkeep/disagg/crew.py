@@ -248,11 +248,17 @@ class Crew:
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Wait for something, also where whoever waits is cancelled meanwhile: another one failed."""
-    task = asyncio.ensure_future(work)
+    """Wait for something, also where whoever waits is cancelled meanwhile, which is told then."""
+    task, cancelled = asyncio.ensure_future(work), False
     while not task.done():
-        with suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        with suppress(KvkeepError):
+            await task
+        raise asyncio.CancelledError
     await task
 
 
