@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvkeep.errors import KeysUnavailable
+from kvkeep.shield import secret as memory
 from kvkeep.shield.secret import Hygiene, RegionKind, SecretRegion, dumpable, look
 
 HOLDER = """
@@ -135,3 +137,35 @@ def test_more_than_may_be_locked_is_still_memory() -> None:
     region = SecretRegion(1 << 19)
     assert region.kind == "unlocked"
     region.close()
+
+
+def test_children_overwrite_what_they_free_and_the_parent_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tunables = "GLIBC_TUNABLES"
+    monkeypatch.setenv(tunables, "glibc.malloc.arena_max=2")
+    monkeypatch.delenv("PYTHONMALLOC", raising=False)
+    show = [sys.executable, "-c", "import os; print(os.environ['GLIBC_TUNABLES'])"]
+    with memory.overwriting_children():
+        told = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+        assert os.environ["PYTHONMALLOC"] == "malloc"
+    assert told.strip().split(":") == [
+        "glibc.malloc.arena_max=2",
+        "glibc.malloc.perturb=165",
+        "glibc.malloc.tcache_count=0",
+    ]
+    assert os.environ[tunables] == "glibc.malloc.arena_max=2"
+    assert "PYTHONMALLOC" not in os.environ
+
+
+def test_a_c_library_that_overwrites_nothing_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "_LIBC", SimpleNamespace(mallopt=lambda *a: asked.append(a)))
+    memory.overwrite_freed()
+    memory.overwrite_freed(wanted=False)
+    assert asked == [(-6, 165), (-6, 0)]
+    monkeypatch.setattr(memory, "_LIBC", SimpleNamespace())
+    memory.overwrite_freed()
+    assert len(asked) == 2
