@@ -24,8 +24,8 @@ GUARANTEES: Final = {
     "tile": Guarantee(
         "as seal, and cached pages are sealed in memory, open a layer at a time while it is"
         " attended; the index holds no tokens",
-        "open pages, what running requests hold, text that waits to be read, the server's"
-        " administrator, when and how much is read",
+        "open pages, what requests hold and the front end for a while after them, text that waits"
+        " to be read, the server's administrator, when and how much is read",
         True,
     ),
     "perm": Guarantee(
