@@ -75,8 +75,7 @@ class DecodeSide(Side):
     def begin(self, core: EngineCore) -> None:
         """Take note of the engine."""
         self._own, thread = self._open(core)
-        wanted = lambda: bool(self._requests) or len(self.afar) > 0  # noqa: E731
-        thread.start(self._waker.now_and_then(self._options.beat_s, wanted))
+        thread.start(self._waker.now_and_then(self._options.beat_s, self._may_expire))
 
     def before(self, command: m.Command) -> None:
         """Note whose pages are to come."""
@@ -165,6 +164,9 @@ class DecodeSide(Side):
             self._waker.wake()
 
     # Inside
+
+    def _may_expire(self) -> bool:
+        return bool(self._requests) or len(self.afar) > 0
 
     def _expect(self, spec: GenerateRequest, link: str) -> None:
         """Note the names of the pages that the cache lacks of a prompt."""

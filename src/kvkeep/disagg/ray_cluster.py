@@ -16,6 +16,7 @@ from typing import Any, Final
 from kvkeep.config import is_loopback
 from kvkeep.disagg.listening import exposed, family
 from kvkeep.disagg.options import LinkOptions
+from kvkeep.environment import environment
 from kvkeep.errors import ConfigError
 
 AUTO: Final = "auto"
@@ -61,7 +62,7 @@ def joined(address: str) -> Iterator[None]:
             names |= _LOOPBACK
         if address == AUTO:
             names |= _own_token(Path(folder))
-        with _environment(names):
+        with environment(names):
             ray = _imported()
             try:
                 _init(ray, address)
@@ -175,21 +176,6 @@ def _own_token(folder: Path) -> dict[str, str]:
     file.touch(mode=0o600)
     file.write_text(secrets.token_hex(32), encoding="ascii")
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
-
-
-@contextmanager
-def _environment(names: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables set; Ray's processes inherit them."""
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _imported() -> Any:

@@ -127,9 +127,10 @@ class RayTransport:
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=4,
+                # Soft would be anywhere where a node's daemon has not heard of the other one yet.
                 scheduling_strategy="SPREAD"
                 if node is None
-                else strategies.NodeAffinitySchedulingStrategy(node, soft=True),
+                else strategies.NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(*self._arguments, tls=uses_tls(os.environ))
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvkeep.environment import environment
 from kvkeep.errors import KeysUnavailable
 from kvkeep.shield.envelope import KEY_BYTES
 
@@ -136,16 +137,8 @@ def overwriting_children() -> Iterator[None]:
     """Let processes that are started meanwhile overwrite all memory that they free."""
     tunables = (os.environ.get(_TUNABLES), f"glibc.malloc.perturb={_PERTURB}", _NOTHING_AT_HAND)
     wanted = {_TUNABLES: ":".join(filter(None, tunables)), "PYTHONMALLOC": "malloc"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
+    with environment(wanted):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def forbid_dumps() -> None:
