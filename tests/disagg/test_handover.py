@@ -179,6 +179,17 @@ async def test_short_and_branching_requests_stay_where_they_are_answered(
         assert pair.prefill.core.stats().prompt_tokens_total == 0
 
 
+async def test_what_is_shorter_than_a_coded_block_stays_where_it_is_answered(
+    tiny: dict[str, Path],
+) -> None:
+    engine = engine_options(tiny["qwen2"], shield="off", kv="k2v2")
+    async with pair_of(engine, least_tokens=64) as pair:
+        await answers(pair.client, request(prompt_of(127, 5), SOME, id="short"))
+        assert pair.prefill.core.stats().prompt_tokens_total == 0
+        await answers(pair.client, request(prompt_of(128, 5), SOME, id="block"))
+        assert pair.receives.installed_pages == 2
+
+
 async def test_a_tenant_that_stores_nothing_is_sent_nothing(tiny: dict[str, Path]) -> None:
     wanted = alone(tiny["qwen2"], SOME)
     async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:

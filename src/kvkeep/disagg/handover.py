@@ -20,7 +20,6 @@ from kvkeep.engine.api import (
     TenantTerms,
 )
 from kvkeep.errors import ConfigError, EngineError
-from kvkeep.types import PAGE_TOKENS
 
 LEAST_TOKENS: Final = 512
 """Shorter prompts are computed where they are answered."""
@@ -48,11 +47,11 @@ class SplitClient:
         """`whole`: nothing of a prompt is sent before all of it is computed, as a baseline."""
         self._prefill = prefill
         self._decode = decode
-        self._least_tokens = max(least_tokens, PAGE_TOKENS)
+        self._least_tokens = least_tokens
         self._patience_s = patience_s
         self._whole = whole
         self._link = ""
-        self._max_model_len = 0
+        self._info: ModelInfo | None = None
 
     async def info(self) -> ModelInfo:
         """Return the model's description; raises `ConfigError` where the two engines differ."""
@@ -66,12 +65,12 @@ class SplitClient:
                 )
         if not first.link:
             raise ConfigError("link: the prefill worker hands no pages over; give it an address")
-        self._link, self._max_model_len = first.link, second.max_model_len
+        self._link, self._info = first.link, second
         return second
 
     def submit(self, request: GenerateRequest) -> ChunkStream:
         """Start a request; closing the stream early ends it in both engines."""
-        if not (self._link and self._splits(request)):
+        if self._info is None or not splits(request, self._info, self._least_tokens):
             return self._decode.submit(request)
         if request.params.seed is None:  # both must draw the same
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
@@ -104,9 +103,6 @@ class SplitClient:
         """Stop taking requests, wait up to `drain_s` for those running, and end both."""
         await self._decode.close(drain_s=drain_s)
         await self._prefill.close()
-
-    def _splits(self, request: GenerateRequest) -> bool:
-        return splits(request, least_tokens=self._least_tokens, max_model_len=self._max_model_len)
 
 
 async def _unless_down(call: Awaitable[T]) -> T | None:

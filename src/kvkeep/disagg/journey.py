@@ -15,7 +15,6 @@ from kvkeep.disagg.members import Member
 from kvkeep.disagg.split import Way, single, split, splits
 from kvkeep.engine.api import Chunk, ChunkStream, FinishReason, GenerateRequest, Handover
 from kvkeep.errors import EngineError, EngineStopped, PrefillLost
-from kvkeep.types import PAGE_TOKENS
 
 MOST_ATTEMPTS: Final = 4
 """A request whose workers end each time may be why they do."""
@@ -197,10 +196,7 @@ class Journey:
         if sampled(request):  # its shadow needs the prompt computed where it is answered
             return None
         options, info = self._crew.options, self._crew.info
-        least_tokens = max(options.least_tokens, PAGE_TOKENS)
-        if self._attempts > self._most_prefills or not splits(
-            request, least_tokens=least_tokens, max_model_len=info.max_model_len
-        ):
+        if self._attempts > self._most_prefills or not splits(request, info, options.least_tokens):
             return None
         try:
             return self._crew.find("prefill", request.tenant, request.prompt_ids)

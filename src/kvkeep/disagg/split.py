@@ -16,10 +16,12 @@ from kvkeep.engine.api import (
     FinishReason,
     GenerateRequest,
     Handover,
+    ModelInfo,
     TokenLogprob,
 )
 from kvkeep.engine.moments import Moments
 from kvkeep.errors import EngineError, PrefillLost
+from kvkeep.types import PAGE_TOKENS
 
 KEY_BYTES: Final = 32
 """Of what pages are sealed under on their way."""
@@ -57,10 +59,14 @@ def single(request: GenerateRequest) -> bool:
     return params.n == 1 and not params.ranks and params.prompt_logprobs is None
 
 
-def splits(request: GenerateRequest, *, least_tokens: int, max_model_len: int) -> bool:
-    """Tell whether a request's prompt is worth computing elsewhere: a long one with one answer."""
+def splits(request: GenerateRequest, info: ModelInfo, least_tokens: int) -> bool:
+    """Tell whether a request's prompt is worth computing elsewhere: a long one with one answer.
+
+    Of one without a whole page, or a whole block where pages are coded, nothing could be sent.
+    """
     length = len(request.prompt_ids)
-    goes_on = request.params.max_tokens > 1 and length + 1 < max_model_len
+    least_tokens = max(least_tokens, info.window_tokens or PAGE_TOKENS)
+    goes_on = request.params.max_tokens > 1 and length + 1 < info.max_model_len
     return single(request) and goes_on and length >= least_tokens
 
 

@@ -10,11 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from kvkeep.cache.caches import Caches
-from kvkeep.cache.manager import CacheManager
-from kvkeep.cache.matching import Match
 from kvkeep.engine.apart import Part
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
@@ -22,9 +18,10 @@ from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.packs import Packs
 from kvkeep.engine.sequence import Request, Sequence, Status
 from kvkeep.engine.shadows import Shadows, with_shadows
+from kvkeep.engine.waiting import awaited, reusable, under_way
 from kvkeep.engine.work import Lane, Planned, ViewKeeper, Work
 from kvkeep.errors import CapacityError
-from kvkeep.types import PAGE_TOKENS, PageSpec
+from kvkeep.types import PAGE_TOKENS
 
 
 @dataclass(slots=True)
@@ -178,18 +175,24 @@ class Scheduler:
         return with_shadows(work + [lane.work(end) for lane, end in planned.items()])
 
     def _admit(self, tenant: _Tenant) -> None:
-        while tenant.waiting and len(tenant.running) < tenant.max_running:
-            sequence = tenant.waiting[0]
+        """Let those who wait run, in their order, past prompts that another engine computes."""
+        passed: list[Sequence] = []
+        for sequence in list(tenant.waiting):
+            if len(tenant.running) + len(passed) >= tenant.max_running:
+                return
+            if sequence not in tenant.waiting:
+                continue
             if not self._settle(sequence.request):
                 return
-            if not self._open(sequence, alone=not tenant.running):
-                if sequence.status is Status.FINISHED:
-                    continue
+            if self._open(sequence, passed, alone=not (tenant.running or passed)):
+                tenant.waiting.remove(sequence)
+                tenant.running.append(sequence)
+            elif under_way(sequence):
+                passed.append(sequence)
+            elif sequence in tenant.waiting:
                 return
-            tenant.waiting.popleft()
-            tenant.running.append(sequence)
 
-    def _open(self, sequence: Sequence, *, alone: bool) -> bool:
+    def _open(self, sequence: Sequence, passed: list[Sequence], *, alone: bool) -> bool:
         """Match and lock the prefix, reserve room for the rest; False where it must wait."""
         request, tokens = sequence.request, sequence.tokens.ids()
         manager, spec = self._caches.of(request.codec), request.spec
@@ -202,11 +205,12 @@ class Scheduler:
         if not alone and not self._shadows.fits(sequence):
             return False
         match = manager.match(
-            tokens[: self._reusable(sequence, manager.pool.spec)],
+            tokens[: reusable(sequence, manager.pool.spec)],
             account=sequence.account,
             scope=spec.scope,
         )
-        if not alone and self._awaited(sequence, match, manager):
+        before = (*self._tenants[sequence.account].running, *passed)
+        if not alone and awaited(sequence, before, match, manager):
             return False
         if match.pending and sequence.status is Status.WAITING:
             if not alone and not manager.has_room(match, len(tokens)):
@@ -224,7 +228,7 @@ class Scheduler:
             manager.extend(view, len(tokens) - view.length)
         except CapacityError:
             manager.release(view, tokens[:0])  # pages of a snapshot do not become its own
-            if alone:
+            if alone and not self._take_back(sequence.account):
                 self._exhausted(sequence)
             return False
         if not self._shadows.cast(sequence, alone=alone):
@@ -252,41 +256,13 @@ class Scheduler:
         try:
             view = at.reserve_view(length, account=sequence.account, scope=scope, apart=part.pages)
         except CapacityError:
-            if alone:
+            if alone and not self._take_back(sequence.account):
                 self._exhausted(sequence)
             return False
         sequence.view, sequence.status = view, Status.RUNNING
         if request.cached_tokens is None:
             request.cached_tokens = request.saved_tokens = view.length
         return True
-
-    def _awaited(self, sequence: Sequence, match: Match, manager: CacheManager) -> bool:
-        """Tell whether a prompt before it is computing pages that it could use.
-
-        It waits for the whole of that prompt, so that what it finds tells nothing of the pace.
-        """
-        tokens = sequence.tokens.ids()[: self._reusable(sequence, manager.pool.spec)]
-        found = len(match.public) + len(match.own)
-        for other in self._tenants[sequence.account].running:
-            view = other.view
-            if view is None or view.tag != match.tag:
-                continue
-            if not other.uncommitted and view.length >= other.prompt_len:
-                continue
-            known = other.tokens.ids(view.tainted_from)[: len(tokens)]
-            differ = np.flatnonzero(tokens[: len(known)] != known)
-            same = int(differ[0]) if len(differ) else len(known)
-            if manager.findable_pages(same) > found:
-                return True
-        return False
-
-    def _reusable(self, sequence: Sequence, pages: PageSpec) -> int:
-        """Return how many leading tokens may come from the cache."""
-        spec, watch = sequence.request.spec, sequence.request.watch
-        if spec.params.prompt_logprobs is not None and not sequence.generated:
-            return 0
-        most = len(sequence.tokens) - (0 if pages.window_tokens is None else 1)
-        return most if watch is None else min(most, watch.first)
 
     def _decodes(self, tenant: _Tenant) -> list[Work]:
         self._shadows.drop_served(tenant.running)
@@ -308,10 +284,7 @@ class Scheduler:
             except CapacityError:
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
-                    # Pages for those who wait make way for who runs, and come again later.
-                    if fetching := [one for one in tenant.waiting if self._end_fetch(one)]:
-                        for one in fetching:
-                            one.status = Status.WAITING
+                    if self._take_back(sequence.account):
                         continue
                     self._exhausted(sequence)
                     return False
@@ -339,6 +312,13 @@ class Scheduler:
         self._release(victim)
         victim.status = Status.WAITING
         tenant.waiting.appendleft(victim)
+
+    def _take_back(self, account: str) -> bool:
+        """Let pages for those who wait make way, to come again later; False where none are."""
+        waiting = [one for one in self._tenants[account].waiting if self._end_fetch(one)]
+        for one in waiting:
+            one.status = Status.WAITING
+        return bool(waiting)
 
     def _end_fetch(self, sequence: Sequence) -> bool:
         """Hold pages on their way up no longer; False where there are none."""

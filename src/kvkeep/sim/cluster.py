@@ -261,7 +261,8 @@ class Simulation:
     def _stays(self, prompt: int, answer: int) -> bool:
         """Tell whether a prompt is computed where it is answered."""
         least = self._cluster.least_tokens
-        return least > 0 and (answer == 1 or prompt < least)
+        block = self._costs.codecs[self._cluster.codec].block_tokens
+        return least > 0 and (answer == 1 or prompt < max(least, block))
 
     def _sent_bytes(self, prompt: int, found: int) -> float:
         """Return what goes over the link: not what the other side holds."""

@@ -1,0 +1,65 @@
+"""What a sequence that has no view yet waits for, and what it may then find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.matching import Match
+from kvkeep.engine.handing import awaits
+from kvkeep.engine.sequence import Sequence
+from kvkeep.types import Int32Array, PageSpec
+
+
+def under_way(sequence: Sequence) -> bool:
+    """Tell whether its prompt is computed elsewhere, and its pages or first token are not here.
+
+    Others need not wait for that: it takes nothing here but the room that its pages have.
+    """
+    request = sequence.request
+    if not awaits(request.spec):
+        return False
+    part, fetch = request.part, sequence.fetch
+    coming = part is not None and part.state == "awaited"
+    return request.awaits or coming or (fetch is not None and not fetch.done)
+
+
+def reusable(sequence: Sequence, pages: PageSpec) -> int:
+    """Return how many leading tokens may come from the cache."""
+    request = sequence.request
+    if request.spec.params.prompt_logprobs is not None and not sequence.generated:
+        return 0
+    # A block that holds the last row is computed, but where another engine tells what comes next.
+    computed = pages.window_tokens is not None and not request.awaits
+    most = len(sequence.tokens) - computed
+    return most if request.watch is None else min(most, request.watch.first)
+
+
+def awaited(
+    sequence: Sequence, before: Iterable[Sequence], match: Match, manager: CacheManager
+) -> bool:
+    """Tell whether a prompt before it, here or elsewhere, is computing pages it could use.
+
+    It waits for the whole of that prompt, so that what it finds tells nothing of the pace.
+    """
+    tokens = sequence.tokens.ids()[: reusable(sequence, manager.pool.spec)]
+    found = len(match.public) + len(match.own)
+    for other in before:
+        known = _to_come(other, sequence, match)[: len(tokens)]
+        differ = np.flatnonzero(tokens[: len(known)] != known)
+        same = int(differ[0]) if len(differ) else len(known)
+        if manager.findable_pages(same) > found:
+            return True
+    return False
+
+
+def _to_come(other: Sequence, sequence: Sequence, match: Match) -> Int32Array:
+    """Return the tokens whose pages a sequence will find once another one's prompt is whole."""
+    view = other.view
+    if view is None:
+        alike = other.request.spec.scope == sequence.request.spec.scope
+        return other.tokens.ids(None if alike and other.request.part is None else 0)
+    whole = not other.uncommitted and view.length >= other.prompt_len
+    return other.tokens.ids(0 if whole or view.tag != match.tag else view.tainted_from)

@@ -1,0 +1,122 @@
+"""Prompts that another engine computes hold nobody up, and nobody takes what they wait for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import Chunk, FinishReason, GenerateRequest, Handover
+from kvkeep.engine.build import default_parts
+from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.options import EngineOptions
+from tests.e2e.test_composition import prompt_of
+from tests.engines import GREEDY, core_for, drive, manager_of, request, tokens
+from tests.toys import DelayedTier
+
+LONG, OTHER = prompt_of(448, 1), prompt_of(384, 2)
+SOME = msgspec.structs.replace(GREEDY, max_tokens=6, ignore_eos=True)
+
+
+def handed(prompt: list[int], name: str) -> GenerateRequest:
+    """Return a request whose prompt another engine computes."""
+    part = Handover(role="decode", key=bytes(32))
+    return msgspec.structs.replace(request(prompt, SOME, id=name), handover=part)
+
+
+def stepped(core: EngineCore, steps: int = 40) -> dict[str, list[Chunk]]:
+    """Return what so many steps tell."""
+    told: dict[str, list[Chunk]] = {}
+    for _ in range(steps):
+        for output in core.step():
+            told.setdefault(output.request_id, []).append(output.chunk)
+    return told
+
+
+def over(model: Path, tier: DelayedTier, **options: Any) -> EngineCore:
+    """Return an engine whose pages go to a tier and come from it."""
+    parts = default_parts(EngineOptions(model=str(model), **options))
+    return core_for(model, parts=msgspec.structs.replace(parts, tier=tier), **options)
+
+
+def computed(
+    model: Path, tier: DelayedTier, *prompts: list[int], **options: Any
+) -> list[list[int]]:
+    """Fill the tier with prompts' pages; return the answers."""
+    core = over(model, tier, **options)
+    answers = []
+    for number, prompt in enumerate(prompts):
+        told = drive(core, [request(prompt, SOME, id=str(number))])[str(number)]
+        answers.append(tokens(told))
+        manager_of(core).evict_pages("a", 99)
+    return answers
+
+
+def rest(chunks: list[Chunk]) -> list[int]:
+    """Return the tokens after the first one, which whoever computed the prompt tells."""
+    return tokens(chunks)[-(SOME.max_tokens - 1) :]
+
+
+def test_others_run_past_a_prompt_that_is_computed_elsewhere(tiny: dict[str, Path]) -> None:
+    core = core_for(tiny["qwen2"])
+    wanted = tokens(drive(core, [request(LONG, SOME, id="alone")])["alone"])
+    manager_of(core).evict_pages("a", 99)
+    core.submit(handed(LONG, "handed"))
+    core.submit(request(OTHER, SOME, id="short"))
+    told = stepped(core)
+    assert told.keys() == {"short"}
+    assert told["short"][-1].finish is FinishReason.LENGTH
+    core.begin(m.Begin("handed", (wanted[0],), ()))
+    assert rest(drive(core)["handed"]) == wanted[1:]
+
+
+def test_a_prompt_that_begins_alike_waits_for_it(tiny: dict[str, Path]) -> None:
+    core = core_for(tiny["qwen2"])
+    core.submit(handed(LONG, "handed"))
+    core.submit(request(LONG[:320] + OTHER[:64], SOME, id="alike"))
+    core.submit(request(OTHER, SOME, id="other"))
+    assert stepped(core).keys() == set()
+    core.begin(m.Begin("handed", (), ()))
+    told = drive(core)
+    assert told.keys() == {"handed", "alike", "other"}
+    assert told["alike"][-1].cached_tokens == 320
+
+
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+def test_all_blocks_of_a_prompt_that_is_computed_elsewhere_are_fetched(
+    tiny: dict[str, Path], kv: str
+) -> None:
+    tier = DelayedTier(2)
+    whole = prompt_of(256, 3)
+    (wanted,) = computed(tiny["qwen2"], tier, whole, kv=kv)
+    core = over(tiny["qwen2"], tier, kv=kv)
+    core.submit(handed(whole, "handed"))
+    stepped(core, 10)
+    assert tier.fetched == 4
+    core.begin(m.Begin("handed", (wanted[0],), ()))
+    (told,) = drive(core).values()
+    assert rest(told) == wanted[1:]
+    # Nobody says what comes next: the last block's rows are computed after all.
+    core.submit(handed(whole, "again"))
+    core.begin(m.Begin("again", (), ()))
+    (again,) = drive(core).values()
+    assert tokens(again) == wanted
+
+
+def test_pages_of_one_that_waits_make_way_for_one_that_has_its_own(tiny: dict[str, Path]) -> None:
+    tier = DelayedTier(2)
+    wanted = computed(tiny["qwen2"], tier, LONG, OTHER)
+    page_bytes = manager_of(core_for(tiny["qwen2"])).pool.spec.page_bytes
+    core = over(tiny["qwen2"], tier, kv_cache_bytes=26 * page_bytes)
+    assert manager_of(core).stats().accounts["a"].quota_pages == 13
+    core.submit(handed(LONG, "long"))
+    core.submit(handed(OTHER, "other"))
+    stepped(core, 10)
+    assert tier.fetched == 7 + 6, "both prompts are there, and the share is full"
+    for name, answer in zip(("long", "other"), wanted, strict=True):
+        core.begin(m.Begin(name, (answer[0],), ()))
+    told = drive(core)
+    assert [rest(told[name]) for name in ("long", "other")] == [one[1:] for one in wanted]
