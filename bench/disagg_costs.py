@@ -1,13 +1,17 @@
 """What the steps of a run's own workers cost, and what the simulator makes of its loads.
 
-Costs are measured on the workers that the loads are played to: prompts of whole blocks one after
-another, behind which nothing is computed again, then answers side by side while the prefill worker
-computes as well. What is simulated stands in tables of its own.
+Costs are measured on the workers that the loads are played to: prompts of whole blocks, behind
+which nothing is computed again, while an answer is decoded beside them, then answers, one and side
+by side, while the prefill worker computes. What is simulated stands in tables of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -22,8 +26,9 @@ from bench.disagg_load import (
     Run,
     Variant,
 )
-from bench.disagg_workers import CHUNK_TOKENS, MAX_ROWS, Workers, answered, asked, play_in_turn
+from bench.disagg_workers import CHUNK_TOKENS, MAX_ROWS, Workers, answered, asked
 from bench.harness import Row
+from kvkeep.engine.api import EngineClient
 from kvkeep.sim.cluster import GIGABIT_BYTES, PHASES, Cluster, Link, Simulation, Tenants
 from kvkeep.sim.costs import Chunk, CodecCosts, Costs, Step, fit_prefill, fit_steps
 from kvkeep.sim.load import Drawn
@@ -38,6 +43,10 @@ ROWS: Final = (1, 2, 4)
 SHORT: Final = 48
 """Tokens of the prompts whose answers are decoded side by side: below `LEAST_TOKENS`."""
 ANSWER: Final = 13
+BESIDE: Final = 128
+"""Tokens of the answer that is decoded beside prompts."""
+_NUMBERS: Final = itertools.count(1_000_000)
+"""Of prompts, none of which was sent before."""
 
 
 class Measured(NamedTuple):
@@ -51,19 +60,30 @@ class Measured(NamedTuple):
 
 
 async def measured(workers: Workers, variant: Variant, longest: int) -> Measured:
-    """Measure a pair of workers: prompts up to a trace's longest, answers of several rows."""
+    """Measure a pair of workers: prompts up to a trace's longest, answers of several rows.
+
+    Each is measured while the other worker computes too, as it does in a load: they share what a
+    machine's cores share.
+    """
     lengths = [length for length in LENGTHS if length <= max(longest, LENGTHS[FEWEST - 1])]
-    answers = np.full(len(lengths), ANSWER)
-    load = Drawn(np.zeros(len(lengths)), np.array(lengths), answers)
-    told = await play_in_turn(workers, variant, load)
+    assert workers.prefill is not None
+    await workers.fresh(variant.form)
+    client = workers.client(variant)
+    async with _busy(workers, workers.decode, SHORT, BESIDE):
+        told = await _in_turn(workers, client, lengths)
     chunks = [
         Chunk(one.prompt_tokens, 0, _phase(one, "prefill"), -(-one.prompt_tokens // STEP_TOKENS))
         for one in told
     ]
-    steps = [Step(1, one.prompt_tokens + ANSWER // 2, _step_s(one)) for one in told]
-    steps += [
-        Step(rows, rows * (SHORT + ANSWER // 2), await _rows_s(workers, rows)) for rows in ROWS
-    ]
+    async with _busy(workers, workers.prefill, STEP_TOKENS, 1):
+        alone = await _in_turn(workers, workers.decode, [length + 1 for length in lengths])
+        steps = [Step(1, one.prompt_tokens + ANSWER // 2, _step_s(one)) for one in alone]
+        for rows in ROWS:
+            found = await asyncio.gather(
+                *(_in_turn(workers, workers.decode, [SHORT]) for _ in range(rows))
+            )
+            took_s = float(np.median([_step_s(one) for (one,) in found]))
+            steps.append(Step(rows, rows * (SHORT + ANSWER // 2), took_s))
     tokens = sum(lengths)
     pages = sum(one.received_pages for one in told) * 64
     return Measured(
@@ -75,17 +95,31 @@ async def measured(workers: Workers, variant: Variant, longest: int) -> Measured
     )
 
 
-async def _rows_s(workers: Workers, rows: int) -> float:
-    """Return a decode step's seconds while the prefill worker computes."""
-    await workers.fresh("rows")
-    assert workers.prefill is not None
-    other = asyncio.ensure_future(
-        answered(workers.prefill, asked(99, 8 * SHORT, 2, workers.tenant), 0.0)
-    )
-    short = [asked(i, SHORT, ANSWER, workers.tenant) for i in range(rows)]
-    found = await asyncio.gather(*(answered(workers.decode, one, 0.0) for one in short))
-    await other
-    return float(np.median([_step_s(one) for one in found]))
+async def _in_turn(workers: Workers, client: EngineClient, lengths: Sequence[int]) -> list[Played]:
+    """Return what became of prompts of these lengths, one after another."""
+    return [
+        await answered(client, asked(next(_NUMBERS), length, ANSWER, workers.tenant), 0.0)
+        for length in lengths
+    ]
+
+
+@asynccontextmanager
+async def _busy(
+    workers: Workers, client: EngineClient, prompt: int, answer: int
+) -> AsyncIterator[None]:
+    """Keep an engine at such requests, one after another."""
+
+    async def ask() -> None:
+        while True:
+            await answered(client, asked(next(_NUMBERS), prompt, answer, workers.tenant), 0.0)
+
+    asking = asyncio.ensure_future(ask())
+    try:
+        yield
+    finally:
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
 
 
 def _step_s(one: Played) -> float:

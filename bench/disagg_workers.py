@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,8 @@ def asked(number: int, prompt: int, answer: int, tenant: str) -> GenerateRequest
 async def answered(client: EngineClient, request: GenerateRequest, at_s: float) -> Played:
     """Send a request and return what became of it; raises `EngineError` where it failed."""
     sent_s = time.monotonic()
-    chunks = [chunk async for chunk in client.submit(request)]
+    async with aclosing(client.submit(request)) as stream:
+        chunks = [chunk async for chunk in stream]
     ended_s = time.monotonic()
     last = chunks[-1]
     if last.finish is not FinishReason.LENGTH or not last.moments:
