@@ -32,8 +32,14 @@ class Measured(
         if not self.layers or len({len(layer) for layer in self.layers} | {0}) != 2:
             raise ValueError("`layers` must hold the same number of heads for each layer")
 
-    def require(self, digest: bytes) -> None:
+    def require(self, digest: bytes, num_layers: int, num_kv_heads: int) -> None:
         """Raise `ConfigError` where the model is not the one that was measured."""
+        shape, found = (num_layers, num_kv_heads), (len(self.layers), len(self.layers[0]))
+        if found != shape:
+            raise ConfigError(
+                f"{self.SETTING}: {self.FILE} has {found[0]} layers of {found[1]} KV heads and the"
+                f" model {shape[0]} of {shape[1]}: {self.REMEDY}"
+            )
         if self.model != digest.hex():
             raise ConfigError(
                 f"{self.SETTING}: {self.FILE} was measured on other weights, another config or"

@@ -73,6 +73,8 @@ def test_windows_and_weights_are_written_for_eviction(
     [
         (["--most-lost", "0.1"], "most_lost: bits are not lost by weight"),
         (["--budget-bits", "3", "--quality", "0.1"], "quality: give a budget or a quality"),
+        (["--evict", "--budget-bits", "3"], "budget_bits: eviction has no bits to choose"),
+        (["--evict", "--quality", "0.1"], "quality: eviction has no bits to choose"),
         (["--budget-bits", "5"], "budget_bits: 5 must lie between 2 and 4"),
     ],
 )

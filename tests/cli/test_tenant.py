@@ -85,6 +85,47 @@ def test_sharing_is_told_at_the_start(keys: list[str], capsys: pytest.CaptureFix
     assert "store: 'tape'" in capsys.readouterr().err
 
 
+def test_terms_of_a_tenant_that_is_there_are_changed(
+    keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["--group", "team", "--ttl-s", "60"]
+    assert run(["tenant", "add", "acme", "--share", "0.5", *told, *keys]) == 0
+    before = TenantFile(Path(keys[1])).list()[0]
+    capsys.readouterr()
+    held = ["--no-evict", "--no-coded", "--store", "memory", "--share", "0.25", "--ttl-s", "0"]
+    assert run(["tenant", "set", "acme", *held, *keys]) == 0
+    assert "Changed acme: share, store, ttl_s, coded, evict." in capsys.readouterr().err
+    tenant = TenantFile(Path(keys[1])).list()[0]
+    assert (tenant.share, tenant.store, tenant.ttl_s) == (0.25, "memory", None)
+    assert (tenant.coded, tenant.evict, tenant.group) == (False, False, "team")
+    assert tenant.keys == before.keys
+    assert run(["tenant", "set", "acme", "--evict", "--group", "", *keys]) == 0
+    tenant = TenantFile(Path(keys[1])).list()[0]
+    assert (tenant.evict, tenant.coded, tenant.group) == (True, False, None)
+    capsys.readouterr()
+    assert run(["tenant", "list", *keys]) == 0
+    assert "never coded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (["acme"], "terms: nothing is to change"),
+        (["nobody", "--no-evict"], "name: there is no tenant nobody"),
+        (["acme", "--share", "2"], "share"),
+        (["acme", "--store", "tape"], "store: 'tape'"),
+    ],
+)
+def test_what_cannot_be_changed_is_one_sentence(
+    keys: list[str], capsys: pytest.CaptureFixture[str], told: list[str], sentence: str
+) -> None:
+    assert run(["tenant", "add", "acme", "--share", "0.5", *keys]) == 0
+    capsys.readouterr()
+    assert run(["tenant", "set", *told, *keys]) == 1
+    assert sentence in capsys.readouterr().err
+    assert TenantFile(Path(keys[1])).list()[0].share == 0.5
+
+
 class Admin(BaseHTTPRequestHandler):
     """An admin port that knows one tenant."""
 

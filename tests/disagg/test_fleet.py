@@ -236,6 +236,24 @@ async def test_a_rolling_restart_loses_no_request(tiny: dict[str, Path]) -> None
         assert tokens(again) == tokens(wanted[0]), "tenants are settled on new workers too"
 
 
+async def test_what_is_asked_for_twice_is_done_once_after_the_other(tiny: dict[str, Path]) -> None:
+    async with cluster_of(tiny["qwen2"], crew={"prefill": 1, "decode": 1}) as cluster:
+        crew = cluster.fleet.crew
+        await asyncio.gather(crew.scale("decode", 2), crew.scale("decode", 2))
+        assert crew.members["decode-1"].starts == 1
+        assert cluster.serving() == ["decode-0", "decode-1", "prefill-0"]
+
+
+async def test_a_rolling_restart_goes_on_past_a_worker_that_died(tiny: dict[str, Path]) -> None:
+    async with cluster_of(tiny["qwen2"], crew={"drain_s": 0.05, "again_s": 5.0}) as cluster:
+        crew = cluster.fleet.crew
+        cluster.hands.kill("decode-0")
+        await until(lambda: crew.members["decode-0"].lost)
+        await asyncio.wait_for(crew.restart_all(), 60)
+        others = ("decode-1", "prefill-0", "prefill-1")
+        assert [crew.members[name].starts for name in others] == [2] * 3
+
+
 async def test_workers_come_and_go_at_epochs_alone(tiny: dict[str, Path]) -> None:
     async with cluster_of(tiny["qwen2"], crew={"epoch_s": 3600.0}) as cluster:
         crew, prompts = cluster.fleet.crew, [prompt_of(80, seed) for seed in range(40)]

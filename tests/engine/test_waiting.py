@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from kvkeep.engine import messages as m
@@ -120,3 +121,45 @@ def test_pages_of_one_that_waits_make_way_for_one_that_has_its_own(tiny: dict[st
         core.begin(m.Begin(name, (answer[0],), ()))
     told = drive(core)
     assert [rest(told[name]) for name in ("long", "other")] == [one[1:] for one in wanted]
+
+
+def test_nobody_takes_the_room_that_an_earlier_one_waits_for(tiny: dict[str, Path]) -> None:
+    tier = DelayedTier(2)
+    long, short = prompt_of(640, 4), prompt_of(128, 5)
+    (wanted, _) = computed(tiny["qwen2"], tier, long, short)
+    page_bytes = manager_of(core_for(tiny["qwen2"])).pool.spec.page_bytes
+    core = over(tiny["qwen2"], tier, kv_cache_bytes=26 * page_bytes)
+    slow = msgspec.structs.replace(SOME, max_tokens=30)
+    core.submit(request(prompt_of(256, 6), slow, id="running"))
+    core.step()  # it has four of thirteen pages or five, and ten find no room
+    core.submit(handed(long, "long"))
+    core.submit(handed(short, "short"))
+    stepped(core, 10)
+    assert tier.fetched == 0
+    stepped(core, 40)
+    assert tier.fetched >= 10
+    core.begin(m.Begin("long", (wanted[0],), ()))
+    core.begin(m.Begin("short", (), ()))
+    told = drive(core)
+    assert rest(told["long"]) == wanted[1:]
+    assert told["long"][-1].cached_tokens == 640
+
+
+def test_pages_that_somebody_holds_are_waited_for(tiny: dict[str, Path]) -> None:
+    page_bytes = manager_of(core_for(tiny["qwen2"])).pool.spec.page_bytes
+    core = core_for(tiny["qwen2"], kv_cache_bytes=26 * page_bytes)
+    drive(core, [request(LONG, SOME, id="first")])
+    manager = manager_of(core)
+    found = manager.match(np.array(LONG, np.int32), account="a", scope="scope-a")
+    hold = manager.holds.take(found)
+    core.submit(request(OTHER + OTHER[:64], SOME, id="next"))
+    assert stepped(core, 20) == {}
+    hold.end()
+    assert len(tokens(drive(core)["next"])) == SOME.max_tokens
+
+
+def test_pages_of_another_form_are_not_waited_for(tiny: dict[str, Path]) -> None:
+    core = core_for(tiny["qwen2"], kv="auto", kv_auto_tokens=400)
+    core.submit(handed(LONG, "coded"))
+    core.submit(request(LONG[:320], SOME, id="as it is"))
+    assert stepped(core).keys() == {"as it is"}

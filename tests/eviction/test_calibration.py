@@ -23,9 +23,11 @@ def test_what_is_written_is_found(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused() -> None:
-    MADE.require(bytes([10]) * 32)
+    MADE.require(bytes([10]) * 32, 1, 2)
     with pytest.raises(ConfigError, match="measured on other weights, another config or dtype"):
-        MADE.require(bytes(32))
+        MADE.require(bytes(32), 1, 2)
+    with pytest.raises(ConfigError, match="has 1 layers of 2 KV heads and the model 4 of 2"):
+        MADE.require(bytes([10]) * 32, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused() -> None:
-    MADE.require(bytes([10]) * 32)
+    MADE.require(bytes([10]) * 32, 2, 2)
     with pytest.raises(ConfigError, match="was measured on other weights") as caught:
-        MADE.require(bytes(32))
+        MADE.require(bytes(32), 2, 2)
+    with pytest.raises(ConfigError, match="has 2 layers of 2 KV heads and the model 4 of 2"):
+        MADE.require(bytes([10]) * 32, 4, 2)
     assert "kvkeep model calibrate" in str(caught.value)
 
 

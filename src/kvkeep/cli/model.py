@@ -116,6 +116,9 @@ def calibrate(
     With `--evict`: which window and weight each head needs, for `--evict corm`.
     """
     if evict:
+        if budget_bits is not None or quality is not None:
+            given = "quality" if budget_bits is None else "budget_bits"
+            raise ConfigError(f"{given}: eviction has no bits to choose; leave it or --evict out")
         _calibrate_eviction(settings.model_copy(update={"model": model}), text or [], most_lost)
         return
     if most_lost is not None:

@@ -15,7 +15,7 @@ from kvkeep.cli.options import new_app, with_settings
 from kvkeep.config import Settings
 from kvkeep.errors import ConfigError
 from kvkeep.server.keys import ApiKey
-from kvkeep.server.tenants import SharingTerms, Store, TenantFile
+from kvkeep.server.tenants import SharingTerms, Store, Tenant, TenantFile
 
 app = new_app("Add, revoke, rotate and list tenants' keys.")
 
@@ -79,6 +79,45 @@ def add(
         sharing=SharingTerms(group, contribute, consume, _store(store), ttl_s, coded, evict),
     )
     _show(name, key)
+
+
+@app.command(name="set")
+@with_settings("keys")
+def change(
+    settings: Settings,
+    name: Name,
+    share: Annotated[float | None, typer.Option(help="reserved part of the pool")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="requests at a time")] = None,
+    group: Annotated[str | None, typer.Option(help="tenants it shares with; '': none")] = None,
+    contribute: Annotated[bool | None, typer.Option("--contribute/--no-contribute")] = None,
+    consume: Annotated[bool | None, typer.Option("--consume/--no-consume")] = None,
+    store: Annotated[str | None, typer.Option(help="never, memory or disk")] = None,
+    ttl_s: Annotated[
+        float | None, typer.Option(help="seconds unused pages stay; 0: no end")
+    ] = None,
+    coded: Annotated[bool | None, typer.Option("--coded/--no-coded")] = None,
+    evict: Annotated[bool | None, typer.Option("--evict/--no-evict")] = None,
+) -> None:
+    """Change what is given of a tenant's terms, for requests from now on."""
+    given = {
+        "share": share,
+        "concurrency": concurrency,
+        "group": group,
+        "contribute": contribute,
+        "consume": consume,
+        "store": None if store is None else _store(store),
+        "ttl_s": ttl_s,
+        "coded": coded,
+        "evict": evict,
+    }
+    terms: dict[str, object] = {field: value for field, value in given.items() if value is not None}
+    if not terms:
+        raise ConfigError("terms: nothing is to change; see `kvkeep tenant set --help`")
+    for field in ("group", "ttl_s"):
+        if field in terms:
+            terms[field] = terms[field] or None
+    TenantFile(settings.keys).change(name, **terms)
+    NOTES.print(f"Changed {name}: {', '.join(terms)}.")
 
 
 @app.command()
@@ -159,15 +198,29 @@ def revoke(
 def list_tenants(settings: Settings) -> None:
     """List tenants, shares and live keys."""
     now = time.time()
-    rows = [
-        (
-            tenant.name,
-            f"{tenant.share:g}",
-            tenant.concurrency,
-            "yes" if tenant.gateway else "",
-            tenant.group or "",
-            ", ".join(key.id for key in tenant.keys if key.live(now)),
-        )
-        for tenant in TenantFile(settings.keys).list()
-    ]
-    OUT.print(make_table(("tenant", "share", "concurrency", "gateway", "group", "live keys"), rows))
+    tenants = TenantFile(settings.keys).list()
+    columns: dict[str, list[object]] = {
+        "tenant": [one.name for one in tenants],
+        "share": [f"{one.share:g}" for one in tenants],
+        "concurrency": [one.concurrency for one in tenants],
+        "gateway": ["yes" if one.gateway else "" for one in tenants],
+        "group": [one.group or "" for one in tenants],
+        "terms": [_terms(one) for one in tenants],
+        "live keys": [", ".join(key.id for key in one.keys if key.live(now)) for one in tenants],
+    }
+    if not any(columns["terms"]):
+        del columns["terms"]
+    OUT.print(make_table(tuple(columns), zip(*columns.values(), strict=True)))
+
+
+def _terms(tenant: Tenant) -> str:
+    """Return how a tenant's terms differ from those of a new one."""
+    told = {
+        "contributes nothing": not tenant.contribute,
+        "reads nothing": not tenant.consume,
+        f"store {tenant.store}": tenant.store != "disk",
+        f"pages stay {tenant.ttl_s or 0:g} s": tenant.ttl_s is not None,
+        "never coded": not tenant.coded,
+        "never evicted": not tenant.evict,
+    }
+    return ", ".join(words for words, so in told.items() if so)

@@ -25,6 +25,10 @@ Settled = tuple[dict[str, float], dict[str, TenantTerms] | None]
 log = logging.getLogger(__name__)
 
 
+class _DiedAnyway(ConfigError):
+    """A worker that was to be ended has died, and is being started again."""
+
+
 class Crew:
     """A cluster's workers; `started` and used inside one event loop."""
 
@@ -42,6 +46,7 @@ class Crew:
         """The present epoch's end."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
+        """Held by what an operator has asked for: one thing at a time."""
         """Of the members on purpose, one change at a time."""
         self.closed = False
         """Nobody comes back any more."""
@@ -114,34 +119,31 @@ class Crew:
 
     async def restart(self, name: str) -> None:
         """Drain a worker, end it and start it again; raises `ConfigError` for none of the name."""
-        async with self._drained(name) as member:
-            pass
-        try:
-            await self._bring(name, member.role)
-        except KvkeepError:
-            self._start(self._again(member))
-            raise
-        await self._settled()
+        async with self._changing:
+            await self._restart(name)
 
     async def restart_all(self) -> None:
-        """Restart the workers one after the other."""
-        for name in sorted(self.members):
-            await self.restart(name)
+        """Restart the workers one after the other; one that has died is being started anyway."""
+        async with self._changing:
+            for name in sorted(self.members):
+                with suppress(_DiedAnyway):
+                    await self._restart(name)
 
     async def scale(self, role: Role, count: int) -> None:
         """Have so many workers of a role: the last ones are drained, or new ones are started."""
         if count < (role == "decode"):
             raise ConfigError(f"{role}: {count} workers are too few")
-        have = sorted(m.name for m in self.members.values() if m.role == role)
-        want = [_name(role, i) for i in range(count)]
-        for name in want:
-            if name not in have:
-                await self._bring(name, role)
-        for name in have:
-            if name not in want:
-                async with self._drained(name):
-                    del self.members[name]
-        await self._settled()
+        async with self._changing:
+            have = sorted(m.name for m in self.members.values() if m.role == role)
+            want = [_name(role, i) for i in range(count)]
+            for name in want:
+                if name not in have:
+                    await self._bring(name, role)
+            for name in have:
+                if name not in want:
+                    async with self._drained(name):
+                        del self.members[name]
+            await self._settled()
 
     async def close(self) -> None:
         """End all workers."""
@@ -154,26 +156,37 @@ class Crew:
 
     # Inside
 
+    async def _restart(self, name: str) -> None:
+        async with self._drained(name) as member:
+            pass
+        try:
+            await self._bring(name, member.role)
+        except KvkeepError:
+            self._start(self._again(member))
+            raise
+        await self._settled()
+
     @asynccontextmanager
     async def _drained(self, name: str) -> AsyncIterator[Member]:
         """End a worker once it has left and its requests are over, or their time is."""
-        async with self._changing:
-            member = self.members.get(name)
-            if member is None or member.lost:
-                raise ConfigError(f"worker: there is none called {name!r} that lives")
-            member.state = "draining"
-            self._placement.leave(member.role, name)
-            await self.changed()
-            try:
-                async with asyncio.timeout(self.options.drain_s):
-                    await member.idle.wait()
-            except TimeoutError:
-                log.warning("worker %s still has %d requests", name, member.streams)
-            if member.lost:
-                raise ConfigError(f"worker: {name} died meanwhile; it is being started again")
-            member.state = "lost"
-            await member.client.close()
-            yield member
+        member = self.members.get(name)
+        if member is None:
+            raise ConfigError(f"worker: there is none called {name!r} that lives")
+        if member.lost:
+            raise _DiedAnyway(f"worker: {name} has died; it is being started again")
+        member.state = "draining"
+        self._placement.leave(member.role, name)
+        await self.changed()
+        try:
+            async with asyncio.timeout(self.options.drain_s):
+                await member.idle.wait()
+        except TimeoutError:
+            log.warning("worker %s still has %d requests", name, member.streams)
+        if member.lost:
+            raise _DiedAnyway(f"worker: {name} died meanwhile; it is being started again")
+        member.state = "lost"
+        await member.client.close()
+        yield member
 
     async def _settled(self) -> None:
         """Wait until those that were to join have joined."""

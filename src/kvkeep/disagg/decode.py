@@ -204,10 +204,6 @@ class DecodeSide(Side):
         number, answer_s = next(self._numbers), self._options.answer_s
         return AfarPart(spec.id, number, pages, names, inlet, ends_s, answer_s, self._faults)
 
-    def _ends_s(self, spec: GenerateRequest) -> float:
-        most_s = self._options.expires_s
-        return self._clock() + (most_s if spec.deadline_s is None else spec.deadline_s)
-
     def _incoming(
         self, spec: GenerateRequest, manager: CacheManager, sealer: PageSealer
     ) -> Incoming | None:

@@ -33,6 +33,8 @@ PUMP_BYTES: Final = 4 << 20
 """Copied out of the cache in one turn of the loop."""
 EARLY_S: Final = 10.0
 """A wish without its prompt is forgotten after so long."""
+MOST_EARLY: Final = 1024
+"""So many wait for their prompts; whoever wishes for more is told that they are lost."""
 
 
 class PrefillSide(Side):
@@ -195,7 +197,10 @@ class PrefillSide(Side):
         """Begin to send what was asked for; a wish that comes before its prompt waits for it."""
         spec, forgotten_s = self._specs.get(want.id, (None, None))
         if spec is None:
-            self._early.append((outlet, want, expires_s))
+            if len(self._early) < MOST_EARLY:
+                self._early.append((outlet, want, expires_s))
+            else:
+                outlet.put(Lost(want.request, 0))
             return
         if isinstance(want, Hold):
             self._keep(outlet, want, spec, ended=forgotten_s is not None)
@@ -221,10 +226,6 @@ class PrefillSide(Side):
         else:
             asked = Asked(outlet, hold, spec, manager, pages, self._ends_s(spec))
             self.keeper.ask(asked, ended=ended)
-
-    def _ends_s(self, spec: GenerateRequest) -> float:
-        most_s = self._options.expires_s
-        return self._clock() + min(most_s, most_s if spec.deadline_s is None else spec.deadline_s)
 
     def _going_of(self, outlet: Outlet, want: Want, spec: GenerateRequest) -> Outgoing | None:
         """Return what is to be sent; None where the two sides' pages are not the same ones."""

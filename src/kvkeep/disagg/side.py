@@ -63,6 +63,11 @@ class Side:
             self._faults.note("nothing is handed over", error)
             return None
 
+    def _ends_s(self, spec: GenerateRequest) -> float:
+        """Return until when a request's pages may be under way."""
+        most_s = self._options.expires_s
+        return self._clock() + min(most_s, most_s if spec.deadline_s is None else spec.deadline_s)
+
     def _close(self, last: Callable[[], None] = lambda: None) -> None:
         """End all links; `last` is called on the links' thread before."""
         if self._thread is not None:

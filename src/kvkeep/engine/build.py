@@ -46,6 +46,7 @@ from kvkeep.engine.shields import shield_of
 from kvkeep.errors import ConfigError
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
+from kvkeep.models.spec import ModelSpec
 from kvkeep.models.text import TextModel
 from kvkeep.ops.layout import Ops
 from kvkeep.quant.by_head import ByHead
@@ -119,12 +120,13 @@ def _coded_name(options: EngineOptions) -> str:
     return options.kv_auto_codec if options.kv == "auto" else options.kv
 
 
-def _require_measured(options: EngineOptions, path: Path, digest: bytes) -> None:
+def _require_measured(options: EngineOptions, path: Path, spec: ModelSpec) -> None:
     """Refuse what `calibrate` wrote of another model; raises `ConfigError`."""
+    model = (spec.digest, spec.num_layers, spec.num_kv_heads)
     if _coded_name(options) == "calibrated":
-        Calibration.read(path).require(digest)
+        Calibration.read(path).require(*model)
     if measured := measured_heads(options):
-        measured.require(digest)
+        measured.require(*model)
 
 
 def build_core(
@@ -149,7 +151,7 @@ def build_core(
         progress=lambda done, total: reply(m.Loading(done, total)),
         unwrap=unwrap_of(options.keys),
     )
-    _require_measured(options, path, model.spec.digest)
+    _require_measured(options, path, model.spec)
     shape, techniques = _shape_of(model, kernels), parts.techniques
     max_model_len, spec = _max_model_len(options, model), techniques.codec.page_spec(shape)
     secrecy = Secrecy(options, backend, alone=parts.tier is None and not parts.listeners)

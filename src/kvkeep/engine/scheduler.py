@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kvkeep.cache.caches import Caches
+from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.apart import Part
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
@@ -200,6 +201,8 @@ class Scheduler:
             if not sequence.fetch.done or request.awaits:
                 return False
             self._end_fetch(sequence)
+        elif request.awaits and sequence.asked:
+            return False
         if request.part is not None and request.part.state != "lost":
             return self._open_apart(sequence, request.part, alone=alone)
         if not alone and not self._shadows.fits(sequence):
@@ -213,12 +216,15 @@ class Scheduler:
         if not alone and awaited(sequence, before, match, manager):
             return False
         if match.pending and sequence.status is Status.WAITING:
-            if not alone and not manager.has_room(match, len(tokens)):
-                return False  # what were fetched for half of it now would be computed later
+            # What were fetched for half of it now would be computed later.
+            room = manager.has_room(match, len(tokens))
+            if not room and (not alone or self._take_back(sequence.account)):
+                return False
             sequence.fetch = manager.begin_fetch(match, tokens)
             if sequence.fetch is not None:
-                sequence.status = Status.WAITING_FETCH
+                sequence.status, sequence.asked = Status.WAITING_FETCH, True
                 return False
+        sequence.asked = True
         if request.awaits:
             return False
         view = manager.open_view(
@@ -228,8 +234,8 @@ class Scheduler:
             manager.extend(view, len(tokens) - view.length)
         except CapacityError:
             manager.release(view, tokens[:0])  # pages of a snapshot do not become its own
-            if alone and not self._take_back(sequence.account):
-                self._exhausted(sequence)
+            if alone:
+                self._end_if_alone(sequence, manager)
             return False
         if not self._shadows.cast(sequence, alone=alone):
             manager.release(view, tokens[:0])
@@ -250,14 +256,15 @@ class Scheduler:
     def _open_apart(self, sequence: Sequence, part: Part, *, alone: bool) -> bool:
         """Reserve room for what is not held elsewhere, once that is there; False: not yet."""
         request, length = sequence.request, len(sequence.tokens)
+        sequence.asked = True
         if part.state == "awaited" or request.awaits:
             return False
         at, scope = self._caches.of(request.codec), request.spec.scope
         try:
             view = at.reserve_view(length, account=sequence.account, scope=scope, apart=part.pages)
         except CapacityError:
-            if alone and not self._take_back(sequence.account):
-                self._exhausted(sequence)
+            if alone:
+                self._end_if_alone(sequence, at)
             return False
         sequence.view, sequence.status = view, Status.RUNNING
         if request.cached_tokens is None:
@@ -313,11 +320,19 @@ class Scheduler:
         victim.status = Status.WAITING
         tenant.waiting.appendleft(victim)
 
+    def _end_if_alone(self, sequence: Sequence, manager: CacheManager) -> None:
+        """End a sequence that its share can't hold; not where pages that others hold come free."""
+        if not self._take_back(sequence.account) and not manager.held(sequence.account):
+            self._exhausted(sequence)
+
     def _take_back(self, account: str) -> bool:
-        """Let pages for those who wait make way, to come again later; False where none are."""
+        """Let pages for those who wait make way; False where there are none.
+
+        What came stays cached as long as there is room, and the rest is asked for again.
+        """
         waiting = [one for one in self._tenants[account].waiting if self._end_fetch(one)]
         for one in waiting:
-            one.status = Status.WAITING
+            one.status, one.asked = Status.WAITING, False
         return bool(waiting)
 
     def _end_fetch(self, sequence: Sequence) -> bool:

@@ -152,6 +152,8 @@ class Sequence:
     """Pages in the model's dtype that are fed the same tokens."""
     fetch: Fetch | None = None
     """Pages of its prefix on their way up, while `WAITING_FETCH`."""
+    asked: bool = False
+    """Whether all that may come of its prompt was asked for."""
     generated: int = 0
     uncommitted: bool = False
     """Whether its scope finds nothing more of it until its prompt is whole."""

@@ -16,10 +16,10 @@ from kvkeep.types import Int32Array, PageSpec
 def under_way(sequence: Sequence) -> bool:
     """Tell whether its prompt is computed elsewhere, and its pages or first token are not here.
 
-    Others need not wait for that: it takes nothing here but the room that its pages have.
+    Others need not wait for that: what it needs now has its room. Where there is none, they do.
     """
     request = sequence.request
-    if not awaits(request.spec):
+    if not (awaits(request.spec) and sequence.asked):
         return False
     part, fetch = request.part, sequence.fetch
     coming = part is not None and part.state == "awaited"
@@ -59,7 +59,9 @@ def _to_come(other: Sequence, sequence: Sequence, match: Match) -> Int32Array:
     """Return the tokens whose pages a sequence will find once another one's prompt is whole."""
     view = other.view
     if view is None:
-        alike = other.request.spec.scope == sequence.request.spec.scope
-        return other.tokens.ids(None if alike and other.request.part is None else 0)
+        one, two = other.request, sequence.request
+        alike = (one.spec.scope, one.codec) == (two.spec.scope, two.codec)
+        indexed = one.spec.store and one.part is None
+        return other.tokens.ids(None if alike and indexed else 0)
     whole = not other.uncommitted and view.length >= other.prompt_len
     return other.tokens.ids(0 if whole or view.tag != match.tag else view.tainted_from)

@@ -286,6 +286,10 @@ class TenantFile:
 
         self._change(name, change)
 
+    def change(self, name: str, **terms: object) -> None:
+        """Change fields of a tenant, those of `Tenant` but for its name and keys."""
+        self._change(name, lambda tenant: msgspec.structs.replace(tenant, **terms))
+
     def _change(self, name: str, change: Callable[[Tenant], Tenant | None]) -> None:
         with self._editing() as cell:
             if all(t.name != name for t in cell.table.tenants):
