@@ -13,6 +13,7 @@ fit are left out and counted. In each turn every way of serving plays the same r
 CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
 `TRACE-SHARE.2` is a second helping of turns. Parts that ended are kept in `build/disagg`, by
 commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
+`--only router` says what a router adds to a request whose workers answer at once, and
 `--only costs` measures forms for the link by themselves; `--only faults` (`bench.disagg_faults`)
 kills workers and routers and breaks links beside 500 requests; with `--quick` beside 40, which
 takes two minutes where nothing else runs, most of them starts of processes. What the simulator
@@ -43,18 +44,20 @@ from bench.disagg_figures import (
 from bench.disagg_forms import LIKE, cost_rows
 from bench.disagg_kept import all_kept, keep, kept
 from bench.disagg_load import MOST_TOKENS, SCALE, Part, part_names, part_of
+from bench.disagg_overhead import router_overhead
 from bench.disagg_part import FULL, QUICK, Plan
 from bench.harness import Cell, Options, Report, Row
 from kvkeep.models import make
 
 COSTS: Final = "costs"
 FAULTS: Final = "faults"
+ROUTER: Final = "router"
 QUICK_PART: Final = "uniform_short-42"
 
 
 def parts_of(options: Options) -> list[str]:
     """Return the parts to measure or to take from what is kept; raises `ConfigError`."""
-    asked = [name for name in options.only if name not in {COSTS, FAULTS}]
+    asked = [name for name in options.only if name not in {COSTS, FAULTS, ROUTER}]
     for name in asked:
         part_of(name)
     if asked or options.only:
@@ -116,6 +119,10 @@ def measure(options: Options) -> Report:
         "parts": ", ".join(f"{part.trace}-{part.share}" for part in parts),
     }
     figures = [*reduction_figures(parts), *transfer_figures(parts), *figures]
+    if not options.only or ROUTER in options.only:
+        figure, row = router_overhead(quick=options.quick)
+        figures.append(figure)
+        rows.append(row)
     if broken is not None:
         figures += fault_figures(broken)
         rows.append(fault_row(broken))

@@ -193,7 +193,6 @@ def simulated_rows(part: Part, variants: tuple[Variant, ...], layers: int) -> li
                 "arrivals": run.arrivals,
                 "turn": run.turn,
                 "jct_simulated_s": simulated,
-                "jct_measured_s": run.jct_s,
                 "error": abs(simulated / run.jct_s - 1),
             }
         )

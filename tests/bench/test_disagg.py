@@ -15,6 +15,7 @@ from bench import (
     disagg_figures,
     disagg_forms,
     disagg_kept,
+    disagg_overhead,
     disagg_workers,
     harness,
 )
@@ -316,3 +317,10 @@ def test_time_in_which_nobody_waits_is_skipped(monkeypatch: pytest.MonkeyPatch) 
     waited = np.diff([when for when, _ in sent])
     assert (waited[[0, 1, 2]] >= 0.049).all(), "a pause, and no longer one than there was"
     assert waited.sum() < 60
+
+
+def test_a_router_is_timed_on_workers_that_answer_at_once() -> None:
+    figure, row = disagg_overhead.router_overhead(quick=True)
+    assert figure.name == "router_overhead_ms_p99"
+    assert 0 < row["router_ms_p50"] <= row["router_ms_p99"]
+    assert row["requests"] == 100

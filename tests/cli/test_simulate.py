@@ -35,6 +35,17 @@ def test_a_plan_as_json(costs: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(row["phases"].values()) == pytest.approx(1.0)
 
 
+def test_where_to_split_is_compared(costs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--least-tokens", "0", "--least-tokens", "4000", "--requests", "50"]
+    assert run(["simulate", "--costs", costs, "--codec", "k2v2", *told, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["least_tokens"] for row in rows] == [0, 0, 4000, 4000]
+    every, long = rows[0], rows[2]
+    assert long["busiest_link"] < every["busiest_link"]
+    assert run(["simulate", "--costs", costs, "--requests", "50"]) == 0
+    assert " 512 " in capsys.readouterr().out, "what a cluster splits by itself"
+
+
 def test_a_codec_without_costs_ends_with_the_ones_there_are(
     costs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

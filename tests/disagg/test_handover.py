@@ -78,6 +78,23 @@ async def test_sealed_on_the_wire_and_shared_selectively(tiny: dict[str, Path]) 
         assert all(outlet.stats.name == "tcp" for outlet in pair.sends.outlets)
 
 
+@pytest.mark.parametrize("policy", ["isolate", "selective", "dp", "salt", "safekv", "share_all"])
+async def test_every_policy_answers_as_one_engine_with_all_techniques(
+    tiny: dict[str, Path], policy: str
+) -> None:
+    forms = {"kv": "k2v2", "evict": "corm"}
+    wanted = alone(tiny["qwen2"], DRAWN, **forms)
+    share = msgspec.structs.replace(SELECTIVE, policy=policy)
+    engine = engine_options(tiny["qwen2"], shield="seal", share=share, **forms)
+    async with pair_of(engine) as pair:
+        asked = [request(prompt, DRAWN, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+        got = await answers(pair.client, *asked)
+        assert [tokens(chunks) for chunks in got] == [tokens(chunks) for chunks in wanted]
+        await pair.quiet()
+        assert pair.receives.installed_pages > 0
+        assert not pair.faults()
+
+
 async def test_a_prefix_that_the_decode_worker_holds_is_not_sent_again(
     tiny: dict[str, Path],
 ) -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import typer
 
 from kvkeep.cli.console import NOTES, OUT, human_bytes, print_wide
 from kvkeep.cli.options import new_app
+from kvkeep.config import Settings
 from kvkeep.sim.cluster import Cluster, Link, Outcome, Placement, Simulation, Tenants
 from kvkeep.sim.costs import Costs, load_costs
 from kvkeep.sim.load import Arrivals, Load, draw
 from kvkeep.sim.workers import Size
+
+LEAST_TOKENS: Final[int] = Settings.model_fields["cluster_least_tokens"].default
 
 app = new_app("Plan a cluster on paper, from measured costs of steps.")
 
 COLUMNS = (
     "codec",
     "transfer",
+    "split from",
     "JCT mean",
     "JCT p99",
     "TTFT p50",
@@ -37,6 +42,8 @@ class Row(msgspec.Struct, frozen=True):
 
     codec: str
     transfer: str
+    least_tokens: int
+    """Shorter prompts are computed where they are answered."""
     jct_mean_s: float
     jct_p99_s: float
     ttft_p50_s: float
@@ -60,11 +67,12 @@ class Plan(msgspec.Struct, frozen=True):
     rows: list[Row]
 
 
-def row_of(codec: str, transfer: str, outcome: Outcome) -> Row:
+def row_of(cluster: Cluster, transfer: str, outcome: Outcome) -> Row:
     """Return an outcome's row."""
     return Row(
-        codec=codec,
+        codec=cluster.codec,
         transfer=transfer,
+        least_tokens=cluster.least_tokens,
         jct_mean_s=outcome.jct(),
         jct_p99_s=outcome.jct(99),
         ttft_p50_s=outcome.ttft(50),
@@ -81,11 +89,11 @@ def simulated(cluster: Cluster, costs: Costs, tenants: Tenants, load: Load) -> l
     """Return the load on the cluster, with layers streamed and with all sent at the end."""
     drawn = draw(load)
     if not cluster.decode_workers:
-        return [row_of(cluster.codec, "none", Simulation(cluster, costs, tenants).run(drawn))]
+        return [row_of(cluster, "none", Simulation(cluster, costs, tenants).run(drawn))]
     rows = []
     for transfer, streamed in (("streamed", True), ("at the end", False)):
         one = replace(cluster, link=replace(cluster.link, streamed=streamed))
-        rows.append(row_of(cluster.codec, transfer, Simulation(one, costs, tenants).run(drawn)))
+        rows.append(row_of(one, transfer, Simulation(one, costs, tenants).run(drawn)))
     return rows
 
 
@@ -96,6 +104,7 @@ def show(plan: Plan) -> None:
         (
             row.codec,
             row.transfer,
+            row.least_tokens if row.transfer != "none" else "",
             f"{row.jct_mean_s:.2f} s",
             f"{row.jct_p99_s:.2f} s",
             f"{row.ttft_p50_s:.2f} s",
@@ -109,10 +118,10 @@ def show(plan: Plan) -> None:
     print_wide(OUT, COLUMNS, cells, title)
     phases = [*plan.rows[0].phases]
     shares = [
-        (row.codec, row.transfer, *(f"{row.phases[name]:.1%}" for name in phases))
+        (row.codec, row.transfer, row.least_tokens, *(f"{row.phases[name]:.1%}" for name in phases))
         for row in plan.rows
     ]
-    print_wide(OUT, ("codec", "transfer", *phases), shares, "where the time goes")
+    print_wide(OUT, ("codec", "transfer", "split from", *phases), shares, "where the time goes")
     if any(row.snapshot_bytes for row in plan.rows):
         sent = ", ".join(f"{row.codec} {human_bytes(row.snapshot_bytes)}" for row in plan.rows)
         OUT.print(f"public prefixes fetched by workers: {sent}")
@@ -133,6 +142,10 @@ def simulate(
     decode: Annotated[
         int, typer.Option(min=0, help="decode workers; 0: the others do both, in chunks")
     ] = 1,
+    least_tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="shorter prompts are not split; may be repeated (512)"),
+    ] = None,
     link_gbps: Annotated[float, typer.Option(help="of a prefill worker's link")] = 10.0,
     chunk_tokens: Annotated[int, typer.Option(min=64, help="of a prompt in one step")] = 512,
     max_rows: Annotated[int, typer.Option(min=1, help="answers that a worker decodes")] = 64,
@@ -155,7 +168,7 @@ def simulate(
     load = Load(trace, requests, rate, arrivals, seed, scale, most_tokens)
     asking = Tenants(tenants, templates, template_tokens, public_templates, seed)
     rows: list[Row] = []
-    for name in names:
+    for name, least in product(names, least_tokens or [LEAST_TOKENS]):
         size = Size(chunk_tokens, max_rows, memory_gib * (1 << 30))
         cluster = Cluster(
             codec=name,
@@ -166,6 +179,7 @@ def simulate(
             decode_size=size,
             placement=placement,
             layers=layers,
+            least_tokens=least,
             cache_tokens=cache_tokens,
         )
         rows += simulated(cluster, measured, asking, load)
