@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench import harness
 from bench.harness import MIN_PAIRS, Cell, Estimate, Figure, Goal, Options, Report, Row, Stages
@@ -26,8 +27,10 @@ from bench.ours import Ours, Weights
 from bench.prescribed import KEPT, Prescribed, demo_shares
 from bench.quant_e2e import BATCH, Side, model_in
 from kvkeep import ops
+from kvkeep.cache.packing import Cuts, Moving
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
+from kvkeep.engine.packer import TILES
 from kvkeep.eviction.corm import PRESETS, Corm
 from kvkeep.eviction.policy import Evictor, KeepAll, Look
 from kvkeep.ops.layout import AttentionPlan, LayerKV, Observe, float_tile_bytes
@@ -35,7 +38,7 @@ from kvkeep.quant.codec import Codec, Float
 from kvkeep.quant.hack import Hack
 from kvkeep.sharing.policy import ShareNothing
 from kvkeep.shield.policy import NoShield
-from kvkeep.types import PAGE_TOKENS, FloatArray, Layout, UInt64Array
+from kvkeep.types import PAGE_TOKENS, FloatArray, Int32Array, Layout, UInt64Array, View
 
 LIKE: Final = "qwen3-0.6b"
 PREFIX: Final = 32_512
@@ -140,10 +143,11 @@ def bytes_of(
     """Return what one request holds of what it would in bfloat16, with and without codes."""
     prefix = QUICK if options.quick else PREFIX
     model, figures, rows = model_in(folder, LIKE), [], []
-    codecs = (Float(), Hack(Layout.K4V2), Hack(Layout.K2V2))
+    codecs, peaks = (Float(), Hack(Layout.K4V2), Hack(Layout.K2V2)), []
     for codec in codecs:
         memory = memory_for(codec, prefix) + (3 << 29)
         side = side_of(model, codec, Prescribed(shares), memory, options.threads)
+        watched = Moved(side)
         side.start(prefix, 1)
         stats, (use,) = side.ours.core.stats().evict, side.ours.core.stats().tenants
         seen = stats.prompt_tokens_total
@@ -162,6 +166,7 @@ def bytes_of(
             "of_bf16": held / whole,
             "of_bf16_with_stamps": (held + STAMP_BYTES * stamps) / whole,
             "freed_of_removed": freed,
+            "peak_over_steady": watched.peak_over_steady,
         }
         rows.append(row)
         stages.done(f"bytes: {codec.name}")
@@ -170,9 +175,42 @@ def bytes_of(
         if isinstance(codec, Float):
             figures[-1] = _exactly("bytes_ratio_bf16", held / whole)
             figures.append(_exactly("freed_bytes_ratio", freed, Goal(">=", 0.9)))
-        del side
+        peaks.append(watched.peak_over_steady)
+        del side, watched
         gc.collect()
+    figures.append(_exactly("peak_over_steady_bytes", max(peaks), Goal("<=", 1.02)))
     return figures, rows
+
+
+class Moved:
+    """Watches how much a sequence holds while its live tokens move, beside what it held before."""
+
+    def __init__(self, side: Side) -> None:
+        self._core = side.ours.core
+        (manager,) = self._core.caches.managers.values()
+        self._manager, packing = manager, manager.packing
+        self._begin, self._take = packing.begin, packing.take
+        self._before = self._most = 0
+        packing.begin, packing.take = self.begin, self.take  # type: ignore[method-assign]
+
+    def begin(self, view: View, end: int, stays: Int32Array, cuts: Cuts) -> Moving:
+        """Note what is held before anything moves."""
+        (use,) = self._core.stats().tenants
+        self._account = use.tenant
+        self._before = self._most = self._manager.held(self._account)
+        return self._begin(view, end, stays, cuts)
+
+    def take(self, moving: Moving, wanted: NDArray[np.bool_]) -> None:
+        """Note what is held once tiles for a part are there, and nothing of it is let go of."""
+        self._take(moving, wanted)
+        self._most = max(self._most, self._manager.held(self._account))
+
+    @property
+    def peak_over_steady(self) -> float:
+        """Return the ratio, with the tiles that are put together outside the pool."""
+        spec = self._manager.pool.spec
+        beside = TILES * int(spec.tile_sizes().max())
+        return (self._most * spec.page_bytes + beside) / (self._before * spec.page_bytes)
 
 
 def _exactly(name: str, value: float, goal: Goal | None = None) -> Figure:

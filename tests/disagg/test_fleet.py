@@ -293,6 +293,14 @@ async def test_a_worker_that_differs_does_not_join_and_both_values_are_named(
         await until(lambda: "decode-1" in cluster.serving(), 30)
 
 
+async def test_workers_that_forget_by_other_rules_do_not_join(tiny: dict[str, Path]) -> None:
+    engine = engine_options(tiny["qwen2"], shield="off", evict="corm")
+    other = msgspec.structs.replace(engine, evict_window=600)
+    hands = Hands(engine, QUICK, {"prefill-1": other})
+    with pytest.raises(ConfigError, match=r"evict_rule: worker \S+ has 'window \d+, .* 'window"):
+        await Fleet.start(hands, QUICK_CREW)
+
+
 async def test_versions_that_differ_are_named(tiny: dict[str, Path]) -> None:
     async with cluster_of(tiny["qwen2"], crew={"prefill": 0, "decode": 1}) as cluster:
         info = await cluster.fleet.info()

@@ -26,6 +26,18 @@ LEAST_TOKENS: Final = 512
 PATIENCE_S: Final = 120.0
 """A prompt that takes longer elsewhere is computed here."""
 
+PAIRED: Final = (
+    "digest",
+    "kv",
+    "dtype",
+    "evict",
+    "evict_rule",
+    "shield",
+    "sealer",
+    "max_model_len",
+)
+"""What a prefill and a decode engine have in common."""
+
 T = TypeVar("T")
 
 
@@ -56,7 +68,7 @@ class SplitClient:
     async def info(self) -> ModelInfo:
         """Return the model's description; raises `ConfigError` where the two engines differ."""
         first, second = await asyncio.gather(self._prefill.info(), self._decode.info())
-        for name in ("digest", "kv", "dtype", "evict", "shield", "sealer", "max_model_len"):
+        for name in PAIRED:
             here, there = getattr(second, name), getattr(first, name)
             if here != there:
                 raise ConfigError(

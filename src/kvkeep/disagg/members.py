@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from kvkeep.disagg.handover import LEAST_TOKENS, PATIENCE_S
+from kvkeep.disagg.handover import LEAST_TOKENS, PAIRED, PATIENCE_S
 from kvkeep.disagg.options import Role
 from kvkeep.engine.api import EngineStats, ModelInfo, WorkerUse
 from kvkeep.engine.client import MessageClient
@@ -20,7 +20,7 @@ Launch = Callable[[str, Role], MessageClient]
 
 State = Literal["starting", "serving", "draining", "lost"]
 
-ALIKE: Final = ("version", "digest", "kv", "dtype", "evict", "shield", "sealer", "max_model_len")
+ALIKE: Final = ("version", *PAIRED)
 """What all workers of a cluster have in common."""
 
 

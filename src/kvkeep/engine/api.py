@@ -169,6 +169,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How pages are stored; `bf16` stands for the model's dtype."""
     evict: str = "off"
     """Which tokens are forgotten: the preset's name."""
+    evict_rule: str = ""
+    """And its values, as settings and what was measured have changed them."""
     shield: str = "off"
     """The mode, what it guarantees and what it does not cover, in a line."""
     window_tokens: int | None = None

@@ -44,6 +44,8 @@ from kvkeep.engine.sealers import mode_of, unwrap_of
 from kvkeep.engine.sharing import Sharing, inspector_of, rules_of
 from kvkeep.engine.shields import shield_of
 from kvkeep.errors import ConfigError
+from kvkeep.eviction.corm import Corm
+from kvkeep.eviction.policy import Evictor
 from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 from kvkeep.models.spec import ModelSpec
@@ -166,7 +168,7 @@ def build_core(
             model, pool, kernels, backend.upload, planner, techniques, shape, parts.listeners
         )
     )
-    info = _info(options, model, pool, kernels.name, max_model_len, shape)
+    info = _info(options, model, pool, kernels.name, max_model_len, shape, techniques.evictor)
     evicts = techniques.evictor.watch(max_model_len) is not None
     forms = forms_of(options, caches, sharing.may_code, evicts=evicts)
     outputs = OutputFactory(text, info.vocab_size, info.eos_token_ids)
@@ -301,6 +303,7 @@ def _info(
     kernel: str,
     max_model_len: int,
     shape: KVShape,
+    evictor: Evictor,
 ) -> ModelInfo:
     spec = model.spec
     return ModelInfo(
@@ -319,6 +322,7 @@ def _info(
         kernel=kernel,
         kv=options.kv,
         evict=options.evict,
+        evict_rule=evictor.rule if isinstance(evictor, Corm) else "",
         shield=describe(mode_of(options)),
         window_tokens=pool.spec.window_tokens,
         kv_bytes=sum(pool.bytes_of(kind) for kind in PageKind),

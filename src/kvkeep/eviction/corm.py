@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -128,6 +130,14 @@ PRESETS: Final = {
 """What is published, and what was chosen on development contexts of `kvkeep bench eviction`."""
 
 
+def _named(options: CormOptions, heads: Sequence[Sequence[HeadRule]] | None) -> str:
+    values = [f"{field.name} {getattr(options, field.name)}" for field in fields(options)]
+    if heads is not None:
+        raw = msgspec.json.encode([[(one.window, one.weight) for one in layer] for layer in heads])
+        values.append(f"heads {blake2b(raw, digest_size=8).hexdigest()}")
+    return ", ".join(values)
+
+
 class Corm:
     """The evictor; all state is the view's."""
 
@@ -136,6 +146,8 @@ class Corm:
     ) -> None:
         """`heads` [L][Hkv]: windows and weights that stand for those of the options."""
         self.options = options
+        self.rule = _named(options, heads)
+        """Its values by name, and which measured heads stand for some of them."""
         own = heads or [[HeadRule(window=options.window, weight=options.weight)]]
         self._windows = np.array([[[one.window] for one in layer] for layer in own], np.int32)[
             :, None
