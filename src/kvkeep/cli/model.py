@@ -174,4 +174,8 @@ def _calibrate_eviction(settings: Settings, files: list[Path], most_lost: float 
     names = (f"KV head {head}" for head in range(len(found.layers[0])))
     OUT.print(make_table(("layer", *names), rows, title="rules, and what they keep of these texts"))
     OUT.print(f"mean kept {found.kept.mean():.0%}, mean weight lost {found.lost.mean():.2%}")
+    OUT.print(
+        f"without this file the preset keeps {found.preset_kept:.0%} of these texts and loses"
+        f" {found.preset_lost:.2%}"
+    )
     NOTES.print(f"Wrote {written}; --evict corm takes it from there")

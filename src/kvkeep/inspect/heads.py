@@ -29,7 +29,7 @@ from kvkeep.models import hub, loader
 from kvkeep.models.host import HostedModel
 
 WINDOWS: Final = (32, 64, 128, 256)
-WEIGHTS: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+WEIGHTS: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0)
 RULES: Final = tuple(HeadRule(window=w, weight=c) for w in WINDOWS for c in WEIGHTS)
 PART: Final = 0.75
 """Of a text, what stands before the decision."""
@@ -49,6 +49,9 @@ class Found(NamedTuple):
     """[L, Hkv] share of tokens that the choice keeps."""
     lost: Grid
     """[L, Hkv] share of the later rows' weight that was on what it drops."""
+    preset_kept: float
+    """Share of tokens that the preset keeps of the same texts, all heads alike."""
+    preset_lost: float
     digest: str
     """Of the model, in hexadecimal."""
 
@@ -120,27 +123,30 @@ def measure(
     progress: Callable[[int, int], None],
 ) -> Found:
     """Measure every rule on every head of a model and choose."""
-    kept = torch.zeros(len(RULES), model.spec.num_layers, model.spec.num_kv_heads)
+    kept = torch.zeros(len(RULES) + 1, model.spec.num_layers, model.spec.num_kv_heads)
     lost = torch.zeros_like(kept)
     for number, text in enumerate(texts):
         one_kept, one_lost = _read(model, text, preset)
         kept += one_kept / len(texts)
         lost += one_lost / len(texts)
         progress(number + 1, len(texts))
+    (kept, preset_kept), (lost, preset_lost) = ((x[:-1], float(x[-1].mean())) for x in (kept, lost))
     fits = lost <= most_lost
     order = torch.where(fits.any(0), kept.masked_fill(~fits, math.inf), lost)
     best = order.argmin(0)
     layers = tuple(tuple(RULES[i] for i in layer) for layer in best.tolist())
     own_kept, own_lost = (x.gather(0, best[None])[0].double().numpy() for x in (kept, lost))
-    return Found(layers, own_kept, own_lost, model.spec.digest.hex())
+    digest = model.spec.digest.hex()
+    return Found(layers, own_kept, own_lost, preset_kept, preset_lost, digest)
 
 
 def _read(model: HostedModel, text: Sequence[int], preset: CormOptions) -> tuple[Tensor, Tensor]:
-    """Return kept and lost shares [rules, L, Hkv] of one text."""
+    """Return kept and lost shares [rules, L, Hkv] of one text, the preset's own rule last."""
+    own = HeadRule(window=preset.prompt_rows or preset.window, weight=preset.weight)
     split = int(PART * len(text))
     kv = Whole()
     shape = (model.spec.num_layers, model.spec.num_kv_heads, split)
-    shares = {w: torch.zeros(shape) for w in WINDOWS}
+    shares = {w: torch.zeros(shape) for w in (*WINDOWS, own.window)}
     later, rows = torch.zeros(shape), 0
     for begin, end in row_steps(split, len(text)):
         ids, positions = torch.tensor(text[begin:end]), torch.arange(begin, end)
@@ -151,6 +157,7 @@ def _read(model: HostedModel, text: Sequence[int], preset: CormOptions) -> tuple
             rows += end - begin
             continue
         scaled = weights * (positions + 1)[:, None, None]
+        scaled.masked_fill_(weights >= preset.most, math.inf)
         for w, known in shares.items():
             inside = positions >= split - w
             if inside.any():
@@ -159,7 +166,7 @@ def _read(model: HostedModel, text: Sequence[int], preset: CormOptions) -> tuple
     stays = torch.arange(split) >= split - preset.recent
     shares = {w: _spread(known, preset.spread) for w, known in shares.items()}
     kept, lost = [], []
-    for rule in RULES:
+    for rule in (*RULES, own):
         live = (shares[rule.window] >= rule.weight) | stays
         kept.append(live.float().mean(-1))
         lost.append((later * ~live).sum(-1) / rows)
