@@ -78,8 +78,8 @@ def core_of(model: Path, cell: Cell, planner: AttentionPlanner) -> EngineCore:
         evict=cell.evict,  # type: ignore[arg-type]
         evict_window=24 if evicts else None,
         evict_recent=16 if evicts else None,
-        evict_weight=4.0 if evicts else None,
-        evict_spread=0 if evicts else None,
+        evict_weight={"off": None, "corm": 12.0}.get(cell.evict, 4.0),
+        evict_spread={"off": None, "corm": 1}.get(cell.evict, 0),
         share=SharingOptions(policy=cell.policy, k=2),  # type: ignore[arg-type]
         kv_cache_bytes=64 << 20,
         max_num_seqs=8,
