@@ -86,6 +86,12 @@ class FaultyFile:
         changed[self.faults.draw.randrange(len(changed))] ^= 1 << self.faults.draw.randrange(8)
         return bytes(changed)
 
+    def fill(self, offset: int, into: memoryview) -> int:
+        """Read into memory; a bit may be another."""
+        found = self.read(offset, len(into))
+        into[: len(found)] = found
+        return len(found)
+
     def size(self) -> int:
         """Return the length in bytes."""
         return self.file.size()

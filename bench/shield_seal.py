@@ -25,7 +25,7 @@ from bench.harness import MIN_PAIRS, Cell, Figure, Goal, Options, Row, estimate,
 from kvkeep.errors import KeysGone
 from kvkeep.sealing import SealContext
 from kvkeep.shield import envelope
-from kvkeep.shield.cipher import FrameSealer, PageKey
+from kvkeep.shield.cipher import FrameSealer, PageKey, Pages
 from kvkeep.shield.frame import Suite
 from kvkeep.shield.keys import KeyClient
 from kvkeep.shield.opened import opened
@@ -56,10 +56,13 @@ class OwnKeys:
 
     def fresh(self, owner: str, page_id: bytes) -> PageKey:
         """The key of a page to be sealed."""
-        return self.known(owner, 1, page_id, 0)
+        return self._made(1, page_id, 0)
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
-        """The key of a page that was sealed."""
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
+        """The keys of pages that were sealed."""
+        return [self._made(epoch, *page) for page in pages]
+
+    def _made(self, epoch: int, page_id: bytes, generation: int) -> PageKey:
         material = envelope.page_material(self._epoch_key, page_id, generation)
         return PageKey(epoch, memoryview(bytearray(material)))
 
@@ -168,7 +171,7 @@ def shredding(folder: Path, clients: Sequence[KeyClient], options: Options) -> F
         page_id = os.urandom(16)
         epoch = clients[0].fresh(tenant, page_id).epoch
         for client in clients:
-            client.known(tenant, epoch, page_id, 0).wipe()
+            client.known(tenant, epoch, [(page_id, 0)])[0].wipe()
         begun = time.perf_counter()
         with opened(folder / "sealing.json", parse_spec(f"file:{folder / 'kek'}")) as store:
             store.shred(tenant)
@@ -182,7 +185,7 @@ def shredding(folder: Path, clients: Sequence[KeyClient], options: Options) -> F
 def opens(client: KeyClient, tenant: str, epoch: int, page_id: bytes) -> bool:
     """Tell whether a server still gets a page's key."""
     try:
-        client.known(tenant, epoch, page_id, 0).wipe()
+        client.known(tenant, epoch, [(page_id, 0)])[0].wipe()
     except KeysGone:
         return False
     return True

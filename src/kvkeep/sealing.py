@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,4 +126,16 @@ class PageSealer(Protocol):
         They lie in `into`, as long as the page, or in memory of the page's own. May wait for keys.
         Raises `SealError` where the frame is another context's, was changed, or its keys are gone:
         nothing of a layer is yielded before its bytes are proven.
+        """
+
+
+class TierSealer(PageSealer, Protocol):
+    """One whose frames lie below memory, and are opened several at a time."""
+
+    def expecting(
+        self, frames: Sequence[tuple[SealContext, memoryview]]
+    ) -> AbstractContextManager[None]:
+        """Get the keys of frames that are opened within it together; raises nothing.
+
+        Where that fails, opening each says why.
         """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvkeep.errors import KeysGone, SealError
 from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, SealContext, layers_of
 from kvkeep.shield import envelope
-from kvkeep.shield.cipher import FrameSealer, PageKey, suite_of
+from kvkeep.shield.cipher import FrameSealer, PageKey, Pages, suite_of
 from kvkeep.shield.frame import (
     HEADER_BYTES,
     SLICE_BYTES,
@@ -40,6 +40,8 @@ class Ring:
         self.epochs = dict(enumerate(epochs or (b"k" * 32,), start=1))
         self.granted: list[tuple[bytes, bytes]] = []
         self.given: list[PageKey] = []
+        self.asked: list[int] = []
+        """Pages that each call for known keys was about."""
 
     def name_key(self, owner: str) -> bytes | None:
         return None if owner == "nobody" else owner.encode().ljust(32, b"n")
@@ -50,10 +52,11 @@ class Ring:
     def fresh(self, owner: str, page_id: bytes) -> PageKey:
         return self._made(max(self.epochs), owner, page_id, 0)
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
+        self.asked.append(len(pages))
         if epoch not in self.epochs:
             raise KeysGone("no such epoch")
-        return self._made(epoch, owner, page_id, generation)
+        return [self._made(epoch, owner, *page) for page in pages]
 
     def _made(self, epoch: int, owner: str, page_id: bytes, generation: int) -> PageKey:
         material = envelope.page_material(self.key(epoch, owner), page_id, generation)

@@ -12,7 +12,7 @@ import msgspec
 from kvkeep.engine.options import EngineOptions, KeyOptions, ShieldName
 from kvkeep.errors import ConfigError, KeysUnavailable, SealError
 from kvkeep.models.checkpoint import open_checkpoint
-from kvkeep.sealing import KeyState, PageSealer
+from kvkeep.sealing import KeyState, PageSealer, TierSealer
 from kvkeep.shield import envelope, workers
 from kvkeep.shield.attestation import can_attest
 from kvkeep.shield.cipher import CPU_INFO, FrameSealer, suite_of
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Sealing:
     """What seals pages, and how to end it."""
 
-    sealer: PageSealer
+    sealer: TierSealer
     close: Callable[[], None]
     keys: Callable[[], KeyState | None]
     """How the keys stand; None: nothing is sealed."""

@@ -10,7 +10,8 @@ import functools
 import hmac
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,16 +26,20 @@ from kvkeep.shield.frame import (
     HEADER_BYTES,
     PAGE_ID_BYTES,
     FramePlan,
+    Header,
     Suite,
     header_of,
+    peek,
     plan_frame,
     read_header,
 )
 from kvkeep.types import PUBLIC_SCOPE
 
 KEY_BYTES = 32
+MATERIAL_BYTES = 2 * KEY_BYTES
+"""Of a page's key: the cipher's, and what commits to it."""
 
-_ZEROS = bytes(2 * KEY_BYTES)
+_ZEROS = bytes(MATERIAL_BYTES)
 _BEGIN = struct.Struct("<4sBII")
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -64,6 +69,10 @@ class PageKey:
         self.material[:] = _ZEROS
 
 
+Pages = Sequence[tuple[bytes, int]]
+"""(page id, generation) of each."""
+
+
 class KeySource(Protocol):
     """Grants keys by owner."""
 
@@ -79,17 +88,18 @@ class KeySource(Protocol):
         Raises `SealError` where there is none to be had.
         """
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
-        """Return the key of a page that was sealed; raises `SealError` where it is gone."""
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
+        """Return the keys of pages that were sealed; raises `SealError` where they are gone."""
 
 
 class FrameSealer:
-    """A `PageSealer` of frames as `kvkeep.shield.frame` arranges them."""
+    """A `TierSealer` of frames as `kvkeep.shield.frame` arranges them."""
 
     def __init__(self, keys: KeySource, suite: Suite | None = None) -> None:
         self._keys = keys
         self._suite = suite or suite_of(CPU_INFO)
         self.name = self._suite.name.lower().replace("_", "-")
+        self._expected: dict[_KeyName, PageKey] = {}
 
     def name_of(self, context: SealContext) -> bytes | None:
         """Return the page's name; None while the owner's name key is not at hand."""
@@ -132,6 +142,31 @@ class FrameSealer:
             encrypt_into(nonce, plain[at], bound + place, frame[sealed_at])
         return frame
 
+    @contextmanager
+    def expecting(self, frames: Sequence[tuple[SealContext, memoryview]]) -> Iterator[None]:
+        """Ask for the keys of frames by owner and epoch, and wipe those that none was opened by."""
+        wanted: dict[tuple[str, int], list[tuple[bytes, int]]] = {}
+        for context, frame in frames:
+            header = peek(frame)
+            if header is not None:
+                page = header.page_id, header.generation
+                wanted.setdefault((_hierarchy(context), header.epoch), []).append(page)
+        names: list[_KeyName] = []
+        for (owner, epoch), pages in wanted.items():
+            with suppress(Exception):  # each is asked for again as it is opened, and says why
+                keys = self._keys.known(owner, epoch, pages)
+                for page, key in zip(pages, keys, strict=True):
+                    names.append((owner, epoch, *page))
+                    if self._expected.setdefault(names[-1], key) is not key:
+                        key.wipe()  # somebody else opens the same page just now
+        try:
+            yield
+        finally:
+            for name in names:
+                left = self._expected.pop(name, None)
+                if left is not None:
+                    left.wipe()
+
     def open(
         self,
         context: SealContext,
@@ -142,7 +177,7 @@ class FrameSealer:
         """Yield the page's layers, once their tags held."""
         plan = _planned(tuple(layer_bytes))
         header = read_header(frame, plan)
-        key = self._keys.known(_hierarchy(context), header.epoch, header.page_id, header.generation)
+        key = self._key_of(context, header)
         try:
             if not hmac.compare_digest(header.commitment, key.commitment):
                 raise SealError("a frame is sealed under another key than its reader's")
@@ -164,6 +199,15 @@ class FrameSealer:
                 unproven = at.stop
         return key.newest > header.epoch
 
+    def _key_of(self, context: SealContext, header: Header) -> PageKey:
+        """Return the key a frame says it is sealed under, asked for before or now."""
+        owner, page = _hierarchy(context), (header.page_id, header.generation)
+        expected = self._expected.pop((owner, header.epoch, *page), None)
+        return expected or self._keys.known(owner, header.epoch, (page,))[0]
+
+
+_KeyName = tuple[str, int, bytes, int]
+"""Owner, epoch, page id and generation."""
 
 Cipher = AESGCM | ChaCha20Poly1305
 

@@ -122,6 +122,17 @@ def read_header(frame: memoryview, plan: FramePlan) -> Header:
     return Header(suite, page_id, epoch, generation, commitment)
 
 
+def peek(raw: memoryview) -> Header | None:
+    """Return what a frame's beginning says of its key; None where it is no sealed one."""
+    if len(raw) < HEADER_BYTES:
+        return None
+    magic, number, _, _, page_id, epoch, generation, commitment = _HEADER.unpack_from(raw)
+    suite = _SUITES.get(number)
+    if magic != MAGIC or suite is None:
+        return None
+    return Header(suite, page_id, epoch, generation, commitment)
+
+
 def epoch_of(raw: bytes) -> int | None:
     """Return the key epoch that the beginning of a frame names; None where it is no sealed one."""
     if len(raw) < HEADER_BYTES or not raw.startswith(MAGIC):

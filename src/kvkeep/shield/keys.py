@@ -15,7 +15,7 @@ from typing import TypeVar
 from kvkeep.errors import ConfigError, KeysGone, KeysUnavailable, SealError
 from kvkeep.sealing import KeyState
 from kvkeep.shield import wire as w
-from kvkeep.shield.cipher import PageKey
+from kvkeep.shield.cipher import MATERIAL_BYTES, PageKey, Pages
 from kvkeep.shield.issue import EPOCH_S
 
 ANSWER_S = 10.0
@@ -128,11 +128,11 @@ class KeyClient:
 
     def fresh(self, owner: str, page_id: bytes) -> PageKey:
         """Return the key of a page to be sealed."""
-        return self._granted(owner, w.Fresh(owner, (page_id,)))
+        return self._granted(owner, w.Fresh(owner, (page_id,)))[0]
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
-        """Return the key of a page that was sealed."""
-        return self._granted(owner, w.Known(owner, epoch, ((page_id, generation),)))
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
+        """Return the keys of pages that were sealed, asked for in one message."""
+        return self._granted(owner, w.Known(owner, epoch, tuple(pages)))
 
     def rotate(self, owner: str) -> int:
         """Begin a new epoch for an owner; returns its number."""
@@ -154,7 +154,7 @@ class KeyClient:
         """Return how the key process stands."""
         return self._ask(w.GetStatus(), w.Status)
 
-    def _granted(self, owner: str, request: w.Fresh | w.Known) -> PageKey:
+    def _granted(self, owner: str, request: w.Fresh | w.Known) -> list[PageKey]:
         try:
             reply = self._ask(request, w.Granted)
         except KeysGone:
@@ -170,7 +170,10 @@ class KeyClient:
         name = self._names.get(owner)
         if name is not None and name[0] != reply.key_id:
             self._names.pop(owner, None)
-        return PageKey(reply.epoch, reply.material, reply.newest)
+        return [
+            PageKey(reply.epoch, reply.material[at : at + MATERIAL_BYTES], reply.newest)
+            for at in range(0, len(reply.material), MATERIAL_BYTES)
+        ]
 
     def _ask(self, request: w.Request, kind: type[_R]) -> _R:
         """Return the key process's answer of this kind; a refusal is raised as what it says."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from kvkeep.errors import KeysGone, SealError
 from kvkeep.shield import envelope
-from kvkeep.shield.cipher import PageKey
+from kvkeep.shield.cipher import PageKey, Pages
 from kvkeep.shield.envelope import KEY_BYTES
 
 EPOCH: Final = 0
@@ -32,11 +32,11 @@ class TransferKeys:
         """Return the key of a frame to be sealed."""
         return PageKey(EPOCH, self._material(page_id))
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
-        """Return the key of a frame that came; raises `KeysGone` for one of a tier."""
-        if epoch != EPOCH or generation:
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
+        """Return the keys of frames that came; raises `KeysGone` for one of a tier."""
+        if epoch != EPOCH or any(generation for _, generation in pages):
             raise KeysGone("a frame was not sealed for this transfer")
-        return PageKey(EPOCH, self._material(page_id))
+        return [PageKey(EPOCH, self._material(page_id)) for page_id, _ in pages]
 
     def _material(self, frame_id: bytes) -> memoryview:
         return memoryview(bytearray(envelope.transfer_material(self._key, frame_id)))

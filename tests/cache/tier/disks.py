@@ -122,6 +122,11 @@ class Handle:
         self.disk.step("read")
         return bytes(self.data[offset : offset + length])
 
+    def fill(self, offset: int, into: memoryview) -> int:
+        found = self.read(offset, len(into))
+        into[: len(found)] = found
+        return len(found)
+
     def size(self) -> int:
         return len(self.data)
 
@@ -178,7 +183,7 @@ class Service:
             del self.kept[name]
         return len(gone)
 
-    def read(self, name: bytes, place: Place) -> memoryview:
+    def read(self, name: bytes, place: Place, into: memoryview | None = None) -> memoryview:
         self._ask()
         if name not in self.kept:
             raise BadRecord("gone")

@@ -41,7 +41,8 @@ class MortalFile:
 
     def __init__(self, file: OpenFile, countdown: Countdown) -> None:
         self._file, self._countdown = file, countdown
-        self.read, self.size, self.truncate = file.read, file.size, file.truncate
+        self.read, self.fill = file.read, file.fill
+        self.size, self.truncate = file.size, file.truncate
 
     def write(self, offset: int, data: memoryview) -> int:
         """Write in two parts."""

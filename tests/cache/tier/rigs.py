@@ -14,7 +14,7 @@ from kvkeep.cache.tier.pages import TieredPages
 from kvkeep.cache.tier.records import record_bytes
 from kvkeep.cache.tiers import TierUse
 from kvkeep.errors import KeysUnavailable
-from kvkeep.sealing import Opened, PageSealer, SealContext
+from kvkeep.sealing import Opened, SealContext, TierSealer
 from kvkeep.sealing import layers_of as cut
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageTag
@@ -79,7 +79,7 @@ class Rig:
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     terms: dict[str, Retention] = field(default_factory=dict)
     now: float = 1000.0
-    real: PageSealer | None = None
+    real: TierSealer | None = None
     """What seals in place of `sealer`."""
     remote: Callable[[], Frames] | None = None
 

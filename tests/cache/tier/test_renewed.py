@@ -9,7 +9,7 @@ import threading
 from kvkeep.cache.tier.lowest import TierSizes
 from kvkeep.errors import KeysGone, KeysUnavailable
 from kvkeep.shield import envelope
-from kvkeep.shield.cipher import FrameSealer, PageKey
+from kvkeep.shield.cipher import FrameSealer, PageKey, Pages
 from kvkeep.shield.frame import epoch_of
 from tests.cache.tier.disks import failing
 from tests.cache.tier.rigs import KINDS, MIB, Rig, layers_of, page
@@ -35,10 +35,10 @@ class Ring:
             raise KeysUnavailable("away")
         return self._made(max(self.epochs), page_id, 0)
 
-    def known(self, owner: str, epoch: int, page_id: bytes, generation: int) -> PageKey:
+    def known(self, owner: str, epoch: int, pages: Pages) -> list[PageKey]:
         if epoch not in self.epochs:
             raise KeysGone("retired")
-        return self._made(epoch, page_id, generation)
+        return [self._made(epoch, *page) for page in pages]
 
     def _made(self, epoch: int, page_id: bytes, generation: int) -> PageKey:
         material = envelope.page_material(self.epochs[epoch], page_id, generation)

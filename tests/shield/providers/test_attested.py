@@ -157,9 +157,8 @@ def test_a_key_process_attests_for_itself(
     assert client.start().provider == "attested"
     try:
         made = client.fresh("acme", b"p" * 16)
-        assert bytes(client.known("acme", made.epoch, b"p" * 16, 0).material) == bytes(
-            made.material
-        )
+        (known,) = client.known("acme", made.epoch, [(b"p" * 16, 0)])
+        assert bytes(known.material) == bytes(made.material)
     finally:
         client.close()
     assert service.releases == 1

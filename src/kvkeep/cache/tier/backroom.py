@@ -10,18 +10,17 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum, auto
 from functools import partial
 from typing import Final, NamedTuple
 
 from kvkeep.cache.tier.buffers import Buffers, touched
 from kvkeep.cache.tier.entries import MEMORY, Entry
-from kvkeep.cache.tier.frames import Away, Found, Frames, Moved, Place
+from kvkeep.cache.tier.frames import Away, Found, Frames, Place
+from kvkeep.cache.tier.opening import Heard, Opener, Opening, Reading
 from kvkeep.cache.tier.records import BadRecord
-from kvkeep.cache.tier.work import Workers, WriteQueue
-from kvkeep.cache.tiers import Install
+from kvkeep.cache.tier.work import NOWHERE, Workers, WriteQueue
 from kvkeep.errors import KeysUnavailable, SealError, unexpected
-from kvkeep.sealing import PageSealer, SealContext
+from kvkeep.sealing import SealContext, TierSealer
 
 SYNC_BYTES: Final = 8 << 20
 SYNC_S: Final = 0.1
@@ -41,49 +40,22 @@ class Sealed(NamedTuple):
     places: dict[str, Place]
 
 
-class Reading(NamedTuple):
-    """One page on its way up, and who hears of it."""
-
-    entry: Entry
-    context: SealContext
-    layer_bytes: Sequence[int]
-    install: Install
-    done: Callable[[bool], None]
-    level: str
-    place: Place | None = None
-    """Where it lies in the level, where that is not memory."""
-    into: memoryview | None = None
-    """Where its layers are opened into; the reader's again once it heard of the outcome."""
-
-
-Heard = Callable[[Reading, memoryview | None, bool], None]
-"""Hears of an opened page: its frame, and whether it should be sealed anew."""
-
-
-class Failure(Enum):
-    """Why a page could not be had."""
-
-    MOVED = auto()
-    """It lies elsewhere by now."""
-    AWAY = auto()
-    """Nobody gives it or its keys out at the moment."""
-    BROKEN = auto()
-
-
 class Backroom:
     """The threads of a tier and what only they touch."""
 
     def __init__(
         self,
-        sealer: PageSealer,
+        sealer: TierSealer,
         makes: Mapping[str, Callable[[Moving], Frames]],
         moved: Callable[[str, bytes, Place | None, int], None],
         found: Callable[[str, list[Found]], None],
         clock: Callable[[], float],
+        buffers: Buffers,
     ) -> None:
         """Read what the levels hold whose frames `makes` makes; raises `OSError`.
 
-        `moved` hears of pages that lie elsewhere, `found` of those that outlived a restart.
+        `moved` hears of pages that lie elsewhere, `found` of those that outlived a restart. Pages
+        are opened into memory of `buffers`.
         """
         self._sealer = sealer
         self._moved = moved
@@ -100,7 +72,8 @@ class Backroom:
         for level, frames in self._frames.items():
             found(level, frames.open(clock()))
         self.queue = WriteQueue()
-        self._workers = Workers(self.queue, self._rest)
+        opener = Opener(sealer, self._frames, buffers, self._post, self._note)
+        self._workers: Workers[Opening] = Workers(self.queue, self._rest, opener.open_all)
 
     # On the engine's thread
 
@@ -147,15 +120,13 @@ class Backroom:
 
         self.queue.put(entry.shelf, len(frame), job)
 
-    def open(
-        self,
-        reading: Reading,
-        frame: memoryview | None,
-        opened: Heard,
-        failed: Callable[[Reading, Failure], None],
-    ) -> None:
-        """Open a page, read first where no frame is given; `failed` hears why."""
-        self._workers.read(partial(self._open, reading, frame, opened, failed))
+    def open(self, opening: Opening) -> None:
+        """Have a page opened."""
+        frame, place = opening.frame, opening.reading.place
+        if frame is not None or place is None:
+            self._workers.read(opening, NOWHERE, 0 if frame is None else len(frame))
+        else:
+            self._workers.read(opening, (place.segment, place.offset), place.length)
 
     def hand_over(
         self,
@@ -179,7 +150,7 @@ class Backroom:
     def prepare(self, size: int, count: int, ready: Callable[[memoryview], None]) -> None:
         """Have so much memory made and touched, so often."""
         for _ in range(count):
-            self._workers.read(lambda: self._post(0, partial(ready, touched(size))))
+            self.queue.put_first(lambda: self._post(0, partial(ready, touched(size))))
 
     def drop(self, level: str, name: bytes, place: Place) -> None:
         """Give up a page in a level."""
@@ -247,49 +218,6 @@ class Backroom:
             else:
                 places[level] = place
         return places
-
-    def _open(
-        self,
-        reading: Reading,
-        frame: memoryview | None,
-        opened: Heard,
-        failed: Callable[[Reading, Failure], None],
-    ) -> None:
-        try:
-            if frame is None:
-                frame = self._read(reading)
-            stale = self._hand_out(reading, frame)
-        except Moved:
-            self._post(0, partial(failed, reading, Failure.MOVED))
-        except (KeysUnavailable, Away) as error:
-            self._note(error, "read")
-            self._post(0, partial(failed, reading, Failure.AWAY))
-        except Exception as error:  # noqa: BLE001 - a page is a miss, whatever it was
-            self._note(error, "read")
-            self._post(0, partial(failed, reading, Failure.BROKEN))
-        else:
-            self._post(0, partial(opened, reading, frame, stale))
-
-    def _hand_out(self, reading: Reading, frame: memoryview) -> bool:
-        """Give out a page's layers as they open; tell whether it should be sealed anew."""
-        sizes = reading.layer_bytes
-        opening = self._sealer.open(reading.context, frame, sizes, reading.into)
-        layer = 0
-        while True:
-            try:
-                data = next(opening)
-            except StopIteration as end:
-                return bool(end.value)
-            self._post(len(data), partial(reading.install, layer, data))
-            left = len(data)
-            while left > 0:
-                left -= sizes[layer]
-                layer += 1
-
-    def _read(self, reading: Reading) -> memoryview:
-        if reading.place is None:
-            raise Moved
-        return self._frames[reading.level].read(reading.entry.name, reading.place)
 
     def _drop(self, frames: Frames, name: bytes, seq: int) -> None:
         try:

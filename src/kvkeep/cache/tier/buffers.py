@@ -1,7 +1,8 @@
-"""Memory that pages are copied into: kept for the next ones, for fresh memory is slow to touch."""
+"""Memory that pages and frames lie in for a moment: kept, for fresh memory is slow to touch."""
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,7 @@ PREPARED: Final = 16
 
 
 class Buffers:
-    """Writable memory by size; one thread takes and gives back."""
+    """Writable memory by size, for any thread."""
 
     def __init__(self, kept_bytes: int = KEPT_BYTES, *, wipe: bool = False) -> None:
         """`wipe`: memory is zeroed as it is given back."""
@@ -21,6 +22,7 @@ class Buffers:
         self._most = kept_bytes
         self._free: dict[int, list[memoryview]] = {}
         self._known: set[int] = set()
+        self._lock = threading.Lock()
         self.kept_bytes = 0
 
     def lacks(self, size: int) -> int:
@@ -32,19 +34,21 @@ class Buffers:
 
     def take(self, size: int) -> memoryview:
         """Return so many bytes; what they hold is of no account."""
-        free = self._free.get(size)
-        if not free:
-            return np.empty(size, np.uint8).data
-        self.kept_bytes -= size
-        return free.pop()
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                self.kept_bytes -= size
+                return free.pop()
+        return np.empty(size, np.uint8).data
 
     def give_back(self, buffer: memoryview) -> None:
         """Take memory back that nothing reads any more."""
         if self._wipe:
             np.frombuffer(buffer, np.uint8).fill(0)
-        if self.kept_bytes + len(buffer) <= self._most:
-            self._free.setdefault(len(buffer), []).append(buffer)
-            self.kept_bytes += len(buffer)
+        with self._lock:
+            if self.kept_bytes + len(buffer) <= self._most:
+                self._free.setdefault(len(buffer), []).append(buffer)
+                self.kept_bytes += len(buffer)
 
 
 def touched(size: int) -> memoryview:

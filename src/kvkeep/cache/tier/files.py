@@ -15,13 +15,16 @@ _LOCK = "lock"
 
 
 class File(Protocol):
-    """An open file; all raise `OSError`. `read` may run in several threads at a time."""
+    """An open file; all raise `OSError`. What reads may run in several threads at a time."""
 
     def write(self, offset: int, data: memoryview) -> int:
         """Write there; return how many bytes were taken, perhaps fewer."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return so many bytes, fewer at the file's end."""
+
+    def fill(self, offset: int, into: memoryview) -> int:
+        """Read into memory; return how many bytes, fewer at the file's end."""
 
     def size(self) -> int:
         """Return the length in bytes."""
@@ -70,6 +73,16 @@ class OpenFile:
         """Return so many bytes; a read is taken up again where it was cut short."""
         parts = list(self._parts(offset, length))
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def fill(self, offset: int, into: memoryview) -> int:
+        """Read into memory, taken up again where a read was cut short; return how many bytes."""
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._fd, [into[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
 
     def size(self) -> int:
         """Return the length in bytes."""

@@ -46,8 +46,11 @@ class FrameAccess(Protocol):
     def purge(self, shelf: bytes) -> int:
         """Give up a shelf; return how many pages. Raises `OSError` where some may be left."""
 
-    def read(self, name: bytes, place: Place) -> memoryview:
-        """Return a page's frame; raises `OSError`, `BadRecord`, or `Moved`."""
+    def read(self, name: bytes, place: Place, into: memoryview | None = None) -> memoryview:
+        """Return a page's frame; raises `OSError`, `BadRecord`, or `Moved`.
+
+        It may lie in `into`, memory of a record's size.
+        """
 
 
 class Frames(FrameAccess, Protocol):

@@ -16,7 +16,7 @@ from typing import Final
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.cache.pace import Pace
-from kvkeep.cache.tier.backroom import Backroom, Failure, Reading, Sealed
+from kvkeep.cache.tier.backroom import Backroom, Sealed
 from kvkeep.cache.tier.buffers import Buffers
 from kvkeep.cache.tier.copies import LateCopy, PageCopy
 from kvkeep.cache.tier.entries import MEMORY, Entry, Index
@@ -24,9 +24,10 @@ from kvkeep.cache.tier.files import Files
 from kvkeep.cache.tier.frames import Found, Frames, Place
 from kvkeep.cache.tier.levels import Level
 from kvkeep.cache.tier.lowest import TierSizes, lower_of
+from kvkeep.cache.tier.opening import Failure, Opening, Reading
 from kvkeep.cache.tiers import Copy, Install, Read, Surroundings, TierUse
 from kvkeep.errors import SealError
-from kvkeep.sealing import PageSealer, SealContext
+from kvkeep.sealing import SealContext, TierSealer
 
 POLL_BYTES: Final = 1 << 20
 """Installed in a short step; at least one layer."""
@@ -41,7 +42,7 @@ class TieredPages:
 
     def __init__(
         self,
-        sealer: PageSealer,
+        sealer: TierSealer,
         sizes: TierSizes,
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
@@ -77,7 +78,7 @@ class TieredPages:
         self._queue_bytes: dict[bytes, int] = {}
         self._renewed = 0
         makes = {one.level.name: one.make for one in lower}
-        self._back = Backroom(sealer, makes, self._move, self._take_back, clock)
+        self._back = Backroom(sealer, makes, self._move, self._take_back, clock, self._buffers)
 
     # What the cache asks
 
@@ -106,8 +107,7 @@ class TieredPages:
             return
         if entry.frame is None:
             reading = self._found(reading)
-        reading = reading._replace(into=self._buffers.take(sum(layer_bytes)))
-        self._back.open(reading, entry.frame, self._opened, self._failed)
+        self._open(reading, entry.frame)
 
     def store(
         self,
@@ -336,14 +336,14 @@ class TieredPages:
         entry, level = reading.entry, reading.level
         place = entry.places.get(level)
         if why is Failure.MOVED and place not in (None, reading.place):
-            self._again(reading._replace(place=place))
+            self._open(reading._replace(place=place), None)
             return
         self._misses[level] += 1
         if not entry.gone and why is not Failure.AWAY:
             self._index.leave(level, entry)
             lower = [one.name for one in self._index.lower if one.name in entry.places]
             if lower:
-                self._again(reading._replace(level=lower[0], place=entry.places[lower[0]]))
+                self._open(reading._replace(level=lower[0], place=entry.places[lower[0]]), None)
                 return
         if not entry.gone and not entry.there:
             self._index.remove(entry)
@@ -351,8 +351,12 @@ class TieredPages:
             self._buffers.give_back(reading.into)
         reading.done(False)
 
-    def _again(self, reading: Reading) -> None:
-        self._back.open(reading, None, self._opened, self._failed)
+    def _open(self, reading: Reading, frame: memoryview | None) -> None:
+        """Have a page opened; its frame is kept where memory or a nearer level takes it."""
+        nearest = next((level.name for level in self._index.lower), None)
+        keeps = MEMORY in reading.entry.on or reading.level != nearest
+        reading = reading._replace(keeps=keeps)
+        self._back.open(Opening(reading, frame, self._opened, self._failed))
 
     def _move(self, level: str, name: bytes, place: Place | None, seq: int) -> None:
         """Take note that a page lies elsewhere in a level, or could not be read."""

@@ -91,11 +91,13 @@ def encode(record: Record, frame: bytes | memoryview) -> tuple[bytes, memoryview
     return header, view, _CRC.pack(crc32c(view, crc32c(header)))
 
 
-def decode(raw: bytes) -> Record | None:
+def decode(raw: bytes | memoryview) -> Record | None:
     """Return the fields of a header; None where it is none."""
-    if len(raw) < HEADER_BYTES or not raw.startswith(MAGIC):
+    if len(raw) < HEADER_BYTES:
         return None
-    fields = raw[: _FIELDS.size]
+    fields = bytes(raw[: _FIELDS.size])
+    if not fields.startswith(MAGIC):
+        return None
     (crc,) = _CRC.unpack_from(raw, _FIELDS.size)
     if crc32c(fields) != crc:
         return None
@@ -105,7 +107,7 @@ def decode(raw: bytes) -> Record | None:
     return Record(name, shelf, seq, expires_s, Flag(flags), length)
 
 
-def frame_of(raw: bytes, name: bytes, seq: int) -> memoryview:
+def frame_of(raw: bytes | memoryview, name: bytes, seq: int) -> memoryview:
     """Return the frame of a record's bytes; raises `BadRecord` where any of them differs."""
     record = decode(raw)
     if record is None:

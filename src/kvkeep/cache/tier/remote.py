@@ -152,8 +152,8 @@ class RemoteFrames:
         self._owed.remove(shelf)
         return len(names)
 
-    def read(self, name: bytes, place: Place) -> memoryview:
-        """Return a frame; one that the server gave up is a bad record."""
+    def read(self, name: bytes, place: Place, into: memoryview | None = None) -> memoryview:
+        """Return a frame, in memory of its own; one that the server gave up is a bad record."""
         with self._asking():
             raw: bytes | None = self._answer(self._client.get(self._key(name)))
         if raw is None:

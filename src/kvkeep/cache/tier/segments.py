@@ -174,12 +174,15 @@ class Segments:
             raise error
         return len(mine)
 
-    def read(self, name: bytes, place: Place) -> memoryview:
+    def read(self, name: bytes, place: Place, into: memoryview | None = None) -> memoryview:
         """Return a page's frame; raises `OSError`, `BadRecord`, or `Moved` where it was moved."""
         segment = self._segments.get(place.segment)
         if segment is None:
             raise Moved
-        raw = segment.file.read(place.offset, record_bytes(place.length))
+        if into is None:
+            raw = memoryview(segment.file.read(place.offset, record_bytes(place.length)))
+        else:
+            raw = into[: segment.file.fill(place.offset, into)]
         return frame_of(raw, name, place.seq)
 
     def sync(self) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from operator import attrgetter
+from typing import Final, Generic, NamedTuple, TypeVar
 
 Job = Callable[[], None]
+At = tuple[int, int]
+"""A segment, and an offset in it."""
+NOWHERE: Final[At] = (0, 0)
+T = TypeVar("T")
 
 READERS: Final = 2
+PIECE_BYTES: Final = 4 << 20
+"""Read by one thread at a time before it opens any of it; at least one page."""
 _JOIN_S: Final = 5.0
 
 
@@ -85,17 +91,75 @@ class WriteQueue:
             del self._bytes[shelf]
 
 
-class Workers:
+class _Read(NamedTuple, Generic[T]):
+    at: At
+    size: int
+    item: T
+
+
+class ReadQueue(Generic[T]):
+    """What is to be read: what waits when a round begins goes in the order of its places.
+
+    Pages are written deepest first and asked for the other way round, and a system reads a file
+    ahead, and in large pieces, only where it is read forwards. What comes later waits for the
+    next round, so that nothing waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition(threading.Lock())
+        self._waiting: list[_Read[T]] = []
+        self._round: deque[_Read[T]] = deque()
+        self._closed = False
+
+    def put(self, item: T, at: At, size: int) -> None:
+        """Add what reads so many bytes there."""
+        with self._ready:
+            self._waiting.append(_Read(at, size, item))
+            self._ready.notify()
+
+    def get(self) -> list[T]:
+        """Return what comes next, waiting for it; nothing once it was closed and all is read.
+
+        Several at a time, one reader's part of what there is, and `PIECE_BYTES` at most.
+        """
+        with self._ready:
+            while not (self._round or self._waiting or self._closed):
+                self._ready.wait()
+            if not self._round:
+                self._round.extend(sorted(self._waiting, key=attrgetter("at")))
+                self._waiting.clear()
+            taken: list[T] = []
+            left, most = PIECE_BYTES, -(-len(self._round) // READERS)
+            while len(taken) < most and (not taken or self._round[0].size <= left):
+                read = self._round.popleft()
+                taken.append(read.item)
+                left -= read.size
+            return taken
+
+    def close(self) -> None:
+        """Let readers end after what waits."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()
+
+
+class Workers(Generic[T]):
     """The threads of one tier."""
 
-    def __init__(self, jobs: WriteQueue, rest: Callable[[], float | None]) -> None:
+    def __init__(
+        self,
+        jobs: WriteQueue,
+        rest: Callable[[], float | None],
+        read: Callable[[list[T]], None],
+    ) -> None:
         """`rest` runs after each job of the writer and returns how long it may wait for the next.
 
-        Jobs raise nothing.
+        `read` is called on reading threads. Jobs and `read` raise nothing.
         """
         self._jobs = jobs
         self._rest = rest
-        self._reads: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._do_read = read
+        self._reads: ReadQueue[T] = ReadQueue()
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._write, name="kvkeep-tier-write", daemon=True),
@@ -107,16 +171,15 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def read(self, job: Job) -> None:
-        """Run a job on a reading thread."""
-        self._reads.put(job)
+    def read(self, item: T, at: At, size: int) -> None:
+        """Have so many bytes read there on a reading thread."""
+        self._reads.put(item, at, size)
 
     def stop(self) -> bool:
         """End the threads after what they are at; False where one did not end in time."""
         self._stopping = True
         self._jobs.put_first(lambda: None)
-        for _ in range(READERS):
-            self._reads.put(None)
+        self._reads.close()
         for thread in self._threads:
             thread.join(_JOIN_S)
         return not any(thread.is_alive() for thread in self._threads)
@@ -130,5 +193,5 @@ class Workers:
             wait_s = self._rest()
 
     def _read(self) -> None:
-        while (job := self._reads.get()) is not None:
-            job()
+        while items := self._reads.get():
+            self._do_read(items)
