@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import patch
 
 from kvkeep.cache.tier.buffers import PREPARED, Buffers
+from kvkeep.cache.tier.frames import Place
 from kvkeep.cache.tier.lowest import TierSizes
-from tests.cache.tier.rigs import MIB, SIZES, Rig, layers_of, page
+from kvkeep.cache.tier.segments import Segments
+from kvkeep.cache.tiers import Install
+from tests.cache.tier.rigs import FRAME, MIB, SIZES, Rig, layers_of, page
 
 
 def test_memory_is_used_again_by_pages_of_its_size() -> None:
@@ -45,4 +49,62 @@ def test_a_page_still_handed_out_keeps_its_memory() -> None:
     rig.store(page(2))
     rig.settle()
     assert [found[layer] for layer in (0, 1)] == layers_of(page(1))
+    rig.tier.close(5.0)
+
+
+def test_frames_from_the_disk_lie_in_memory_that_is_used_again() -> None:
+    rig = Rig(TierSizes(disk_bytes=MIB))
+    seen: list[memoryview | None] = []
+    read = Segments.read
+
+    def spied(
+        self: Segments, name: bytes, place: Place, into: memoryview | None = None
+    ) -> memoryview:
+        seen.append(into)
+        return read(self, name, place, into)
+
+    rig.store(page(1), page(2))
+    rig.settle()
+    with patch.object(Segments, "read", spied):
+        for number in (1, 2, 1):
+            assert rig.fetch(page(number)) == layers_of(page(number))
+    assert seen[0] is not None
+    assert seen[1] is seen[0]
+    assert seen[2] is seen[0]
+    rig.tier.close(5.0)
+
+
+def test_a_frame_that_memory_keeps_has_memory_of_its_own() -> None:
+    rig = Rig(TierSizes(4 * FRAME, MIB), shares={"a": 0.5})
+    pages = [page(number) for number in range(6)]
+    rig.store(*pages)
+    rig.settle()
+    for context in (*pages, *pages):
+        assert rig.fetch(context) == layers_of(context)
+    assert rig.use("memory").misses == 0
+    rig.tier.close(5.0)
+
+
+def test_many_pages_under_way_at_once_are_each_their_own() -> None:
+    rig = Rig(TierSizes(disk_bytes=MIB))
+    pages = [page(number) for number in range(24)]
+    rig.store(*pages)
+    rig.settle()
+    found: dict[int, dict[int, bytes]] = {number: {} for number in range(24)}
+    ended: list[bool] = []
+
+    def installer(number: int) -> Install:
+        def install(layer: int, data: bytes | memoryview) -> None:
+            found[number][layer] = bytes(data)
+
+        return install
+
+    for number in reversed(range(24)):
+        rig.tier.fetch(pages[number], SIZES, installer(number), ended.append)
+    rig.until(lambda: len(ended) == len(pages))
+    assert all(ended)
+    for number, context in enumerate(pages):
+        assert b"".join(found[number][layer] for layer in sorted(found[number])) == b"".join(
+            layers_of(context)
+        )
     rig.tier.close(5.0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
@@ -74,12 +77,19 @@ class Opener:
         self._frames = frames
         self._buffers = buffers
         self._spare = Buffers()
+        self._turns = {level: threading.Lock() for level in frames}
         self._post = post
         self._note = note
 
     def open_all(self, openings: Sequence[Opening]) -> None:
-        """Read some pages, then open them, their keys asked for together; raises nothing."""
-        read = [one for one in map(self._read, openings) if one is not None]
+        """Read some pages, then open them, their keys asked for together; raises nothing.
+
+        One thread reads of a level at a time, so that it is read forwards, while others open.
+        """
+        read: list[tuple[Opening, memoryview]] = []
+        for level, some in itertools.groupby(openings, lambda one: one.reading.level):
+            with self._turns.get(level, nullcontext()):
+                read += filter(None, map(self._read, some))
         with self._sealer.expecting([(one.reading.context, frame) for one, frame in read]):
             for one, frame in read:
                 self._open(one, frame)
