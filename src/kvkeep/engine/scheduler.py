@@ -19,7 +19,7 @@ from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.packs import Packs
 from kvkeep.engine.sequence import Request, Sequence, Status
 from kvkeep.engine.shadows import Shadows, with_shadows
-from kvkeep.engine.waiting import awaited, reusable, under_way
+from kvkeep.engine.waiting import awaited, begin_fetch, fetch_early, matched, under_way
 from kvkeep.engine.work import Lane, Planned, ViewKeeper, Work
 from kvkeep.errors import CapacityError
 from kvkeep.types import PAGE_TOKENS
@@ -179,11 +179,13 @@ class Scheduler:
         """Let those who wait run, in their order, past prompts that another engine computes."""
         passed: list[Sequence] = []
         for sequence in list(tenant.waiting):
-            if len(tenant.running) + len(passed) >= tenant.max_running:
-                return
             if sequence not in tenant.waiting:
                 continue
             if not self._settle(sequence.request):
+                return
+            if len(tenant.running) + len(passed) >= tenant.max_running:
+                manager = self._caches.of(sequence.request.codec)
+                fetch_early(sequence, (*tenant.running, *passed), manager)
                 return
             if self._open(sequence, passed, alone=not (tenant.running or passed)):
                 tenant.waiting.remove(sequence)
@@ -207,11 +209,7 @@ class Scheduler:
             return self._open_apart(sequence, request.part, alone=alone)
         if not alone and not self._shadows.fits(sequence):
             return False
-        match = manager.match(
-            tokens[: reusable(sequence, manager.pool.spec)],
-            account=sequence.account,
-            scope=spec.scope,
-        )
+        match = matched(sequence, manager)
         before = (*self._tenants[sequence.account].running, *passed)
         if not alone and awaited(sequence, before, match, manager):
             return False
@@ -220,9 +218,7 @@ class Scheduler:
             room = manager.has_room(match, len(tokens))
             if not room and (not alone or self._take_back(sequence.account)):
                 return False
-            sequence.fetch = manager.begin_fetch(match, tokens)
-            if sequence.fetch is not None:
-                sequence.status, sequence.asked = Status.WAITING_FETCH, True
+            if begin_fetch(sequence, match, manager):
                 return False
         sequence.asked = True
         if request.awaits:
@@ -289,6 +285,8 @@ class Scheduler:
             try:
                 self._caches.of_view(sequence.view).extend(sequence.view, needed)
             except CapacityError:
+                if self._take_back(sequence.account, early=True):
+                    continue
                 victim = tenant.running[-1]
                 if victim is sequence and len(tenant.running) == 1:
                     if self._take_back(sequence.account):
@@ -325,12 +323,14 @@ class Scheduler:
         if not self._take_back(sequence.account) and not manager.held(sequence.account):
             self._exhausted(sequence)
 
-    def _take_back(self, account: str) -> bool:
+    def _take_back(self, account: str, *, early: bool = False) -> bool:
         """Let pages for those who wait make way; False where there are none.
 
-        What came stays cached as long as there is room, and the rest is asked for again.
+        What came stays cached as long as there is room, and the rest is asked for again. `early`:
+        only those that were to be fetched before their turn.
         """
-        waiting = [one for one in self._tenants[account].waiting if self._end_fetch(one)]
+        held = [one for one in self._tenants[account].waiting if one.looked or not early]
+        waiting = [one for one in held if self._end_fetch(one)]
         for one in waiting:
             one.status, one.asked = Status.WAITING, False
         return bool(waiting)

@@ -154,6 +154,8 @@ class Sequence:
     """Pages of its prefix on their way up, while `WAITING_FETCH`."""
     asked: bool = False
     """Whether all that may come of its prompt was asked for."""
+    looked: bool = False
+    """Whether pages below memory were looked for before its turn."""
     generated: int = 0
     uncommitted: bool = False
     """Whether its scope finds nothing more of it until its prompt is whole."""

@@ -9,7 +9,7 @@ import numpy as np
 from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.matching import Match
 from kvkeep.engine.handing import awaits
-from kvkeep.engine.sequence import Sequence
+from kvkeep.engine.sequence import Sequence, Status
 from kvkeep.types import Int32Array, PageSpec
 
 
@@ -24,6 +24,38 @@ def under_way(sequence: Sequence) -> bool:
     part, fetch = request.part, sequence.fetch
     coming = part is not None and part.state == "awaited"
     return request.awaits or coming or (fetch is not None and not fetch.done)
+
+
+def matched(sequence: Sequence, manager: CacheManager) -> Match:
+    """Return what of a sequence's prefix is there, in memory or below."""
+    return manager.match(
+        sequence.tokens.ids()[: reusable(sequence, manager.pool.spec)],
+        account=sequence.account,
+        scope=sequence.request.spec.scope,
+    )
+
+
+def begin_fetch(sequence: Sequence, match: Match, manager: CacheManager) -> bool:
+    """Fetch a sequence's pages from below memory, if there are any and room for them."""
+    sequence.fetch = manager.begin_fetch(match, sequence.tokens.ids())
+    if sequence.fetch is not None:
+        sequence.status, sequence.asked = Status.WAITING_FETCH, True
+    return sequence.fetch is not None
+
+
+def fetch_early(sequence: Sequence, before: Iterable[Sequence], manager: CacheManager) -> None:
+    """Fetch what the next sequence will need, while all that may run do; it is asked once.
+
+    Its pages make way for whoever runs, and what came is matched anew in its turn.
+    """
+    if sequence.looked or sequence.fetch or awaits(sequence.request.spec):
+        return
+    sequence.looked = True
+    match = matched(sequence, manager)
+    if not match.pending or awaited(sequence, before, match, manager):
+        return
+    if manager.has_room(match, len(sequence.tokens)):
+        begin_fetch(sequence, match, manager)
 
 
 def reusable(sequence: Sequence, pages: PageSpec) -> int:
