@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.cache.tier.files import Directory
+from kvkeep.cache.tier.files import Directory, OpenFile
 from kvkeep.errors import ConfigError
 
 
@@ -51,3 +51,22 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match=r"tier: can't write to .*Permission denied"):
         Directory(tmp_path)
+
+
+def test_memory_is_filled_up_to_the_files_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = OpenFile(tmp_path / "one")
+    file.write(0, memoryview(b"0123456789"))
+    memory = memoryview(bytearray(b"x" * 6))
+    real = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return real(fd, [buffers[0][:4]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert file.fill(1, memory) == 6
+    assert bytes(memory) == b"123456", "taken up again where it was cut short"
+    assert file.fill(7, memory) == 3
+    assert bytes(memory[:3]) == b"789"
+    assert file.fill(10, memory) == 0

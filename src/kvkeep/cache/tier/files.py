@@ -14,11 +14,8 @@ from kvkeep.errors import ConfigError
 _LOCK = "lock"
 
 
-class File(Protocol):
-    """An open file; all raise `OSError`. What reads may run in several threads at a time."""
-
-    def write(self, offset: int, data: memoryview) -> int:
-        """Write there; return how many bytes were taken, perhaps fewer."""
+class FileReads(Protocol):
+    """What is read of an open file, by several threads at a time; all raise `OSError`."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return so many bytes, fewer at the file's end."""
@@ -28,6 +25,13 @@ class File(Protocol):
 
     def size(self) -> int:
         """Return the length in bytes."""
+
+
+class File(FileReads, Protocol):
+    """An open file; all raise `OSError`. One thread writes."""
+
+    def write(self, offset: int, data: memoryview) -> int:
+        """Write there; return how many bytes were taken, perhaps fewer."""
 
     def truncate(self, size: int) -> None:
         """Cut the file off."""
