@@ -197,13 +197,13 @@ class Moved:
         """Note what is held before anything moves."""
         (use,) = self._core.stats().tenants
         self._account = use.tenant
-        self._before = self._most = self._manager.held(self._account)
+        self._before = self._most = self._manager.holds.pages(self._account)
         return self._begin(view, end, stays, cuts)
 
     def take(self, moving: Moving, wanted: NDArray[np.bool_]) -> None:
         """Note what is held once tiles for a part are there, and nothing of it is let go of."""
         self._take(moving, wanted)
-        self._most = max(self._most, self._manager.held(self._account))
+        self._most = max(self._most, self._manager.holds.pages(self._account))
 
     @property
     def peak_over_steady(self) -> float:

@@ -16,6 +16,10 @@ class Holds:
         """Hold what a match found."""
         return Hold(self._store, match)
 
+    def pages(self, account: str) -> int:
+        """Return how many pages of an account holds, views and fetches keep where they are."""
+        return self._store.share(account).referenced_pages
+
 
 class Hold:
     """The pages of one match; neither evicted nor freed until `end`."""

@@ -108,10 +108,6 @@ class CacheManager:
         """Return the pages charged to an account, in use or cached."""
         return self._store.share(account).used_pages
 
-    def held(self, account: str) -> int:
-        """Return the pages of an account that views, fetches and holds keep where they are."""
-        return self._store.share(account).referenced_pages
-
     def findable_pages(self, n_tokens: int) -> int:
         """Return how many whole pages of so many tokens can be found again."""
         pages = n_tokens // PAGE_TOKENS

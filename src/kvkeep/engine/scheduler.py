@@ -320,7 +320,7 @@ class Scheduler:
 
     def _end_if_alone(self, sequence: Sequence, manager: CacheManager) -> None:
         """End a sequence that its share can't hold; not where pages that others hold come free."""
-        if not self._take_back(sequence.account) and not manager.held(sequence.account):
+        if not self._take_back(sequence.account) and not manager.holds.pages(sequence.account):
             self._exhausted(sequence)
 
     def _take_back(self, account: str, *, early: bool = False) -> bool:
