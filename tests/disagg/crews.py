@@ -134,7 +134,8 @@ async def cluster_of(
 
     `guard`: options of workers that are guarded.
     """
-    engine = engine_options(model, shield="off", guard_led=bool(guard), **(guard or {}), **options)
+    options = {"shield": "off", "guard_led": bool(guard), **(guard or {}), **options}
+    engine = engine_options(model, **options)
     hands = Hands(engine, link, others or {})
     led = msgspec.structs.replace(QUICK_CREW, **(crew or {}))
     fleet = await Fleet.start(hands, led, key, engine.share, engine)

@@ -101,6 +101,14 @@ def public(cluster: Cluster) -> list[int]:
     return [policy_of(worker).public_units for worker in cluster.hands.alive()]
 
 
+def forget(cluster: Cluster, names: Sequence[str]) -> None:
+    """Evict what tenants have sent from all workers."""
+    for worker in cluster.hands.alive():
+        for manager in worker.core.caches.managers.values():
+            for name in names:
+                manager.evict_pages(name, 999)
+
+
 def saved(cluster: Cluster) -> list[int]:
     """Return the tokens that each worker need not have computed."""
     return [worker.core.stats().sharing.saved_tokens for worker in cluster.hands.alive()]
@@ -144,14 +152,63 @@ async def test_two_worlds_across_two_workers(tiny: dict[str, Path], victims: int
                 seen.append((told[0].cached_tokens, tokens(told)))
             saw.append(saved(cluster))
             await end_epochs(cluster, 1)
-            for worker in cluster.hands.alive():  # what they sent themselves is found in any world
-                for manager in worker.core.caches.managers.values():
-                    for name in observers:
-                        manager.evict_pages(name, 99)
+            forget(cluster, observers)  # what they sent themselves is found in any world
         assert all(told == seen[0] for told in seen)
         assert saw[0] == [0, 0]
         assert (saw[-1] == [0, 0]) == (victims < K), "of K, time tells; of fewer, nothing does"
         assert min(saw[-1]) > 0 or victims < K, "on both workers"
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {"kv": "k2v2", "evict": "corm", "shield": "seal"},
+}
+DRAWN = SamplingParams(max_tokens=8, temperature=1.0, seed=3, logprobs=1, ignore_eos=True)
+
+
+async def observed(model: Path, victims: int, form: dict[str, Any]) -> tuple[list[Any], int]:
+    """Return what an observer is told beside so many victims, and what is public in the end.
+
+    Victims ask at the same time, on the same prefill and decode workers, of prompts that begin as
+    the observer's do and of their own. The observer asks one by one, and of its own pages nothing
+    is left after each epoch.
+    """
+    async with cluster_of(model, crew={"prefill": 1}, share=SHARED, **form) as cluster:
+        await settle(cluster, NAMES)
+        here, _ = placed(cluster)
+        observer, others = here[-1], here[:victims]
+        await settle(cluster, NAMES, silent=[observer])
+        told: list[Any] = []
+
+        async def look(turn: int) -> None:
+            for number, prompt in enumerate((PROMPT, PROMPT * 3, PROMPT[:100], [turn + 1] * 300)):
+                asked = request(prompt, DRAWN, id=f"{turn}-{number}", tenant=observer)
+                (chunks,) = await answers(cluster.fleet, asked)
+                scores = [entry for chunk in chunks for entry in chunk.logprobs]
+                told.append((chunks[-1].cached_tokens, tokens(chunks), scores, chunks[-1].finish))
+
+        async def disturb(name: str, turn: int) -> None:
+            own = [ord(letter) for letter in name] * 200
+            for number, prompt in enumerate((PROMPT, own[:500], PROMPT * 2)):
+                asked = request(prompt, SOME, id=f"{name}-{turn}-{number}", tenant=name)
+                await answers(cluster.fleet, asked)
+
+        for turn in range(EPOCHS + 1):
+            await asyncio.gather(look(turn), *(disturb(name, turn) for name in others))
+            await end_epochs(cluster, 1)
+            forget(cluster, [observer])
+        return told, max(public(cluster))
+
+
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "all"])
+@pytest.mark.timeout(240)
+async def test_two_worlds_where_prompts_are_split(tiny: dict[str, Path], form: str) -> None:
+    alone, nothing = await observed(tiny["qwen2"], 0, FORMS[form])
+    beside, less = await observed(tiny["qwen2"], K - 1, FORMS[form])
+    assert nothing == less == 0
+    assert beside == alone
+    _, shared_by_k = await observed(tiny["qwen2"], K, FORMS[form])
+    assert shared_by_k > 0, "the same prompts of one more are shared"
 
 
 async def test_a_worker_that_is_lost_does_not_contribute_and_learns_what_is_public(
