@@ -24,7 +24,7 @@ _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)")
 LEAST_BYTES: Final = 1 << 20
 SPACE: Final = "*space"
 """Whose shelf tells a key store's frames in a server from others'; no account is called so."""
-ORDER: Final = 1
+ORDER: Final = 2
 """Of how kernels and codecs arrange and compute a page's bytes; a change makes old pages misses."""
 _FORMS: Final = "use memory:4GiB or disk:DIR,64GiB or redis://HOST:PORT/DB,64GiB"
 _REMOTE: Final = ("redis", "rediss")

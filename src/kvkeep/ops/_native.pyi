@@ -103,6 +103,21 @@ def turn_heads(
 ) -> None: ...
 def find_largest(backend: Backend, rows: int, count: int, vocab: int) -> None: ...
 def draw(backend: Backend, rows: int, count: int, vocab: int) -> None: ...
+def encode(
+    isa: Isa,
+    dtype: Dtype,
+    k: int,
+    v: int,
+    tiles: int,
+    dim: int,
+    layout: int,
+    first: bool,
+    narrowed: float,
+    out: int,
+    stride: int,
+    refused: int,
+) -> None: ...
+def rows_of_tiles(tiles: int, count: int, dim: int, element: int, k: int, v: int) -> None: ...
 
 class PreparedPlan:
     @property

@@ -10,6 +10,7 @@ import torch
 from kvkeep.errors import ConfigError
 from kvkeep.ops import _native
 from kvkeep.ops.cpu_attention import CpuAttention
+from kvkeep.ops.cpu_encode import CpuEncoder
 from kvkeep.ops.cpu_leaf import CpuLeaf
 from kvkeep.ops.cpu_sample import CpuSample
 from kvkeep.ops.cpu_turn import CpuTurn
@@ -86,11 +87,20 @@ def decoding_attention(kernel: CpuKernel, threads: int, *, halves: bool = False)
     return CpuAttention(_backend(kernel, threads), widen=widen)
 
 
+def cpu_encoder(kernel: CpuKernel | None = None) -> CpuEncoder:
+    """Return what codes pages; None: the fastest path, since all have the same bits."""
+    return CpuEncoder(_isa(kernel or available()[0]))
+
+
 def _backend(kernel: CpuKernel, threads: int) -> _native.Backend:
+    return _native.Backend(_isa(kernel), threads)
+
+
+def _isa(kernel: CpuKernel) -> _native.Isa:
     isa = _ISAS[kernel]
     flag = _native.missing_feature(isa)
     if flag is not None:
         raise ConfigError(
             f"kernel: '{kernel}' needs the CPU flag {flag}, which this CPU lacks; use 'auto'"
         )
-    return _native.Backend(isa, threads)
+    return isa

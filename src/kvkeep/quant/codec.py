@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvkeep.ops.layout import LANE_LAYOUTS, TORCH_DTYPE, WeightFold, float_tile_bytes
+from kvkeep.ops.cpu_encode import rows_of_tiles
+from kvkeep.ops.layout import HOST, LANE_LAYOUTS, TORCH_DTYPE, WeightFold, float_tile_bytes
 from kvkeep.types import PAGE_TOKENS, Layout, PageSpec
 
 Tiles = NDArray[np.uint8]
@@ -120,6 +121,13 @@ def unpack_float_tiles(tiles: Tiles, shape: KVShape) -> tuple[torch.Tensor, torc
 
 def values_of(tiles: torch.Tensor, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
     """Return k, v [N, S, D] of float tiles [N, tile_bytes] uint8, where these are."""
+    if tiles.device == HOST and shape.layout in LANE_LAYOUTS.values():
+        return rows_of_tiles(tiles, shape.layout, shape.head_dim)
+    return values_plainly(tiles, shape)
+
+
+def values_plainly(tiles: torch.Tensor, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `values_of` does, by torch: the kernel's oracle."""
     n, d = len(tiles), shape.head_dim
     values = tiles.view(TORCH_DTYPE[shape.layout])
     k, v = values[:, : PAGE_TOKENS * d], values[:, PAGE_TOKENS * d :]

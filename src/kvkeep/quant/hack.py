@@ -27,7 +27,8 @@ from kvkeep.ops.codes import (
     unpack_codes,
     unpack_sinks,
 )
-from kvkeep.ops.layout import WeightFold
+from kvkeep.ops.cpu import cpu_encoder
+from kvkeep.ops.layout import HOST, WeightFold
 from kvkeep.quant.codec import KVShape, Place, Rotation, Tiles
 from kvkeep.types import PAGE_TOKENS, WINDOW_STEP, Layout, PageSpec
 
@@ -59,6 +60,7 @@ class Hack:
         self.window_tokens = window_tokens
         self.bits = CODE_BITS[layout]
         self._rotate = rotate
+        self._encoder = cpu_encoder()
 
     def page_spec(self, shape: KVShape) -> PageSpec:
         """Return the coded layout's spec."""
@@ -81,7 +83,14 @@ class Hack:
         return hadamard(shape.head_dim) if self._rotate else None
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
-        """Return coded tiles [N, tile bytes] of k, v [N, S, D]."""
+        """Return coded tiles [N, tile bytes] of k, v [N, S, D]; a CPU's kernel makes a CPU's."""
+        if k.device != HOST:
+            return self.encode_plainly(k, v, place)
+        narrowed = _NARROWED if self.bits.k == _FITTED_BITS else 0.0
+        return self._encoder.encode(k, v, self.layout, first=place.first, narrowed=narrowed)
+
+    def encode_plainly(self, k: torch.Tensor, v: torch.Tensor, place: Place) -> Tiles:
+        """Return what `encode` does, by torch where k and v are: the kernel's oracle."""
         tiles = pack_codes(self.codes(k, v, first=place.first), self.layout)
         if place.first:
             sinks = [x[:, :SINK_TOKENS].to(torch.bfloat16) for x in (k, v)]
@@ -141,7 +150,7 @@ def hadamard(dim: int) -> Rotation:
 def affine(x: torch.Tensor, bits: int, axis: int) -> Affine:
     """Return what x float32 is coded with along `axis`, which is kept with length 1."""
     low, high = (end(x, dim=axis, keepdim=True) for end in (torch.amin, torch.amax))
-    least = low.to(torch.bfloat16)
+    least = (low + 0.0).to(torch.bfloat16)  # 0 has one sign
     scale = ((high - least.float()) / ((1 << bits) - 1)).to(torch.bfloat16)
     return Affine(_usable(scale), least)
 
@@ -158,11 +167,10 @@ def fitted(x: torch.Tensor, bits: int, axis: int) -> Affine:
     step = torch.where(span > 0, span / ((1 << bits) - 1), 1.0)
     codes = ((x - begin) / step).round_().clamp_(0, (1 << bits) - 1)
     above = x - low
-    mean_code, mean = codes.mean(axis, keepdim=True), above.mean(axis, keepdim=True)
+    mean_code = codes.sum(axis, keepdim=True) / x.shape[axis]  # integers: exact in any order
     codes -= mean_code
-    spread = codes.square().mean(axis, keepdim=True)
-    slope = (codes * above).mean(axis, keepdim=True) / spread
-    scale = torch.where(spread > 0, slope, span).to(torch.bfloat16)
+    mean, along, spread = _means(torch.stack([above, codes * above, codes.square()]), axis + 1)
+    scale = torch.where(spread > 0, along / spread, span).to(torch.bfloat16)
     least = low + mean - torch.where(scale < _LEAST_SCALE, 0.0, scale.float() * mean_code)
     return Affine(_usable(scale), least.to(torch.bfloat16))
 
@@ -195,6 +203,21 @@ def together(codes: Codes, tile: torch.Tensor, token: torch.Tensor, k_bits: int)
     k_scale, k_min = (part.squeeze(1) for part in stored)
     k_codes = quantise(k, stored, k_bits)
     return Codes(k_codes, k_scale, k_min, codes.v[tile, token], v_scale, v_min)
+
+
+def _means(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return means along `axis`, which is kept with length 1.
+
+    Zeros are appended up to a power of two and halves added until one is left, so that a sum has
+    one possible result.
+    """
+    count = x.shape[axis]
+    half = 1 << (count - 1).bit_length() >> 1
+    total = torch.cat([x, torch.zeros_like(x.narrow(axis, 0, 2 * half - count))], axis)
+    while half:
+        total = total.narrow(axis, 0, half) + total.narrow(axis, half, half)
+        half //= 2
+    return total / count
 
 
 def _usable(scale: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@
 #include "attention.hpp"
 #include "backend.hpp"
 #include "cpu_features.hpp"
+#include "encode.hpp"
 #include "leaf.hpp"
 #include "sample.hpp"
 #include "stream.hpp"
@@ -137,6 +138,30 @@ void bind_sample(nb::module_& m) {
       "backend"_a, "rows"_a, "count"_a, "vocab"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
+// ---- codes
+// -------------------------------------------------------------------------------------------------
+
+// On the caller's thread, and uncounted: `calls` are the model's.
+void bind_encode(nb::module_& m) {
+  m.def(
+      "encode",
+      [](Isa isa, Dtype dtype, uintptr_t k, uintptr_t v, int64_t tiles, int64_t dim, int layout,
+         bool first, double narrowed, uintptr_t out, int64_t stride, uintptr_t refused) {
+        encode(isa, dtype, {at<void>(k), at<void>(v), tiles, dim},
+               static_cast<attention::Layout>(layout), first, narrowed,
+               {at<uint8_t>(out), stride, at<uint8_t>(refused)});
+      },
+      "isa"_a, "dtype"_a, "k"_a, "v"_a, "tiles"_a, "dim"_a, "layout"_a, "first"_a, "narrowed"_a,
+      "out"_a, "stride"_a, "refused"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "rows_of_tiles",
+      [](uintptr_t tiles, int64_t count, int64_t dim, int64_t element, uintptr_t k, uintptr_t v) {
+        rows_of_tiles(at<uint8_t>(tiles), count, dim, element, at<uint8_t>(k), at<uint8_t>(v));
+      },
+      "tiles"_a, "count"_a, "dim"_a, "element"_a, "k"_a, "v"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
 // ---- attention
 // -------------------------------------------------------------------------------------------------
 
@@ -252,5 +277,6 @@ NB_MODULE(_native, m) {
   kvkeep::bind_backend(m);
   kvkeep::bind_leaf(m);
   kvkeep::bind_sample(m);
+  kvkeep::bind_encode(m);
   kvkeep::bind_attention(m);
 }

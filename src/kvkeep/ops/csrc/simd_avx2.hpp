@@ -30,6 +30,16 @@ struct Avx2 {
   // Of min and max, b where either is not a number.
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static float smallest(Vec a) {
+    __m128 b = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_min_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_min_ss(b, _mm_movehdup_ps(b)));
+  }
+  static float largest(Vec a) {
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+  }
   // a where it is above (from: not below) b, else 0.
   static Vec keep_above(Vec a, Vec b) { return _mm256_and_ps(a, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
   static Vec keep_from(Vec a, Vec b) { return _mm256_and_ps(a, _mm256_cmp_ps(a, b, _CMP_GE_OQ)); }

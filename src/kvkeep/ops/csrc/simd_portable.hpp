@@ -33,6 +33,14 @@ struct Portable {
   // Of min and max, b where either is not a number.
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  static float smallest(Vec a) {
+    const float b = a[0] < a[1] ? a[0] : a[1], c = a[2] < a[3] ? a[2] : a[3];
+    return b < c ? b : c;
+  }
+  static float largest(Vec a) {
+    const float b = a[0] > a[1] ? a[0] : a[1], c = a[2] > a[3] ? a[2] : a[3];
+    return b > c ? b : c;
+  }
   // a where it is above (from: not below) b, else 0.
   static Vec keep_above(Vec a, Vec b) { return a > b ? a : zero(); }
   static Vec keep_from(Vec a, Vec b) { return a >= b ? a : zero(); }
