@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -86,6 +87,8 @@ def drive(
             chunks[output.request_id].append(output.chunk)
         steps += 1
         assert steps < 10_000, "the engine makes no progress"
+        if core.stalled:
+            time.sleep(5e-4)  # pages are under way
     return dict(chunks)
 
 
