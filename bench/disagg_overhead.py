@@ -26,8 +26,8 @@ ANSWER_TOKENS: Final = 64
 """A chunk each."""
 RATE: Final = 50.0
 """Requests a second."""
-REQUESTS: Final = 400
-ROUNDS: Final = 6
+REQUESTS: Final = 300
+ROUNDS: Final = 10
 TENANTS: Final = 8
 CREW: Final = CrewOptions(prefill=2, decode=2, beat_s=3600.0, silence_s=3600.0)
 INFO: Final = ModelInfo(
