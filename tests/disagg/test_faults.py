@@ -127,11 +127,17 @@ async def test_a_deadline_ends_a_request_whose_pages_never_come(tiny: dict[str, 
         await pair.quiet()
 
 
-async def test_transfers_expire(tiny: dict[str, Path], wanted: list[int]) -> None:
+@pytest.mark.parametrize("deadline_s", [None, 600.0])
+async def test_transfers_expire(
+    tiny: dict[str, Path], wanted: list[int], deadline_s: float | None
+) -> None:
     short = msgspec.structs.replace(QUICK, pace=PaceOptions(bytes_per_s=5e4), expires_s=0.3)
     async with pair_of(engine_options(tiny["qwen2"], shield="off"), link=short) as pair:
         begun = time.monotonic()
-        (got,) = await answers(pair.client, request(PROMPT, SOME))
+        asked = request(PROMPT, SOME, deadline_s=deadline_s)
+        for side in (pair.sends, pair.receives):
+            assert side._ends_s(asked) - time.monotonic() <= 0.3
+        (got,) = await answers(pair.client, asked)
         assert tokens(got) == wanted
         assert time.monotonic() - begun < LONG_S
         await pair.quiet()

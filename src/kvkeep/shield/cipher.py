@@ -20,7 +20,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
-from kvkeep.errors import SealError
+from kvkeep.errors import KvkeepError, SealError
 from kvkeep.sealing import NAME_BYTES, PUBLIC_OWNER, SHELF_BYTES, Opened, SealContext
 from kvkeep.shield.frame import (
     HEADER_BYTES,
@@ -153,7 +153,8 @@ class FrameSealer:
                 wanted.setdefault((_hierarchy(context), header.epoch), []).append(page)
         names: list[_KeyName] = []
         for (owner, epoch), pages in wanted.items():
-            with suppress(Exception):  # each is asked for again as it is opened, and says why
+            # Each is asked for again as it is opened, and says why; so are too few or too many.
+            with suppress(KvkeepError, ValueError):
                 keys = self._keys.known(owner, epoch, pages)
                 for page, key in zip(pages, keys, strict=True):
                     names.append((owner, epoch, *page))
