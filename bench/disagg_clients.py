@@ -29,7 +29,7 @@ BROKEN_BYTES: Final = 60_000
 """A link fails within so many bytes."""
 
 End = Literal["answered", "left", "deadline", "error", "hung"]
-Event = Literal["kill", "restart", "break", "version", "seal"]
+Event = Literal["kill", "freeze", "restart", "break", "version", "seal"]
 Tokens = Mapping[int, list[int]]
 """By sequence."""
 
@@ -42,8 +42,8 @@ class Target(Protocol):
     async def client(self) -> EngineClient:
         """Return who answers now; waits while nobody does."""
 
-    async def kill(self, draw: random.Random) -> None:
-        """Kill a worker."""
+    async def kill(self, draw: random.Random, *, freeze: bool = False) -> None:
+        """Kill a worker; or have it do nothing more, and say nothing of that."""
 
     async def restart(self) -> None:
         """Kill the router and start another one."""
@@ -92,6 +92,7 @@ class Plan:
     clients: int = 6
     questions: int = 60
     kills: int = 10
+    freezes: int = 3
     restarts: int = 2
     breaks: int = 40
     disguises: tuple[Literal["version", "seal"], ...] = ("version", "seal")
@@ -158,6 +159,7 @@ def requests(plan: Plan, draw: random.Random) -> Iterator[Asked]:
 def events(plan: Plan, draw: random.Random) -> deque[tuple[int, Event]]:
     """Return after how many requests what happens, in order."""
     kinds: list[Event] = ["kill"] * plan.kills
+    kinds += ["freeze"] * plan.freezes
     kinds += ["restart"] * plan.restarts
     kinds += ["break"] * plan.breaks
     kinds += plan.disguises
@@ -212,8 +214,8 @@ class Storm:
             what = due.popleft()[1]
             self.told.events[what] += 1
             match what:
-                case "kill":
-                    await self._target.kill(draw)
+                case "kill" | "freeze":
+                    await self._target.kill(draw, freeze=what == "freeze")
                 case "restart":
                     async with self._starting:
                         await self._target.restart()

@@ -1,8 +1,9 @@
 """The part `faults` of `kvkeep bench disagg`: a cluster of processes in which everything fails.
 
 A router, two prefill and two decode workers, each a process, pages sealed, links through a proxy
-that stalls, drops and changes bytes. Workers and routers are killed, some come back as ones that
-must not join. What each client is told is held against one engine's answers.
+that stalls, drops and changes bytes. Workers and routers are killed, workers are stopped where they
+stand (SIGSTOP), and some come back as ones that must not join. What each client is told is held
+against one engine's answers.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from kvkeep.models import make
 from tests.disagg.faulty import FaultyLink, faulty_link
 
 CREW: Final = CrewOptions(
-    prefill=2, decode=2, least_tokens=64, patience_s=20.0, epoch_s=0.5, beat_s=0.25, again_s=0.5
-)
+    prefill=2, decode=2, least_tokens=64, patience_s=20.0, epoch_s=0.5, beat_s=0.25, again_s=0.5,
+    silence_s=5.0,
+)  # fmt: skip
 LINK: Final = LinkOptions(
     beat_s=0.1, silence_s=2.0, pace=PaceOptions(bytes_per_s=2e6, latency_s=0.002)
 )
@@ -74,7 +76,15 @@ class Size:
 
 FULL: Final = Size(Plan(requests=500), 10, Watch(5.0, 32.0))
 QUICK: Final = Size(
-    Plan(requests=40, questions=12, kills=1, restarts=1, breaks=6, disguises=("version", "seal")),
+    Plan(
+        requests=40,
+        questions=12,
+        kills=1,
+        freezes=1,
+        restarts=1,
+        breaks=6,
+        disguises=("version", "seal"),
+    ),
     1,
     Watch(2.0, 20.0, ends_early=True),
 )
@@ -102,7 +112,8 @@ class Processes:
         self.links = links
         self._routed = routed
         self._up = asyncio.Event()
-        self._killed = 0
+        self._hurt: set[int] = set()
+        """Processes that are gone, or will be."""
 
     async def start(self) -> None:
         """Start a router and its workers."""
@@ -117,12 +128,12 @@ class Processes:
         await self._up.wait()
         return self._client
 
-    async def kill(self, draw: random.Random) -> None:
-        """Kill a worker; of those that start again some are."""
+    async def kill(self, draw: random.Random, *, freeze: bool = False) -> None:
+        """Kill a worker, of those that start again some are; or stop it until it is given up."""
         workers = [one for one in await self._workers() if one.state != "lost"]
         if workers:
-            self._killed = draw.choice(workers).pid
-            _kill(self._killed, self._transport.pid)
+            what = signal.SIGSTOP if freeze else signal.SIGKILL
+            self._signal(draw.choice(workers).pid, what)
 
     async def restart(self) -> None:
         """Kill the router, and start another on the same ports."""
@@ -138,7 +149,7 @@ class Processes:
         worker, folder = draw.choice(serving or every), Path(self._routed.folder)
         before = len(refusals(folder))
         (folder / f"{worker.name}.{what}").touch()
-        _kill(worker.pid, self._transport.pid)
+        self._signal(worker.pid, signal.SIGKILL)
         async with asyncio.timeout(WHOLE_S):
             while len(refusals(folder)) == before:  # noqa: ASYNC110 - told in a file
                 await asyncio.sleep(LOOK_S)
@@ -152,7 +163,7 @@ class Processes:
         await self._client.close()
 
     async def whole(self) -> None:
-        """Wait until all workers serve, none of them the one that was killed.
+        """Wait until all workers serve, none of them one that was killed or stopped.
 
         Raises `TimeoutError`.
         """
@@ -161,7 +172,17 @@ class Processes:
                 await asyncio.sleep(LOOK_S)  # they are in another process
 
     def _serves(self, worker: WorkerUse) -> bool:
-        return worker.state == "serving" and worker.pid != self._killed
+        return worker.state == "serving" and worker.pid not in self._hurt
+
+    def _signal(self, pid: int, what: signal.Signals) -> None:
+        """Send a signal to a worker of the router; what has ended meanwhile is left alone."""
+        self._hurt.add(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        if int(stat.rpartition(")")[2].split()[1]) == self._transport.pid:
+            os.kill(pid, what)
 
     async def _workers(self) -> tuple[WorkerUse, ...]:
         return (await (await self.client()).stats()).workers
@@ -171,16 +192,6 @@ def refusals(folder: Path) -> list[str]:
     """Return of what both values were named of each worker that was not let in."""
     log = folder / LOG
     return REFUSED.findall(log.read_text(encoding="utf-8")) if log.exists() else []
-
-
-def _kill(pid: int, router: int) -> None:
-    """Kill a worker of a router; what has ended meanwhile is left alone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    if int(stat.rpartition(")")[2].split()[1]) == router:
-        os.kill(pid, signal.SIGKILL)
 
 
 async def fault_run(folder: Path, size: Size, seed: int = SEED) -> FaultRun:

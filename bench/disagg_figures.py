@@ -146,7 +146,7 @@ def variant_rows(part: Part) -> list[Row]:
             continue
         requests = [one for run in runs for one in run.requests]
         jct = [one.jct_s for one in requests]
-        sent = sum(one.received_bytes for one in requests)
+        sent = sum(one.received_bytes + one.received_rows_bytes for one in requests)
         rows.append(
             {
                 "part": "jct",

@@ -25,6 +25,7 @@ from kvkeep.disagg.options import LinkOptions, Role
 from kvkeep.disagg.worker import run_worker
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import Seal, TransferSeal
+from kvkeep.ops.layout import float_tile_bytes
 from kvkeep.quant.baselines.base import KV, Baseline
 from kvkeep.quant.baselines.fp8 import Fp8
 from kvkeep.quant.baselines.kvquant import KvQuant
@@ -64,7 +65,10 @@ FORMS: Final[Mapping[str, Callable[[KVShape], Baseline]]] = {
 
 
 class FormSealer:
-    """A `PageSealer` without secrets that codes the pages of some tenants while they travel."""
+    """A `PageSealer` without secrets that codes the pages of some tenants while they travel.
+
+    Rows behind the last whole pages go in 16 bits, as ours do.
+    """
 
     name = "off"
 
@@ -93,7 +97,7 @@ class FormSealer:
         into: memoryview | None = None,
     ) -> memoryview:
         """Return a frame of what the tenant's form makes of each layer of each page."""
-        form = self._form(context.owner)
+        form = self._form(context.owner, layer_bytes)
         if form is None:
             return self._plain.seal(context, page, layer_bytes, into)
         whole = np.frombuffer(bytearray(page), np.uint8)
@@ -112,7 +116,7 @@ class FormSealer:
         into: memoryview | None = None,
     ) -> Opened:
         """Yield the layers as 16-bit tiles."""
-        form = self._form(context.owner)
+        form = self._form(context.owner, layer_bytes)
         if form is None:
             return (yield from self._plain.open(context, frame, layer_bytes, into))
         size = len(frame) - self._plain.frame_bytes(()) - _LENGTH.size
@@ -126,8 +130,11 @@ class FormSealer:
             yield memoryview(tiles.tobytes())
         return False
 
-    def _form(self, owner: str) -> Baseline | None:
-        name = owner.partition(".")[0]
+    def _form(self, owner: str, layer_bytes: Sequence[int]) -> Baseline | None:
+        name, shape = owner.partition(".")[0], self._shape
+        page = shape.num_kv_heads * float_tile_bytes(shape.layout, shape.head_dim)
+        if any(size != page for size in layer_bytes):
+            return None
         if name in FORMS and name not in self._made:
             self._made[name] = FORMS[name](self._shape)
         return self._made.get(name)

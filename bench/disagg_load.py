@@ -79,7 +79,10 @@ class Played(msgspec.Struct, frozen=True):
     """From the later of its last page's being there and its first token's being told to its first
     step where it is answered; None of one that was not handed over."""
     received_bytes: int
+    """Of pages."""
     received_pages: int
+    received_rows_bytes: int = 0
+    """Of the rows behind the last whole ones."""
 
 
 class Run(msgspec.Struct, frozen=True):

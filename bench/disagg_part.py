@@ -123,7 +123,7 @@ async def _link_of(share: int, some: Drawn, model: Path, threads: int) -> Link:
         await play_in_turn(free, BASE, WARM)
         found = await play_in_turn(free, BASE, some)
     rest_s = float(np.mean([one.jct_s - moved_s(one) for one in found]))
-    mean_bytes = float(np.mean([one.received_bytes for one in found]))
+    mean_bytes = float(np.mean([one.received_bytes + one.received_rows_bytes for one in found]))
     return Link(rest_s, link_bytes_per_s(mean_bytes, rest_s, share))
 
 

@@ -151,6 +151,7 @@ async def answered(client: EngineClient, request: GenerateRequest, at_s: float) 
         handover_s=handover_s(last.moments),
         received_bytes=here.received_bytes,
         received_pages=here.received_pages,
+        received_rows_bytes=here.received_rows_bytes,
     )
 
 

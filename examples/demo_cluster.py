@@ -1,6 +1,7 @@
-"""A cluster on this machine: requests run, a worker is killed in the middle, nobody is let down.
+"""A cluster on this machine: a trace runs, a worker is killed in the middle, nobody is let down.
 
-One engine answers all questions first. Then two workers compute prompts and two answer, as Ray
+Prompts and answers have the lengths of a published trace, an eighth of them, and come as a Poisson
+process does. One engine answers all first. Then two workers compute prompts and two answer, as Ray
 actors behind one server. Half-way through, the answering worker that is busiest is killed; its
 requests go on elsewhere and it comes back. An answer is right where it is the one engine's.
 """
@@ -8,6 +9,7 @@ requests go on elsewhere and it comes back. An answer is right where it is the o
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import secrets
@@ -23,25 +25,32 @@ from typing import Any, Final, NamedTuple
 import httpx
 from openai import APIError, OpenAI
 
-from examples.demo import Served, ask, handbook, server
+from examples.demo import Served, handbook, server
 from kvkeep.cli.console import OUT, make_table
 from kvkeep.config import DEMO_MODEL
+from kvkeep.models.text import TextModel
 from kvkeep.server.tenants import TenantFile
+from kvkeep.sim.load import TRACES, Load, draw
 
 TENANTS: Final = ("harbour", "library")
 BOOKS: Final = 6
-AT_A_TIME: Final = 3
+"""A prompt begins with one of so many."""
+AT_A_TIME: Final = 16
+SCALE: Final = 1 / 8
+MOST_TOKENS: Final = 4000
+"""The demo model has room for 4,096."""
 BACK_S: Final = 120.0
 """What the killed worker gets to come back."""
 
 
-class Question(NamedTuple):
-    """What a tenant asks about a handbook."""
+class Asked(NamedTuple):
+    """One request of the trace."""
 
+    at_s: float
+    """After the first one of its third."""
     tenant: str
-    book: str
-    place: str
-    code: str
+    prompt: list[int]
+    answer_tokens: int
 
 
 class Done(NamedTuple):
@@ -100,40 +109,52 @@ class Operator:
             time.sleep(0.1)
 
 
-def questions(count: int, seed: int) -> list[Question]:
-    """Return what is asked, in its order."""
-    chance = random.Random(seed)
-    books = [handbook(seed + i) for i in range(BOOKS)]
-    found = []
-    for _ in range(count):
-        book, codes = chance.choice(books)
-        place = chance.choice(list(codes))
-        found.append(Question(chance.choice(TENANTS), book, place, codes[place]))
+def requests_of(trace: str, count: int, rate: float, seed: int) -> list[Asked]:
+    """Return what is asked, in its order: handbooks, cut to the trace's lengths."""
+    text, chance = TextModel.load(DEMO_MODEL), random.Random(seed)
+    books = [text.encode(handbook(seed + i)[0]) for i in range(BOOKS)]
+    drawn = draw(Load(trace, count, rate, seed=seed, scale=SCALE, most_tokens=MOST_TOKENS))
+    found: list[Asked] = []
+    third = max(1, count // 3)
+    for at, (at_s, length, answer) in enumerate(zip(*drawn, strict=True)):
+        first = chance.randrange(BOOKS)
+        pages = itertools.chain.from_iterable(books[(first + i) % BOOKS] for i in range(64))
+        prompt = list(itertools.islice(pages, int(length)))
+        begun_s = float(drawn.at_s[at // third * third])
+        found.append(Asked(float(at_s) - begun_s, chance.choice(TENANTS), prompt, int(answer)))
     return found
 
 
-def one(url: str, keys: dict[str, str], question: Question) -> Done:
-    """Ask one question; errors are told, not raised."""
+def one(url: str, keys: dict[str, str], asked: Asked, begin_s: float = 0.0) -> Done:
+    """Send one request at its time; errors are told, not raised."""
+    time.sleep(max(0.0, begin_s + asked.at_s - time.monotonic()))
     begun = time.monotonic()
     error, answer = "", ""
-    tenant, book, place, code = question
     try:
         with OpenAI(
-            base_url=f"{url}/v1", api_key=keys[tenant], max_retries=0, timeout=120
+            base_url=f"{url}/v1", api_key=keys[asked.tenant], max_retries=0, timeout=120
         ) as client:
-            answer = ask(client, tenant, book, place, code).answer
+            told = client.completions.create(
+                model=client.models.list().data[0].id,
+                prompt=asked.prompt,
+                max_tokens=asked.answer_tokens,
+                temperature=0.0,
+                extra_body={"ignore_eos": True},
+            )
+            answer = told.choices[0].text
     except APIError as refused:
         error = type(refused).__name__
     return Done(begun, time.monotonic(), answer, error)
 
 
-def run(url: str, operator: Operator, keys: dict[str, str], asked: Sequence[Question]) -> Trace:
+def run(url: str, operator: Operator, keys: dict[str, str], asked: Sequence[Asked]) -> Trace:
     """Run a third of the trace, kill a worker in the second, and the last one once it is back."""
     futures: list[Future[Done]] = []
     third = len(asked) // 3
 
-    def send(some: Sequence[Question]) -> None:
-        futures.extend(pool.submit(one, url, keys, question) for question in some)
+    def send(some: Sequence[Asked]) -> None:
+        now = time.monotonic()
+        futures.extend(pool.submit(one, url, keys, request, now) for request in some)
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         send(asked[:third])
@@ -181,6 +202,8 @@ def main() -> int:
     """Run the demo; return 0 where every answer was right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=36)
+    parser.add_argument("--trace", choices=[*TRACES], default="mooncake_conv")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvkeep-cluster-") as folder:
@@ -192,13 +215,15 @@ def main() -> int:
         plain = ["--kv-cache-memory-bytes", "512MiB", "--admin-token-file", str(token)]
         flags = ["--cluster", "auto", "--cluster-prefill", "2", "--cluster-decode", "2"]
         flags += ["--cluster-least-tokens", "256", "--cluster-epoch-s", "1"]
-        asked = questions(given.requests, given.seed)
+        asked = requests_of(given.trace, given.requests, given.rate, given.seed)
         OUT.print("Starting one engine, to know the answers ...")
         with server(file.path, str(DEMO_MODEL), *plain) as served:
-            wanted = [one(served.url, keys, question).answer for question in asked]
+            wanted = [one(served.url, keys, request).answer for request in asked]
         OUT.print("Starting a head, two prefill and two decode workers on Ray ...")
         with server(file.path, str(DEMO_MODEL), *plain, *flags) as served:
-            OUT.print(f"{served.url}: {len(asked)} questions about {BOOKS} handbooks.")
+            tokens = sum(len(request.prompt) for request in asked)
+            told = f"{len(asked)} requests of {tokens} tokens, with {given.trace}'s lengths / 8"
+            OUT.print(f"{served.url}: {told}.")
             operator = Operator(served, token.read_text(encoding="ascii"))
             trace = run(served.url, operator, keys, asked)
     return 0 if report(trace, wanted) else 1

@@ -5,11 +5,10 @@ Flags are the field names with dashes; names are vLLM's where the meaning is the
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -23,6 +22,7 @@ from pydantic_settings import (
 )
 
 from kvkeep.errors import ConfigError
+from kvkeep.naming import check_keys
 
 ENV_PREFIX: Final = "KVKEEP_"
 DEFAULT_FILE: Final = Path("kvkeep.toml")
@@ -224,6 +224,9 @@ class Settings(BaseSettings):
     cluster_epoch_s: PositiveSeconds = Field(
         5.0, description="workers join and leave at the ends of epochs of this length (cluster)"
     )
+    cluster_silence_s: PositiveSeconds = Field(
+        60.0, description="a worker that says nothing for so long is replaced (cluster)"
+    )
     cluster_link_gbit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Gbit/s between machines: kv = auto codes what is long on it (cluster)"
     )
@@ -232,6 +235,9 @@ class Settings(BaseSettings):
     )
     cluster_attend_apart: Count | None = Field(
         None, description="prompts so long stay where they were computed, read there (cluster)"
+    )
+    cluster_shared_memory: bool = Field(
+        False, description="pages pass through memory: workers of one machine alone (cluster)"
     )
     cluster_certificate: Path | None = Field(
         None, description="PEM file of a worker's certificate, on every node (cluster)"
@@ -320,11 +326,16 @@ class Settings(BaseSettings):
         return self
 
     def _clustered(self) -> None:
-        """Refuse what a cluster's workers can't do, and half of their certificates."""
+        """Refuse what a cluster's workers can't do, and half of their links."""
         files = (self.cluster_certificate, self.cluster_key, self.cluster_authority)
         if any(files) and not all(files):
             raise ConfigError(
                 "cluster_certificate: goes with cluster_key and cluster_authority; give all three"
+            )
+        if self.cluster_shared_memory and (self.cluster is None or any(files)):
+            raise ConfigError(
+                "cluster_shared_memory: is for a cluster on one machine, whose workers need no"
+                " certificates; leave it out, or cluster_certificate"
             )
         if self.cluster_link_gbit is not None and (self.cluster is None or self.kv != "auto"):
             raise ConfigError(
@@ -343,22 +354,6 @@ class Settings(BaseSettings):
             )
         if not self.prefix_caching:
             raise ConfigError("prefix_caching: a cluster hands cached pages over; leave it on")
-
-
-def nearest(key: str, valid: Iterable[str]) -> str:
-    """Return the valid key that looks most like `key`."""
-    plain = key.replace("-", "_")
-    return max(sorted(valid), key=lambda name: difflib.SequenceMatcher(None, plain, name).ratio())
-
-
-def check_keys(keys: Iterable[str], where: str, valid: Iterable[str]) -> None:
-    """Raise `ConfigError` for the first key that is no setting, naming the nearest one."""
-    known = set(valid)
-    for key in keys:
-        if key not in known:
-            raise ConfigError(
-                f"{where} has an unknown key {key!r}; the nearest one is {nearest(key, known)!r}"
-            )
 
 
 def read_file(named: Path | None) -> dict[str, object]:

@@ -217,8 +217,7 @@ def test_costs_come_from_what_the_workers_took() -> None:
     found = disagg_costs.fitted({"bf16": one, "k2v2": one._replace(bytes_per_token=160.0)}, "here")
     assert (found.chunk_s, found.prefill_s_per_token) == pytest.approx((0.005, 0.001))
     assert found.step_time_s("k2v2", 2, 200) == pytest.approx(steps[1].took_s)
-    assert found.sent_bytes("k2v2", 300) == 256 * 160.0
-    assert found.rest_tokens("bf16", 300) == 300 - 256
+    assert found.sent_bytes("k2v2", 300) == 256 * 160.0 + (300 - 256) * 1000.0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from kvkeep.cli import run
-from kvkeep.cli.cluster import counted, crew_options, link_options, worker_options
+from kvkeep.cli.cluster import counted, crew_options, link_options, linked, worker_options
 from kvkeep.cli.engine import engine_options
 from kvkeep.config import DEMO_MODEL, load
 from kvkeep.engine.options import GivenKeys, KeyOptions
@@ -24,6 +24,7 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         "cluster_decode": 3,
         "cluster_least_tokens": 700,
         "cluster_epoch_s": 2.5,
+        "cluster_silence_s": 9.0,
         "drain_s": 7.0,
         "keys": "k.json",
         "share_audit_log": "alerts",
@@ -33,7 +34,8 @@ def test_settings_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(flags)
     crew = crew_options(settings)
     assert (crew.prefill, crew.decode, crew.least_tokens) == (2, 3, 700)
-    assert (crew.epoch_s, crew.drain_s) == (2.5, 7.0)
+    assert (crew.epoch_s, crew.drain_s, crew.silence_s) == (2.5, 7.0, 9.0)
+    assert crew_options(load({"cluster": "auto"})).silence_s == 60.0
     assert link_options(settings).tls is None
     one, other = (worker_options(settings, name, KEYS) for name in ("decode-0", "decode-1"))
     assert (one.share.policy, one.share.state, one.share.led) == ("selective", None, True)
@@ -71,6 +73,21 @@ def test_prompts_may_stay_where_they_were_computed() -> None:
     assert link_options(load({"cluster": "auto"})).attend_apart is None
     for other in ({"cluster": None}, {"kv": "auto"}):
         with pytest.raises(ConfigError, match="cluster_attend_apart: is for a cluster"):
+            load({**flags, **other})
+
+
+def test_workers_of_one_machine_may_share_memory() -> None:
+    flags: dict[str, Any] = {"cluster": "auto", "cluster_shared_memory": True}
+    with linked(load(flags)) as link:
+        folder = Path(link.listen.removeprefix("shm://"))
+        assert folder.is_dir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
+    with linked(load({"cluster": "auto"})) as link:
+        assert link.listen.startswith("tcp://127.0.0.1")
+    files = {f"cluster_{name}": f"{name}.pem" for name in ("certificate", "key", "authority")}
+    for other in ({"cluster": None}, files):
+        with pytest.raises(ConfigError, match="cluster_shared_memory: is for a cluster on one"):
             load({**flags, **other})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from kvkeep.disagg.options import PaceOptions, Role
 from kvkeep.disagg.outgoing import Outgoing
 from kvkeep.engine.api import Chunk, EngineClient, FinishReason, GenerateRequest
 from kvkeep.engine.client import MessageClient
+from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.errors import EngineError
 from kvkeep.sealing import Opened, SealContext
 from kvkeep.shield.plain import PlainSealer
@@ -39,12 +41,16 @@ SMALL = Plan(
     requests=70,
     questions=12,
     kills=4,
+    freezes=2,
     restarts=1,
     breaks=12,
     disguises=("version", "seal"),
     grace_s=30.0,
 )
-CALM = Plan(requests=24, questions=6, kills=0, restarts=0, breaks=0, disguises=(), hurried=0.0)
+CALM = Plan(
+    requests=24, questions=6, kills=0, freezes=0, restarts=0, breaks=0, disguises=(), hurried=0.0
+)
+FROZEN_S = 1.5
 FEW = questions(CALM.questions, 3)
 OTHER = {"version": {"kv": "k2v2"}, "seal": {"shield": "seal"}}
 """What differs of a worker in a thread: all of one process have one version, and seal nothing."""
@@ -59,9 +65,13 @@ class Threads:
         self._crew = crew
         self._up = asyncio.Event()
         self._leading: dict[str, asyncio.Future[None]] = {}
+        self._masked: set[str] = set()
+        """Workers that differ, until they were refused and are started as they should be."""
 
     def launch(self, name: str, role: Role) -> MessageClient:
         """Start a worker, in whose way its proxy is."""
+        if name not in self.hands.others:
+            self._masked.discard(name)
         proxy = self.links[int(name[-1])] if role == "prefill" else None
         if proxy is not None:
             self.hands.link = msgspec.structs.replace(LINK, advertise=proxy.address)
@@ -90,8 +100,23 @@ class Threads:
         await self._up.wait()
         return self.fleet
 
-    async def kill(self, draw: random.Random) -> None:
-        self.hands.kill(draw.choice(sorted(self.hands.transports)))
+    async def kill(self, draw: random.Random, *, freeze: bool = False) -> None:
+        if freeze:
+            self._freeze(draw)
+        else:
+            self.hands.kill(self._any(draw))
+
+    def _freeze(self, draw: random.Random) -> None:
+        """Have a worker's next step last long."""
+        for worker in draw.sample(alive := self.hands.alive(), min(1, len(alive))):
+            core, step = worker.core, worker.core.step
+
+            def frozen(core: EngineCore = core, step: Callable[[], list[Output]] = step) -> Any:
+                core.step = step  # type: ignore[method-assign]
+                time.sleep(FROZEN_S)
+                return step()
+
+            core.step = frozen  # type: ignore[method-assign]
 
     async def restart(self) -> None:
         self._up.clear()
@@ -101,10 +126,15 @@ class Threads:
         await self.start()
 
     async def disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
-        name = draw.choice(sorted(self.hands.transports))
+        name = self._any(draw)
+        self._masked.add(name)
         self.hands.others[name] = msgspec.structs.replace(self.hands.engine, **OTHER[what])
         self.hands.kill(name)
-        await until(lambda: name not in self.hands.others, 60)
+        await until(lambda: name not in self._masked, 60)
+
+    def _any(self, draw: random.Random) -> str:
+        """Return a worker that does not differ: who is killed before it is refused says nothing."""
+        return draw.choice(sorted(self.hands.transports.keys() - self._masked))
 
     async def held(self) -> Mapping[str, int]:
         return {str(at): len(held(worker)) for at, worker in enumerate(self.hands.alive())}
@@ -157,7 +187,8 @@ async def test_whatever_fails_clients_are_told_what_is_right_and_nothing_stays_h
     assert told.leaked == {}
     assert sum(told.ends.values()) == SMALL.requests
     assert min(told.ends["answered"], told.ends["left"]) > SMALL.requests // 4
-    assert told.events == {"kill": 4, "restart": 1, "break": 12, "version": 1, "seal": 1}
+    happened = {"kill": 4, "freeze": 2, "restart": 1, "break": 12, "version": 1, "seal": 1}
+    assert told.events == happened
     assert sum(link.connections for link in target.links) > 0
 
 
@@ -204,8 +235,8 @@ async def test_a_client_that_hears_nothing_is_seen(
 
     monkeypatch.setattr(fleets, "Journey", Silent)
     plan = Plan(
-        requests=2, clients=2, questions=6, kills=0, restarts=0, breaks=0, disguises=(),
-        deadline_s=0.1, grace_s=0.2, hurried=0.0,
+        requests=2, clients=2, questions=6, kills=0, freezes=0, restarts=0, breaks=0,
+        disguises=(), deadline_s=0.1, grace_s=0.2, hurried=0.0,
     )  # fmt: skip
     async with threads(tiny["qwen2"], prefill=1, decode=1) as target:
         told = await Storm(target, plan, FEW, [{0: [], 1: []}] * len(FEW)).run(1)

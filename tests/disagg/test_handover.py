@@ -196,15 +196,18 @@ async def test_short_and_branching_requests_stay_where_they_are_answered(
         assert pair.prefill.core.stats().prompt_tokens_total == 0
 
 
-async def test_what_is_shorter_than_a_coded_block_stays_where_it_is_answered(
-    tiny: dict[str, Path],
+@pytest.mark.parametrize("evict", ["off", "corm"])
+async def test_what_is_shorter_than_a_coded_block_stays_where_no_rows_are_sent(
+    tiny: dict[str, Path], evict: str
 ) -> None:
-    engine = engine_options(tiny["qwen2"], shield="off", kv="k2v2")
-    async with pair_of(engine, least_tokens=64) as pair:
-        await answers(pair.client, request(prompt_of(127, 5), SOME, id="short"))
+    engine = engine_options(tiny["qwen2"], shield="off", kv="k2v2", evict=evict)
+    async with pair_of(engine, least_tokens=32) as pair:
+        await answers(pair.client, request(prompt_of(63, 5), SOME, id="page"))
         assert pair.prefill.core.stats().prompt_tokens_total == 0
+        await answers(pair.client, request(prompt_of(127, 5), SOME, id="short"))
+        assert pair.prefill.core.stats().prompt_tokens_total == (127 if evict == "off" else 0)
         await answers(pair.client, request(prompt_of(128, 5), SOME, id="block"))
-        assert pair.receives.installed_pages == 2
+        assert pair.prefill.core.stats().prompt_tokens_total == (255 if evict == "off" else 128)
 
 
 async def test_a_tenant_that_stores_nothing_is_sent_nothing(tiny: dict[str, Path]) -> None:

@@ -86,8 +86,11 @@ def test_links_between_machines_need_certificates(monkeypatch: pytest.MonkeyPatc
         if refused:
             with pytest.raises(ConfigError, match="cluster_certificate: workers on several"):
                 check_links(LinkOptions())
+            with pytest.raises(ConfigError, match="cluster_shared_memory: workers on several"):
+                check_links(LinkOptions(listen="shm:///run/links/"))
         else:
             check_links(LinkOptions())
+            check_links(LinkOptions(listen="shm:///run/links/"))
 
 
 def test_what_a_process_listens_at_is_read_from_the_system() -> None:

@@ -167,3 +167,31 @@ async def test_addresses_and_paces_that_do_not_fit_are_named(tmp_path: Path) -> 
         await ShmConnector(LinkOptions()).listen(
             f"shm://{tmp_path}/no/folder", lambda _: asyncio.sleep(0)
         )
+
+
+def names_in(folder: Path) -> list[str]:
+    return [one.name for one in folder.iterdir()]
+
+
+async def test_workers_that_listen_in_one_folder_have_sockets_of_their_own(tmp_path: Path) -> None:
+    connectors = [ShmConnector(LinkOptions()) for _ in range(2)]
+
+    async def accepted(channel: Channel) -> None:
+        channel.close()
+
+    found = [await one.listen(f"shm://{tmp_path}/", accepted) for one in connectors]
+    assert len({*found}) == len(names_in(tmp_path)) == 2
+    for connector in connectors:
+        connector.close()
+    assert not names_in(tmp_path)
+
+
+def test_a_ring_without_room_is_refused_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, begin: int, end: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    before = {*FOLDER.iterdir()}
+    with pytest.raises(LinkLost, match="no room for 1048576 bytes"):
+        Ring(1 << 20)
+    assert not {one for one in {*FOLDER.iterdir()} - before if one.name.startswith("kvkeep-")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvkeep.attention.planner import FlatPlanner
-from kvkeep.cache.tiers import ClosedPage
+from kvkeep.cache.tiers import ClosedPage, OpenRows
 from kvkeep.engine.api import SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
@@ -39,6 +39,9 @@ class ClosedLayers:
 
     def layer_closed(self, page: ClosedPage, layer: int) -> None:
         self.seen[page.slot, layer] += 1
+
+    def rows_stored(self, rows: OpenRows, layer: int, data: bytes) -> None:
+        raise AssertionError("nobody else answers these prompts")
 
 
 def parts(**changes: object) -> Parts:

@@ -162,25 +162,24 @@ def test_what_was_not_measured_is_refused() -> None:
 
 
 def blocks(tokens: int) -> Costs:
-    """Return costs where whole blocks are handed over and the rest is computed again."""
-    codec = msgspec.structs.replace(COSTS.codecs["bf16"], block_tokens=tokens)
+    """Return costs where whole blocks are handed over coded, a tenth as large."""
+    codec = msgspec.structs.replace(
+        COSTS.codecs["bf16"], block_tokens=tokens, bytes_per_token=COSTS.bytes_per_token / 10
+    )
     return msgspec.structs.replace(COSTS, codecs={"bf16": codec})
 
 
-def test_what_is_left_of_a_prompt_is_computed_again_where_it_is_answered() -> None:
+def test_what_is_left_of_a_prompt_is_handed_over_in_sixteen_bits() -> None:
     costs = blocks(128)
     slow = replace(ONE, link=Link(0.02, 0.0, streamed=False))
     (one,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 300, 6))).served
-    assert one.sent_bytes == 256 * 1000
-    again = costs.chunk_time_s(300 - 256 + 1, 256)
-    decode = sum(costs.step_time_s("bf16", 1, 302 + i) for i in range(4))
+    assert one.sent_bytes == pytest.approx(256 * 100 + 44 * 1000)
+    decode = sum(costs.step_time_s("bf16", 1, 301 + i) for i in range(5))
     told = dict(zip(PHASES, one.phases, strict=True))
-    assert told["transfer"] == pytest.approx(256 * 1000 / (0.02 * GIGABIT_BYTES))
-    assert told["decode"] == pytest.approx(again + decode)
-    (whole,) = Simulation(ONE, costs, NOBODY).run(drawn((0.0, 256, 6))).served
-    assert dict(zip(PHASES, whole.phases, strict=True))["decode"] == pytest.approx(
-        sum(costs.step_time_s("bf16", 1, 257 + i) for i in range(5))
-    )
+    assert told["transfer"] == pytest.approx(one.sent_bytes / (0.02 * GIGABIT_BYTES))
+    assert told["decode"] == pytest.approx(decode)
+    (whole,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 256, 6))).served
+    assert whole.sent_bytes == pytest.approx(256 * 100)
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(100, 9), (900, 1)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -224,15 +226,18 @@ class TilePool:
             tiles[heads, : part.range.tile_bytes] = own
         return tiles
 
-    def tiles_there(self, slot: int, layer: int) -> torch.Tensor:
-        """Return a copy of one layer of a page, [Hkv, tile bytes] uint8, where the pool is.
+    def tiles_there(self, slots: Sequence[int] | Int32Array, layer: int) -> torch.Tensor:
+        """Return a copy of one layer of pages, [n * Hkv, tile bytes] uint8, where the pool is.
 
-        Of a page whose tiles are of one size, as those in the model's dtype are.
+        Of pages of one kind whose tiles are of one size, as those in the model's dtype are. Raises
+        `EngineError` for others.
         """
-        (part,) = self._require(slot).parts
-        own = part.range
+        kind, *others = (self._require(int(slot)) for slot in slots)
+        if len(kind.parts) > 1 or any(other is not kind for other in others):
+            raise EngineError("pages of several kinds, or tiles of several sizes")
+        own = kind.parts[0].range
         tiles = self.buffer[own.first_byte : own.end_byte].view(own.num_tiles, own.tile_bytes)
-        numbers = own.numbers(self.tile_table[slot, layer]).astype(np.int64)
+        numbers = own.numbers(self.tile_table[slots, layer].reshape(-1)).astype(np.int64)
         return tiles[torch.from_numpy(numbers).to(tiles.device)]
 
     def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:

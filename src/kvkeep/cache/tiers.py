@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from kvkeep.cache.accounts import Retention
 from kvkeep.sealing import KeyState, SealContext
-from kvkeep.types import View
+from kvkeep.types import Int32Array, PageTag, View
 
 Install = Callable[[int, bytes | memoryview], None]
 """Hears of layers of a page on their way up: the first one's number, and bytes of whole ones."""
@@ -218,8 +218,25 @@ class ClosedPage:
     """Where it lies until the view is changed: read it now or not at all."""
 
 
+class OpenRows(NamedTuple):
+    """Rows of a prompt behind its last whole pages or blocks, which a step has completed."""
+
+    request_id: str
+    tag: PageTag
+    """Of the view they are stored in."""
+    num_rows: int
+    slots: Int32Array
+    """Of their pages, in the model's dtype."""
+
+
 class PageListener(Protocol):
-    """Hears of a page's layers as a forward pass completes them."""
+    """Hears of a prompt's layers as a forward pass completes them."""
 
     def layer_closed(self, page: ClosedPage, layer: int) -> None:
         """All S rows of the page are stored in this layer, in the codec's form."""
+
+    def rows_stored(self, rows: OpenRows, layer: int, data: bytes) -> None:
+        """Those rows are stored in this layer, in the model's dtype: [2, T, Hkv, D], K and V.
+
+        Of prompts alone that another engine answers.
+        """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 
@@ -33,12 +34,16 @@ def crew_options(settings: Settings) -> CrewOptions:
         decode=settings.cluster_decode,
         least_tokens=settings.cluster_least_tokens,
         epoch_s=settings.cluster_epoch_s,
+        silence_s=settings.cluster_silence_s,
         drain_s=settings.drain_s,
     )
 
 
-def link_options(settings: Settings) -> LinkOptions:
-    """Return how pages pass between workers: on loopback, or under TLS wherever they are."""
+def link_options(settings: Settings, folder: Path | None = None) -> LinkOptions:
+    """Return how pages pass between workers: on loopback, or under TLS wherever they are.
+
+    Or through memory, where `folder` is one for their sockets.
+    """
     files = None
     if settings.cluster_certificate is not None:
         files = TlsFiles(
@@ -46,7 +51,18 @@ def link_options(settings: Settings) -> LinkOptions:
             key=str(settings.cluster_key),
             authority=str(settings.cluster_authority),
         )
-    return LinkOptions(tls=files, attend_apart=settings.cluster_attend_apart)
+    link = LinkOptions(tls=files, attend_apart=settings.cluster_attend_apart)
+    return link if folder is None else msgspec.structs.replace(link, listen=f"shm://{folder}/")
+
+
+@contextmanager
+def linked(settings: Settings) -> Iterator[LinkOptions]:
+    """Yield how pages pass between workers, for as long as these run."""
+    if not settings.cluster_shared_memory:
+        yield link_options(settings)
+        return
+    with TemporaryDirectory(prefix="kvkeep-links-") as folder:
+        yield link_options(settings, Path(folder))
 
 
 def counted(share: SharingOptions) -> SharingOptions:
@@ -117,9 +133,8 @@ def _launch(
 async def running_cluster(settings: Settings) -> AsyncIterator[tuple[Fleet, ModelInfo]]:
     """Join Ray, start all workers, wait until they are warm, and end them on the way out."""
     address = settings.cluster or AUTO
-    link = link_options(settings)
     options, model = engine_options(settings), checkpoint_path(settings)
-    with joined(address), closing(Giver(options, model)) as giver:
+    with joined(address), linked(settings) as link, closing(Giver(options, model)) as giver:
         check_links(link)
         launch = partial(_launch, settings, link, Places(), giver)
         with loading_bar("starting workers"):

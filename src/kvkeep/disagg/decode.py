@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -13,26 +13,31 @@ import numpy as np
 
 from kvkeep.attention.apart import part_pages
 from kvkeep.cache.manager import CacheManager
+from kvkeep.cache.matching import Match
 from kvkeep.cache.radix import KEY_BYTES, token_bytes
 from kvkeep.cache.tiers import Copy, Install
 from kvkeep.disagg.afar import Afar, AfarPart
-from kvkeep.disagg.incoming import Incoming
+from kvkeep.disagg.incoming import Arriving, Incoming
+from kvkeep.disagg.incoming_rows import IncomingRows
 from kvkeep.disagg.inlet import Inlet
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.prompt import PromptPages, below_of
 from kvkeep.disagg.side import Side
-from kvkeep.disagg.wire import Block, Credit, Drop
+from kvkeep.disagg.wire import Block, Credit, Drop, Kind
 from kvkeep.engine import messages as m
 from kvkeep.engine.apart import Part
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.rows import RowsToCome
 from kvkeep.engine.sealers import Seal, transfer_seal_of
 from kvkeep.sealing import PageSealer, SealContext
 from kvkeep.types import PageKind, chain_hash
 
 POLL_BYTES: Final = 4 << 20
 """Installed in one step, and at least one frame."""
+MOST_ROWS_BYTES: Final = 256 << 20
+"""Rows that may wait beside the cache, over all requests; what exceeds it is computed here."""
 AGAIN_S: Final = 0.5
 """A worker that did not answer is left alone for so long."""
 
@@ -51,7 +56,8 @@ class DecodeSide(Side):
         super().__init__(engine, options, inbox, clock, seal)
         self._numbers = itertools.count(1)
         self.afar = Afar(self._waker.wake)
-        self._requests: dict[str, list[tuple[Inlet, Incoming]]] = {}
+        self._requests: dict[str, list[tuple[Inlet, Arriving]]] = {}
+        self._rows: dict[str, dict[str, IncomingRows]] = {}
         self._names: dict[SealContext, list[tuple[Incoming, int]]] = {}
         self._inlets: dict[str, Inlet] = {}
         self._again_s: dict[str, float] = {}
@@ -112,6 +118,10 @@ class DecodeSide(Side):
         """Return the part of a request whose first pages stay with its prefill worker."""
         return self.afar.part_of(spec.id)
 
+    def rows_of(self, spec: GenerateRequest) -> Mapping[str, RowsToCome]:
+        """Return, by form of its pages, a request's rows that its prefill worker sends."""
+        return self._rows.get(spec.id, {})
+
     # Below the cache
 
     def holds(self, context: SealContext) -> bool:
@@ -132,9 +142,10 @@ class DecodeSide(Side):
             return
         incoming, page = found
         incoming.wait(page, install, done)
-        own = next(one for one in self._requests[incoming.request_id] if one[1] is incoming)
-        if own not in self._asking:
-            self._asking.append(own)
+        of_request = self._requests[incoming.request_id]
+        inlet = next(inlet for inlet, one in of_request if one is incoming)
+        if (inlet, incoming) not in self._asking:
+            self._asking.append((inlet, incoming))
 
     def store(
         self,
@@ -180,11 +191,36 @@ class DecodeSide(Side):
             self.afar.add(part)
             return
         self._requests[spec.id] = own = []
-        for manager in self._core.caches.managers.values():
-            incoming = self._incoming(spec, manager, sealer)
-            if incoming is not None:
-                inlet.incoming[incoming.number] = incoming
-                own.append((inlet, incoming))
+        for codec, manager in self._core.caches.managers.items():
+            tokens = np.array(spec.prompt_ids, np.int32)
+            match = manager.match(tokens, account=spec.tenant, scope=spec.scope)
+            pages = self._named(manager, spec, match.tag, sealer)
+            arriving: list[Arriving] = []
+            if (incoming := self._incoming(spec, manager, match, pages)) is not None:
+                arriving.append(incoming)
+            if (rows := self._rows_to_come(spec, pages)) is not None:
+                arriving.append(rows)
+                self._rows.setdefault(spec.id, {})[codec] = rows
+                inlet.say(rows.want())
+            for one in arriving:
+                inlet.incoming[one.number] = one
+                own.append((inlet, one))
+
+    def _rows_to_come(self, spec: GenerateRequest, pages: PromptPages) -> IncomingRows | None:
+        """Return the rows behind a prompt's last whole pages, which are sent beside them.
+
+        None where there are none, or none that can be: of requests whose tokens may be evicted, and
+        beyond a bound.
+        """
+        kept = (one.size for rows in self._rows.values() for one in rows.values())
+        if (
+            not pages.open_tokens
+            or self._core.watch(spec) is not None
+            or sum(kept) + pages.open_bytes > MOST_ROWS_BYTES
+        ):
+            return None
+        number, ends_s = next(self._numbers), self._ends_s(spec)
+        return IncomingRows(spec.id, number, pages, len(spec.prompt_ids), ends_s)
 
     def _part(self, spec: GenerateRequest, sealer: PageSealer, inlet: Inlet) -> AfarPart | None:
         """Return a long prompt's first pages, to be held elsewhere; None: they come here.
@@ -200,24 +236,21 @@ class DecodeSide(Side):
         if not pages:
             return None
         tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
-        names, ends_s = PromptPages(manager, spec, tag, sealer), self._ends_s(spec)
+        names, ends_s = self._named(manager, spec, tag, sealer), self._ends_s(spec)
         number, answer_s = next(self._numbers), self._options.answer_s
         return AfarPart(spec.id, number, pages, names, inlet, ends_s, answer_s, self._faults)
 
     def _incoming(
-        self, spec: GenerateRequest, manager: CacheManager, sealer: PageSealer
+        self, spec: GenerateRequest, manager: CacheManager, match: Match, pages: PromptPages
     ) -> Incoming | None:
         """Return what is to come of a prompt into one cache, its pages named as that names them."""
-        tokens = np.array(spec.prompt_ids, np.int32)
-        match = manager.match(tokens, account=spec.tenant, scope=spec.scope)
         known = match.attached()
-        pages = PromptPages(manager, spec, match.tag, sealer)
         if len(known) >= len(pages.hashes):
             return None
         ends_s = self._ends_s(spec)
         incoming = Incoming(spec.id, next(self._numbers), pages, len(known), ends_s)
         last = known[-1].hash if known else manager.index.model_digest
-        digest, raw, below = match.tag.digest(), token_bytes(tokens), below_of(manager)
+        digest, raw, below = match.tag.digest(), token_bytes(spec.prompt_ids), below_of(manager)
         for page in range(len(known), len(pages.hashes)):
             last = chain_hash(last, digest, raw[page * KEY_BYTES : (page + 1) * KEY_BYTES])
             first = page == 0 and manager.pool.num_first > 0
@@ -272,16 +305,18 @@ class DecodeSide(Side):
             self._date(incoming, whole)
         inlet.say(Credit(size))
 
-    def _date(self, incoming: Incoming, whole: int) -> None:
-        """Note when pages came and lay in the cache."""
+    def _date(self, incoming: Arriving, whole: int) -> None:
+        """Note when pages or rows came, and that they are there."""
         moments = self._core.moments(incoming.request_id)
-        if moments is not None:
-            moments.received_s, moments.received_bytes = (
-                incoming.received_s,
-                incoming.received_bytes,
-            )
-            moments.received_pages += whole
-            moments.installed_s = self._clock()
+        if moments is None:
+            return
+        moments.received_s = max(moments.received_s or 0.0, incoming.received_s)
+        moments.received_pages += whole
+        moments.installed_s = self._clock()
+        if incoming.kind is Kind.PAGES:
+            moments.received_bytes = incoming.received_bytes
+        else:
+            moments.received_rows_bytes = incoming.received_bytes
 
     def _lose(self, inlet: Inlet, number: int | None, page: int) -> None:
         for one in list(inlet.incoming.values()):
@@ -292,8 +327,9 @@ class DecodeSide(Side):
         """Wait for nothing more of a request, and say so."""
         if (part := self.afar.part_of(request_id)) is not None:
             part.lose()
+        self._rows.pop(request_id, None)
         for inlet, incoming in self._requests.pop(request_id, ()):
-            if incoming.asked and not incoming.done:
+            if incoming.waits:
                 inlet.say(Drop(incoming.number))
             incoming.lose(0)
             inlet.incoming.pop(incoming.number, None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvkeep.cache.tiers import Install
 from kvkeep.disagg.prompt import PromptPages
-from kvkeep.disagg.wire import Block, Want
+from kvkeep.disagg.wire import Block, Kind, Want
 from kvkeep.errors import WireError
 from kvkeep.sealing import SealContext
 
@@ -21,24 +22,59 @@ class _Waiting:
     done: Callable[[bool], None]
 
 
-class Incoming:
-    """The pages of one prompt in one cache, from the first that it lacked on."""
+class Arriving(ABC):
+    """What of one prompt is on its way in."""
+
+    kind: Kind
+    """Of which its frames are."""
 
     def __init__(
-        self, request_id: str, number: int, pages: PromptPages, first_page: int, expires_s: float
+        self, request_id: str, number: int, pages: PromptPages, end_page: int, expires_s: float
     ) -> None:
         self.request_id = request_id
         self.number = number
         self.pages = pages
         self.expires_s = expires_s
-        self.asked = False
-        self.end_page = first_page
+        self.end_page = end_page
         """The pages before it have been asked for by the cache."""
         self.received_s = 0.0
         """When the last frame of it had come; on the link's thread, as is the next."""
         self.received_bytes = 0
         self.names: list[SealContext] = []
-        """What the cache calls those pages."""
+        """What the cache calls its pages."""
+
+    @property
+    @abstractmethod
+    def waits(self) -> bool:
+        """Tell whether something that was asked for is waited for."""
+
+    @abstractmethod
+    def check(self, block: Block) -> None:
+        """Raise `WireError` where a block is none of what was asked for."""
+
+    @abstractmethod
+    def unseal(self, block: Block, frame: memoryview) -> list[memoryview]:
+        """Return a block's layers; raises `SealError`."""
+
+    @abstractmethod
+    def arrived(self, block: Block, layers: list[memoryview]) -> int:
+        """Take what came; return how many pages became whole by it."""
+
+    @abstractmethod
+    def lose(self, page: int) -> None:
+        """Give up a page and all after it."""
+
+
+class Incoming(Arriving):
+    """The pages of one prompt in one cache, from the first that it lacked on."""
+
+    kind = Kind.PAGES
+
+    def __init__(
+        self, request_id: str, number: int, pages: PromptPages, first_page: int, expires_s: float
+    ) -> None:
+        super().__init__(request_id, number, pages, first_page, expires_s)
+        self.asked = False
         self._first = first_page
         self._lost_from = len(pages.hashes)
         self._waiting: dict[int, _Waiting] = {}
@@ -50,9 +86,9 @@ class Incoming:
         return not self.asked and self._first < self._lost_from
 
     @property
-    def done(self) -> bool:
-        """Tell whether nothing is waited for that was asked for."""
-        return self.asked and not self._waiting
+    def waits(self) -> bool:
+        """Tell whether something that was asked for is waited for."""
+        return self.asked and bool(self._waiting)
 
     def has(self, page: int) -> bool:
         """Tell whether a page can be asked for."""
@@ -78,6 +114,10 @@ class Incoming:
         pages = self._first <= block.first_page and block.first_page + block.pages <= self.end_page
         if not (layers and pages and block.tag == self.pages.digest):
             raise WireError("pages came that were not asked for")
+
+    def unseal(self, block: Block, frame: memoryview) -> list[memoryview]:
+        """Return a block's layers; raises `SealError`."""
+        return self.pages.open(block, frame)
 
     def arrived(self, block: Block, layers: list[memoryview]) -> int:
         """Install what came; return how many pages became whole by it."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from kvkeep.disagg.connector import Channel, LinkStats
-from kvkeep.disagg.incoming import Incoming
+from kvkeep.disagg.incoming import Arriving
 from kvkeep.disagg.link import Faults, LinkThread, beat, connector_of, greet, together
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.wire import (
@@ -44,7 +44,7 @@ class Inlet:
         held there, and of what rows have gathered. All are called on the link's thread.
         """
         self.address = address
-        self.incoming: dict[int, Incoming] = {}
+        self.incoming: dict[int, Arriving] = {}
         """By what each is called on this link."""
         self.closed = False
         self._thread = thread
@@ -115,14 +115,14 @@ class Inlet:
     async def _open(self, channel: Channel, frame: Frame, block: Block) -> None:
         incoming = self.incoming.get(block.request)
         size = len(frame.payload)
-        if incoming is None:  # dropped meanwhile
+        if incoming is None or incoming.kind is not frame.kind:  # dropped meanwhile
             await channel.send((control_bytes(Credit(size)),))
             return
         incoming.received_s = time.monotonic()
         incoming.received_bytes += size
         try:
             incoming.check(block)
-            layers = incoming.pages.open(block, frame.payload)
+            layers = incoming.unseal(block, frame.payload)
         except (SealError, WireError) as error:
             self._faults.note("pages that do not open", error)
             await channel.send((control_bytes(Credit(size)),))

@@ -42,7 +42,8 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about links of one worker."""
 
     listen: str = "tcp://127.0.0.1:0"
-    """`tcp://HOST:PORT`, port 0: any free one; or `shm://PATH` of a socket on this host."""
+    """`tcp://HOST:PORT`, port 0: any free one; or on this host `shm://PATH` of a socket, or of a
+    folder for one: `shm://PATH/`."""
     advertise: str | None = None
     """What others dial, where that is not what is listened at."""
     tls: TlsFiles | None = None

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kvkeep.disagg.connector import Channel, LinkStats
 from kvkeep.disagg.link import Faults, LinkThread, beat, greet, together
@@ -23,6 +23,7 @@ from kvkeep.disagg.wire import (
     Kind,
     Lost,
     Want,
+    WantRows,
     control_bytes,
     pages_header,
 )
@@ -30,16 +31,22 @@ from kvkeep.errors import LinkLost, SealError, WireError, unexpected
 
 
 class Batch(NamedTuple):
-    """Pages to be sent in one frame: copies, layer by layer."""
+    """Pages, or rows behind them, to be sent in one frame: copies, layer by layer."""
 
     block: Block
     pages: PromptPages
     data: tuple[bytes, ...]
+    kind: Literal[Kind.PAGES, Kind.OPEN] = Kind.PAGES
 
     @property
     def size(self) -> int:
         """Return its bytes."""
         return sum(map(len, self.data))
+
+    def seal(self) -> memoryview:
+        """Return the frame's payload; raises `SealError`."""
+        seal = self.pages.seal if self.kind is Kind.PAGES else self.pages.seal_open
+        return seal(self.block, b"".join(self.data))
 
 
 class Reply(NamedTuple):
@@ -49,7 +56,7 @@ class Reply(NamedTuple):
     payload: memoryview
 
 
-Event = Want | Hold | Drop | Frame | None
+Event = Want | WantRows | Hold | Drop | Frame | None
 """What an asker says, or rows that it sends; None: its link has ended."""
 
 
@@ -155,7 +162,7 @@ class Outlet:
                 continue
             record = frame.control()
             match record:
-                case Want() | Hold() | Drop():
+                case Want() | WantRows() | Hold() | Drop():
                     self._heard(self, record)
                 case Credit(count):
                     self._flying_bytes = max(0, self._flying_bytes - count)
@@ -188,7 +195,7 @@ class Outlet:
     async def _send_pages(self, batch: Batch) -> None:
         block = batch.block
         try:
-            payload = batch.pages.seal(block, b"".join(batch.data))
+            payload = batch.seal()
         except SealError as error:
             self._faults.note("sealing", error)
             await self._channel.send((control_bytes(Lost(block.request, block.first_page)),))
@@ -197,4 +204,4 @@ class Outlet:
             self._credited.clear()
             await self._credited.wait()
         self._flying_bytes += len(payload)
-        await self._channel.send((pages_header(block, payload), payload))
+        await self._channel.send((pages_header(block, payload, batch.kind), payload))

@@ -12,16 +12,17 @@ from typing import Final
 import msgspec
 
 from kvkeep.cache.manager import CacheManager
-from kvkeep.cache.tiers import ClosedPage, Copy, Install
+from kvkeep.cache.tiers import ClosedPage, Copy, Install, OpenRows
 from kvkeep.disagg.connector import Channel, Connector
 from kvkeep.disagg.keeper import Asked, Keeper
 from kvkeep.disagg.link import connector_of
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.outgoing import Outgoing
+from kvkeep.disagg.outgoing_rows import OutgoingRows, RowsWish
 from kvkeep.disagg.outlet import Event, Outlet
 from kvkeep.disagg.prompt import PromptPages
 from kvkeep.disagg.side import Side
-from kvkeep.disagg.wire import Drop, Frame, Hold, Lost, Want
+from kvkeep.disagg.wire import Drop, Frame, Hold, Lost, Want, WantRows
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
 from kvkeep.engine.engine import EngineCore, Output
@@ -52,8 +53,9 @@ class PrefillSide(Side):
         self._events: deque[tuple[Outlet, Event]] = deque()
         self._specs: OrderedDict[str, tuple[GenerateRequest, float | None]] = OrderedDict()
         """By request: its prompt, and when it is forgotten once it has ended."""
-        self._early: list[tuple[Outlet, Want | Hold, float]] = []
+        self._early: list[tuple[Outlet, Want | WantRows | Hold, float]] = []
         self._going: dict[str, Outgoing] = {}
+        self._rows = OutgoingRows()
         self._connector: Connector | None = None
         self.keeper = Keeper(self._faults)
         self.outlets: list[Outlet] = []
@@ -63,7 +65,7 @@ class PrefillSide(Side):
     @property
     def pending(self) -> int:
         """Return the prompts on their way out."""
-        return len(self._going) + len(self.keeper)
+        return len(self._going) + len(self._rows) + len(self.keeper)
 
     # Beside the loop
 
@@ -99,8 +101,10 @@ class PrefillSide(Side):
                 self._specs.pop(request_id, None)
                 self._give_up(request_id)
             case m.SetTenants(shares):
+                self._rows.forget(lambda spec: spec.tenant not in shares)
                 self.keeper.end_where(lambda one: one.spec.tenant not in shares, say=True)
             case m.Purge(tenant):
+                self._rows.forget(lambda spec: spec.tenant == tenant)
                 for request_id, going in list(self._going.items()):
                     if going.spec.tenant == tenant:
                         self._give_up(request_id)
@@ -115,11 +119,13 @@ class PrefillSide(Side):
                 continue
             self._specs[output.request_id] = (known[0], now + self._options.unasked_s)
             self.keeper.computed(output.request_id)
+            self._rows.computed(output.request_id, now + EARLY_S)
             if (going := self._going.get(output.request_id)) is not None:
                 going.hold(ended=True)
         while self._events:
             self._take_in(*self._events.popleft(), now)
         self._expire(now)
+        self._rows.pump(now)
         budget = PUMP_BYTES
         for request_id, going in list(self._going.items()):
             if going.waits:
@@ -149,6 +155,12 @@ class PrefillSide(Side):
         if going is not None and not going.waits:
             going.closed(page, layer)
 
+    def rows_stored(self, rows: OpenRows, layer: int, data: bytes) -> None:
+        """Take a layer of a prompt's last rows for whoever asks for them."""
+        known = self._specs.get(rows.request_id)
+        if known is not None:
+            self._rows.stored(known[0], rows, layer, data)
+
     # Inside
 
     def _heard(self, outlet: Outlet, event: Event) -> None:
@@ -166,18 +178,19 @@ class PrefillSide(Side):
             self._connector.close()
 
     def _may_expire(self) -> bool:
-        return bool(self._going or self._early or len(self.keeper))
+        return bool(self._going or self._early or len(self._rows) or len(self.keeper))
 
     def _room(self) -> None:
         """Hear that a queue has room again; on the link's thread."""
-        if self._going:
+        if self._going or len(self._rows):
             self._waker.wake()
 
     def _take_in(self, outlet: Outlet, event: Event, now: float) -> None:
         match event:
-            case Want() | Hold():
+            case Want() | WantRows() | Hold():
                 self._ask(outlet, event, now + EARLY_S)
             case Drop(request):
+                self._rows.end_where(lambda one: one.is_of(outlet, request))
                 outlet.drop(request)
                 early = self._early
                 self._early = [e for e in early if e[0] is not outlet or e[1].request != request]
@@ -188,12 +201,13 @@ class PrefillSide(Side):
                     if going.outlet is outlet and going.want.request == request:
                         self._end(request_id)
             case None:
+                self._rows.end_where(lambda one: one.outlet is outlet)
                 self.keeper.end_where(lambda one: one.outlet is outlet)
                 for request_id, going in list(self._going.items()):
                     if going.outlet is outlet:
                         self._end(request_id)
 
-    def _ask(self, outlet: Outlet, want: Want | Hold, expires_s: float) -> None:
+    def _ask(self, outlet: Outlet, want: Want | WantRows | Hold, expires_s: float) -> None:
         """Begin to send what was asked for; a wish that comes before its prompt waits for it."""
         spec, forgotten_s = self._specs.get(want.id, (None, None))
         if spec is None:
@@ -205,12 +219,26 @@ class PrefillSide(Side):
         if isinstance(want, Hold):
             self._keep(outlet, want, spec, ended=forgotten_s is not None)
             return
+        if isinstance(want, WantRows):
+            self._ask_rows(outlet, want, spec, ended=forgotten_s is not None)
+            return
         going = self._going_of(outlet, want, spec)
         if going is None or want.id in self._going:
             outlet.put(Lost(want.request, want.first_page))
             return
         self._going[want.id] = going
         going.hold(ended=forgotten_s is not None)
+
+    def _ask_rows(
+        self, outlet: Outlet, want: WantRows, spec: GenerateRequest, *, ended: bool
+    ) -> None:
+        """Begin to send a prompt's last rows where both sides mean the same prompt."""
+        _, pages = self._pages_of(want.tag, spec)
+        if pages is None or pages.chain(pages.open_page) != want.chain:
+            outlet.put(Lost(want.request, 0))
+        else:
+            wish = RowsWish(outlet, want, spec, pages, self._ends_s(spec))
+            self._rows.ask(wish, ended=ended)
 
     def _keep(self, outlet: Outlet, hold: Hold, spec: GenerateRequest, *, ended: bool) -> None:
         """Hold a request's first pages where both sides mean the same ones, and nothing else."""
@@ -245,7 +273,7 @@ class PrefillSide(Side):
             tag = manager.match(spec.prompt_ids[:0], account=spec.tenant, scope=spec.scope).tag
             if tag.digest() == tag_digest:
                 sealer = self._sealer_of(spec)
-                known = None if sealer is None else PromptPages(manager, spec, tag, sealer)
+                known = None if sealer is None else self._named(manager, spec, tag, sealer)
                 return manager, known
         return None, None
 
@@ -253,6 +281,7 @@ class PrefillSide(Side):
         for request_id, going in list(self._going.items()):
             if going.expires_s <= now:
                 self._give_up(request_id)
+        self._rows.end_where(lambda one: one.expires_s <= now)
         self.keeper.end_where(lambda one: one.expires_s <= now, say=True)
         early = self._early
         self._early = [one for one in early if one[2] > now and not one[0].closed]
@@ -267,6 +296,7 @@ class PrefillSide(Side):
 
     def _give_up(self, request_id: str) -> None:
         """Send nothing more of a prompt, and say so."""
+        self._rows.forget(lambda spec: spec.id == request_id)
         self.keeper.end_where(lambda one: one.spec.id == request_id, say=True)
         going = self._going.get(request_id)
         if going is not None:

@@ -13,10 +13,11 @@ from kvkeep.disagg.wire import Block, Hello
 from kvkeep.engine.api import GenerateRequest, ModelInfo
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import PageSealer, SealContext, layers_of
-from kvkeep.types import PageKind, PageTag, chain_hash
+from kvkeep.types import PAGE_TOKENS, PageKind, PageTag, chain_hash
 
 _PLACE = struct.Struct("<HHII")
 _ROWS = struct.Struct("<HHIII")
+_OPEN = struct.Struct("<HHI")
 _DIGEST_BYTES = 16
 
 
@@ -28,9 +29,15 @@ class PromptPages:
     """
 
     def __init__(
-        self, manager: CacheManager, spec: GenerateRequest, tag: PageTag, sealer: PageSealer
+        self,
+        manager: CacheManager,
+        spec: GenerateRequest,
+        tag: PageTag,
+        sealer: PageSealer,
+        *,
+        row_bytes: int = 0,
     ) -> None:
-        """`sealer` is the transfer's."""
+        """`sealer` is the transfer's; `row_bytes` those of a layer's K and V of one token."""
         self._sealer = sealer
         self._below = below_of(manager)
         self._account, self.tag, self.digest = spec.tenant, tag, tag.digest()
@@ -44,6 +51,11 @@ class PromptPages:
             last = chain_hash(last, self.digest, raw[begin : begin + KEY_BYTES])
             self.hashes.append(last)
         self._root = manager.index.model_digest
+        self.open_page = manager.findable_pages(len(spec.prompt_ids))
+        """Behind the last page that a cache finds: from there on rows come beside the pages."""
+        self.open_tokens = len(spec.prompt_ids) - self.open_page * PAGE_TOKENS
+        self._open_raw = raw[self.open_page * KEY_BYTES :]
+        self._open_size = row_bytes * self.open_tokens
 
     def chain(self, page: int) -> bytes:
         """Return the hash of the chain up to a page."""
@@ -80,6 +92,39 @@ class PromptPages:
         """Return a block's layers; raises `SealError` where the frame is none of this block."""
         sizes = self.sizes(block)
         return layers_of(self._sealer.open(self.context(block), frame, sizes), sizes)
+
+    # Rows behind its last whole pages
+
+    @property
+    def open_bytes(self) -> int:
+        """Return the bytes of all layers of the rows behind its last whole pages."""
+        return self._open_size * self.num_layers
+
+    def open_block(self, request: int, layer: int, layers: int) -> Block:
+        """Return what so many layers of those rows are called."""
+        pages = -(-self.open_tokens // PAGE_TOKENS)
+        return Block(request, layer, layers, self.open_page, pages, self.digest)
+
+    def seal_open(self, block: Block, data: bytes) -> memoryview:
+        """Return layers of those rows, one after another, as a frame; raises `SealError`."""
+        sizes = (self._open_size,) * block.layers
+        return self._sealer.seal(self._open_context(block), data, sizes)
+
+    def open_open(self, block: Block, frame: memoryview) -> list[memoryview]:
+        """Return each layer's rows; raises `SealError` where the frame is none of these."""
+        sizes = (self._open_size,) * block.layers
+        return layers_of(self._sealer.open(self._open_context(block), frame, sizes), sizes)
+
+    def _open_context(self, block: Block) -> SealContext:
+        """Return what they are bound to: the chain before them, their tokens, and their layers."""
+        kind = self._kind(self.open_page)
+        chain = self.chain(self.open_page)
+        page = self._below.context(self._account, self.tag, chain, kind)
+        place = hashlib.blake2b(page.spec_digest, digest_size=_DIGEST_BYTES, person=b"kvkeep-open")
+        place.update(_OPEN.pack(block.layer, block.layers, block.first_page) + self._open_raw)
+        return SealContext(
+            page.owner, page.tag, page.chain_hash, page.model_digest, place.digest(), kind
+        )
 
     # Rows that attend to its first pages where they lie
 

@@ -130,6 +130,10 @@ def check_cluster(ray: Any, address: str) -> None:
 def check_links(link: LinkOptions) -> None:
     """Refuse links that can't reach from node to node; raises `ConfigError`."""
     hosts = {node["NodeManagerAddress"] for node in import_module("ray").nodes() if node["Alive"]}
+    if link.listen.startswith("shm:") and not all(is_loopback(host) for host in hosts):
+        raise ConfigError(
+            "cluster_shared_memory: workers on several machines share no memory; leave it out"
+        )
     if link.tls is None and not all(is_loopback(host) for host in hosts):
         raise ConfigError(
             "cluster_certificate: workers on several machines hand pages over under TLS; give it,"

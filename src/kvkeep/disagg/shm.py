@@ -39,8 +39,11 @@ class Ring:
         self._path = FOLDER / self.name
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(file, num_bytes)
+            os.posix_fallocate(file, 0, num_bytes)  # no room is an error here, not a signal later
             self._memory = mmap.mmap(file, num_bytes)
+        except OSError as error:
+            self.unlink()
+            raise LinkLost(f"{FOLDER} has no room for {num_bytes} bytes: {error}") from None
         finally:
             os.close(file)
         self._at = 0
@@ -199,13 +202,15 @@ class ShmConnector:
             await accepted(self._channel(reader, writer))
 
         path = socket_path(address)
+        if address.endswith("/"):
+            path /= f"{secrets.token_hex(8)}.sock"
         try:
             self._server = await asyncio.start_unix_server(serve, path, limit=BUFFER_BYTES)
             path.chmod(0o600)
         except OSError as error:
             raise ConfigError(f"listen: {address} can't be used: {error.strerror}") from None
         self._path = path
-        return address
+        return f"shm://{path}"
 
     async def dial(self, address: str) -> Channel:
         """Connect, see `Connector.dial`."""

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from kvkeep.cache.manager import CacheManager
+from kvkeep.disagg.keeper import DTYPES
 from kvkeep.disagg.link import Faults, LinkThread, Waker
 from kvkeep.disagg.options import LinkOptions, check_apart, check_engine
-from kvkeep.disagg.prompt import hello_of
+from kvkeep.disagg.prompt import PromptPages, hello_of
 from kvkeep.disagg.wire import Hello
 from kvkeep.engine import messages as m
 from kvkeep.engine.api import GenerateRequest
@@ -18,6 +20,7 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import Seal, transfer_seal_of
 from kvkeep.errors import SealError
 from kvkeep.sealing import PageSealer
+from kvkeep.types import PageTag
 
 
 class Side:
@@ -51,9 +54,19 @@ class Side:
         """Take note of the engine; return what this worker says of itself, and its thread."""
         self._core = core
         self._thread = thread = LinkThread()
-        core.info = msgspec.structs.replace(core.info, sealer=self._seal.name)
+        core.info = msgspec.structs.replace(
+            core.info, sealer=self._seal.name, hands_rows=core.info.evict == "off"
+        )
         hello = hello_of(core.info, core.caches.managers, self._options.window_bytes)
         return hello, thread
+
+    def _named(
+        self, manager: CacheManager, spec: GenerateRequest, tag: PageTag, sealer: PageSealer
+    ) -> PromptPages:
+        """Return what a prompt's pages and rows are called on a link."""
+        info = self._core.info
+        row_bytes = 2 * info.num_kv_heads * info.head_dim * DTYPES[info.dtype].itemsize
+        return PromptPages(manager, spec, tag, sealer, row_bytes=row_bytes)
 
     def _sealer_of(self, spec: GenerateRequest) -> PageSealer | None:
         """Return what seals a request's pages on their way; None: they stay where they are."""

@@ -62,10 +62,12 @@ def single(request: GenerateRequest) -> bool:
 def splits(request: GenerateRequest, info: ModelInfo, least_tokens: int) -> bool:
     """Tell whether a request's prompt is worth computing elsewhere: a long one with one answer.
 
-    Of one without a whole page, or a whole block where pages are coded, nothing could be sent.
+    Of one without a whole page nothing is sent, nor of one without a whole block where pages are
+    coded and rows behind them can't be.
     """
     length = len(request.prompt_ids)
-    least_tokens = max(least_tokens, info.window_tokens or PAGE_TOKENS)
+    whole = None if info.hands_rows else info.window_tokens
+    least_tokens = max(least_tokens, whole or PAGE_TOKENS)
     goes_on = request.params.max_tokens > 1 and length + 1 < info.max_model_len
     return single(request) and goes_on and length >= least_tokens
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 from crc32c import crc32c
 
 from kvkeep.errors import WireError
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"KW"
 HEADER_BYTES: Final = 48
 TAG_BYTES: Final = 16
@@ -45,6 +45,8 @@ class Kind(IntEnum):
     PAGES = 2
     ROWS = 3
     """Queries of rows that attend to pages held for them, or the states they have gathered."""
+    OPEN = 4
+    """Rows of a prompt behind its last whole pages, as they were computed."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -73,8 +75,18 @@ class Want(msgspec.Struct, frozen=True, tag=True):
     tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
 
 
+class WantRows(msgspec.Struct, frozen=True, tag=True):
+    """Ask for the rows behind the last whole pages of a request's prompt."""
+
+    request: _Count
+    id: _Name
+    chain: Annotated[bytes, msgspec.Meta(max_length=64)]
+    """Hash of the chain before them."""
+    tag: Annotated[bytes, msgspec.Meta(min_length=TAG_BYTES, max_length=TAG_BYTES)]
+
+
 class Lost(msgspec.Struct, frozen=True, tag=True):
-    """Nothing comes of a request from a page on."""
+    """Nothing comes of a request from a page on; of rows, nothing at all."""
 
     request: _Count
     page: _Count
@@ -126,7 +138,7 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
     """The oldest frame in shared memory was read."""
 
 
-Control = Hello | Want | Hold | Holds | Lost | Drop | Credit | Beat | Mapped | Freed
+Control = Hello | Want | WantRows | Hold | Holds | Lost | Drop | Credit | Beat | Mapped | Freed
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _CONTROL: Final[msgspec.msgpack.Decoder[Control]] = msgspec.msgpack.Decoder(Control)
@@ -167,9 +179,14 @@ def control_bytes(record: Control) -> bytes:
     return _header(Kind.CONTROL, Block(0, 0, 0, 0, 0, NO_TAG), payload) + payload
 
 
-def pages_header(block: Block, payload: bytes | memoryview) -> bytes:
-    """Return the header of a frame of pages; raises `WireError` where these are too many."""
-    return _header(Kind.PAGES, block, payload)
+def pages_header(
+    block: Block, payload: bytes | memoryview, kind: Literal[Kind.PAGES, Kind.OPEN] = Kind.PAGES
+) -> bytes:
+    """Return the header of a frame of pages, or of rows behind the last whole ones.
+
+    Raises `WireError` where these are too many.
+    """
+    return _header(kind, block, payload)
 
 
 def rows_header(block: Block, payload: bytes | memoryview) -> bytes:
@@ -204,6 +221,7 @@ class FrameParser:
             Kind.CONTROL: CONTROL_BYTES,
             Kind.PAGES: pages_bytes,
             Kind.ROWS: pages_bytes,
+            Kind.OPEN: pages_bytes,
         }
         self._head = bytearray()
         self._begun: _Begun | None = None

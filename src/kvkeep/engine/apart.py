@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 
 from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.rows import RowsToCome
 from kvkeep.errors import KernelInputError, PartLost
 from kvkeep.ops.layout import Attended, AttentionPlan, LayerKV, Observe, PartOps
 from kvkeep.types import View
@@ -38,18 +39,25 @@ class Part(Protocol):
 
 
 class Elsewhere(Protocol):
-    """Knows of parts."""
+    """Knows what of a request that is about to be queued lies in other engines."""
 
     def part_of(self, spec: GenerateRequest) -> Part | None:
-        """Return the part of a request that is about to be queued; None: all of it is here."""
+        """Return the part of it that stays there; None: all of it is here, or comes."""
+
+    def rows_of(self, spec: GenerateRequest) -> Mapping[str, RowsToCome]:
+        """Return, by form of its pages, the rows that come beside whole ones."""
 
 
 class NothingElsewhere:
-    """All pages are here."""
+    """All is here."""
 
     def part_of(self, spec: GenerateRequest) -> Part | None:
         """Return None."""
         return None
+
+    def rows_of(self, spec: GenerateRequest) -> Mapping[str, RowsToCome]:
+        """Return nothing."""
+        return {}
 
 
 class RowsApart(NamedTuple):

@@ -184,6 +184,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     link: str = ""
     """Where it hands pages over to other engines; '': nowhere."""
+    hands_rows: bool = False
+    """Whether what lies behind a prompt's last whole pages can be handed over too."""
     version: str = ""
     """Of the program and of what it says to other engines; '': it speaks with none."""
     pid: int = 0

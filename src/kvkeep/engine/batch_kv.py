@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.tiers import ClosedPage, PageListener
+from kvkeep.cache.tiers import ClosedPage, OpenRows, PageListener
 from kvkeep.engine.apart import Gathering, RowsApart
 from kvkeep.engine.opened import Readable
+from kvkeep.engine.rows import RowStore
 from kvkeep.engine.turning import Turning
 from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import Evictor, Look
@@ -26,7 +27,7 @@ from kvkeep.ops.layout import (
     Run,
     chains,
 )
-from kvkeep.quant.codec import Codec, KVShape, Place, values_of
+from kvkeep.quant.codec import Codec, Place
 from kvkeep.shield.policy import Shield, Transform
 from kvkeep.types import PAGE_TOKENS, BatchGeometry, FloatArray, Int32Array
 from kvkeep.watch import EvictState
@@ -54,6 +55,8 @@ class StepKV:
     closing: tuple[Closing, ...]
     apart: tuple[RowsApart, ...] = ()
     """Rows whose views begin in other workers."""
+    leaving: tuple[OpenRows, ...] = ()
+    """Of prompts that end in this step, and that other engines answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class BatchKV:
         readable: Readable,
         kernels: Ops,
         techniques: Techniques,
-        shape: KVShape,
+        rows: RowStore,
         turning: Turning,
         transform: Transform,
         listeners: Sequence[PageListener] = (),
@@ -94,10 +97,9 @@ class BatchKV:
         self._readable = readable
         self._ops = kernels.attention
         self._gathering = Gathering(step.apart, kernels.parts) if step.apart else None
-        self._codec = techniques.codec
+        self._rows = rows
         self._transform = transform
         self._evictor = techniques.evictor
-        self._shape = shape
         self._turning = turning
         self._listeners = listeners
         thresholds = self._thresholds()
@@ -112,7 +114,7 @@ class BatchKV:
         """By view: why its pages could not be encoded."""
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what closed."""
+        """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what is whole."""
         stored = self._transform.transform
         keys = self._turning.keys(stored(k, "k", layer))
         into = self._readable.layers[layer]
@@ -122,6 +124,10 @@ class BatchKV:
                 continue
             for listener in self._listeners:
                 listener.layer_closed(closing.page, layer)
+        for rows in self._step.leaving:
+            data = self._rows.read(rows, layer)
+            for listener in self._listeners:
+                listener.rows_stored(rows, layer, data)
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """Return attention [T, Hq, D] of the step's rows over their views."""
@@ -165,14 +171,12 @@ class BatchKV:
         if page.view.id in self.failed:
             return False
         begun = time.perf_counter()
-        k, v = values_of(self._pool.tiles_there(closing.staged, layer), self._shape)
         try:
-            tiles = self._codec.encode(k, v, Place(layer, page.index == 0))
+            self._rows.encode(closing.staged, page.slot, Place(layer, page.index == 0))
         except NonFiniteKV as error:
             self.failed[page.view.id] = error.in_layer(layer)
             page.view.taint(page.index * PAGE_TOKENS)
             return False
-        self._pool.write_tiles(page.slot, layer, tiles)
         self.encoded += 1
         took = time.perf_counter() - begun
         self.encode_s[page.request_id] = self.encode_s.get(page.request_id, 0.0) + took

@@ -132,12 +132,12 @@ class EngineCore:
             spec = msgspec.structs.replace(spec, store=False)
         now = time.monotonic()
         deadline = None if spec.deadline_s is None else now + spec.deadline_s
-        request = Request(spec, now, deadline, awaits=awaits(spec), part=part)
+        rows = self._elsewhere.rows_of(spec)
+        request = Request(spec, now, deadline, awaits=awaits(spec), part=part, rows=rows)
         request.watch = self.watch(spec)
         request.epoch, request.sample = self.forms.enter(spec, evicts=request.watch is not None)
         self._queue(request)
-        probe = probe_beside(request, self.forms.guard, self.info.max_model_len)
-        if probe is not None:
+        if (probe := probe_beside(request, self.forms.guard, self.info.max_model_len)) is not None:
             self._queue(probe)
 
     def watch(self, spec: GenerateRequest) -> Watch | None:

@@ -19,11 +19,14 @@ class Moments(msgspec.Struct, kw_only=True):
     first_token_s: float | None = None
     """It was sampled, or another engine's was heard of."""
     received_s: float | None = None
-    """The last of its pages that came from another engine had come, as had `received_bytes`."""
+    """The last of what came of it from another engine had come."""
     received_bytes: int = 0
+    """Of pages."""
+    received_rows_bytes: int = 0
+    """Of the rows behind the last whole ones."""
     received_pages: int = 0
     installed_s: float | None = None
-    """They lay in the cache."""
+    """Pages lay in the cache, rows in memory."""
     resumed_s: float | None = None
     """The first step behind its first token began."""
     ended_s: float = 0.0

@@ -13,18 +13,20 @@ import torch
 from kvkeep.attention.planner import AttentionPlanner
 from kvkeep.cache.packing import Packing
 from kvkeep.cache.pool import TilePool
-from kvkeep.cache.tiers import ClosedPage, PageListener
+from kvkeep.cache.tiers import ClosedPage, OpenRows, PageListener
 from kvkeep.engine.apart import RowsApart
 from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
 from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
 from kvkeep.engine.evicted import EvictCounts
+from kvkeep.engine.handing import hands_over
 from kvkeep.engine.opened import Opener
 from kvkeep.engine.packer import Packer
+from kvkeep.engine.rows import RowsToCome, RowStore, slots_of
 from kvkeep.engine.staging import Staging
 from kvkeep.engine.turning import Turning
 from kvkeep.engine.work import Work
-from kvkeep.errors import EngineError
+from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.models.host import HostedModel
 from kvkeep.ops.layout import TORCH_DTYPE, AttentionPlan, Ops, float_tile_bytes
 from kvkeep.quant.codec import KVShape
@@ -83,6 +85,7 @@ class ModelRunner:
         self._opener = Opener(parts.pool, parts.ops.attention)
         self._staging = Staging(parts.pool)
         codec = parts.techniques.codec
+        self._rows = RowStore(parts.pool, parts.ops.attention, codec, parts.shape)
         self._coded = None if self._spec.window_tokens is None else codec.name
         plain_bytes = float_tile_bytes(parts.shape.layout, parts.shape.head_dim)
         self._page_bytes = (self._spec.page_bytes, plain_bytes * self._spec.tiles_per_page)
@@ -120,8 +123,8 @@ class ModelRunner:
         step = self._build(work)
         readable = self._opener.open(step.plan)
         kv = BatchKV(
-            step, parts.pool, readable, parts.ops, parts.techniques, parts.shape,
-            self._turning, self._transform, parts.listeners,
+            step, parts.pool, readable, parts.ops, parts.techniques, self._rows, self._turning,
+            self._transform, parts.listeners,
         )  # fmt: skip
         ids = np.concatenate([w.sequence.tokens.ids()[w.start : w.start + w.count] for w in work])
         rows, prompt_rows = _logit_rows(work)
@@ -158,6 +161,22 @@ class ModelRunner:
         """Return when a request's rows are observed and its tokens evicted; None: never."""
         return self._parts.techniques.evictor.watch(len(spec.prompt_ids))
 
+    def go_on(self, view: View, rows: RowsToCome) -> None:
+        """Let a view that ends before another engine's rows go on behind them, if they are there.
+
+        It must have room for them. Where a value can't be stored it stays as it was.
+        """
+        if rows.state != "there" or view.length != rows.first:
+            return
+        coded = self._coded == view.tag.codec
+        staged, staged_from = self._staging.pages_of(view, rows.end, coded=coded)
+        try:
+            slots = slots_of(staged, staged_from, rows.first, rows.end)
+            self._rows.write(view, rows.take(), slots)
+        except NonFiniteKV:
+            return
+        view.length = rows.end
+
     def fork(self, view: View, twin: View) -> None:
         """Let a fork see the recent tokens of its source."""
         self._staging.fork(view, twin)
@@ -185,6 +204,7 @@ class ModelRunner:
         slots: list[Int32Array] = []
         closing: list[Closing] = []
         apart: list[RowsApart] = []
+        leaving: list[OpenRows] = []
         row = 0
         for item in work:
             view, request = item.view, item.sequence.request
@@ -196,11 +216,9 @@ class ModelRunner:
             end = item.start + item.count
             staged, staged_from = self._staging.pages_of(view, end, coded=coded)
             segments.append(Segment(view, row, item.count, item.start, staged, staged_from, coded))
-            positions = np.arange(item.start, item.start + item.count)
-            pages = positions // PAGE_TOKENS
-            target = staged[pages - staged_from] * PAGE_TOKENS + positions % PAGE_TOKENS
-            target[positions < view.length] = -1
-            slots.append(target.astype(np.int32))
+            target = slots_of(staged, staged_from, item.start, end)
+            target[: max(0, view.length - item.start)] = -1
+            slots.append(target)
             for page in (
                 () if item.shadow else range(view.length // PAGE_TOKENS, end // PAGE_TOKENS)
             ):
@@ -210,6 +228,7 @@ class ModelRunner:
             if view.apart:
                 assert request.part is not None
                 apart.append(RowsApart(view, row, item.count, request.part))
+            leaving += self._leaving(item, staged, staged_from)
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
@@ -217,7 +236,28 @@ class ModelRunner:
         )  # fmt: skip
         plan = self._parts.planner.plan(geometry)
         self._count(geometry, plan)
-        return StepKV(geometry, plan, np.concatenate(slots), tuple(closing), tuple(apart))
+        return StepKV(
+            geometry, plan, np.concatenate(slots), tuple(closing), tuple(apart), tuple(leaving)
+        )
+
+    def _leaving(self, item: Work, staged: Int32Array, staged_from: int) -> list[OpenRows]:
+        """Return the rows behind the last whole block of a prompt that another engine answers.
+
+        Of one that ends in this step; none where tokens may be evicted: only who attends to all of
+        them can tell which.
+        """
+        request, view, end = item.sequence.request, item.view, item.sequence.prompt_len
+        ends = item.start < end <= item.start + item.count
+        if not (ends and hands_over(request)) or item.shadow or request.watch is not None:
+            return []
+        first = end - end % self._block_tokens(view)
+        pages = staged[first // PAGE_TOKENS - staged_from :]
+        found = OpenRows(request.spec.id, view.tag, end - first, pages)
+        return [found] if end > first else []
+
+    def _block_tokens(self, view: View) -> int:
+        """Return how many tokens are found again at a time in pages of a view's form."""
+        return PAGE_TOKENS * (self._spec.block_pages if self._coded == view.tag.codec else 1)
 
     def _count(self, geometry: BatchGeometry, plan: AttentionPlan) -> None:
         """Count what a step's plan reads."""

@@ -200,10 +200,10 @@ class Scheduler:
         request, tokens = sequence.request, sequence.tokens.ids()
         manager, spec = self._caches.of(request.codec), request.spec
         if sequence.fetch is not None:
-            if not sequence.fetch.done or request.awaits:
+            if not sequence.fetch.done or request.lacks:
                 return False
             self._end_fetch(sequence)
-        elif request.awaits and sequence.asked:
+        elif request.lacks and sequence.asked:
             return False
         if request.part is not None and request.part.state != "lost":
             return self._open_apart(sequence, request.part, alone=alone)
@@ -221,7 +221,7 @@ class Scheduler:
             if begin_fetch(sequence, match, manager):
                 return False
         sequence.asked = True
-        if request.awaits:
+        if request.lacks:
             return False
         view = manager.open_view(
             match, len(tokens), answer_tokens=spec.params.max_tokens, heard_of=not request.is_probe
@@ -244,9 +244,11 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if self._gate is not None and sequence.opens_s is None:
             sequence.opens_s = self._gate.opens_s(match, len(tokens), account=sequence.account)
-        if sequence.request.cached_tokens is None:
-            sequence.request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
-            sequence.request.saved_tokens = min(view.length, sequence.prompt_len)
+        if request.cached_tokens is None:
+            request.cached_tokens = min(match.cached_tokens, sequence.prompt_len)
+            request.saved_tokens = min(view.length, sequence.prompt_len)
+        if request.codec in request.rows:
+            self._keeper.go_on(view, request.rows[request.codec])
         return True
 
     def _open_apart(self, sequence: Sequence, part: Part, *, alone: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Self
@@ -19,6 +19,7 @@ from kvkeep.engine.guard import Sample
 from kvkeep.engine.held import Held
 from kvkeep.engine.moments import Moments
 from kvkeep.engine.output import SequenceOutput
+from kvkeep.engine.rows import RowsToCome
 from kvkeep.engine.sampling import SequenceSampling
 from kvkeep.types import Int32Array, View
 from kvkeep.watch import Watch
@@ -98,6 +99,8 @@ class Request:
     """Whether its first token is still to come from another engine."""
     part: Part | None = None
     """The first pages of its prompt, where another worker holds them."""
+    rows: Mapping[str, RowsToCome] = field(default_factory=dict)
+    """By form of its pages: rows behind the last whole ones that another engine computes."""
     codec: str = "float"
     """What stores its pages; fixed once, when it is first admitted."""
     settled: bool = False
@@ -130,6 +133,12 @@ class Request:
         self.moments.first_token_s = self.first_token_s
         self.moments.ended_s = time.monotonic()
         return self.moments
+
+    @property
+    def lacks(self) -> bool:
+        """Return whether its first token, or rows that it begins with, are still to come."""
+        rows = self.rows.get(self.codec)
+        return self.awaits or (rows is not None and rows.state == "awaited")
 
     @property
     def is_probe(self) -> bool:

@@ -14,7 +14,7 @@ from kvkeep.types import Int32Array, PageSpec
 
 
 def under_way(sequence: Sequence) -> bool:
-    """Tell whether its prompt is computed elsewhere, and its pages or first token are not here.
+    """Tell whether its prompt is computed elsewhere, and pages, rows or first token are not here.
 
     Others need not wait for that: what it needs now has its room. Where there is none, they do.
     """
@@ -23,7 +23,7 @@ def under_way(sequence: Sequence) -> bool:
         return False
     part, fetch = request.part, sequence.fetch
     coming = part is not None and part.state == "awaited"
-    return request.awaits or coming or (fetch is not None and not fetch.done)
+    return request.lacks or coming or (fetch is not None and not fetch.done)
 
 
 def matched(sequence: Sequence, manager: CacheManager) -> Match:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvkeep.cache.packing import Packing
+from kvkeep.engine.rows import RowsToCome
 from kvkeep.engine.sequence import Sequence
 from kvkeep.types import PAGE_TOKENS, View
 
@@ -72,6 +73,9 @@ class ViewKeeper(Protocol):
 
     def fork(self, view: View, twin: View) -> None:
         """Remember of a fork what is remembered of its source."""
+
+    def go_on(self, view: View, rows: RowsToCome) -> None:
+        """Let a view that ends before another engine's rows go on behind them."""
 
     def pack(self, view: View, packing: Packing) -> None:
         """Give back what a view's evicted tokens took; raises `CapacityError` without room."""

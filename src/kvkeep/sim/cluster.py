@@ -237,16 +237,9 @@ class Simulation:
             yield env.timeout(self._costs.handover_s + widen_s)
             installed = env.now
         if answer > 1:
-            started, left = installed, answer - 1
-            if splits and (rest := self._costs.rest_tokens(self._cluster.codec, prompt)):
-                # the first token's row is computed with what is left of the prompt
-                again = target.compute(rest + 1, prompt - rest)
-                yield again.computed
-                started, left = again.begun_s, left - 1
-            if left:
-                row = target.decode(left, prompt + answer - left)
-                yield row.ended
-                started = started if left < answer - 1 else row.begun_s
+            row = target.decode(answer - 1, prompt + 1)
+            yield row.ended
+            started = row.begun_s
         phases = (
             job.begun_s - begun,
             first - job.begun_s - job.encode_s,
@@ -261,8 +254,7 @@ class Simulation:
     def _stays(self, prompt: int, answer: int) -> bool:
         """Tell whether a prompt is computed where it is answered."""
         least = self._cluster.least_tokens
-        block = self._costs.codecs[self._cluster.codec].block_tokens
-        return least > 0 and (answer == 1 or prompt < max(least, block))
+        return least > 0 and (answer == 1 or prompt < least)
 
     def _sent_bytes(self, prompt: int, found: int) -> float:
         """Return what goes over the link: not what the other side holds."""

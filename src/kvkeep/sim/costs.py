@@ -26,8 +26,8 @@ class CodecCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window_tokens: int = 0
     """Recent tokens that stay in 16 bits, at most."""
     block_tokens: int = 0
-    """Only whole blocks of so many tokens are handed over, and what is left of a prompt is computed
-    again where it is answered; 0: all of it is handed over.
+    """Whole blocks of so many tokens are handed over in this form, and what is left of a prompt in
+    16 bits; 0: by pages, and `window_tokens` in 16 bits.
     """
 
 
@@ -72,12 +72,8 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         one = self.codecs[codec]
         if not one.block_tokens:
             return self.held_bytes(codec, tokens)
-        return (tokens - self.rest_tokens(codec, tokens)) * one.bytes_per_token
-
-    def rest_tokens(self, codec: str, tokens: int) -> int:
-        """Return how many tokens of a prompt are computed again where it is answered."""
-        block = self.codecs[codec].block_tokens
-        return tokens % block if block else 0
+        rest = tokens % one.block_tokens
+        return (tokens - rest) * one.bytes_per_token + rest * self.bytes_per_token
 
 
 def load_costs(path: Path) -> Costs:
