@@ -62,11 +62,12 @@ async def test_own_pages_are_read_and_the_others_sent(
         assert pair.receives.installed_pages == 3 + 4, "three of seven lay below"
         await below(pair, 7)
         (outlet,) = pair.sends.outlets
-        sent = outlet.stats.sent_pages_bytes
+        frames = outlet.stats.sent_pages_frames
         (again,) = await answers(pair.client, request(PROMPT, SOME, id="again"))
         assert tokens(again) == wanted
         assert tier_of(pair).hits >= 3 + 7
-        assert outlet.stats.sent_pages_bytes == sent
+        assert pair.receives.installed_pages == 3 + 4, "all seven lay below"
+        assert outlet.stats.sent_pages_frames == frames + 1, "the rows behind them"
         await pair.quiet()
         assert not pair.faults()
 
