@@ -34,8 +34,8 @@ from kvkeep.engine.sealers import Seal, transfer_seal_of
 from kvkeep.sealing import PageSealer, SealContext
 from kvkeep.types import PageKind, chain_hash
 
-POLL_BYTES: Final = 4 << 20
-"""Installed in one step, and at least one frame."""
+POLL_BYTES: Final = 16 << 20
+"""Copied into the cache in one step, and at least one frame: a few milliseconds."""
 MOST_ROWS_BYTES: Final = 256 << 20
 """Rows that may wait beside the cache, over all requests; what exceeds it is computed here."""
 AGAIN_S: Final = 0.5
@@ -287,8 +287,11 @@ class DecodeSide(Side):
         return inlet
 
     def _arrived(self, inlet: Inlet, block: Block, layers: list[memoryview], size: int) -> None:
-        """Hear of pages; on the link's thread."""
-        self._events.append((size, partial(self._install, inlet, block, layers, size)))
+        """Hear of pages, or of rows, which are copied later; on the link's thread."""
+        incoming = inlet.incoming.get(block.request)
+        rows = incoming is not None and incoming.kind is Kind.OPEN
+        install = partial(self._install, inlet, block, layers, size)
+        self._events.append((0 if rows else size, install))
         self._waker.wake()
 
     def _lost(self, inlet: Inlet, number: int | None, page: int) -> None:

@@ -72,9 +72,12 @@ class RowStore:
             k, v = rows.view(2, len(slots), self._shape.num_kv_heads, -1)
             self._ops.append(self._pool.layer_kv(layer), k, v, slots)
             for page in closed:
-                staged = int(slots[page * PAGE_TOKENS - begin]) // PAGE_TOKENS
-                if staged != view.slots[page]:
-                    self.encode(staged, int(view.slots[page]), Place(layer, page == 0))
+                at, target = page * PAGE_TOKENS - begin, int(view.slots[page])
+                if slots[at] // PAGE_TOKENS != target:
+                    own = slice(at, at + PAGE_TOKENS)
+                    pair = (x[own].transpose(0, 1).contiguous() for x in (k, v))
+                    tiles = self._codec.encode(*pair, Place(layer, page == 0))
+                    self._pool.write_tiles(target, layer, tiles)
 
 
 def slots_of(pages: Int32Array, first_page: int, begin: int, end: int) -> Int32Array:
