@@ -74,10 +74,15 @@ class RowStore:
             for page in closed:
                 at, target = page * PAGE_TOKENS - begin, int(view.slots[page])
                 if slots[at] // PAGE_TOKENS != target:
-                    own = slice(at, at + PAGE_TOKENS)
-                    pair = (x[own].transpose(0, 1).contiguous() for x in (k, v))
-                    tiles = self._codec.encode(*pair, Place(layer, page == 0))
+                    own = rows_of_heads(k, v, at)
+                    tiles = self._codec.encode(*own, Place(layer, page == 0))
                     self._pool.write_tiles(target, layer, tiles)
+
+
+def rows_of_heads(k: torch.Tensor, v: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a page's k, v [Hkv, S, D] of rows [T, Hkv, D] from `at` on."""
+    own = slice(at, at + PAGE_TOKENS)
+    return k[own].transpose(0, 1).contiguous(), v[own].transpose(0, 1).contiguous()
 
 
 def slots_of(pages: Int32Array, first_page: int, begin: int, end: int) -> Int32Array:
