@@ -300,14 +300,16 @@ def test_nothing_is_kept_longer_than_somebody_may_ask() -> None:
 
 
 def test_what_exceeds_the_bound_is_not_kept() -> None:
-    rig = Rig(rows=OutgoingRows(10 * ROW))
+    rig = Rig(rows=OutgoingRows(9 * ROW * (LAYERS + 1)))
     rig.store()
     other = request(TOKENS, id="other")
 
     stored = OpenRows("other", TAG, 9, np.zeros(1, np.int32))
     for layer, data in enumerate(rig.data):
         rig.rows.stored(other, stored, layer, data)
-    assert [len(one.layers) for one in rig.rows._leaving.values()] == [rig.layers, 0]
+    kept = [len(one.layers) for one in rig.rows._leaving.values()]
+    assert kept == [rig.layers, 0], "nothing is kept of what is not kept whole"
+    assert rig.layers == LAYERS
 
 
 def rows_there(rows: IncomingRows) -> bool:

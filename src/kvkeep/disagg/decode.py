@@ -35,7 +35,7 @@ from kvkeep.sealing import PageSealer, SealContext
 from kvkeep.types import PageKind, chain_hash
 
 POLL_BYTES: Final = 16 << 20
-"""Copied into the cache in one step, and at least one frame: a few milliseconds."""
+"""Copied into the cache in one step, and at least one frame."""
 MOST_ROWS_BYTES: Final = 256 << 20
 """Rows that may wait beside the cache, over all requests; what exceeds it is computed here."""
 AGAIN_S: Final = 0.5

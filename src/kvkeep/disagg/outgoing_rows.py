@@ -74,10 +74,12 @@ class OutgoingRows:
         self._pump(leaving)
 
     def stored(self, spec: GenerateRequest, rows: OpenRows, layer: int, data: bytes) -> None:
-        """Keep rows of a layer, where there is room, and send what is worth a frame."""
+        """Keep rows of a layer and send what is worth a frame; without room let go of them all."""
         leaving = self._leaving.setdefault(spec.id, _Leaving(spec))
-        kept = sum(one.size for one in self._leaving.values()) if not layer else 0
-        if layer != len(leaving.layers) or kept + len(data) > self._most_bytes:
+        if layer != len(leaving.layers):
+            return  # there is no use in the rest of what was let go of
+        if sum(one.size for one in self._leaving.values()) + len(data) > self._most_bytes:
+            leaving.layers = []
             return
         leaving.tag = rows.tag.digest()
         leaving.layers.append(data)

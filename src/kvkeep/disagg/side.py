@@ -8,7 +8,6 @@ from collections.abc import Callable
 import msgspec
 
 from kvkeep.cache.manager import CacheManager
-from kvkeep.disagg.keeper import DTYPES
 from kvkeep.disagg.link import Faults, LinkThread, Waker
 from kvkeep.disagg.options import LinkOptions, check_apart, check_engine
 from kvkeep.disagg.prompt import PromptPages, hello_of
@@ -65,7 +64,7 @@ class Side:
     ) -> PromptPages:
         """Return what a prompt's pages and rows are called on a link."""
         info = self._core.info
-        row_bytes = 2 * info.num_kv_heads * info.head_dim * DTYPES[info.dtype].itemsize
+        row_bytes = int(info.uncoded_bytes_per_token) // info.num_layers
         return PromptPages(manager, spec, tag, sealer, row_bytes=row_bytes)
 
     def _sealer_of(self, spec: GenerateRequest) -> PageSealer | None:
