@@ -7,10 +7,10 @@ emulated: so slow that 16-bit pages, sent when their prompt is computed, are 10,
 unloaded request's time under way. Requests come at 0.5, 0.8 and 0.95 of what those are measured to
 be served at, by a Poisson process or in bursts.
 
-A part is a trace over one link, `--only TRACE-SHARE`, and takes up to 15 minutes: cells that do not
-fit are left out and counted. In each turn every way of serving plays the same requests: 16-bit and
-2-bit pages, streamed and not; in one of three turns forms for the link alone (fp8, KVQuant's and
-CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
+A part is a trace over one link, `--only TRACE-SHARE`, and takes five to ten minutes: cells that do
+not fit are left out and counted. In each turn every way of serving plays the same requests: 16-bit
+and 2-bit pages, streamed and not; in one of three turns forms for the link alone (fp8, KVQuant's
+and CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
 `TRACE-SHARE.2` is a second helping of turns. Parts that ended are kept in `build/disagg`, by
 commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
 `--only router` says what a router adds to a request whose workers answer at once, and

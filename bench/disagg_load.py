@@ -28,7 +28,7 @@ ARRIVALS: Final[tuple[Arrivals, ...]] = ("poisson", "bursts")
 LEAST_TOKENS: Final = 64
 """Shorter prompts are not split: what is 512 by default, scaled as lengths are."""
 BLOCKS: Final = {"bf16": 64, "k2v2": 128}
-"""Tokens that are handed over together, by form; what is left of a prompt is computed again."""
+"""Tokens that are coded and handed over together, by form; rows behind them follow in 16 bits."""
 
 
 class Variant(NamedTuple):

@@ -36,8 +36,8 @@ from kvkeep.cli.console import NOTES
 from kvkeep.sim.cluster import PHASES
 from kvkeep.sim.load import Drawn
 
-TIME_S: Final = 840.0
-"""No turn begins that would end later."""
+TIME_S: Final = 360.0
+"""No turn begins that would end later; a second helping plays more."""
 RUN_S: Final = 20.0
 REQUESTS: Final = (4, 24)
 """Of a run, at least and at most."""

@@ -238,7 +238,7 @@ class TilePool:
         own = kind.parts[0].range
         tiles = self.buffer[own.first_byte : own.end_byte].view(own.num_tiles, own.tile_bytes)
         numbers = own.numbers(self.tile_table[slots, layer].reshape(-1)).astype(np.int64)
-        return tiles[torch.from_numpy(numbers).to(tiles.device)]
+        return tiles.index_select(0, torch.from_numpy(numbers).to(tiles.device))
 
     def write_tiles(self, slot: int, layer: int, tiles: Tiles) -> None:
         """Write one layer of a page as `read_tiles` returns it."""
