@@ -17,7 +17,8 @@ commit; without `--only` the figures are those of all that are kept, or of all p
 `--only costs` measures forms for the link by themselves; `--only faults` (`bench.disagg_faults`)
 kills workers and routers and breaks links beside 500 requests; with `--quick` beside 40, which
 takes two minutes where nothing else runs, most of them starts of processes. What the simulator
-makes of the same requests stands in rows of its own.
+makes of the same requests stands in rows of its own, as does what it makes of a published system
+(`--only published`, `bench.disagg_published`).
 """
 
 from __future__ import annotations
@@ -46,18 +47,20 @@ from bench.disagg_kept import all_kept, keep, kept
 from bench.disagg_load import MOST_TOKENS, SCALE, Part, part_names, part_of
 from bench.disagg_overhead import router_overhead
 from bench.disagg_part import FULL, QUICK, Plan
+from bench.disagg_published import published
 from bench.harness import Cell, Options, Report, Row
 from kvkeep.models import make
 
 COSTS: Final = "costs"
 FAULTS: Final = "faults"
+PUBLISHED: Final = "published"
 ROUTER: Final = "router"
 QUICK_PART: Final = "uniform_short-42"
 
 
 def parts_of(options: Options) -> list[str]:
     """Return the parts to measure or to take from what is kept; raises `ConfigError`."""
-    asked = [name for name in options.only if name not in {COSTS, FAULTS, ROUTER}]
+    asked = [name for name in options.only if name not in {COSTS, FAULTS, PUBLISHED, ROUTER}]
     for name in asked:
         part_of(name)
     if asked or options.only:
@@ -123,6 +126,10 @@ def measure(options: Options) -> Report:
         figure, row = router_overhead(quick=options.quick)
         figures.append(figure)
         rows.append(row)
+    if PUBLISHED in options.only or not (options.only or options.quick):
+        figure, simulated = published()
+        figures.append(figure)
+        rows += simulated
     if broken is not None:
         figures += fault_figures(broken)
         rows.append(fault_row(broken))

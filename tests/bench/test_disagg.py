@@ -16,6 +16,7 @@ from bench import (
     disagg_forms,
     disagg_kept,
     disagg_overhead,
+    disagg_published,
     disagg_workers,
     harness,
 )
@@ -326,3 +327,19 @@ def test_a_router_is_timed_on_workers_that_answer_at_once() -> None:
     assert isinstance(late, float)
     assert 0 < median <= late
     assert row["requests"] == 100
+
+
+def test_a_published_system_is_predicted_from_one_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(disagg_published, "REQUESTS", 200)
+    figure, rows = disagg_published.published()
+    simulated = [row for row in rows if row["part"] == "simulated"]
+    base = [row for row in simulated if row["variant"] == "bf16"]
+    assert [row["error"] for row in base[:1]] == [pytest.approx(0, abs=1e-3)], "the fitted row"
+    assert figure.estimate.samples == 3, "the others are predicted"
+    assert sum(row["error"] is not None for row in simulated) == 4
+    for rate in (0.15, 0.3):
+        times = [float(row["jct_simulated_s"] or 0) for row in base if row["rate"] == rate]
+        assert times == sorted(times, reverse=True), "links grow faster"
+    assert all("jct_s" not in row for row in simulated), "what others measured has its own rows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -13,9 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvkeep.disagg import prefill
 from kvkeep.disagg.decode import DecodeSide
 from kvkeep.disagg.handover import SplitClient
 from kvkeep.disagg.options import LinkOptions, PaceOptions
+from kvkeep.disagg.prefill import PrefillSide
+from kvkeep.disagg.wire import NO_TAG, Lost, Want, WantRows
 from kvkeep.disagg.worker import spawn_worker
 from kvkeep.engine.api import FinishReason, Handover, SamplingParams
 from kvkeep.errors import ConfigError
@@ -141,6 +145,36 @@ async def test_transfers_expire(
         assert tokens(got) == wanted
         assert time.monotonic() - begun < LONG_S
         await pair.quiet()
+
+
+class Asker:
+    """One that asks, and hears what it is told."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def put(self, item: object) -> None:
+        self.told.append(item)
+
+
+def test_wishes_that_come_before_their_prompts_are_bounded(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_EARLY", 3)
+    now = 100.0
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    side = PrefillSide(engine_options(tiny["qwen2"]), QUICK, inbox, clock=lambda: now)  # type: ignore[arg-type]
+    asker = Asker()
+    for number in range(4):
+        side._heard(asker, Want(number, f"{number}", 2, 3, b"", NO_TAG))  # type: ignore[arg-type]
+    side._heard(asker, WantRows(4, "0", b"", NO_TAG))  # type: ignore[arg-type]
+    side.after(())
+    assert asker.told == [Lost(3, 0), Lost(4, 0)], "what there is room for waits"
+    now += prefill.EARLY_S
+    side.after(())
+    assert asker.told[2:] == [Lost(0, 2), Lost(1, 2), Lost(2, 2)], "and not for ever"
 
 
 async def test_a_prefill_that_takes_too_long_is_done_here(

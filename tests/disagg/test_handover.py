@@ -183,17 +183,37 @@ async def test_short_and_branching_requests_stay_where_they_are_answered(
 ) -> None:
     async with pair_of(engine_options(tiny["qwen2"], shield="off"), least_tokens=300) as pair:
         two = SamplingParams(max_tokens=4, n=2, temperature=1.0, seed=1, ignore_eos=True)
-        one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         scored = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=1, ignore_eos=True)
         asked = [
             request(PROMPTS[1], SOME, id="short"),
             request(PROMPTS[2], two, id="two"),
-            request(PROMPTS[2], one, id="one"),
             request(PROMPTS[2], scored, id="scored"),
         ]
         got = await answers(pair.client, *asked)
-        assert [chunks[-1].finish for chunks in got] == [FinishReason.LENGTH] * 4
+        assert [chunks[-1].finish for chunks in got] == [FinishReason.LENGTH] * 3
         assert pair.prefill.core.stats().prompt_tokens_total == 0
+
+
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+@pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
+async def test_an_answer_of_one_token_is_the_prefill_engines_and_nothing_is_sent(
+    tiny: dict[str, Path], kv: str, late: bool
+) -> None:
+    one = msgspec.structs.replace(DRAWN, max_tokens=1)
+    wanted = alone(tiny["qwen2"], one, kv=kv)
+    engine = engine_options(tiny["qwen2"], shield="off", kv=kv)
+    async with pair_of(engine, patience_s=0.0 if late else 20.0) as pair:
+        asked = [request(prompt, one, id=str(i)) for i, prompt in enumerate(PROMPTS)]
+        got = await answers(pair.client, *asked)
+        for chunks, alike in zip(got, wanted, strict=True):
+            assert tokens(chunks) == tokens(alike)
+            assert "".join(c.text for c in chunks) == "".join(c.text for c in alike)
+            assert [p for c in chunks for p in c.logprobs] == [p for c in alike for p in c.logprobs]
+            assert chunks[-1].finish is FinishReason.LENGTH
+        told = pair.decode.core.stats().generation_tokens_total
+        assert told == (len(PROMPTS) if late else 0), "the other stands by"
+        assert not pair.sends.outlets
+        await pair.quiet()
 
 
 @pytest.mark.parametrize("evict", ["off", "corm"])

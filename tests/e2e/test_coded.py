@@ -16,6 +16,7 @@ from kvkeep.engine.api import Chunk, FinishReason, SamplingParams
 from kvkeep.engine.batch_kv import Techniques
 from kvkeep.engine.build import Parts
 from kvkeep.engine.engine import EngineCore
+from kvkeep.engine.rows import NewRows, RowStore
 from kvkeep.engine.sizing import held_bytes
 from kvkeep.errors import ConfigError, EngineError, NonFiniteKV
 from kvkeep.eviction.policy import KeepAll
@@ -100,6 +101,32 @@ class Watched:
         self, tiles: Tiles, shape: KVShape, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("attention reads codes as they are")
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 100, 256])
+def test_pages_are_coded_from_a_steps_rows_as_from_what_it_stored(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
+    asked = [request(prompt_of(length, length), PARAMS, id=f"{length}") for length in (300, 201)]
+    new: list[int] = []
+    encode_new = RowStore.encode_new
+
+    def counted(store: RowStore, rows: NewRows, at: int, target: int, place: Place) -> None:
+        new.append(at)
+        encode_new(store, rows, at, target, place)
+
+    def coded() -> Counter[bytes]:
+        codec = Watched(Hack(Layout.K2V2))
+        drive(coded_core(tiny["qwen2"], codec, chunk_tokens=chunk_tokens), asked)
+        return codec.seen
+
+    monkeypatch.setattr(RowStore, "encode_new", counted)
+    from_rows = coded()
+    assert new, "a page that one step computes is not read back"
+    monkeypatch.setattr(RowStore, "stores", lambda *_: False)
+    found = len(new)
+    assert coded() == from_rows
+    assert len(new) == found
 
 
 def warm_runs(core: EngineCore) -> tuple[list[object], list[int]]:

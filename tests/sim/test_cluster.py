@@ -182,13 +182,18 @@ def test_what_is_left_of_a_prompt_is_handed_over_in_sixteen_bits() -> None:
     assert whole.sent_bytes == pytest.approx(256 * 100)
 
 
-@pytest.mark.parametrize(("prompt", "answer"), [(100, 9), (900, 1)])
-def test_short_prompts_and_single_tokens_stay_where_they_are_answered(
-    prompt: int, answer: int
-) -> None:
-    load = drawn((0.0, 900, 9), (0.01, prompt, answer))
+def test_short_prompts_stay_where_they_are_answered() -> None:
+    load = drawn((0.0, 900, 9), (0.01, 100, 9))
     _, stays = sorted(run(replace(ONE, least_tokens=128), load).served)
     assert stays.sent_bytes == 0.0
     assert stays.phases[0] == pytest.approx(0.0), "nobody waits behind the prefill worker's prompt"
     _, waits = sorted(run(ONE, load).served)
     assert waits.phases[0] > 0.5
+
+
+def test_an_answer_of_one_token_is_the_prefill_workers() -> None:
+    load = drawn((0.0, 900, 9), (0.01, 900, 1))
+    _, one = sorted(run(replace(ONE, least_tokens=128), load).served)
+    assert one.sent_bytes == 0.0
+    assert one.jct_s == one.ttft_s
+    assert one.phases[0] > 0.5, "it waits behind the prompt before it"

@@ -63,13 +63,18 @@ def splits(request: GenerateRequest, info: ModelInfo, least_tokens: int) -> bool
     """Tell whether a request's prompt is worth computing elsewhere: a long one with one answer.
 
     Of one without a whole page nothing is sent, nor of one without a whole block where pages are
-    coded and rows behind them can't be.
+    coded and rows behind them can't be. Of one whose answer is a single token nothing need be.
     """
     length = len(request.prompt_ids)
     whole = None if info.hands_rows else info.window_tokens
     least_tokens = max(least_tokens, whole or PAGE_TOKENS)
     goes_on = request.params.max_tokens > 1 and length + 1 < info.max_model_len
-    return single(request) and goes_on and length >= least_tokens
+    return single(request) and (goes_on or ends_at_once(request)) and length >= least_tokens
+
+
+def ends_at_once(request: GenerateRequest) -> bool:
+    """Tell whether a request's first token is its last: nobody goes on with it."""
+    return request.params.max_tokens == 1
 
 
 def split(
@@ -77,17 +82,17 @@ def split(
 ) -> ChunkStream:
     """Start a request in both engines; its seed is set, since both must draw the same.
 
-    Both are given a new key for its pages' way, and no other engine is. Raises `PrefillLost` with
-    nothing left running.
+    Both are given a new key for its pages' way, and no other engine is. Of one that ends at once
+    nothing is sent: the second stands by. Raises `PrefillLost` with nothing left running.
     """
     key = secrets.token_bytes(KEY_BYTES)
-    there, own = (
-        msgspec.structs.replace(request, handover=part)
-        for part in (
-            Handover(role="prefill", key=key, whole=way.whole),
-            Handover(role="decode", key=key, link=way.link),
-        )
+    parts: tuple[Handover | None, Handover] = (
+        Handover(role="prefill", key=key, whole=way.whole),
+        Handover(role="decode", key=key, link=way.link),
     )
+    if ends_at_once(request):
+        parts = (None, Handover(role="decode"))
+    there, own = (msgspec.structs.replace(request, handover=part) for part in parts)
     try:
         first = prefill.submit(there)
     except EngineError as error:
@@ -198,7 +203,8 @@ class SplitStream:
             self._cached = None if chunk is None else chunk.cached_tokens
             self._engine.begin(self._request.id, self._way.told, ())
             return None
-        if chunk is not None and chunk.finish is FinishReason.STOP:
+        ends = ends_at_once(self._request)
+        if chunk is not None and (ends or chunk.finish is FinishReason.STOP):
             await self._decode.aclose()
             self._next.cancel()
             self._ended = True

@@ -15,7 +15,7 @@ from kvkeep.cache.pool import TilePool
 from kvkeep.cache.tiers import ClosedPage, OpenRows, PageListener
 from kvkeep.engine.apart import Gathering, RowsApart
 from kvkeep.engine.opened import Readable
-from kvkeep.engine.rows import RowStore
+from kvkeep.engine.rows import NewRows, RowStore
 from kvkeep.engine.turning import Turning
 from kvkeep.errors import EngineError, NonFiniteKV
 from kvkeep.eviction.policy import Evictor, Look
@@ -42,6 +42,8 @@ class Closing:
     page: ClosedPage
     staged: int
     """The slot it was written in; -1 where it stays as it was written."""
+    row: int = -1
+    """The step's row that holds its first token; -1 where earlier steps stored some of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,11 @@ class BatchKV:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, Hkv, D] of the step's rows, then encode and announce what is whole."""
         stored = self._transform.transform
-        keys = self._turning.keys(stored(k, "k", layer))
+        new = NewRows(self._turning.keys(stored(k, "k", layer)), stored(v, "v", layer))
         into = self._readable.layers[layer]
-        self._ops.append(into, keys, stored(v, "v", layer), self._step.slots)
+        self._ops.append(into, new.k, new.v, self._step.slots)
         for closing in self._step.closing:
-            if closing.staged >= 0 and not self._encode(closing, layer):
+            if closing.staged >= 0 and not self._encode(closing, layer, new):
                 continue
             for listener in self._listeners:
                 listener.layer_closed(closing.page, layer)
@@ -162,17 +164,20 @@ class BatchKV:
             view.evict.pending |= masks is not view.evict.masks
             view.evict.masks = masks
 
-    def _encode(self, closing: Closing, layer: int) -> bool:
-        """Write the codec's tiles of one staged page and layer.
+    def _encode(self, closing: Closing, layer: int, new: NewRows) -> bool:
+        """Write the codec's tiles of one staged page and layer, from the step's rows if it can.
 
         False where a value can't be stored: that request fails, and the step goes on.
         """
         page = closing.page
         if page.view.id in self.failed:
             return False
-        begun = time.perf_counter()
+        begun, place = time.perf_counter(), Place(layer, page.index == 0)
         try:
-            self._rows.encode(closing.staged, page.slot, Place(layer, page.index == 0))
+            if closing.row >= 0 and self._rows.stores(new):
+                self._rows.encode_new(new, closing.row, page.slot, place)
+            else:
+                self._rows.encode(closing.staged, page.slot, place)
         except NonFiniteKV as error:
             self.failed[page.view.id] = error.in_layer(layer)
             page.view.taint(page.index * PAGE_TOKENS)

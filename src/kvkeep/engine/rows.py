@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,18 @@ class RowsToCome(Protocol):
         """Return each layer's [2, T, Hkv, D], K and V in the model's dtype; once."""
 
 
+class NewRows(NamedTuple):
+    """K and V [T, Hkv, D] of rows as they are stored."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def page(self, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k, v [Hkv, S, D] of a page whose first token is row `at`."""
+        own = slice(at, at + PAGE_TOKENS)
+        return self.k[own].transpose(0, 1).contiguous(), self.v[own].transpose(0, 1).contiguous()
+
+
 class RowStore:
     """Rows in pages in the model's dtype, and the codec that makes pages of them."""
 
@@ -49,6 +61,14 @@ class RowStore:
         """Write the codec's tiles of one page and layer; raises `NonFiniteKV`."""
         k, v = values_of(self._pool.tiles_there((source,), place.layer), self._shape)
         self._pool.write_tiles(target, place.layer, self._codec.encode(k, v, place))
+
+    def stores(self, new: NewRows) -> bool:
+        """Tell whether rows are stored bit for bit, so that nothing need be read back."""
+        return new.k.dtype == new.v.dtype == TORCH_DTYPE[self._shape.layout]
+
+    def encode_new(self, new: NewRows, at: int, target: int, place: Place) -> None:
+        """Do as `encode` for a page of rows that are stored as they are; raises `NonFiniteKV`."""
+        self._pool.write_tiles(target, place.layer, self._codec.encode(*new.page(at), place))
 
     def read(self, rows: OpenRows, layer: int) -> bytes:
         """Return rows of one layer as [2, T, Hkv, D]."""
@@ -69,20 +89,12 @@ class RowStore:
         closed = range(begin // PAGE_TOKENS, end // PAGE_TOKENS)
         for layer, data in enumerate(layers):
             rows = torch.frombuffer(bytearray(data), dtype=dtype).to(device)
-            k, v = rows.view(2, len(slots), self._shape.num_kv_heads, -1)
-            self._ops.append(self._pool.layer_kv(layer), k, v, slots)
+            new = NewRows(*rows.view(2, len(slots), self._shape.num_kv_heads, -1))
+            self._ops.append(self._pool.layer_kv(layer), new.k, new.v, slots)
             for page in closed:
                 at, target = page * PAGE_TOKENS - begin, int(view.slots[page])
                 if slots[at] // PAGE_TOKENS != target:
-                    own = rows_of_heads(k, v, at)
-                    tiles = self._codec.encode(*own, Place(layer, page == 0))
-                    self._pool.write_tiles(target, layer, tiles)
-
-
-def rows_of_heads(k: torch.Tensor, v: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a page's k, v [Hkv, S, D] of rows [T, Hkv, D] from `at` on."""
-    own = slice(at, at + PAGE_TOKENS)
-    return k[own].transpose(0, 1).contiguous(), v[own].transpose(0, 1).contiguous()
+                    self.encode_new(new, at, target, Place(layer, page == 0))
 
 
 def slots_of(pages: Int32Array, first_page: int, begin: int, end: int) -> Int32Array:

@@ -224,7 +224,9 @@ class ModelRunner:
             ):
                 slot, written = int(view.slots[page]), int(staged[page - staged_from])
                 closed = ClosedPage(request.spec.id, view, page, slot)
-                closing.append(Closing(closed, written if written != slot else -1))
+                whole = page * PAGE_TOKENS >= max(item.start, view.length)
+                begun = row + page * PAGE_TOKENS - item.start if whole else -1
+                closing.append(Closing(closed, written if written != slot else -1, begun))
             if view.apart:
                 assert request.part is not None
                 apart.append(RowsApart(view, row, item.count, request.part))

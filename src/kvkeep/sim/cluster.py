@@ -47,9 +47,7 @@ class Cluster:
     placement: Placement = "affine"
     layers: int = 28
     least_tokens: int = 0
-    """Shorter prompts are computed where they are answered, as are those whose answer is a single
-    token; 0: none is.
-    """
+    """Shorter prompts are computed where they are answered."""
     cache_tokens: int = 0
     """Of prefixes that a prefill worker keeps; the least recently used one goes first."""
 
@@ -222,7 +220,7 @@ class Simulation:
         env, begun = self._env, self._env.now
         at = self._place(tenant, template)
         target = self._target(tenant, template) if self._decode else self._prefill[at]
-        stays = bool(self._decode) and self._stays(prompt, answer)
+        stays = bool(self._decode) and prompt < self._cluster.least_tokens
         found = 0 if stays else self._found(at, tenant, template, prompt)
         job = (target if stays else self._prefill[at]).compute(prompt - found, found)
         yield job.computed
@@ -250,11 +248,6 @@ class Simulation:
             started - installed,
         )
         self._served.append(Served(begun, first - begun, env.now - begun, phases, found, sent))
-
-    def _stays(self, prompt: int, answer: int) -> bool:
-        """Tell whether a prompt is computed where it is answered."""
-        least = self._cluster.least_tokens
-        return least > 0 and (answer == 1 or prompt < least)
 
     def _sent_bytes(self, prompt: int, found: int) -> float:
         """Return what goes over the link: not what the other side holds."""
