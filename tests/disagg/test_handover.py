@@ -13,7 +13,7 @@ import pytest
 from kvkeep.engine.api import Chunk, FinishReason, SamplingParams, TenantTerms
 from kvkeep.engine.engine import Output
 from kvkeep.engine.options import SharingOptions
-from tests.disagg.pairs import QUICK, answers, engine_options, pair_of
+from tests.disagg.pairs import QUICK, Pair, answers, engine_options, pair_of, until
 from tests.e2e.test_composition import prompt_of
 from tests.engines import core_for, drive, request, tokens
 
@@ -194,6 +194,11 @@ async def test_short_and_branching_requests_stay_where_they_are_answered(
         assert pair.prefill.core.stats().prompt_tokens_total == 0
 
 
+def ended(pair: Pair) -> dict[str, int]:
+    """Return how the decode engine's requests have ended."""
+    return dict(pair.decode.core.stats().finished)
+
+
 @pytest.mark.parametrize("kv", ["bf16", "k2v2"])
 @pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
 async def test_an_answer_of_one_token_is_the_prefill_engines_and_nothing_is_sent(
@@ -210,10 +215,12 @@ async def test_an_answer_of_one_token_is_the_prefill_engines_and_nothing_is_sent
             assert "".join(c.text for c in chunks) == "".join(c.text for c in alike)
             assert [p for c in chunks for p in c.logprobs] == [p for c in alike for p in c.logprobs]
             assert chunks[-1].finish is FinishReason.LENGTH
-        told = pair.decode.core.stats().generation_tokens_total
-        assert told == (len(PROMPTS) if late else 0), "the other stands by"
+        await until(lambda: ended(pair)["length"] == len(PROMPTS))
+        stats = pair.decode.core.stats()
+        assert (stats.steps_total > 0) == late, "the other stands by"
+        assert stats.generation_tokens_total == len(PROMPTS), "and counts"
+        assert stats.ttft_s.counts[-1] == len(PROMPTS)
         assert not pair.sends.outlets
-        await pair.quiet()
 
 
 @pytest.mark.parametrize("evict", ["off", "corm"])
@@ -250,3 +257,5 @@ async def test_a_stop_in_the_first_token_ends_both(tiny: dict[str, Path]) -> Non
         (got,) = await answers(pair.client, request(PROMPTS[3], stop))
         assert [chunk.finish for chunk in got] == [FinishReason.STOP]
         await pair.quiet()
+        await until(lambda: ended(pair)["stop"] == 1)
+        assert ended(pair)["cancelled"] == 0

@@ -205,6 +205,7 @@ class SplitStream:
             return None
         ends = ends_at_once(self._request)
         if chunk is not None and (ends or chunk.finish is FinishReason.STOP):
+            self._engine.begin(self._request.id, chunk.token_ids, chunk.logprobs)  # it counts
             await self._decode.aclose()
             self._next.cancel()
             self._ended = True

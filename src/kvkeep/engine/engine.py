@@ -162,7 +162,7 @@ class EngineCore:
     def begin(self, handed: m.Begin) -> None:
         """Let a request go on after another engine's tokens; one that has ended is left alone."""
         if (request := self._requests.get(handed.request_id)) is not None:
-            begin(request, handed, time.monotonic())
+            begin(request, handed, self._counters_of(request), self._end_request)
 
     def moments(self, request_id: str) -> Moments | None:
         """Return where to note what happens to a request; None for one that has ended."""

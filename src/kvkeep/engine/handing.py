@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 
 from kvkeep.engine import messages as m
-from kvkeep.engine.api import GenerateRequest, TokenLogprob
+from kvkeep.engine.api import FinishReason, GenerateRequest, TokenLogprob
 from kvkeep.engine.sampling import TokenScores
 from kvkeep.engine.sequence import Request
+from kvkeep.engine.stats import EngineCounters
 
 
 def awaits(spec: GenerateRequest) -> bool:
@@ -21,22 +24,34 @@ def hands_over(request: Request) -> bool:
     return handover is not None and handover.role == "prefill"
 
 
-def begin(request: Request, handed: m.Begin, now: float) -> None:
+def begin(
+    request: Request,
+    handed: m.Begin,
+    counters: EngineCounters,
+    end: Callable[[Request, FinishReason], None],
+) -> None:
     """Put a request where the other engine stands, as if it had been preempted there.
 
     Its client knows what was told: of the text only what the other engine held back is told here.
+    What the other engine told counts here, and a request that it ended ends here.
     """
     if not request.awaits:
         return
     request.awaits = False
     (sequence,) = request.sequences
+    if handed.token_ids:
+        request.first_token_s = now = time.monotonic()
+        counters.ttft.add(now - request.arrived_s)
     for token, told in itertools.zip_longest(handed.token_ids, handed.logprobs):
         sequence.tokens.append(token)
         sequence.sampling.accept(token)
         sequence.generated += 1
-        scores = None if told is None else _scores(told)
-        sequence.output.push(token, scores, 0, last=False)
-        request.first_token_s = now
+        counters.generated_tokens += 1
+        last = sequence.generated >= request.spec.params.max_tokens
+        chunk = sequence.output.push(token, None if told is None else _scores(told), 0, last=last)
+        if chunk is not None and chunk.finish is not None:
+            end(request, chunk.finish)
+            return
 
 
 def _scores(told: TokenLogprob) -> TokenScores:
