@@ -127,8 +127,8 @@ def measure(options: Options) -> Report:
         figures.append(figure)
         rows.append(row)
     if PUBLISHED in options.only or not (options.only or options.quick):
-        figure, simulated = published()
-        figures.append(figure)
+        predicted, simulated = published()
+        figures += predicted
         rows += simulated
     if broken is not None:
         figures += fault_figures(broken)

@@ -4,7 +4,8 @@ HACK's code was published with what its authors measured of one prefill and one 
 A6000 each, Qwen3-8B, 12 to 16 thousand tokens of prompt and 256 to 512 of answer over 10 Gb/s. The
 simulator is given their kernels' times and bytes, and takes from their row of 16-bit pages at the
 lower rate what a token of a prompt and a decode step cost. What it says of the other three rows is
-a prediction, and `sim_error_published` how far it is off.
+a prediction, and `sim_error_published_...` the most that it is off in one of them. Coding pages
+costs nothing there: the published times have it in the prefill.
 
 All times here are simulated or were measured by others: none is of kvkeep on such a machine.
 """
@@ -17,7 +18,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from bench.harness import Figure, Row, estimate
+from bench.harness import Figure, Row, exactly
 from kvkeep.sim.cluster import PHASES, Cluster, Link, Outcome, Simulation, Tenants
 from kvkeep.sim.costs import CodecCosts, Costs
 from kvkeep.sim.load import Drawn, Load, draw
@@ -140,23 +141,23 @@ def fit() -> Costs:
     return costs_of(prefill_s, step_s)
 
 
-def published() -> tuple[Figure, list[Row]]:
-    """Return how far predictions are off, and what is simulated over the paper's links."""
+def published() -> tuple[list[Figure], list[Row]]:
+    """Return how far predictions are off at most, and what is simulated over the paper's links."""
     costs = fit()
     rates = sorted({told.rate for told in TOLD})
     known = {(told.rate, told.codec): told for told in TOLD}
     rows: list[Row] = [{"part": "published", **told._asdict()} for told in TOLD]
-    errors = []
+    errors: dict[str, list[float]] = {"jct": [], "ttft": []}
     for gigabits in LINKS:
         for rate in rates:
-            base = simulate(costs, WAYS[0], rate, gigabits)
-            for way in WAYS:
-                times = simulate(costs, way, rate, gigabits)
+            found = {way: simulate(costs, way, rate, gigabits) for way in WAYS}
+            for way, times in found.items():
                 told = known.get((rate, way.codec))
-                compared = told is not None and not way.streamed and gigabits == LINKS[0]
-                error = abs(times.jct_s / told.jct_s - 1) if told and compared else None
-                if error is not None and told is not FITTED:
-                    errors.append(error)
+                compared = told if gigabits == LINKS[0] and not way.streamed else None
+                error = {} if compared is None else _errors(times, compared)
+                if compared is not FITTED:
+                    for name, value in error.items():
+                        errors[name].append(value)
                 rows.append(
                     {
                         "part": "simulated",
@@ -166,8 +167,9 @@ def published() -> tuple[Figure, list[Row]]:
                         "jct_simulated_s": times.jct_s,
                         "ttft_simulated_s": times.ttft_s,
                         "transfer_share": times.transfer_share,
-                        "reduction_vs_bf16": 1 - times.jct_s / base.jct_s,
-                        "error": error,
+                        "reduction_vs_bf16": 1 - times.jct_s / found[WAYS[0]].jct_s,
+                        "jct_error": error.get("jct"),
+                        "ttft_error": error.get("ttft"),
                     }
                 )
     rows.append(
@@ -177,7 +179,19 @@ def published() -> tuple[Figure, list[Row]]:
             "step_ms": costs.step_s * 1e3,
         }
     )
-    return Figure("sim_error_published", estimate(errors)), rows
+    figures = [
+        Figure(f"sim_error_published_{name}", exactly(max(found), len(found)))
+        for name, found in errors.items()
+    ]
+    return figures, rows
+
+
+def _errors(times: Times, told: Told) -> dict[str, float]:
+    """Return how far what is simulated is from what was published."""
+    return {
+        "jct": abs(times.jct_s / told.jct_s - 1),
+        "ttft": abs(times.ttft_s / told.ttft_s - 1),
+    }
 
 
 def _loads(rate: float) -> list[Drawn]:
@@ -192,7 +206,8 @@ def _waiting(outcome: Outcome) -> float:
 
 
 def _where(goal: float, low: float, high: float, told: Callable[[float], float]) -> float:
-    """Return where a growing function takes a value."""
+    """Return where a growing function takes a value that lies between its ends'."""
+    assert told(low) < goal < told(high), "the bounds are those of another machine"
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if told(middle) < goal else (low, middle)

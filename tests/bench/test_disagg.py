@@ -333,12 +333,16 @@ def test_a_published_system_is_predicted_from_one_of_its_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(disagg_published, "REQUESTS", 200)
-    figure, rows = disagg_published.published()
+    figures, rows = disagg_published.published()
     simulated = [row for row in rows if row["part"] == "simulated"]
     base = [row for row in simulated if row["variant"] == "bf16"]
-    assert [row["error"] for row in base[:1]] == [pytest.approx(0, abs=1e-3)], "the fitted row"
-    assert figure.estimate.samples == 3, "the others are predicted"
-    assert sum(row["error"] is not None for row in simulated) == 4
+    for name in ("jct", "ttft"):
+        own = f"{name}_error"
+        assert base[0][own] == pytest.approx(0, abs=1e-3), "the fitted row"
+        told = [float(row[own] or 0) for row in simulated if row[own] is not None]
+        (worst,) = [one for one in figures if one.name == f"sim_error_published_{name}"]
+        assert len(told) == 4, "the others are predicted"
+        assert worst.estimate.median == max(told)
     for rate in (0.15, 0.3):
         times = [float(row["jct_simulated_s"] or 0) for row in base if row["rate"] == rate]
         assert times == sorted(times, reverse=True), "links grow faster"

@@ -63,6 +63,8 @@ async def test_many_workers_answer_as_one_engine(tiny: dict[str, Path]) -> None:
         assert len(used) == 2
         assert dict(stats.finished)["length"] == len(prompts)
         assert stats.generation_tokens_total == sum(len(tokens(chunks)) for chunks in got)
+        assert stats.prefix_cache_queries_total == sum(map(len, prompts)), "each prompt once"
+        assert sum(dict(stats.kv_chosen).values()) == stats.ttft_s.counts[-1] == len(prompts)
         assert [(use.tenant, use.running) for use in stats.tenants] == [("a", 0), ("b", 0)]
         assert {use.name for use in stats.workers} == set(cluster.serving())
         assert all(use.state == "serving" and use.streams == 0 for use in stats.workers)

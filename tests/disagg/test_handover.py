@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import pytest
 
-from kvkeep.engine.api import Chunk, FinishReason, SamplingParams, TenantTerms
+from kvkeep.engine import messages as m
+from kvkeep.engine.api import (
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    Handover,
+    SamplingParams,
+    TenantTerms,
+)
 from kvkeep.engine.engine import Output
 from kvkeep.engine.options import SharingOptions
-from tests.disagg.pairs import QUICK, Pair, answers, engine_options, pair_of, until
+from tests.disagg.pairs import QUICK, Pair, answer, answers, engine_options, pair_of, until
 from tests.e2e.test_composition import prompt_of
 from tests.engines import core_for, drive, request, tokens
 
 SOME = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True, logprobs=2)
+ONE = msgspec.structs.replace(SOME, max_tokens=1)
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate((70, 200, 400, 511))]
 
 
@@ -188,10 +198,31 @@ async def test_short_and_branching_requests_stay_where_they_are_answered(
             request(PROMPTS[1], SOME, id="short"),
             request(PROMPTS[2], two, id="two"),
             request(PROMPTS[2], scored, id="scored"),
+            msgspec.structs.replace(request(PROMPTS[2], SOME, id="unstored"), store=False),
         ]
         got = await answers(pair.client, *asked)
-        assert [chunks[-1].finish for chunks in got] == [FinishReason.LENGTH] * 3
+        assert [chunks[-1].finish for chunks in got] == [FinishReason.LENGTH] * 4
         assert pair.prefill.core.stats().prompt_tokens_total == 0
+
+
+class Nothing:
+    """The answer of an engine without room for its prompt."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return Chunk(finish=FinishReason.LENGTH)
+
+    async def aclose(self) -> None:
+        """Nothing runs."""
+
+
+def held_pages(pair: Pair) -> int:
+    """Return the pages that somebody uses in the decode engine."""
+    managers = pair.decode.core.caches.managers.values()
+    uses = [use for manager in managers for use in manager.stats().accounts.values()]
+    return sum(use.used_pages - use.unreferenced_pages for use in uses)
 
 
 def ended(pair: Pair) -> dict[str, int]:
@@ -221,6 +252,83 @@ async def test_an_answer_of_one_token_is_the_prefill_engines_and_nothing_is_sent
         assert stats.generation_tokens_total == len(PROMPTS), "and counts"
         assert stats.ttft_s.counts[-1] == len(PROMPTS)
         assert not pair.sends.outlets
+
+
+async def test_who_stands_by_holds_nobody_up(tiny: dict[str, Path]) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        step, go = pair.prefill.core.step, threading.Event()
+
+        def held() -> list[Output]:
+            """Take a step once it may."""
+            go.wait(20.0)
+            return step()
+
+        pair.prefill.core.step = held  # type: ignore[method-assign]
+        alike = [PROMPTS[3][:200] + prompt_of(60, number) for number in range(3)]
+        ones = [request(prompt, ONE, id=f"one{i}") for i, prompt in enumerate(alike)]
+        waiting = [asyncio.ensure_future(answer(pair.client.submit(one))) for one in ones]
+        short = answers(pair.client, request(alike[0][:63], SOME, id="short"))
+        (told,) = await asyncio.wait_for(short, 10.0)
+        assert told[-1].finish is FinishReason.LENGTH
+        assert not any(task.done() for task in waiting)
+        assert not held_pages(pair), "and holds nothing"
+        go.set()
+        for chunks in await asyncio.gather(*waiting):
+            assert chunks[-1].finish is FinishReason.LENGTH
+        await pair.quiet()
+
+
+async def test_who_stands_by_takes_no_pages_that_are_another_requests(
+    tiny: dict[str, Path],
+) -> None:
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        one = request(PROMPTS[3][:200] + prompt_of(60, 1), ONE, id="one")
+        more = request(PROMPTS[3], SOME, id="more")
+        got = await answers(pair.client, one, more)
+        assert [len(tokens(chunks)) for chunks in got] == [1, 12]
+        assert pair.receives.installed_pages == len(PROMPTS[3]) // 64
+        await pair.quiet()
+
+
+async def test_an_answer_needs_nothing_of_who_stands_by(tiny: dict[str, Path]) -> None:
+    wanted = alone(tiny["qwen2"], ONE)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        await pair.client._decode.set_tenants({"a": 0.001})  # it refuses the prompt
+        (got,) = await answers(pair.client, request(PROMPTS[3], ONE))
+        assert tokens(got) == tokens(wanted[3])
+        (refused,) = await answers(pair.client, request(PROMPTS[3], SOME, id="more"))
+        assert refused[-1].finish is FinishReason.ERROR
+        await pair.quiet()
+
+
+async def test_an_answer_without_a_token_is_computed_by_who_stands_by(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = alone(tiny["qwen2"], ONE)
+    async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
+        prefill = pair.client._prefill
+
+        def submit(_: GenerateRequest) -> Nothing:
+            return Nothing()
+
+        monkeypatch.setattr(prefill, "submit", submit)
+        (got,) = await answers(pair.client, request(PROMPTS[3], ONE))
+        assert tokens(got) == tokens(wanted[3])
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_another_engine_told_counts_once(tiny: dict[str, Path], counted: bool) -> None:
+    core = core_for(tiny["qwen2"], threads=1)
+    spec = request(PROMPTS[0], SOME, id="r")
+    core.submit(msgspec.structs.replace(spec, handover=Handover(role="decode")))
+    core.begin(m.Begin("r", (5, 6), counted=counted))
+    while not core.idle():
+        core.step()
+    stats = core.stats()
+    assert stats.generation_tokens_total == 10 + 2 * (not counted)
+    assert stats.ttft_s.counts[-1] == (not counted)
+    assert dict(stats.finished)["length"] == 1
 
 
 @pytest.mark.parametrize("evict", ["off", "corm"])

@@ -24,7 +24,7 @@ SOME = msgspec.structs.replace(GREEDY, max_tokens=6, ignore_eos=True)
 
 def handed(prompt: list[int], name: str) -> GenerateRequest:
     """Return a request whose prompt another engine computes."""
-    part = Handover(role="decode", key=bytes(32))
+    part = Handover(role="decode", link="elsewhere", key=bytes(32))
     return msgspec.structs.replace(request(prompt, SOME, id=name), handover=part)
 
 

@@ -35,8 +35,8 @@ from kvkeep.sealing import PageSealer, SealContext
 from kvkeep.types import PageKind, chain_hash
 
 POLL_BYTES: Final = 64 << 20
-"""Copied into the cache in one step, and at least one frame: what a link has on its way at most, so
-that no long step holds one up."""
+"""Copied into the cache in one step, and at least one frame: what one link has on its way at most
+by default, so that a long step does not hold it up."""
 MOST_ROWS_BYTES: Final = 256 << 20
 """Rows that may wait beside the cache, over all requests; what exceeds it is computed here."""
 AGAIN_S: Final = 0.5

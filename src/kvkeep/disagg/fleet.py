@@ -14,8 +14,9 @@ from kvkeep.disagg.crew import Crew
 from kvkeep.disagg.guarding import Guarding, guarding_of
 from kvkeep.disagg.journey import Journey
 from kvkeep.disagg.members import CrewOptions, Launch, Member
+from kvkeep.disagg.options import Role
 from kvkeep.disagg.router import KEY_BYTES
-from kvkeep.disagg.totals import total
+from kvkeep.disagg.totals import total, with_prompts
 from kvkeep.engine.api import (
     ChunkStream,
     EngineStats,
@@ -91,14 +92,18 @@ class Fleet:
         return self.crew.info
 
     async def stats(self) -> EngineStats:
-        """Return the decode workers' figures as one engine's, and each worker's state."""
+        """Return the workers' figures as one engine's that answers, and each worker's state."""
         if self._closing:
             raise EngineStopped("the cluster is shutting down")
-        decode = [member for member in self.crew.serving() if member.role == "decode"]
-        found = await asyncio.gather(*[self._figures(member) for member in decode])
+        serving = list(self.crew.serving())
+        found = await asyncio.gather(*[self._figures(member) for member in serving])
+        by_role: dict[Role, list[EngineStats]] = {"prefill": [], "decode": []}
+        for member, figures in zip(serving, found, strict=True):
+            if figures is not None:
+                by_role[member.role].append(figures)
         uses = tuple(member.use(self.crew.epoch) for member in self.crew.members.values())
         agreed = self.agreement is not None
-        told = total([one for one in found if one is not None], uses, agreed=agreed)
+        told = with_prompts(total(by_role["decode"], uses, agreed=agreed), by_role["prefill"])
         guard = () if self.guarding is None else self.guarding.stats()
         return msgspec.structs.replace(told, guard=guard)
 

@@ -179,7 +179,7 @@ class Journey:
             return stream
         alone = msgspec.structs.replace(request, handover=Handover(role="decode"))
         stream = decode.client.submit(alone)
-        decode.client.begin(alone.id, self._told, ())
+        decode.client.begin(alone.id, self._told, (), counted=True)
         return stream
 
     def _again(self) -> GenerateRequest:

@@ -33,9 +33,17 @@ class DecodeClient(EngineClient, Protocol):
     """An engine that goes on with what others have begun."""
 
     def begin(
-        self, request_id: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+        self,
+        request_id: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        *,
+        counted: bool = False,
     ) -> None:
-        """Let a request go on after these tokens; none: it computes its prompt itself."""
+        """Let a request go on after these tokens; none: it computes its prompt itself.
+
+        `counted`: another engine that answered it has counted them.
+        """
 
 
 class Way(NamedTuple):
@@ -63,12 +71,14 @@ def splits(request: GenerateRequest, info: ModelInfo, least_tokens: int) -> bool
     """Tell whether a request's prompt is worth computing elsewhere: a long one with one answer.
 
     Of one without a whole page nothing is sent, nor of one without a whole block where pages are
-    coded and rows behind them can't be. Of one whose answer is a single token nothing need be.
+    coded and rows behind them can't be, nor of one that stores nothing. Of one whose answer is a
+    single token nothing need be.
     """
     length = len(request.prompt_ids)
     whole = None if info.hands_rows else info.window_tokens
     least_tokens = max(least_tokens, whole or PAGE_TOKENS)
-    goes_on = request.params.max_tokens > 1 and length + 1 < info.max_model_len
+    fits = request.params.max_tokens > 1 and length + 1 < info.max_model_len
+    goes_on = fits and request.store
     return single(request) and (goes_on or ends_at_once(request)) and length >= least_tokens
 
 
@@ -100,7 +110,7 @@ def split(
             raise PrefillLost(str(error)) from None
         note(error)
         answer = decode.submit(own)
-        decode.begin(request.id, way.told, ())
+        decode.begin(request.id, way.told, (), counted=True)
         return answer
     try:
         answer = decode.submit(own)
@@ -181,12 +191,14 @@ class SplitStream:
         """Let the answer begin; return what there is to tell of the first token, if anything.
 
         A decode engine that speaks first has ended the request: its deadline, or it is refused.
+        Where it stands by, that counts only if the prefill engine has no answer.
         """
+        ends = ends_at_once(self._request)
         first = asyncio.ensure_future(anext(self._prefill))
         self._next = asyncio.ensure_future(anext(self._decode))
         try:
             await asyncio.wait(
-                (first, self._next),
+                (first,) if ends else (first, self._next),
                 timeout=self._way.patience_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -195,19 +207,20 @@ class SplitStream:
                 first.cancel()
                 await self._prefill.aclose()
         self._begun = True
-        if self._next.done():
+        if self._next.done() and not ends:
             await self._prefill.aclose()
             return None
         chunk = await self._chunk_of(first)
         if self._way.told:  # the client has had the first token
             self._cached = None if chunk is None else chunk.cached_tokens
-            self._engine.begin(self._request.id, self._way.told, ())
+            self._engine.begin(self._request.id, self._way.told, (), counted=True)
             return None
-        ends = ends_at_once(self._request)
-        if chunk is not None and (ends or chunk.finish is FinishReason.STOP):
+        told = chunk is not None and bool(chunk.token_ids)
+        if chunk is not None and ((ends and told) or chunk.finish is FinishReason.STOP):
             self._engine.begin(self._request.id, chunk.token_ids, chunk.logprobs)  # it counts
             await self._decode.aclose()
             self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
             self._ended = True
             return chunk
         if chunk is None or not chunk.token_ids:

@@ -36,6 +36,7 @@ _COUNTS: Final = (
     "attention_read_bytes_total",
     "encoded_pages_total",
 )
+_FOUND: Final = ("prefix_cache_queries_total", "prefix_cache_hits_total", "encoded_pages_total")
 _TIER_COUNTS: Final = ("limit_bytes", "used_bytes", "pages", "hits", "misses", "renewed")
 _TIMES: Final = ("ttft_s", "tpot_s", "e2e_s", "step_s")
 _SHARED: Final = (
@@ -81,6 +82,31 @@ def total(
         tiers=_tiers([use for one in of for use in one.tiers]),
         workers=workers,
     )
+
+
+def with_prompts(told: EngineStats, prefill: Sequence[EngineStats]) -> EngineStats:
+    """Return the figures of those who answer with what prefill workers found, coded and saw.
+
+    Who computes a prompt counts what it found, and nobody else does.
+    """
+    of = (told, *prefill)
+    return msgspec.structs.replace(
+        told,
+        **_sums(of, _FOUND),
+        kv_chosen=_counted(one.kv_chosen for one in of),
+        sharing=msgspec.structs.replace(
+            told.sharing,
+            **_sums([one.sharing for one in of], ("saved_tokens", "alerts_failed")),
+            alerts=_alerts([one.sharing for one in of]),
+        ),
+    )
+
+
+def _alerts(of: Sequence[SharingStats]) -> tuple[tuple[str, str, int], ...]:
+    alerts: Counter[tuple[str, str]] = Counter()
+    for rule, action, count in (alert for one in of for alert in one.alerts):
+        alerts[rule, action] += count
+    return tuple((rule, action, count) for (rule, action), count in alerts.items())
 
 
 def _sums(of: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
@@ -134,9 +160,6 @@ def _tiers(uses: Sequence[TierUse]) -> tuple[TierUse, ...]:
 def _sharing(of: Sequence[SharingStats], *, agreed: bool) -> SharingStats:
     """Return the sum; what a tenant's votes may cost it is spent on each engine that counts."""
     eps = [one.eps_per_day for one in of if one.eps_per_day is not None]
-    alerts: Counter[tuple[str, str]] = Counter()
-    for rule, action, count in (alert for one in of for alert in one.alerts):
-        alerts[rule, action] += count
     return msgspec.structs.replace(
         of[0],
         **_sums(of, _SHARED),
@@ -145,5 +168,5 @@ def _sharing(of: Sequence[SharingStats], *, agreed: bool) -> SharingStats:
         public_units=(max if agreed else sum)(one.public_units for one in of),
         eps_per_day=(max if agreed else sum)(eps) if eps else None,
         gate_bits=max(one.gate_bits for one in of),
-        alerts=tuple((rule, action, count) for (rule, action), count in alerts.items()),
+        alerts=_alerts(of),
     )

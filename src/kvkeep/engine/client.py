@@ -116,11 +116,16 @@ class MessageClient:
         return _Stream(request, stream, self._ended)
 
     def begin(
-        self, request_id: str, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+        self,
+        request_id: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        *,
+        counted: bool = False,
     ) -> None:
         """Let a request go on after another engine's tokens; see `messages.Begin`."""
         if self._failure is None and request_id in self._streams:
-            self._transport.send(m.Begin(request_id, token_ids, logprobs))
+            self._transport.send(m.Begin(request_id, token_ids, logprobs, counted))
 
     def verdict(self, request_id: str) -> Verdict:
         """Return what the shadow of a sampled request will have said.

@@ -18,6 +18,12 @@ def awaits(spec: GenerateRequest) -> bool:
     return spec.handover is not None and spec.handover.role == "decode"
 
 
+def stands_by(request: Request) -> bool:
+    """Tell whether another engine answers a request, unless it can't: nothing is done here."""
+    handover = request.spec.handover
+    return request.awaits and handover is not None and not handover.link
+
+
 def hands_over(request: Request) -> bool:
     """Tell whether a request ends here with its first token."""
     handover = request.spec.handover
@@ -33,7 +39,7 @@ def begin(
     """Put a request where the other engine stands, as if it had been preempted there.
 
     Its client knows what was told: of the text only what the other engine held back is told here.
-    What the other engine told counts here, and a request that it ended ends here.
+    What the other engine told counts here, unless it did before, and what that ended ends here.
     """
     if not request.awaits:
         return
@@ -41,12 +47,13 @@ def begin(
     (sequence,) = request.sequences
     if handed.token_ids:
         request.first_token_s = now = time.monotonic()
-        counters.ttft.add(now - request.arrived_s)
+        if not handed.counted:
+            counters.ttft.add(now - request.arrived_s)
+            counters.generated_tokens += len(handed.token_ids)
     for token, told in itertools.zip_longest(handed.token_ids, handed.logprobs):
         sequence.tokens.append(token)
         sequence.sampling.accept(token)
         sequence.generated += 1
-        counters.generated_tokens += 1
         last = sequence.generated >= request.spec.params.max_tokens
         chunk = sequence.output.push(token, None if told is None else _scores(told), 0, last=last)
         if chunk is not None and chunk.finish is not None:

@@ -39,6 +39,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of these tokens, where they were asked for."""
+    counted: bool = False
+    """Whether an engine that answered before has counted them."""
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,7 @@ from kvkeep.cache.manager import CacheManager
 from kvkeep.engine.apart import Part
 from kvkeep.engine.fairness import DeficitRoundRobin
 from kvkeep.engine.gate import TtftGate
+from kvkeep.engine.handing import stands_by
 from kvkeep.engine.limits import SchedulerLimits
 from kvkeep.engine.packs import Packs
 from kvkeep.engine.sequence import Request, Sequence, Status
@@ -179,7 +180,7 @@ class Scheduler:
         """Let those who wait run, in their order, past prompts that another engine computes."""
         passed: list[Sequence] = []
         for sequence in list(tenant.waiting):
-            if sequence not in tenant.waiting:
+            if sequence not in tenant.waiting or stands_by(sequence.request):
                 continue
             if not self._settle(sequence.request):
                 return
