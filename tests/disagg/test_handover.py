@@ -15,7 +15,6 @@ from kvkeep.engine import messages as m
 from kvkeep.engine.api import (
     Chunk,
     FinishReason,
-    GenerateRequest,
     Handover,
     SamplingParams,
     TenantTerms,
@@ -306,15 +305,9 @@ async def test_an_answer_without_a_token_is_computed_by_who_stands_by(
 ) -> None:
     wanted = alone(tiny["qwen2"], ONE)
     async with pair_of(engine_options(tiny["qwen2"], shield="off")) as pair:
-        prefill = pair.client._prefill
-
-        def submit(_: GenerateRequest) -> Nothing:
-            return Nothing()
-
-        monkeypatch.setattr(prefill, "submit", submit)
+        monkeypatch.setattr(pair.client._prefill, "submit", lambda _: Nothing())
         (got,) = await answers(pair.client, request(PROMPTS[3], ONE))
         assert tokens(got) == tokens(wanted[3])
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("counted", [False, True])
