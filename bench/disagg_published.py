@@ -179,11 +179,12 @@ def published() -> tuple[list[Figure], list[Row]]:
             "step_ms": costs.step_s * 1e3,
         }
     )
-    figures = [
-        Figure(f"sim_error_published_{name}", Estimate(worst, worst, worst, len(found)))
-        for name, found in errors.items()
-        for worst in [max(found)]
-    ]
+    figures = []
+    for name, off in errors.items():
+        worst = max(off)
+        figures.append(
+            Figure(f"sim_error_published_{name}", Estimate(worst, worst, worst, len(off)))
+        )
     return figures, rows
 
 

@@ -76,7 +76,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     `decode`: its pages come from `link`, and its first token by `Begin`.
     """
     link: str = ""
-    """Where the prompt's pages are handed over; none: nothing is, and it stands by until `Begin`."""
+    """Where the prompt's pages are handed over; none: it stands by until `Begin`."""
     key: bytes = b""
     """What its pages are sealed under on their way, where pages are sealed: random, the same for
     both engines and of no other request.
