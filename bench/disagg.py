@@ -81,8 +81,7 @@ def measured(names: Sequence[str], options: Options, plan: Plan) -> list[Part]:
             if part is None:
                 if not model.exists():
                     make.make(LIKE, model, seed=0, layers=plan.layers)
-                source = f"{LIKE}'s shapes, the workers of {name}"
-                part = asyncio.run(disagg_part.measure(name, model, options.threads, plan, source))
+                part = asyncio.run(disagg_part.measure(name, model, options.threads, plan))
                 if not options.quick:
                     keep(name, part)
             parts.append(part)

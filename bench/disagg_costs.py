@@ -2,7 +2,8 @@
 
 Costs are measured on the workers that the loads are played to: prompts of whole blocks, behind
 which nothing is computed again, while an answer is decoded beside them, then answers, one and side
-by side, while the prefill worker computes. What is simulated stands in tables of its own.
+by side, while the prefill worker computes. Each is the median over a record's parts, whose workers
+are alike: one part measures each of them once. What is simulated stands in tables of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Final, NamedTuple
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from bench.disagg_load import (
     LEAST_TOKENS,
     OURS,
     STREAMED,
+    Measured,
     Part,
     Played,
     Run,
@@ -29,7 +32,8 @@ from bench.disagg_load import (
 from bench.disagg_workers import CHUNK_TOKENS, MAX_ROWS, Workers, answered, asked
 from bench.harness import Row
 from kvkeep.engine.api import EngineClient
-from kvkeep.sim.cluster import GIGABIT_BYTES, PHASES, Cluster, Link, Simulation, Tenants
+from kvkeep.engine.speeds import GIGABIT_BYTES
+from kvkeep.sim.cluster import PHASES, Cluster, Link, Simulation, Tenants
 from kvkeep.sim.costs import Chunk, CodecCosts, Costs, Step, fit_prefill, fit_steps
 from kvkeep.sim.load import Drawn
 from kvkeep.sim.workers import Size
@@ -37,8 +41,8 @@ from kvkeep.sim.workers import Size
 STEP_TOKENS: Final = 2 * CHUNK_TOKENS
 """Of prompts, that a step computes."""
 LENGTHS: Final = (128, 256, 384, 640, 1280, 2560)
-FEWEST: Final = 3
-"""Lengths that fix a prompt's costs."""
+FEWEST: Final = 5
+"""Lengths that fix a prompt's costs, its chunks' and pairs' among them."""
 ROWS: Final = (1, 2, 4)
 SHORT: Final = 48
 """Tokens of the prompts whose answers are decoded side by side: below `LEAST_TOKENS`."""
@@ -47,16 +51,6 @@ BESIDE: Final = 128
 """Tokens of the answer that is decoded beside prompts."""
 _NUMBERS: Final = itertools.count(1_000_000)
 """Of prompts, none of which was sent before."""
-
-
-class Measured(NamedTuple):
-    """What one form's workers took."""
-
-    chunks: list[Chunk]
-    steps: list[Step]
-    bytes_per_token: float
-    encode_s_per_token: float
-    handover_s: float
 
 
 async def measured(workers: Workers, variant: Variant, longest: int) -> Measured:
@@ -130,9 +124,39 @@ def _phase(one: Played, name: str) -> float:
     return one.phases[PHASES.index(name)]
 
 
-def fitted(found: dict[str, Measured], source: str) -> Costs:
-    """Return the costs of all forms."""
-    prefill = fit_prefill(found["bf16"].chunks)
+T = TypeVar("T", Chunk, Step)
+
+
+def pooled(parts: Sequence[Part]) -> dict[str, Measured]:
+    """Return the medians of what all parts have measured of each form."""
+    return {name: _pooled([part.measured[name] for part in parts]) for name in MEASURED_ON}
+
+
+def _pooled(found: Sequence[Measured]) -> Measured:
+    chunks = [chunk for one in found for chunk in one.chunks]
+    steps = [step for one in found for step in one.steps]
+    rest = (float(np.median(one)) for one in zip(*(one[2:] for one in found), strict=True))
+    return Measured(
+        _medians(chunks, lambda one: (one.tokens, one.context, one.chunks)),
+        _medians(steps, lambda one: (one.rows, one.context)),
+        *rest,
+    )
+
+
+def _medians(found: Sequence[T], alike: Callable[[T], Hashable]) -> list[T]:
+    """Return one of each kind, with the median of their times."""
+    kinds: dict[Hashable, list[T]] = defaultdict(list)
+    for one in found:
+        kinds[alike(one)].append(one)
+    return [
+        kind[0]._replace(took_s=float(np.median([one.took_s for one in kind])))
+        for kind in kinds.values()
+    ]
+
+
+def fitted(found: Mapping[str, Measured], source: str) -> Costs:
+    """Return the costs of all forms; a prompt takes the same in all of them, coding aside."""
+    prefill = fit_prefill([chunk for one in found.values() for chunk in one.chunks])
     steps = fit_steps({name: one.steps for name, one in found.items()})
     return Costs(
         source=source,
@@ -155,7 +179,7 @@ def fitted(found: dict[str, Measured], source: str) -> Costs:
     )
 
 
-def predicted_s(part: Part, run: Run, variant: Variant, layers: int) -> float:
+def predicted_s(part: Part, costs: Costs, run: Run, variant: Variant, layers: int) -> float:
     """Return the mean completion time that the simulator gives a run's requests."""
     rows = run.requests
     load = Drawn(
@@ -166,23 +190,27 @@ def predicted_s(part: Part, run: Run, variant: Variant, layers: int) -> float:
     size = Size(STEP_TOKENS, MAX_ROWS)
     cluster = Cluster(
         variant.kv,
-        link=Link(part.link_bytes_per_s / GIGABIT_BYTES, 0.0, variant.streamed),
+        link=Link(
+            part.link_bytes_per_s / GIGABIT_BYTES, 0.0, variant.streamed, token_s=part.token_s
+        ),
         prefill_size=size,
         decode_size=size,
         layers=layers,
         least_tokens=LEAST_TOKENS,
     )
-    return Simulation(cluster, part.costs, Tenants()).run(load).jct()
+    return Simulation(cluster, costs, Tenants()).run(load).jct()
 
 
-def simulated_rows(part: Part, variants: tuple[Variant, ...], layers: int) -> list[Row]:
+def simulated_rows(
+    part: Part, costs: Costs, variants: tuple[Variant, ...], layers: int
+) -> list[Row]:
     """Return what was simulated of a part's runs beside what was measured."""
     known = {variant.name: variant for variant in variants}
     rows: list[Row] = []
     for run in part.runs:
         if (variant := known.get(run.variant)) is None:
             continue
-        simulated = predicted_s(part, run, variant, layers)
+        simulated = predicted_s(part, costs, run, variant, layers)
         rows.append(
             {
                 "part": "simulated",

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from bench.disagg_costs import simulated_rows
+from bench.disagg_costs import fitted, pooled, simulated_rows
 from bench.disagg_load import (
     BASE,
     BLOCKS,
@@ -118,10 +118,12 @@ def exposed_share(run: Run) -> float:
 
 def simulation(parts: Sequence[Part], layers: int) -> tuple[list[Figure], list[Row]]:
     """Return how far the simulator is off, and what it said of each run."""
-    rows = [row for part in parts for row in simulated_rows(part, SIMULATED, layers)]
+    if not parts:
+        return [], []
+    costs = fitted(pooled(parts), "the workers of these parts")
+    rows = [row for part in parts for row in simulated_rows(part, costs, SIMULATED, layers)]
     errors = [float(row["error"] or 0) for row in rows]
-    figures = [Figure("sim_error", estimate(errors), Goal("<=", 0.10))] if errors else []
-    return figures, rows
+    return [Figure("sim_error", estimate(errors), Goal("<=", 0.10))], rows
 
 
 def part_row(part: Part) -> Row:

@@ -15,7 +15,7 @@ import numpy as np
 from kvkeep.engine.moments import Moments
 from kvkeep.errors import ConfigError
 from kvkeep.sim.cluster import PHASES
-from kvkeep.sim.costs import Costs
+from kvkeep.sim.costs import Chunk, Step
 from kvkeep.sim.load import GRID, TRACES, Arrivals, Counts, Drawn, Load, arrivals_of
 
 SCALE: Final = 1 / 8
@@ -100,16 +100,29 @@ class Run(msgspec.Struct, frozen=True):
         return float(np.mean([one.jct_s for one in self.requests]))
 
 
+class Measured(NamedTuple):
+    """What the steps of one form's workers took."""
+
+    chunks: list[Chunk]
+    steps: list[Step]
+    bytes_per_token: float
+    encode_s_per_token: float
+    handover_s: float
+
+
 class Part(msgspec.Struct, frozen=True):
     """A trace over one link."""
 
     trace: str
     share: int
     link_bytes_per_s: float
+    token_s: float
+    """Of an unloaded prompt."""
     measured_share: float
     """Of unloaded requests' time, on that link."""
     capacity_per_s: float
-    costs: Costs
+    measured: dict[str, Measured]
+    """By form."""
     runs: tuple[Run, ...]
     left_out: int
     """Cells that its time was too short for."""

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from bench.disagg_costs import MEASURED_ON, fitted, measured
+from bench.disagg_costs import MEASURED_ON, measured
 from bench.disagg_load import (
     BASE,
     CACHEGEN,
@@ -33,6 +33,7 @@ from bench.disagg_load import (
 )
 from bench.disagg_workers import Workers, alone, pair, play, play_in_turn, served
 from kvkeep.cli.console import NOTES
+from kvkeep.engine.speeds import Speeds
 from kvkeep.sim.cluster import PHASES
 from kvkeep.sim.load import Drawn
 
@@ -53,6 +54,13 @@ class Link(NamedTuple):
 
     rest_s: float
     bytes_per_s: float
+    token_s: float
+    """Of a prompt."""
+
+    @property
+    def speeds(self) -> Speeds:
+        """Return what its workers are told."""
+        return Speeds(link_bytes_per_s=self.bytes_per_s, token_s=self.token_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +78,35 @@ class Plan:
 
 FULL: Final = Plan()
 QUICK: Final = Plan(
-    requests=(3, 3), unloaded=2, turns=1, layers=2, link=Link(rest_s=1.0, bytes_per_s=2e7)
+    requests=(3, 3),
+    unloaded=2,
+    turns=1,
+    layers=2,
+    link=Link(rest_s=1.0, bytes_per_s=2e7, token_s=2e-4),
 )
 
 
-async def measure(name: str, model: Path, threads: int, plan: Plan, source: str) -> Part:
+async def measure(name: str, model: Path, threads: int, plan: Plan) -> Part:
     """Measure a part: the link, what it takes unloaded, capacity, costs of steps, then turns."""
     begun = time.monotonic()
     trace, share, helping = part_of(name)
     seed = zlib.crc32(f"{trace} {share} {helping}".encode())
-    some = drawn(trace, plan.unloaded, CELLS[0], 1.0, seed)
+    some = drawn(trace, plan.unloaded, CELLS[0], 1.0, zlib.crc32(trace.encode()))
     link = plan.link or await _link_of(share, some, model, threads)
-    bytes_per_s = link.bytes_per_s
-    NOTES.print(f"{name}: {link.rest_s:.2f} s unloaded, a link of {bytes_per_s / 1e6:.1f} MB/s")
+    mbytes = link.bytes_per_s / 1e6
+    NOTES.print(f"{name}: {link.rest_s:.2f} s unloaded, a link of {mbytes:.1f} MB/s")
     serving = {
-        "bf16": pair(model, "bf16", threads, bytes_per_s),
-        "k2v2": pair(model, "k2v2", threads, bytes_per_s),
-        "": alone(model, threads),
+        "bf16": pair(model, "bf16", threads, link.speeds, plan.layers),
+        "k2v2": pair(model, "k2v2", threads, link.speeds, plan.layers),
+        "": alone(model, threads, plan.layers),
     }
     async with served(*serving.values()):
         for variant in (FP8, KVQUANT, CACHEGEN, COLOCATED):  # what is learnt is learnt before
             await play_in_turn(serving[_who(variant)], variant, WARM)
-        costs = fitted(
-            {
-                kv: await measured(serving[kv], variant, int(some.prompt_tokens.max()))
-                for kv, variant in MEASURED_ON.items()
-            },
-            source,
-        )
+        steps = {
+            kv: await measured(serving[kv], variant, int(some.prompt_tokens.max()))
+            for kv, variant in MEASURED_ON.items()
+        }
         slowed = await play_in_turn(serving["bf16"], BASE, some)
         moved = sum(map(moved_s, slowed)) / sum(one.jct_s for one in slowed)
         capacity = await _capacity(serving["bf16"], trace, plan, link.rest_s, seed)
@@ -107,10 +116,11 @@ async def measure(name: str, model: Path, threads: int, plan: Plan, source: str)
     return Part(
         trace=trace,
         share=share,
-        link_bytes_per_s=bytes_per_s,
+        link_bytes_per_s=link.bytes_per_s,
+        token_s=link.token_s,
         measured_share=moved,
         capacity_per_s=capacity,
-        costs=costs,
+        measured=steps,
         runs=tuple(runs),
         left_out=len(CELLS) - len(played),
     )
@@ -124,7 +134,9 @@ async def _link_of(share: int, some: Drawn, model: Path, threads: int) -> Link:
         found = await play_in_turn(free, BASE, some)
     rest_s = float(np.mean([one.jct_s - moved_s(one) for one in found]))
     mean_bytes = float(np.mean([one.received_bytes + one.received_rows_bytes for one in found]))
-    return Link(rest_s, link_bytes_per_s(mean_bytes, rest_s, share))
+    took_s = sum(one.phases[PHASES.index("prefill")] for one in found)
+    token_s = took_s / sum(one.prompt_tokens for one in found)
+    return Link(rest_s, link_bytes_per_s(mean_bytes, rest_s, share), token_s)
 
 
 def moved_s(one: Played) -> float:

@@ -22,10 +22,13 @@ from kvkeep.engine.api import EngineClient, FinishReason, GenerateRequest
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.options import EngineOptions, KvName
 from kvkeep.engine.process import PipeTransport, spawn_engine
+from kvkeep.engine.speeds import Speeds
 from kvkeep.errors import EngineError
 from kvkeep.sim.load import Drawn
 
 POOL_BYTES: Final = {"bf16": 2 << 30, "k2v2": 1 << 30}
+"""Of a model of `LAYERS` layers."""
+LAYERS: Final = 28
 MAX_ROWS: Final = 16
 CHUNK_TOKENS: Final = 256
 PATIENCE_S: Final = 600.0
@@ -36,7 +39,7 @@ IDLE_S: Final = 1.0
 """Longer than this nobody waits for a load's next request once all before it are answered."""
 
 
-def engine_options(model: Path, kv: KvName, threads: int) -> EngineOptions:
+def engine_options(model: Path, kv: KvName, threads: int, layers: int) -> EngineOptions:
     """Return the options of every worker."""
     return EngineOptions(
         model=str(model),
@@ -46,7 +49,7 @@ def engine_options(model: Path, kv: KvName, threads: int) -> EngineOptions:
         max_num_seqs=MAX_ROWS,
         chunk_tokens=CHUNK_TOKENS,
         kv=kv,
-        kv_cache_bytes=POOL_BYTES[kv],
+        kv_cache_bytes=POOL_BYTES[kv] * layers // LAYERS,
         shield="off",
         attention_planner="flat",
     )
@@ -78,8 +81,10 @@ class Workers:
         await self.all()[-1].set_tenants({self.tenant: 1.0})
 
 
-def _worker(role: Role, options: EngineOptions, pace: PaceOptions | None) -> MessageClient:
-    link = LinkOptions(pace=pace, unasked_s=PATIENCE_S, silence_s=SILENCE_S)
+def _worker(role: Role, options: EngineOptions, speeds: Speeds | None) -> MessageClient:
+    slow = speeds if role == "prefill" else None
+    pace = None if slow is None else PaceOptions(bytes_per_s=slow.link_bytes_per_s)
+    link = LinkOptions(pace=pace, speeds=speeds, unasked_s=PATIENCE_S, silence_s=SILENCE_S)
     return MessageClient(PipeTransport(partial(run_forms, role, options, link)))
 
 
@@ -95,11 +100,15 @@ async def served(*started: Workers) -> AsyncIterator[None]:
                 await client.close()
 
 
-def pair(model: Path, kv: KvName, threads: int, bytes_per_s: float | None) -> Workers:
-    """Start a prefill and a decode worker, half of the threads each, and a link between them."""
-    options = engine_options(model, kv, max(1, threads // 2))
-    pace = None if bytes_per_s is None else PaceOptions(bytes_per_s=bytes_per_s)
-    prefill, decode = _worker("prefill", options, pace), _worker("decode", options, None)
+def pair(
+    model: Path, kv: KvName, threads: int, speeds: Speeds | None, layers: int = LAYERS
+) -> Workers:
+    """Start a prefill and a decode worker, half of the threads each, and a link between them.
+
+    That link is as slow as they are told that it is; None: as fast as this machine's.
+    """
+    options = engine_options(model, kv, max(1, threads // 2), layers)
+    prefill, decode = _worker("prefill", options, speeds), _worker("decode", options, speeds)
     workers = Workers(decode, prefill)
     for streamed in (False, True):
         workers.clients[streamed] = SplitClient(
@@ -112,9 +121,9 @@ def pair(model: Path, kv: KvName, threads: int, bytes_per_s: float | None) -> Wo
     return workers
 
 
-def alone(model: Path, threads: int) -> Workers:
+def alone(model: Path, threads: int, layers: int = LAYERS) -> Workers:
     """Start one engine that computes prompts in chunks beside its decodes, on all threads."""
-    return Workers(spawn_engine(engine_options(model, "bf16", threads)))
+    return Workers(spawn_engine(engine_options(model, "bf16", threads, layers)))
 
 
 def asked(number: int, prompt: int, answer: int, tenant: str) -> GenerateRequest:

@@ -230,6 +230,9 @@ class Settings(BaseSettings):
     cluster_link_gbit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Gbit/s between machines: kv = auto codes what is long on it (cluster)"
     )
+    cluster_token_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="of a prompt: what is computed sooner than that link brings it, is"
+    )
     cluster_link_wait_s: Seconds = Field(
         0.1, description="and this is long: prompts that 16-bit pages would take longer for"
     )
@@ -337,9 +340,11 @@ class Settings(BaseSettings):
                 "cluster_shared_memory: is for a cluster on one machine, whose workers need no"
                 " certificates; leave it out, or cluster_certificate"
             )
-        if self.cluster_link_gbit is not None and (self.cluster is None or self.kv != "auto"):
+        link, token_ms = self.cluster_link_gbit, self.cluster_token_ms
+        if (link or token_ms) and not (self.cluster and link and (token_ms or self.kv == "auto")):
             raise ConfigError(
-                "cluster_link_gbit: kv = auto chooses by it in a cluster; set both, or leave it out"
+                "cluster_link_gbit: in a cluster, kv = auto or cluster_token_ms goes with it; set"
+                " both, or neither"
             )
         if self.cluster_attend_apart and (self.cluster is None or self.kv == "auto"):
             raise ConfigError("cluster_attend_apart: is for a cluster, and another kv than auto")

@@ -21,6 +21,7 @@ from bench import (
     harness,
 )
 from bench.disagg_coder import Interleaved
+from bench.disagg_costs import ROWS
 from bench.disagg_forms import FormSealer, normal_page
 from bench.disagg_load import (
     BASE,
@@ -30,6 +31,7 @@ from bench.disagg_load import (
     OURS,
     STREAMED,
     Cell,
+    Measured,
     Part,
     Played,
     Run,
@@ -74,7 +76,13 @@ def played(jct_s: float, **others: object) -> Played:
 
 
 def part(*runs: Run, trace: str = "azure_conv") -> Part:
-    return Part(trace, 42, 1e6, 0.4, 0.5, COSTS, runs, 0)
+    chunks = [
+        Chunk(tokens, 0, COSTS.chunk_time_s(tokens, 0), 1) for tokens in (128, 256, 512, 1024)
+    ]
+    steps = [Step(rows, 99 * rows, COSTS.step_time_s("bf16", rows, 99 * rows)) for rows in ROWS]
+    steps += [Step(1, 900, COSTS.step_time_s("bf16", 1, 900))]
+    one = Measured(chunks, steps, COSTS.bytes_per_token, 0.0, COSTS.handover_s)
+    return Part(trace, 42, 1e6, 1e-3, 0.4, 0.5, {"bf16": one, "k2v2": one}, runs, 0)
 
 
 def turns(variant: str, rate: float, *jct_s: float) -> list[Run]:
@@ -200,7 +208,9 @@ def test_exposed_transfer_is_a_share_of_the_whole_time() -> None:
 
 def test_the_simulator_is_held_against_the_same_requests() -> None:
     measured = part(Run(BASE.name, 0.5, "poisson", 0, (played(1.0), played(2.0, at_s=50.0))))
-    took = disagg_costs.predicted_s(measured, measured.runs[0], BASE, 28)
+    costs = disagg_costs.fitted(disagg_costs.pooled([measured]), "here")
+    assert costs.prefill_s_per_token == pytest.approx(COSTS.prefill_s_per_token)
+    took = disagg_costs.predicted_s(measured, costs, measured.runs[0], BASE, 28)
     half = part(Run(BASE.name, 0.5, "poisson", 0, (played(took / 2), played(took / 2, at_s=50.0))))
     figures, rows = disagg_figures.simulation([half], 28)
     assert figures[0].estimate.median == pytest.approx(1.0)
@@ -214,11 +224,24 @@ def test_costs_come_from_what_the_workers_took() -> None:
         for tokens, count in ((128, 1), (512, 1), (1536, 3))
     ]
     steps = [Step(rows, rows * 100, 0.02 + rows * 0.002 + rows * 1e-4) for rows in (1, 2, 4)]
-    one = disagg_costs.Measured(chunks, steps, 1000.0, 0.0, 0.004)
+    one = Measured(chunks, steps, 1000.0, 0.0, 0.004)
     found = disagg_costs.fitted({"bf16": one, "k2v2": one._replace(bytes_per_token=160.0)}, "here")
     assert (found.chunk_s, found.prefill_s_per_token) == pytest.approx((0.005, 0.001))
     assert found.step_time_s("k2v2", 2, 200) == pytest.approx(steps[1].took_s)
     assert found.sent_bytes("k2v2", 300) == 256 * 160.0 + (300 - 256) * 1000.0
+
+
+def test_a_parts_bad_minute_changes_no_cost_where_others_measured_the_same() -> None:
+    three = [part(), part(), part()]
+    bad = three[1].measured["bf16"]
+    bad.chunks[0] = bad.chunks[0]._replace(took_s=99.0)
+    found = disagg_costs.pooled(three)
+    assert found == three[0].measured
+    alone = disagg_costs.pooled([three[1]])
+    assert alone["bf16"].chunks[0].took_s == 99.0
+    longer = part()
+    longer.measured["bf16"].chunks.append(Chunk(2560, 0, 3.0, 5))
+    assert len(disagg_costs.pooled([*three, longer])["bf16"].chunks) == 5
 
 
 @pytest.mark.parametrize(

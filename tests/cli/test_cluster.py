@@ -11,6 +11,7 @@ from kvkeep.cli.cluster import counted, crew_options, link_options, linked, work
 from kvkeep.cli.engine import engine_options
 from kvkeep.config import DEMO_MODEL, load
 from kvkeep.engine.options import GivenKeys, KeyOptions
+from kvkeep.engine.speeds import Speeds
 from kvkeep.errors import ConfigError
 
 KEYS = KeyOptions(store="own.json", given=GivenKeys(pages=bytes(32)))
@@ -63,7 +64,20 @@ def test_what_a_link_is_slow_for_is_coded() -> None:
     assert (found.kv_auto_link_bytes_per_s, found.kv_auto_link_wait_s) == (1e9, 0.25)
     assert worker_options(load({"cluster": "auto"}), "w", KEYS).kv_auto_link_bytes_per_s is None
     for without in ("cluster", "kv"):
-        with pytest.raises(ConfigError, match="cluster_link_gbit: kv = auto chooses by it"):
+        with pytest.raises(ConfigError, match="cluster_link_gbit: in a cluster, kv = auto or"):
+            load({key: value for key, value in flags.items() if key != without})
+
+
+def test_what_is_computed_sooner_than_a_link_brings_it_is_told_by_two_settings() -> None:
+    flags: dict[str, Any] = {"cluster": "auto", "cluster_link_gbit": 8.0, "cluster_token_ms": 2.5}
+    settings = load(flags)
+    assert link_options(settings).speeds == Speeds(link_bytes_per_s=1e9, token_s=0.0025)
+    assert worker_options(settings, "w", KEYS).kv_auto_link_bytes_per_s is None
+    assert link_options(load({"cluster": "auto"})).speeds is None
+    one = {"cluster": "auto", "kv": "auto", "cluster_link_gbit": 8.0}
+    assert link_options(load(one)).speeds is None
+    for without in ("cluster", "cluster_link_gbit"):
+        with pytest.raises(ConfigError, match="cluster_link_gbit: in a cluster, kv = auto or"):
             load({key: value for key, value in flags.items() if key != without})
 
 

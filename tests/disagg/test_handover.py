@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -160,31 +159,6 @@ async def test_what_closes_faster_than_the_queue_takes_is_sent_later(
         assert pair.receives.installed_pages == sum(len(prompt) // 64 for prompt in PROMPTS)
         await pair.quiet()
         assert not pair.faults()
-
-
-async def test_pages_are_sent_while_their_prompt_is_still_computed(tiny: dict[str, Path]) -> None:
-    engine = engine_options(tiny["qwen2"], shield="off", chunk_tokens=64, max_num_batched_tokens=64)
-    async with pair_of(engine) as pair:
-        before: list[int] = []
-        step = pair.prefill.core.step
-
-        def sent() -> int:
-            return sum(outlet.stats.sent_pages_bytes for outlet in pair.sends.outlets)
-
-        def watched() -> list[Output]:
-            """Take a step, once what the one before it left to send is gone (or hangs)."""
-            end = time.monotonic() + 0.5
-            while before and sent() <= before[-1] and time.monotonic() < end:
-                time.sleep(0.002)
-            outputs = step()
-            if not outputs:
-                before.append(sent())
-            return outputs
-
-        pair.prefill.core.step = watched  # type: ignore[method-assign]
-        await answers(pair.client, request(PROMPTS[3], SOME))
-        await pair.quiet()
-        assert len(set(before)) > 2, "in several frames, before the first token"
 
 
 async def test_short_and_branching_requests_stay_where_they_are_answered(

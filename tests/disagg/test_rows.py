@@ -24,12 +24,13 @@ from kvkeep.disagg.wire import DESCRIPTOR_BYTES, Kind, Lost
 from kvkeep.engine.api import Handover
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.runner import Stepped
+from kvkeep.engine.speeds import Speeds
 from kvkeep.engine.work import Work
 from kvkeep.errors import SealError, WireError
 from kvkeep.shield.plain import PlainSealer
 from kvkeep.types import PageTag
 from tests.cache.player import make_manager, prompt
-from tests.disagg.pairs import Pair, answers, engine_options, pair_of
+from tests.disagg.pairs import QUICK, Pair, answers, engine_options, pair_of
 from tests.disagg.test_handover import DRAWN, PROMPTS, SOME, alone
 from tests.e2e.test_composition import prompt_of
 from tests.engines import request, tokens
@@ -135,6 +136,31 @@ async def test_what_there_is_no_room_for_is_computed_again(
     async with pair_of(engine_options(tiny["qwen2"], shield="off", kv="k2v2")) as pair:
         first = await played(pair, wanted)
         assert first == {str(i): len(one) // 128 * 128 for i, one in enumerate(PROMPTS)}
+
+
+async def test_what_a_link_brings_later_than_it_is_computed_is_computed(
+    tiny: dict[str, Path],
+) -> None:
+    """A prompt without a whole block is not split there: nothing of it would be sent."""
+    slow = Speeds(link_bytes_per_s=1e3, token_s=1e-3)
+    engine = engine_options(tiny["qwen2"], shield="off", kv="k2v2")
+    wanted = alone(tiny["qwen2"], DRAWN, kv="k2v2")
+    async with pair_of(engine, link=msgspec.structs.replace(QUICK, speeds=slow)) as pair:
+        asked: list[str] = []
+        submit = pair.prefill.core.submit
+
+        def noted(spec: Any) -> None:
+            asked.append(spec.id)
+            submit(spec)
+
+        pair.prefill.core.submit = noted  # type: ignore[method-assign]
+        first = await played(pair, wanted)
+        assert first == {str(i): len(one) // 128 * 128 for i, one in enumerate(PROMPTS)}
+        assert asked == ["1", "2", "3"]
+        assert len(PROMPTS[0]) < 128
+    fast = Speeds(link_bytes_per_s=1e9, token_s=1e-3)
+    async with pair_of(engine, link=msgspec.structs.replace(QUICK, speeds=fast)) as pair:
+        assert await played(pair, wanted) == WHOLE
 
 
 async def test_where_tokens_may_be_evicted_no_rows_are_sent(tiny: dict[str, Path]) -> None:

@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvkeep.engine.speeds import GIGABIT_BYTES
 from kvkeep.errors import ConfigError
 from kvkeep.sim.cluster import (
-    GIGABIT_BYTES,
     PHASES,
     Cluster,
     Link,
@@ -180,6 +180,27 @@ def test_what_is_left_of_a_prompt_is_handed_over_in_sixteen_bits() -> None:
     assert told["decode"] == pytest.approx(decode)
     (whole,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 256, 6))).served
     assert whole.sent_bytes == pytest.approx(256 * 100)
+
+
+def test_rows_that_a_link_brings_later_than_they_are_computed_are_computed_again() -> None:
+    blocks = msgspec.structs.replace(
+        COSTS.codecs["bf16"], block_tokens=128, bytes_per_token=COSTS.bytes_per_token / 10
+    )
+    costs = msgspec.structs.replace(COSTS, codecs={"bf16": blocks})
+    slow = Cluster("bf16", link=Link(0.0002, token_s=0.001))  # 40 ms for a token in 16 bits
+    (one,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 300, 6))).served
+    assert one.sent_bytes == pytest.approx(256 * 100)
+    told = dict(zip(PHASES, one.phases, strict=True))
+    assert told["decode"] > costs.chunk_time_s(44, 256), "its last 44 tokens among it"
+    (sent,) = (
+        Simulation(replace(slow, link=Link(0.0002)), costs, NOBODY).run(drawn((0.0, 300, 6))).served
+    )
+    assert sent.sent_bytes == pytest.approx(256 * 100 + 44 * 1000)
+    assert sent.jct_s - one.jct_s == pytest.approx(
+        44 * 0.04 - costs.chunk_time_s(44, 256), rel=0.05
+    )
+    (stays,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 100, 6))).served
+    assert stays.sent_bytes == 0.0, "nothing of it would be sent"
 
 
 def test_short_prompts_stay_where_they_are_answered() -> None:

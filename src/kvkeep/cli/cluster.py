@@ -24,6 +24,7 @@ from kvkeep.engine.api import ModelInfo
 from kvkeep.engine.client import MessageClient
 from kvkeep.engine.given import Giver
 from kvkeep.engine.options import EngineOptions, KeyOptions, SharingOptions
+from kvkeep.engine.speeds import GIGABIT_BYTES, Speeds
 from kvkeep.engine.terms import VOTING
 
 
@@ -51,8 +52,18 @@ def link_options(settings: Settings, folder: Path | None = None) -> LinkOptions:
             key=str(settings.cluster_key),
             authority=str(settings.cluster_authority),
         )
-    link = LinkOptions(tls=files, attend_apart=settings.cluster_attend_apart)
+    link = LinkOptions(
+        tls=files, attend_apart=settings.cluster_attend_apart, speeds=speeds_of(settings)
+    )
     return link if folder is None else msgspec.structs.replace(link, listen=f"shm://{folder}/")
+
+
+def speeds_of(settings: Settings) -> Speeds | None:
+    """Return how fast the network and workers on it are, where both are told."""
+    gbit, token_ms = settings.cluster_link_gbit, settings.cluster_token_ms
+    if gbit is None or token_ms is None:
+        return None
+    return Speeds(link_bytes_per_s=gbit * GIGABIT_BYTES, token_s=token_ms * 1e-3)
 
 
 @contextmanager
@@ -102,10 +113,10 @@ def worker_options(settings: Settings, name: str, keys: KeyOptions) -> EngineOpt
 
 def by_link(options: EngineOptions, settings: Settings) -> EngineOptions:
     """Return options that choose a request's form by the network between workers, if it is told."""
-    gbit = settings.cluster_link_gbit
+    gbit = settings.cluster_link_gbit if settings.kv == "auto" else None
     return msgspec.structs.replace(
         options,
-        kv_auto_link_bytes_per_s=None if gbit is None else gbit * 1e9 / 8,
+        kv_auto_link_bytes_per_s=None if gbit is None else gbit * GIGABIT_BYTES,
         kv_auto_link_wait_s=settings.cluster_link_wait_s,
     )
 

@@ -202,26 +202,29 @@ class DecodeSide(Side):
             if (rows := self._rows_to_come(spec, pages)) is not None:
                 arriving.append(rows)
                 self._rows.setdefault(spec.id, {})[codec] = rows
-                inlet.say(rows.want())
             for one in arriving:
                 inlet.incoming[one.number] = one
                 own.append((inlet, one))
+            if rows is not None:  # known here before they can come
+                inlet.say(rows.want())
 
     def _rows_to_come(self, spec: GenerateRequest, pages: PromptPages) -> IncomingRows | None:
         """Return the rows behind a prompt's last whole pages, which are sent beside them.
 
         None where there are none, or none that can be: of requests whose tokens may be evicted, and
-        beyond a bound.
+        beyond a bound. None as well where they are computed sooner than they are here.
         """
+        length, speeds = len(spec.prompt_ids), self._options.speeds
         kept = (one.size for rows in self._rows.values() for one in rows.values())
         if (
             not pages.open_tokens
             or self._core.watch(spec) is not None
             or sum(kept) + pages.open_bytes > MOST_ROWS_BYTES
+            or (speeds is not None and not pages.open_pays(length, speeds))
         ):
             return None
         number, ends_s = next(self._numbers), self._ends_s(spec)
-        return IncomingRows(spec.id, number, pages, len(spec.prompt_ids), ends_s)
+        return IncomingRows(spec.id, number, pages, length, ends_s)
 
     def _part(self, spec: GenerateRequest, sealer: PageSealer, inlet: Inlet) -> AfarPart | None:
         """Return a long prompt's first pages, to be held elsewhere; None: they come here.

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from kvkeep.engine.options import EngineOptions
+from kvkeep.engine.speeds import Speeds
 from kvkeep.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
@@ -49,6 +50,8 @@ class LinkOptions(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsFiles | None = None
     """Needed wherever another host could connect."""
     pace: PaceOptions | None = None
+    speeds: Speeds | None = None
+    """What rows behind a prompt's last whole pages are sent or computed by; None: they are sent."""
     attend_apart: int | None = None
     """Of prompts of so many tokens or more, a prefill worker holds the pages while they are
     answered, and a decode worker attends to them there; None: of none.

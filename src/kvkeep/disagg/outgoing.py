@@ -54,10 +54,17 @@ class Outgoing:
         return handover is not None and handover.whole and not self._ended
 
     def closed(self, page: ClosedPage, layer: int) -> None:
-        """Take a layer of a page that a step has just completed."""
+        """Take a layer of a page that a step has just completed, and those before it.
+
+        These closed before anyone had asked, or found no room.
+        """
         tainted = page.view.tainted_from
-        if tainted is None or (page.index + 1) * PAGE_TOKENS <= tainted:
-            self._take(page.index, page.slot, layer)
+        if tainted is not None and (page.index + 1) * PAGE_TOKENS > tainted:
+            return
+        at = page.index - self._first
+        begun = self._done[at] if 0 <= at < len(self._done) else layer
+        for earlier in range(begun, layer + 1):
+            self._take(page.index, page.slot, earlier)
 
     def hold(self, *, ended: bool) -> None:
         """Hold what the cache has of the prompt; `ended`: nothing is added to that."""

@@ -30,8 +30,6 @@ from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import Seal, transfer_seal_of
 from kvkeep.sealing import SealContext
 
-PUMP_BYTES: Final = 4 << 20
-"""Copied out of the cache in one turn of the loop."""
 EARLY_S: Final = 10.0
 """A wish without its prompt is forgotten after so long."""
 MOST_EARLY: Final = 1024
@@ -122,11 +120,10 @@ class PrefillSide(Side):
             self._rows.computed(output.request_id, now + EARLY_S)
             if (going := self._going.get(output.request_id)) is not None:
                 going.hold(ended=True)
-        while self._events:
-            self._take_in(*self._events.popleft(), now)
+        self._hear()
         self._expire(now)
         self._rows.pump(now)
-        budget = PUMP_BYTES
+        budget = self._options.queue_bytes  # the next turn may come a second later
         for request_id, going in list(self._going.items()):
             if going.waits:
                 continue
@@ -150,18 +147,25 @@ class PrefillSide(Side):
     # In a step
 
     def layer_closed(self, page: ClosedPage, layer: int) -> None:
-        """Take a layer of a page for whoever waits for it."""
+        """Take a layer of a page for whoever waits for it, or has asked since the step began."""
+        self._hear()
         going = self._going.get(page.request_id)
         if going is not None and not going.waits:
             going.closed(page, layer)
 
     def rows_stored(self, rows: OpenRows, layer: int, data: bytes) -> None:
         """Take a layer of a prompt's last rows for whoever asks for them."""
+        self._hear()
         known = self._specs.get(rows.request_id)
         if known is not None:
             self._rows.stored(known[0], rows, layer, data)
 
     # Inside
+
+    def _hear(self) -> None:
+        """Take in what askers have said: a prompt's first step begins before anyone can ask."""
+        while self._events:
+            self._take_in(*self._events.popleft(), self._clock())
 
     def _heard(self, outlet: Outlet, event: Event) -> None:
         """Hear of an asker; on the link's thread."""

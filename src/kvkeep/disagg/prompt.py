@@ -11,6 +11,7 @@ from kvkeep.cache.manager import CacheManager
 from kvkeep.cache.radix import KEY_BYTES, token_bytes
 from kvkeep.disagg.wire import Block, Hello
 from kvkeep.engine.api import GenerateRequest, ModelInfo
+from kvkeep.engine.speeds import Speeds
 from kvkeep.errors import ConfigError
 from kvkeep.sealing import PageSealer, SealContext, layers_of
 from kvkeep.types import PAGE_TOKENS, PageKind, PageTag, chain_hash
@@ -94,6 +95,11 @@ class PromptPages:
         return layers_of(self._sealer.open(self.context(block), frame, sizes), sizes)
 
     # Rows behind its last whole pages
+
+    def open_pays(self, length: int, speeds: Speeds) -> bool:
+        """Tell whether those of a prompt of this length are worth sending behind its pages."""
+        pages = sum(sum(self._sizes[self._kind(page)]) for page in range(self.open_page))
+        return speeds.rows_pay(length, self.open_tokens, pages, self.open_bytes)
 
     @property
     def open_bytes(self) -> int:

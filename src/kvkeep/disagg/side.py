@@ -13,7 +13,7 @@ from kvkeep.disagg.options import LinkOptions, check_apart, check_engine
 from kvkeep.disagg.prompt import PromptPages, hello_of
 from kvkeep.disagg.wire import Hello
 from kvkeep.engine import messages as m
-from kvkeep.engine.api import GenerateRequest
+from kvkeep.engine.api import GenerateRequest, ModelInfo
 from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.options import EngineOptions
 from kvkeep.engine.sealers import Seal, transfer_seal_of
@@ -54,7 +54,7 @@ class Side:
         self._core = core
         self._thread = thread = LinkThread()
         core.info = msgspec.structs.replace(
-            core.info, sealer=self._seal.name, hands_rows=core.info.evict == "off"
+            core.info, sealer=self._seal.name, hands_rows=self._hands_rows(core.info)
         )
         hello = hello_of(core.info, core.caches.managers, self._options.window_bytes)
         return hello, thread
@@ -66,6 +66,11 @@ class Side:
         info = self._core.info
         row_bytes = int(info.uncoded_bytes_per_token) // info.num_layers
         return PromptPages(manager, spec, tag, sealer, row_bytes=row_bytes)
+
+    def _hands_rows(self, info: ModelInfo) -> bool:
+        """Tell whether a prompt of rows alone is handed over; its length decides nothing."""
+        speeds, row = self._options.speeds, info.uncoded_bytes_per_token
+        return info.evict == "off" and (speeds is None or speeds.rows_pay(1, 1, 0.0, row))
 
     def _sealer_of(self, spec: GenerateRequest) -> PageSealer | None:
         """Return what seals a request's pages on their way; None: they stay where they are."""

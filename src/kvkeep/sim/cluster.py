@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import simpy
 
+from kvkeep.engine.speeds import GIGABIT_BYTES, Speeds
 from kvkeep.errors import ConfigError
 from kvkeep.sim.costs import Costs
 from kvkeep.sim.load import Drawn
@@ -21,7 +22,6 @@ from kvkeep.types import PAGE_TOKENS
 
 Placement = Literal["affine", "least_queued"]
 PHASES: Final = ("queue", "prefill", "quantise", "transfer", "install", "decode", "other")
-GIGABIT_BYTES: Final = 1e9 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,22 @@ class Link:
     latency_s: float = 0.0002
     streamed: bool = True
     """Layers leave while later ones are computed; else all leave at the end."""
+    token_s: float | None = None
+    """Rows behind whole blocks are computed again where that is sooner, at so much a token; None:
+    they are sent.
+    """
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Return its bandwidth."""
+        return self.gigabits_per_s * GIGABIT_BYTES
+
+    def rows_pay(self, prompt: int, rows: int, pages_bytes: float, rows_bytes: float) -> bool:
+        """Tell whether such rows are sent."""
+        if self.token_s is None:
+            return True
+        speeds = Speeds(link_bytes_per_s=self.bytes_per_s, token_s=self.token_s)
+        return speeds.rows_pay(prompt, rows, pages_bytes, rows_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +137,7 @@ class Wire:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._rate = link.gigabits_per_s * GIGABIT_BYTES
+        self._rate = link.bytes_per_s
         self._free_s = 0.0
         self.busy_s = 0.0
 
@@ -220,7 +236,8 @@ class Simulation:
         env, begun = self._env, self._env.now
         at = self._place(tenant, template)
         target = self._target(tenant, template) if self._decode else self._prefill[at]
-        stays = bool(self._decode) and prompt < self._cluster.least_tokens
+        again = self._again(prompt)
+        stays = bool(self._decode) and (prompt < self._cluster.least_tokens or again == prompt)
         found = 0 if stays else self._found(at, tenant, template, prompt)
         job = (target if stays else self._prefill[at]).compute(prompt - found, found)
         yield job.computed
@@ -228,16 +245,19 @@ class Simulation:
         sent = 0.0
         splits = bool(self._decode) and not stays and answer > 1
         if splits:
-            sent = self._sent_bytes(prompt, found)
+            sent = self._sent_bytes(prompt, found) - again * self._costs.bytes_per_token
             arrived = self._arrival_s(at, job.begun_s, first, sent, prompt - found)
             yield env.timeout(arrived - first)
             widen_s = self._costs.codecs[self._cluster.codec].decode_s_per_token * prompt
             yield env.timeout(self._costs.handover_s + widen_s)
             installed = env.now
+        rest = target.compute(again, prompt - again) if splits and again else None
+        if rest is not None:
+            yield rest.computed
         if answer > 1:
             row = target.decode(answer - 1, prompt + 1)
             yield row.ended
-            started = row.begun_s
+            started = row.begun_s if rest is None else rest.begun_s
         phases = (
             job.begun_s - begun,
             first - job.begun_s - job.encode_s,
@@ -248,6 +268,13 @@ class Simulation:
             started - installed,
         )
         self._served.append(Served(begun, first - begun, env.now - begun, phases, found, sent))
+
+    def _again(self, prompt: int) -> int:
+        """Return a prompt's last tokens that are computed where it is answered."""
+        rest = prompt % (self._costs.codecs[self._cluster.codec].block_tokens or 1)
+        rows = rest * self._costs.bytes_per_token
+        pages = self._costs.sent_bytes(self._cluster.codec, prompt) - rows
+        return 0 if self._cluster.link.rows_pay(prompt, rest, pages, rows) else rest
 
     def _sent_bytes(self, prompt: int, found: int) -> float:
         """Return what goes over the link: not what the other side holds."""
