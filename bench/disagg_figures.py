@@ -123,7 +123,8 @@ def simulation(parts: Sequence[Part], layers: int) -> tuple[list[Figure], list[R
     costs = fitted(pooled(parts), "the workers of these parts")
     rows = [row for part in parts for row in simulated_rows(part, costs, SIMULATED, layers)]
     errors = [float(row["error"] or 0) for row in rows]
-    return [Figure("sim_error", estimate(errors), Goal("<=", 0.10))], rows
+    figures = [Figure("sim_error", estimate(errors), Goal("<=", 0.10))] if errors else []
+    return figures, rows
 
 
 def part_row(part: Part) -> Row:

@@ -139,9 +139,10 @@ async def test_what_there_is_no_room_for_is_computed_again(
 
 
 async def test_what_a_link_brings_later_than_it_is_computed_is_computed(
-    tiny: dict[str, Path],
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt without a whole block is not split there: nothing of it would be sent."""
+    monkeypatch.setattr("kvkeep.disagg.prefill.EARLY_S", 1e9)  # nothing is kept that nobody wants
     slow = Speeds(link_bytes_per_s=1e3, token_s=1e-3)
     engine = engine_options(tiny["qwen2"], shield="off", kv="k2v2")
     wanted = alone(tiny["qwen2"], DRAWN, kv="k2v2")

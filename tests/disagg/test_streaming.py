@@ -81,6 +81,42 @@ async def test_who_asks_while_a_step_computes_is_heard_within_it(
         await pair.quiet()
 
 
+async def test_what_closed_before_anyone_asked_is_sent_behind_its_step(
+    tiny: dict[str, Path],
+) -> None:
+    """The last of a step's pages closes while the wish is heard; the others' layers are past."""
+    engine = engine_options(
+        tiny["qwen2"], shield="off", chunk_tokens=256, max_num_batched_tokens=256
+    )
+    async with pair_of(engine) as pair:
+        sends, begun = pair.sends, threading.Event()
+        done: list[list[int]] = []
+        heard, closed, step = sends._heard, sends.layer_closed, pair.prefill.core.step
+        layers = pair.prefill.core.info.num_layers
+
+        def late(outlet: Any, event: Any) -> None:
+            begun.wait(5.0)
+            heard(outlet, event)
+
+        def watched(page: Any, layer: int) -> None:
+            if (page.index, layer) == (3, layers - 1):
+                begun.set()
+                end = time.monotonic() + 5.0
+                while len(sends._events) < 2 and time.monotonic() < end:
+                    time.sleep(0.002)
+            closed(page, layer)
+
+        def stepped() -> list[Output]:
+            done.extend(list(going._done) for going in sends._going.values())
+            return step()
+
+        sends._heard, sends.layer_closed = late, watched  # type: ignore[method-assign]
+        pair.prefill.core.step = stepped  # type: ignore[method-assign]
+        await answers(pair.client, request(PROMPTS[3], SOME))
+        assert [layers] * 4 + [0] * 3 in done, "before its second step"
+        await pair.quiet()
+
+
 async def test_rows_are_known_before_they_are_asked_for(
     tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

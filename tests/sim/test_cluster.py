@@ -199,6 +199,10 @@ def test_rows_that_a_link_brings_later_than_they_are_computed_are_computed_again
     assert sent.jct_s - one.jct_s == pytest.approx(
         44 * 0.04 - costs.chunk_time_s(44, 256), rel=0.05
     )
+    tenants = Tenants(templates=1, template_tokens=320)
+    held = replace(slow, cache_tokens=10_000)
+    _, found = Simulation(held, costs, tenants).run(drawn((0.0, 330, 6), (50.0, 330, 6))).served
+    assert (found.found_tokens, found.sent_bytes) == (320, 0.0), "what is found is not sent"
     (stays,) = Simulation(slow, costs, NOBODY).run(drawn((0.0, 100, 6))).served
     assert stays.sent_bytes == 0.0, "nothing of it would be sent"
 

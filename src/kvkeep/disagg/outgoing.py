@@ -67,7 +67,7 @@ class Outgoing:
             self._take(page.index, page.slot, earlier)
 
     def hold(self, *, ended: bool) -> None:
-        """Hold what the cache has of the prompt; `ended`: nothing is added to that."""
+        """Hold what the cache has of the prompt so far; `ended`: nothing is added to that."""
         found = self._manager.match(
             self.spec.prompt_ids, account=self.spec.tenant, scope=self.spec.scope
         )
@@ -75,23 +75,22 @@ class Outgoing:
         self.release()
         self._hold, self._ended = hold, ended
 
-    def pump(self, budget_bytes: int) -> int:
-        """Hand over what lies in the cache, up to a budget; return the bytes."""
+    def pump(self) -> None:
+        """Hand over what lies in the cache, as far as there is room: the next turn may be late."""
+        if not self._ended:
+            self.hold(ended=False)  # pages that closed unasked for, or without room
         slots = [] if self._hold is None else self._hold.slots[self._first :]
-        taken = at = 0
+        at = 0
         covered = min(len(slots), len(self._done))
-        while at < covered and taken < budget_bytes:
+        while at < covered:
             stop = at + 1
             while stop < covered and self._done[stop] == self._done[at]:
                 stop += 1
             for layer in range(self._done[at], self._pages.num_layers):
                 for page in range(at, stop):
-                    size = self._take(self._first + page, slots[page], layer)
-                    if not size:
-                        return taken
-                    taken += size
+                    if not self._take(self._first + page, slots[page], layer):
+                        return
             at = stop
-        return taken
 
     def missing(self) -> int | None:
         """Return the first page that nothing is left to be sent of; None: it all comes."""
@@ -112,18 +111,18 @@ class Outgoing:
             self._hold.end()
             self._hold = None
 
-    def _take(self, index: int, slot: int, layer: int) -> int:
-        """Copy a layer of a page where it is the next one and there is room; return its bytes."""
+    def _take(self, index: int, slot: int, layer: int) -> bool:
+        """Copy a layer of a page where it is the next one and there is room; tell whether."""
         at = index - self._first
         if not 0 <= at < len(self._done) or self._done[at] != layer:
-            return 0
+            return False
         size = self._pages.size(index, layer)
         if not self.outlet.has_room(size + self._gathering.size):
-            return 0
+            return False
         for batch in self._gathering.add(index, layer, self._manager.pool.read(slot, layer)):
             self.outlet.put(batch)
         self._done[at] += 1
-        return size
+        return True
 
 
 class _Gathered:

@@ -75,8 +75,10 @@ class OutgoingRows:
 
     def stored(self, spec: GenerateRequest, rows: OpenRows, layer: int, data: bytes) -> None:
         """Keep rows of a layer and send what is worth a frame; without room let go of them all."""
-        leaving = self._leaving.setdefault(spec.id, _Leaving(spec))
-        if layer != len(leaving.layers):
+        if not layer:
+            self._leaving.setdefault(spec.id, _Leaving(spec))
+        leaving = self._leaving.get(spec.id)
+        if leaving is None or layer != len(leaving.layers):
             return  # there is no use in the rest of what was let go of
         if sum(one.size for one in self._leaving.values()) + len(data) > self._most_bytes:
             leaving.layers = []

@@ -123,19 +123,16 @@ class PrefillSide(Side):
         self._hear()
         self._expire(now)
         self._rows.pump(now)
-        budget = self._options.queue_bytes  # the next turn may come a second later
         for request_id, going in list(self._going.items()):
             if going.waits:
                 continue
-            budget -= going.pump(budget)
+            going.pump()
             going.flush()
             missing = going.missing()
             if missing is not None:
                 going.outlet.put(Lost(going.want.request, missing))
             if going.done or missing is not None:
                 self._end(request_id)
-        if self._going and budget <= 0:
-            self._waker.wake()
 
     def close(self) -> None:
         """End all links."""
@@ -157,7 +154,7 @@ class PrefillSide(Side):
         """Take a layer of a prompt's last rows for whoever asks for them."""
         self._hear()
         known = self._specs.get(rows.request_id)
-        if known is not None:
+        if known is not None and (layer or self._pays(known[0], rows)):
             self._rows.stored(known[0], rows, layer, data)
 
     # Inside
@@ -243,6 +240,13 @@ class PrefillSide(Side):
         else:
             wish = RowsWish(outlet, want, spec, pages, self._ends_s(spec))
             self._rows.ask(wish, ended=ended)
+
+    def _pays(self, spec: GenerateRequest, rows: OpenRows) -> bool:
+        """Tell whether anyone asks for such rows: both sides are told the same speeds."""
+        if self._options.speeds is None:
+            return True
+        _, pages = self._pages_of(rows.tag.digest(), spec)
+        return pages is not None and pages.open_pays(len(spec.prompt_ids), self._options.speeds)
 
     def _keep(self, outlet: Outlet, hold: Hold, spec: GenerateRequest, *, ended: bool) -> None:
         """Hold a request's first pages where both sides mean the same ones, and nothing else."""

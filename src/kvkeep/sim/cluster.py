@@ -245,7 +245,7 @@ class Simulation:
         sent = 0.0
         splits = bool(self._decode) and not stays and answer > 1
         if splits:
-            sent = self._sent_bytes(prompt, found) - again * self._costs.bytes_per_token
+            sent = self._sent_bytes(prompt, found, again)
             arrived = self._arrival_s(at, job.begun_s, first, sent, prompt - found)
             yield env.timeout(arrived - first)
             widen_s = self._costs.codecs[self._cluster.codec].decode_s_per_token * prompt
@@ -276,10 +276,11 @@ class Simulation:
         pages = self._costs.sent_bytes(self._cluster.codec, prompt) - rows
         return 0 if self._cluster.link.rows_pay(prompt, rest, pages, rows) else rest
 
-    def _sent_bytes(self, prompt: int, found: int) -> float:
-        """Return what goes over the link: not what the other side holds."""
+    def _sent_bytes(self, prompt: int, found: int, again: int) -> float:
+        """Return what goes over the link: not what the other side holds, or computes again."""
         whole = self._costs.sent_bytes(self._cluster.codec, prompt)
-        held = found if self._cluster.placement == "affine" else 0
+        whole -= again * self._costs.bytes_per_token
+        held = min(found, prompt - again) if self._cluster.placement == "affine" else 0
         return whole - held * self._costs.codecs[self._cluster.codec].bytes_per_token
 
     def _arrival_s(self, at: int, begun: float, ended: float, sent: float, tokens: int) -> float:
