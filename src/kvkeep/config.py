@@ -231,7 +231,7 @@ class Settings(BaseSettings):
         None, description="Gbit/s between machines: kv = auto codes what is long on it (cluster)"
     )
     cluster_token_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="of a prompt: what is computed sooner than that link brings it, is"
+        None, description="that a prompt's token takes: rows that link brings later are computed"
     )
     cluster_link_wait_s: Seconds = Field(
         0.1, description="and this is long: prompts that 16-bit pages would take longer for"
