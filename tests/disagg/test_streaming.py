@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvkeep.disagg.inlet import Inlet
+from kvkeep.disagg.prefill import PrefillSide
 from kvkeep.disagg.wire import WantRows
 from kvkeep.engine.engine import Output
 from tests.disagg.pairs import answers, engine_options, pair_of
@@ -42,6 +43,26 @@ async def test_pages_are_sent_while_their_prompt_is_still_computed(tiny: dict[st
         assert len(set(before)) > 2, "in several frames, before the first token"
 
 
+def heard_at(sends: PrefillSide, *, page: int, layer: int) -> None:
+    """Hold a prompt's two wishes, for pages and rows, back until a step closes this layer."""
+    heard, closed, begun = sends._heard, sends.layer_closed, threading.Event()
+
+    def late(outlet: Any, event: Any) -> None:
+        begun.wait(5.0)
+        heard(outlet, event)
+
+    def watched(one: Any, at: int) -> None:
+        if (one.index, at) == (page, layer):
+            begun.set()
+            end = time.monotonic() + 5.0
+            while len(sends._events) < 2 and time.monotonic() < end:
+                time.sleep(0.002)
+        closed(one, at)
+
+    sends._heard = late  # type: ignore[method-assign]
+    sends.layer_closed = watched  # type: ignore[method-assign, assignment]
+
+
 @pytest.mark.parametrize("kv", ["bf16", "k2v2"])
 async def test_who_asks_while_a_step_computes_is_heard_within_it(
     tiny: dict[str, Path], kv: str
@@ -50,21 +71,9 @@ async def test_who_asks_while_a_step_computes_is_heard_within_it(
     wanted = alone(tiny["qwen2"], SOME, kv=kv)
     engine = engine_options(tiny["qwen2"], shield="off", kv=kv, chunk_tokens=512)
     async with pair_of(engine) as pair:
-        sends, begun = pair.sends, threading.Event()
+        sends, step = pair.sends, pair.prefill.core.step
         done: list[int] = []
-        heard, closed, step = sends._heard, sends.layer_closed, pair.prefill.core.step
-
-        def late(outlet: Any, event: Any) -> None:
-            begun.wait(5.0)
-            heard(outlet, event)
-
-        def watched(page: Any, layer: int) -> None:
-            if layer == 1 and not begun.is_set():
-                begun.set()
-                end = time.monotonic() + 5.0
-                while len(sends._events) < 2 and time.monotonic() < end:
-                    time.sleep(0.002)
-            closed(page, layer)
+        heard_at(sends, page=0, layer=1)
 
         def stepped() -> list[Output]:
             outputs = step()
@@ -72,12 +81,56 @@ async def test_who_asks_while_a_step_computes_is_heard_within_it(
             done.extend(rows.sent for rows in sends._rows._leaving.values())
             return outputs
 
-        sends._heard, sends.layer_closed = late, watched  # type: ignore[method-assign]
         pair.prefill.core.step = stepped  # type: ignore[method-assign]
         (got,) = await answers(pair.client, request(PROMPTS[3], SOME, id="3"))
         assert tokens(got) == tokens(wanted[3])
         layers = pair.prefill.core.info.num_layers
         assert done[:2] == [layers, layers], "pages and rows, before anything but the step ran"
+        await pair.quiet()
+
+
+async def test_a_step_that_ends_no_prompt_hears_too(tiny: dict[str, Path]) -> None:
+    """No rows leave in it: pages alone tell that it runs."""
+    engine = engine_options(
+        tiny["qwen2"], shield="off", chunk_tokens=256, max_num_batched_tokens=256
+    )
+    async with pair_of(engine) as pair:
+        sends, step = pair.sends, pair.prefill.core.step
+        done: list[list[int]] = []
+        heard_at(sends, page=0, layer=1)
+
+        def stepped() -> list[Output]:
+            outputs = step()
+            done.extend(list(going._done) for going in sends._going.values())
+            return outputs
+
+        pair.prefill.core.step = stepped  # type: ignore[method-assign]
+        await answers(pair.client, request(PROMPTS[3], SOME))
+        layers = pair.prefill.core.info.num_layers
+        assert done[0] == [layers] * 4 + [0] * 3
+        await pair.quiet()
+
+
+async def test_a_step_that_closes_no_page_hears_too(tiny: dict[str, Path]) -> None:
+    """All pages of the prompt are cached there: rows alone tell that it runs."""
+    async with pair_of(engine_options(tiny["qwen2"], shield="off", chunk_tokens=512)) as pair:
+        await answers(pair.client, request(PROMPTS[3], SOME, id="first"))
+        await pair.quiet()
+        for manager in pair.decode.core.caches.managers.values():
+            manager.evict_pages("a", 99)
+        sends, stored = pair.sends, pair.sends.rows_stored
+        asked: list[Any] = []
+
+        def watched(rows: Any, layer: int, data: bytes) -> None:
+            end = time.monotonic() + 5.0
+            while layer == 1 and not asked and not sends._events and time.monotonic() < end:
+                time.sleep(0.002)
+            stored(rows, layer, data)
+            asked.extend(one.wishes for one in sends._rows._leaving.values() if one.wishes)
+
+        sends.rows_stored = watched  # type: ignore[method-assign]
+        await answers(pair.client, request(PROMPTS[3], SOME, id="again"))
+        assert asked, "within the step"
         await pair.quiet()
 
 
@@ -89,28 +142,15 @@ async def test_what_closed_before_anyone_asked_is_sent_behind_its_step(
         tiny["qwen2"], shield="off", chunk_tokens=256, max_num_batched_tokens=256
     )
     async with pair_of(engine) as pair:
-        sends, begun = pair.sends, threading.Event()
+        sends, step = pair.sends, pair.prefill.core.step
         done: list[list[int]] = []
-        heard, closed, step = sends._heard, sends.layer_closed, pair.prefill.core.step
         layers = pair.prefill.core.info.num_layers
-
-        def late(outlet: Any, event: Any) -> None:
-            begun.wait(5.0)
-            heard(outlet, event)
-
-        def watched(page: Any, layer: int) -> None:
-            if (page.index, layer) == (3, layers - 1):
-                begun.set()
-                end = time.monotonic() + 5.0
-                while len(sends._events) < 2 and time.monotonic() < end:
-                    time.sleep(0.002)
-            closed(page, layer)
+        heard_at(sends, page=3, layer=layers - 1)
 
         def stepped() -> list[Output]:
             done.extend(list(going._done) for going in sends._going.values())
             return step()
 
-        sends._heard, sends.layer_closed = late, watched  # type: ignore[method-assign]
         pair.prefill.core.step = stepped  # type: ignore[method-assign]
         await answers(pair.client, request(PROMPTS[3], SOME))
         assert [layers] * 4 + [0] * 3 in done, "before its second step"
