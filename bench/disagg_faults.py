@@ -34,7 +34,7 @@ from bench.disagg_clients import (
     questions,
     right_answers,
 )
-from bench.disagg_recovery import Watch, recoveries
+from bench.disagg_recovery import Recoveries, Spells, recoveries
 from bench.disagg_router import LOG, Routed, RouterTransport
 from bench.harness import Figure, Goal, Row, estimate, exactly
 from kvkeep.cli.console import NOTES
@@ -69,12 +69,11 @@ class Size:
     """How much is asked and killed."""
 
     plan: Plan
-    kills: int
+    spells: Spells
     """While everything else is whole."""
-    watch: Watch
 
 
-FULL: Final = Size(Plan(requests=500), 10, Watch(5.0, 32.0))
+FULL: Final = Size(Plan(requests=500), Spells(10, 5, 5.0, 32.0))
 QUICK: Final = Size(
     Plan(
         requests=40,
@@ -85,8 +84,7 @@ QUICK: Final = Size(
         breaks=6,
         disguises=("version", "seal"),
     ),
-    1,
-    Watch(2.0, 20.0, ends_early=True),
+    Spells(1, 0, 2.0, 20.0, ends_early=True),
 )
 
 
@@ -102,7 +100,7 @@ class FaultRun(msgspec.Struct, frozen=True, kw_only=True):
     wrong: int
     leaked_pages: int
     late_s: float
-    recovered_s: tuple[float, ...]
+    recovered: Recoveries
 
 
 class Processes:
@@ -242,7 +240,7 @@ async def _played(
     told = await Storm(target, size.plan, asked, right).run(seed)
     NOTES.print(f"faults: {dict(told.ends)}, {dict(told.events)}")
     await target.whole()
-    recovered = await recoveries(target, asked, size.kills, size.watch, random.Random(seed))
+    recovered = await recoveries(target, asked, size.spells, random.Random(seed))
     found = refusals(folder)
     run = FaultRun(
         requests=size.plan.requests,
@@ -253,7 +251,7 @@ async def _played(
         wrong=told.wrong,
         leaked_pages=sum(told.leaked.values()),
         late_s=told.late_s,
-        recovered_s=tuple(recovered),
+        recovered=recovered,
     )
     wanted = {"version": "version", "seal": "shield"}
     if not all(run.refused[wanted[what]] for what in size.plan.disguises):
@@ -288,7 +286,11 @@ def fault_figures(run: FaultRun) -> list[Figure]:
         Figure(name, exactly(value, run.requests), Goal("<=", 0.0))
         for name, value in counts.items()
     ]
-    return [*figures, Figure("recovered_s", estimate(run.recovered_s), Goal("<=", 30.0))]
+    killed, unhurt = run.recovered
+    figures.append(Figure("recovered_s", estimate(killed), Goal("<=", 30.0)))
+    if unhurt:
+        figures.append(Figure("recovered_s_unhurt", estimate(unhurt)))
+    return figures
 
 
 def fault_row(run: FaultRun) -> Row:

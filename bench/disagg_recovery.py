@@ -1,10 +1,17 @@
-"""How long requests take longer after a worker was killed, when nothing else fails."""
+"""How long requests take longer after a worker was killed, when nothing else fails.
+
+Questions differ by an order of magnitude in what they take, so each answer is held against the same
+question's before any kill. Spells in which nobody is killed are watched alike: what they come to is
+what the machine does to the figure by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple, Protocol
@@ -18,13 +25,16 @@ from kvkeep.errors import EngineError
 WINDOW: Final = 8
 """Answers whose median is looked at."""
 SLOWER: Final = 1.5
-"""A window is slow whose median is above so many times that of all answers before the kill."""
+"""A window is slow whose median answer takes so many times what its question usually does."""
 CLIENTS: Final = 3
+ROUNDS: Final = 3
+"""Every question is asked so often before anybody is killed."""
 
 
 class Answer(NamedTuple):
-    """When one was asked for and was there."""
+    """Which question's, when it was asked for and when it was there."""
 
+    question: int
     begun_s: float
     ended_s: float
 
@@ -44,12 +54,14 @@ class Target(Protocol):
         """Kill a worker."""
 
     async def whole(self) -> None:
-        """Wait until all serve that were killed."""
+        """Wait until all serve, and none of them is one that was killed."""
 
 
-class Watch(NamedTuple):
-    """How long requests are watched before and after a kill."""
+class Spells(NamedTuple):
+    """How many there are, and how long requests are watched before and after a kill."""
 
+    kills: int
+    unhurt: int
     before_s: float
     after_s: float
     """At most, where what was killed may be back sooner."""
@@ -57,71 +69,114 @@ class Watch(NamedTuple):
     """Once all serve again, and for `before_s` have."""
 
 
-def recovered_s(answers: Sequence[Answer], killed_s: float) -> float:
+class Recoveries(NamedTuple):
+    """When no window was slow any more, of each spell, in seconds from its middle on."""
+
+    killed_s: tuple[float, ...]
+    """Of spells with a kill."""
+    unhurt_s: tuple[float, ...]
+    """Of spells without."""
+
+
+def usual_s(answers: Sequence[Answer]) -> dict[int, float]:
+    """Return by question what its answers take at the median."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for one in answers:
+        found[one.question].append(one.jct_s)
+    return {question: float(np.median(took)) for question, took in found.items()}
+
+
+def recovered_s(answers: Sequence[Answer], usual: Mapping[int, float], killed_s: float) -> float:
     """Return how long after a kill the last slow window ended; 0 where none was slow."""
-    ordered = sorted(answers, key=lambda answer: answer.ended_s)
-    usual_s = float(np.median([one.jct_s for one in ordered if one.ended_s <= killed_s]))
-    after = [one for one in ordered if one.ended_s > killed_s]
-    last_s = killed_s
-    for at in range(len(after) - WINDOW + 1):
-        window = after[at : at + WINDOW]
-        if np.median([one.jct_s for one in window]) > SLOWER * usual_s:
-            last_s = window[-1].ended_s
-    return last_s - killed_s
+    after = sorted(
+        (one for one in answers if one.ended_s > killed_s), key=lambda answer: answer.ended_s
+    )
+    slower = [one.jct_s / usual[one.question] for one in after]
+    slow = [
+        after[at + WINDOW - 1].ended_s
+        for at in range(len(after) - WINDOW + 1)
+        if np.median(slower[at : at + WINDOW]) > SLOWER
+    ]
+    return max(slow, default=killed_s) - killed_s
 
 
 async def recoveries(
-    target: Target, asked: Sequence[Question], kills: int, watch: Watch, draw: random.Random
-) -> list[float]:
+    target: Target, asked: Sequence[Question], spells: Spells, draw: random.Random
+) -> Recoveries:
     """Kill so many workers, one after another, beside clients that go on asking.
 
     Raises `EngineError` where one of them is let down.
     """
-    clock = asyncio.get_running_loop().time
     single = [one for one in asked if one.params.n == 1]
-    numbers = count()
-    found: list[float] = []
-    for turn in range(kills + 1):
-        answers: list[Answer] = []
-        killed_s = clock() + watch.before_s
-        until = _Until(killed_s + watch.after_s * bool(turn))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(CLIENTS):
-                group.create_task(_steady(target, single, until, numbers, answers))
-            if turn:  # the first one warms up
-                await asyncio.sleep(watch.before_s)
-                await target.kill(draw)
-                if watch.ends_early:
-                    await target.whole()
-                    until.time_s = min(until.time_s, clock() + watch.before_s)
-        if turn:
-            found.append(recovered_s(answers, killed_s))
-    return found
+    clients = _Clients(target, single)
+    await clients.ask(_Until(answers=len(single)))  # fills caches
+    usual = usual_s(await clients.ask(_Until(answers=ROUNDS * len(single))))
+    every = [True] * spells.kills + [False] * spells.unhurt
+    draw.shuffle(every)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for kills in every:
+        found[kills].append(await _spell(clients, usual, spells, draw if kills else None))
+    return Recoveries(tuple(found[True]), tuple(found[False]))
+
+
+async def _spell(
+    clients: _Clients, usual: Mapping[int, float], spells: Spells, draw: random.Random | None
+) -> float:
+    """Return when a kill in the middle of a spell was over; None: nobody is killed."""
+    await clients.target.whole()
+    clock = asyncio.get_running_loop().time
+    middle_s = clock() + spells.before_s
+    until = _Until(time_s=middle_s + spells.after_s)
+    answers = asyncio.ensure_future(clients.ask(until))
+    try:
+        await asyncio.sleep(spells.before_s)
+        if draw is not None:
+            await clients.target.kill(draw)
+        if spells.ends_early:
+            await clients.target.whole()
+            until.time_s = min(until.time_s, clock() + spells.before_s)
+        return recovered_s(await answers, usual, middle_s)
+    finally:
+        answers.cancel()
 
 
 @dataclass(slots=True)
 class _Until:
     """When clients stop asking."""
 
-    time_s: float
+    time_s: float = math.inf
+    answers: float = math.inf
+    """In all."""
 
 
-async def _steady(
-    target: Target,
-    asked: Sequence[Question],
-    until: _Until,
-    numbers: count[int],
-    answers: list[Answer],
-) -> None:
-    """Ask one question after the other."""
-    clock = asyncio.get_running_loop().time
-    while clock() < until.time_s:
-        number = next(numbers)
-        begun_s = clock()
-        client = await target.client()
-        async for chunk in client.submit(
-            asked[number % len(asked)].request(f"steady-{number}", None)
-        ):
-            if chunk.error is not None:
-                raise EngineError(chunk.error)
-        answers.append(Answer(begun_s, clock()))
+class _Clients:
+    """Some that ask one question after the other, in turn."""
+
+    def __init__(self, target: Target, asked: Sequence[Question]) -> None:
+        self.target = target
+        self._asked = asked
+        self._numbers = count()
+
+    async def ask(self, until: _Until) -> list[Answer]:
+        """Return what came of it; raises `EngineError` where a client was let down."""
+        answers: list[Answer] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(CLIENTS):
+                    group.create_task(self._steady(until, answers))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return answers
+
+    async def _steady(self, until: _Until, answers: list[Answer]) -> None:
+        clock = asyncio.get_running_loop().time
+        while clock() < until.time_s and len(answers) < until.answers:
+            number = next(self._numbers)
+            question = number % len(self._asked)
+            begun_s = clock()
+            client = await self.target.client()
+            request = self._asked[question].request(f"steady-{number}", None)
+            async for chunk in client.submit(request):
+                if chunk.error is not None:
+                    raise EngineError(chunk.error)
+            answers.append(Answer(question, begun_s, clock()))

@@ -27,6 +27,7 @@ import numpy as np
 from rich.console import Console
 
 from kvkeep.cli.console import NOTES, OUT, print_wide
+from kvkeep.ops.cpu import available
 
 MIN_PAIRS: Final = 10
 RESAMPLES: Final = 10_000
@@ -178,7 +179,10 @@ def ratio(pairs: Sequence[Pair], *, seed: int = 0) -> Estimate:
 
 
 def machine() -> dict[str, Cell]:
-    """Return what the figures depend on: processor, cores, memory, system."""
+    """Return what the figures depend on: processor, the kernels it runs, cores, memory, system.
+
+    Virtual machines of one name have processors of several generations.
+    """
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -186,7 +190,13 @@ def machine() -> dict[str, Cell]:
         model = next(named, model).partition(":")[2].strip() or model
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "memory_bytes": memory, "system": platform.system()}
+    return {
+        "cpu": model,
+        "kernel": available()[0],
+        "cores": cores,
+        "memory_bytes": memory,
+        "system": platform.system(),
+    }
 
 
 def commit() -> str:

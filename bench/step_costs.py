@@ -57,17 +57,20 @@ def chunk_rows(side: Side, pages: MadeUpPages, codec: Codec, turns: int) -> Iter
                 core.set_tenants({TENANT: 1.0})
                 pages.only(context // PAGE_TOKENS)
                 side.ours.submit(side.ours.prompt(context + tokens), greedy(1))
-                found, steps = core.counters.cache_hits, side.ours.step_seconds()
-                if len(steps) == 1:
-                    took.setdefault(core.counters.cache_hits - found, []).append(steps[0])
-            for held, seconds in took.items():
+                found, before = core.counters.cache_hits, core.counters.steps
+                seconds = side.ours.step_seconds()[-1]  # pages are made up in earlier ones
+                if core.counters.steps - before == 1:
+                    took.setdefault(core.counters.cache_hits - found, []).append(seconds)
+            if not took:
+                raise RuntimeError(f"{tokens} tokens behind {context} were not one step's")
+            for held, times in took.items():
                 yield {
                     "part": "chunk",
                     "kv": form_of(codec),
                     "tokens": context + tokens - held,
                     "context": held,
-                    "turns": len(seconds),
-                    "seconds": float(np.median(seconds)),
+                    "turns": len(times),
+                    "seconds": float(np.median(times)),
                 }
 
 

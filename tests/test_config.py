@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.config import Settings, is_loopback, load
+from kvkeep.addresses import is_loopback
+from kvkeep.config import Settings, load
 from kvkeep.errors import ConfigError
 
 
@@ -121,20 +122,6 @@ def test_no_auth_stays_on_loopback() -> None:
     assert load({"no_auth": True, "host": "::1"}).no_auth
     with pytest.raises(ConfigError, match=r"^no_auth: "):
         load({"no_auth": True, "host": "0.0.0.0"})
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("localhost", True),
-        ("127.0.0.2", True),
-        ("[::1]", True),
-        ("0.0.0.0", False),
-        ("example.org", False),
-    ],
-)
-def test_loopback(host: str, *, expected: bool) -> None:
-    assert is_loopback(host) is expected
 
 
 def test_settings_are_read_only() -> None:

@@ -5,7 +5,6 @@ Flags are the field names with dashes; names are vLLM's where the meaning is the
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -22,12 +21,11 @@ from pydantic_settings import (
 )
 
 from kvkeep.errors import ConfigError
+from kvkeep.fitting import check_together
 from kvkeep.naming import check_keys
 
 ENV_PREFIX: Final = "KVKEEP_"
 DEFAULT_FILE: Final = Path("kvkeep.toml")
-UNSAFE_POLICIES: Final = ("safekv", "share_all")
-"""Policies that need a word of confirmation."""
 CONSENT_PATH: Final = "/.well-known/kvkeep-audit-consent"
 """Where a server says that it may be audited from another machine."""
 FORMER_POLICIES: Final = {"nothing": "isolate", "all": "share_all"}
@@ -39,16 +37,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+Load = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -218,6 +207,21 @@ class Settings(BaseSettings):
         1, description="workers that compute long prompts (cluster)"
     )
     cluster_decode: Count = Field(1, description="workers that answer (cluster)")
+    cluster_prefill_most: Count | None = Field(
+        None, description="start and end prefill workers by load, up to so many (cluster)"
+    )
+    cluster_decode_most: Count | None = Field(
+        None, description="and decode workers: the load of all moves who is cached where (cluster)"
+    )
+    cluster_prefill_load: Load = Field(
+        2.0, description="requests under way on a prefill worker that are enough (cluster)"
+    )
+    cluster_decode_load: Load = Field(
+        8.0, description="requests under way on a decode worker that are enough (cluster)"
+    )
+    cluster_scale_s: PositiveSeconds = Field(
+        300.0, description="load is looked at, and a worker of a role moved, so often (cluster)"
+    )
     cluster_least_tokens: Count = Field(
         512, description="shorter prompts are computed where they are answered (cluster)"
     )
@@ -298,67 +302,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.share in UNSAFE_POLICIES and not self.unsafe_share_all:
-            raise ConfigError(
-                f"share: {self.share!r} lets tenants time each other's prompts; "
-                "add --unsafe-share-all, or leave it at 'selective'"
-            )
-        if self.share_gate and self.share not in {"selective", "dp"}:
-            raise ConfigError(
-                f"share_gate: {self.share!r} has no young shared pages to hide; "
-                "leave it out, or share 'selective' or 'dp'"
-            )
-        self._clustered()
-        if self.share == "pinned" and self.share_pinned is None:
-            raise ConfigError("share: 'pinned' shares what --share-pinned FILE declares; add it")
-        if self.share_webhook is not None and not self.share_webhook.startswith(
-            ("http://", "https://")
-        ):
-            raise ConfigError("share_webhook: must be an http or https URL")
-        if self.no_auth and not is_loopback(self.host):
-            raise ConfigError(
-                "no_auth: serves without keys, so host must be a loopback address; "
-                "use --keys FILE to serve others"
-            )
-        if not is_loopback(self.admin_host):
-            raise ConfigError(
-                "admin_host: must be a loopback address; use --admin-socket or a tunnel"
-            )
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError("max_model_len: needs room for a prompt and an answer, at least 2")
+        check_together(self)
         return self
-
-    def _clustered(self) -> None:
-        """Refuse what a cluster's workers can't do, and half of their links."""
-        files = (self.cluster_certificate, self.cluster_key, self.cluster_authority)
-        if any(files) and not all(files):
-            raise ConfigError(
-                "cluster_certificate: goes with cluster_key and cluster_authority; give all three"
-            )
-        if self.cluster_shared_memory and (self.cluster is None or any(files)):
-            raise ConfigError(
-                "cluster_shared_memory: is for a cluster on one machine, whose workers need no"
-                " certificates; leave it out, or cluster_certificate"
-            )
-        link, token_ms = self.cluster_link_gbit, self.cluster_token_ms
-        if (link or token_ms) and not (self.cluster and link and (token_ms or self.kv == "auto")):
-            raise ConfigError(
-                "cluster_link_gbit: in a cluster, kv = auto or cluster_token_ms goes with it; set"
-                " both, or neither"
-            )
-        if self.cluster_attend_apart and (self.cluster is None or self.kv == "auto"):
-            raise ConfigError("cluster_attend_apart: is for a cluster, and another kv than auto")
-        if self.cluster is None:
-            return
-        if any(one.startswith("redis") for one in self.tier):
-            raise ConfigError("tier: a cluster's workers share no server; give memory: and disk:")
-        if self.guard_share and self.kv == "bf16" and self.evict == "off":
-            raise ConfigError(
-                "guard_share: pages of kv = bf16 are stored as they were computed, and nothing can"
-                " drift; choose another kv, let tokens be evicted, or leave it at 0"
-            )
-        if not self.prefix_caching:
-            raise ConfigError("prefix_caching: a cluster hands cached pages over; leave it on")
 
 
 def read_file(named: Path | None) -> dict[str, object]:

@@ -22,9 +22,10 @@ from bench.sharing_target import Counted, Target
 from bench.sharing_trace import FULL, MEASURED_FROM, PAGE, Ask, K, Shape, Texts
 from kvkeep.audit import Options, Report, audit
 from kvkeep.audit.findings import Outcome
-from kvkeep.config import DEMO_MODEL, UNSAFE_POLICIES, Settings
+from kvkeep.config import DEMO_MODEL, Settings
 from kvkeep.engine.pinning import pinned_prompts
 from kvkeep.errors import ConfigError
+from kvkeep.fitting import UNSAFE_POLICIES
 from kvkeep.models.text import TextModel
 from kvkeep.sharing.monitor import MonitorLimits
 from kvkeep.types import PAGE_TOKENS

@@ -10,6 +10,7 @@ from kvkeep.cli import run
 from kvkeep.cli.cluster import counted, crew_options, link_options, linked, worker_options
 from kvkeep.cli.engine import engine_options
 from kvkeep.config import DEMO_MODEL, load
+from kvkeep.disagg.members import Scaling
 from kvkeep.engine.options import GivenKeys, KeyOptions
 from kvkeep.engine.speeds import Speeds
 from kvkeep.errors import ConfigError
@@ -113,6 +114,22 @@ def test_certificates_are_given_together() -> None:
     for name in files:
         with pytest.raises(ConfigError, match="cluster_certificate: goes with"):
             load({key: file for key, file in files.items() if key != name})
+
+
+def test_workers_come_and_go_by_load_where_a_most_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert crew_options(load({"cluster": "auto"})).scaling == {}
+    flags: dict[str, Any] = {"cluster": "auto", "cluster_prefill_most": 3, "cluster_scale_s": 60.0}
+    found = crew_options(load(flags))
+    assert (found.scaling, found.scale_s) == ({"prefill": Scaling(most=3, load=2.0)}, 60.0)
+    both = crew_options(load({**flags, "cluster_decode_most": 2, "cluster_decode_load": 16.0}))
+    assert both.scaling["decode"] == Scaling(most=2, load=16.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert worker_options(load(flags), "w", KEYS).threads == 2, "cores for all that there may be"
+    for other in ({"cluster": None}, {"cluster_prefill": 3}, {"cluster_prefill": 0}):
+        with pytest.raises(ConfigError, match="cluster_prefill_most: 3 with cluster_prefill = "):
+            load({**flags, **other})
 
 
 @pytest.mark.parametrize(

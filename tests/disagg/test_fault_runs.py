@@ -16,7 +16,15 @@ import pytest
 from bench import disagg_clients
 from bench.disagg_clients import Plan, Question, Storm, Tokens, Told, events, is_wrong, questions
 from bench.disagg_faults import FaultRun, fault_figures, fault_row
-from bench.disagg_recovery import WINDOW, Answer, Watch, recovered_s, recoveries
+from bench.disagg_recovery import (
+    WINDOW,
+    Answer,
+    Recoveries,
+    Spells,
+    recovered_s,
+    recoveries,
+    usual_s,
+)
 from kvkeep.disagg import fleet as fleets
 from kvkeep.disagg.fleet import Fleet
 from kvkeep.disagg.journey import Journey
@@ -260,14 +268,16 @@ def test_what_happens_is_drawn_from_the_seed() -> None:
 
 
 def test_recovery_is_from_when_on_no_window_is_slow() -> None:
-    usual = [Answer(at, at + 1.0) for at in range(10)]
-    slow = [Answer(10.0 + at, 10.0 + at + 3.0) for at in range(WINDOW)]
-    after = [Answer(30.0 + at, 31.0 + at) for at in range(2 * WINDOW)]
-    assert recovered_s([*usual, *after], 10.5) == 0.0
-    found = recovered_s([*usual, *slow, *after], 10.5)
+    took = {0: 1.0, 1: 10.0}
+    after = [Answer(at % 2, 30.0 + at - took[at % 2], 30.0 + at) for at in range(4 * WINDOW)]
+    assert usual_s(after) == took
+    assert recovered_s(after, took, 10.5) == 0.0, "one question takes longer than another"
+    slow = [Answer(1, 0.0, 16.0 + at / 10) for at in range(WINDOW)]
+    found = recovered_s([*slow, *after], took, 10.5)
     assert slow[-1].ended_s - 10.5 < found < after[WINDOW].ended_s - 10.5
-    never = [Answer(10.0 + at, 10.0 + at + 3.0) for at in range(40)]
-    assert recovered_s([*usual, *never], 10.5) == never[-1].ended_s - 10.5
+    never = [Answer(0, 10.0 + at, 10.0 + at + 3.0) for at in range(40)]
+    assert recovered_s(never, took, 10.5) == never[-1].ended_s - 10.5
+    assert recovered_s(never, took, 60.0) == 0.0, "before the kill"
 
 
 class Quick:
@@ -277,6 +287,7 @@ class Quick:
         self.killed = 0
         self.answers = 0
         self.again = asyncio.Event()
+        self.again.set()
 
     async def client(self) -> Any:
         return self
@@ -288,6 +299,7 @@ class Quick:
 
     async def kill(self, draw: random.Random) -> None:
         self.killed += 1
+        self.again.clear()
         asyncio.get_running_loop().call_later(0.1, self.again.set)
 
     async def whole(self) -> None:
@@ -297,20 +309,37 @@ class Quick:
 
 async def test_a_quick_watch_ends_once_all_serve_again_and_not_before() -> None:
     target = Quick()
-    watch = Watch(0.05, 1000.0, ends_early=True)
-    found = await recoveries(target, FEW, 1, watch, random.Random(1))
-    assert (target.killed, len(found)) == (1, 1)
+    spells = Spells(1, 2, 0.05, 1000.0, ends_early=True)
+    found = await recoveries(target, FEW, spells, random.Random(1))
+    assert (target.killed, len(found.killed_s), len(found.unhurt_s)) == (1, 1, 2)
     assert target.answers > target.before > 0, "watched after that too"
+
+
+async def test_who_is_slow_for_as_long_as_a_worker_is_away_is_seen() -> None:
+    class Slower(Quick):
+        async def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+            if not self.again.is_set():
+                await asyncio.sleep(0.05)
+            async for chunk in super().submit(request):
+                yield chunk
+
+    target = Slower()
+    found = await recoveries(target, FEW, Spells(2, 0, 0.05, 0.6), random.Random(1))
+    assert all(0.1 <= took < 0.55 for took in found.killed_s), found
 
 
 def test_figures_are_counts_of_all_requests() -> None:
     run = FaultRun(
         requests=500, ends={"answered": 240, "left": 250, "error": 10}, events={"kill": 10},
         refused={"version": 1, "shield": 1}, hung=0, wrong=1, leaked_pages=0, late_s=-0.5,
-        recovered_s=(4.0,) * 10,
+        recovered=Recoveries((4.0,) * 10, (0.0,) * 5),
     )  # fmt: skip
     figures = {one.name: one.row() for one in fault_figures(run)}
     assert [figures[name]["status"] for name in ("hung_clients", "leaked_pages")] == ["shown"] * 2
     assert figures["wrong_tokens"]["status"] == "missed"
     assert (figures["recovered_s"]["median"], figures["recovered_s"]["status"]) == (4.0, "shown")
+    assert (figures["recovered_s_unhurt"]["median"], figures["recovered_s_unhurt"]["goal"]) == (
+        0,
+        None,
+    )
     assert fault_row(run)["answered_requests"] == 240

@@ -13,7 +13,7 @@ import pytest
 
 from kvkeep.disagg.connector import Channel, Pacer
 from kvkeep.disagg.options import LinkOptions, PaceOptions, TlsFiles
-from kvkeep.disagg.tcp import TcpConnector, host_port, is_loopback
+from kvkeep.disagg.tcp import TcpConnector, host_port
 from kvkeep.disagg.wire import Beat, Block, Lost, control_bytes, pages_header
 from kvkeep.errors import ConfigError, LinkLost
 from tests.disagg.certificates import Authority
@@ -121,11 +121,6 @@ async def test_other_hosts_are_refused_without_tls() -> None:
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="is no address"):
         host_port(address)
-
-
-def test_loopback_is_known_by_number_or_by_its_one_name() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "::", "example.org")))
 
 
 async def test_a_port_in_use_and_files_that_are_none_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Final
 
 import httpx
 
-from kvkeep.config import CONSENT_PATH, is_loopback
+from kvkeep.addresses import is_loopback
+from kvkeep.config import CONSENT_PATH
 from kvkeep.errors import AuditError, ConfigError
 
 TIMEOUT_S: Final = 120.0

@@ -15,7 +15,7 @@ from kvkeep.cli.console import NOTES, loading_bar
 from kvkeep.cli.engine import checkpoint_path, describe, engine_options
 from kvkeep.config import Settings
 from kvkeep.disagg.fleet import Fleet
-from kvkeep.disagg.members import CrewOptions
+from kvkeep.disagg.members import CrewOptions, Scaling
 from kvkeep.disagg.options import LinkOptions, Role, TlsFiles
 from kvkeep.disagg.places import Places
 from kvkeep.disagg.ray_cluster import AUTO, check_links, joined
@@ -37,7 +37,18 @@ def crew_options(settings: Settings) -> CrewOptions:
         epoch_s=settings.cluster_epoch_s,
         silence_s=settings.cluster_silence_s,
         drain_s=settings.drain_s,
+        scaling=_scaling(settings),
+        scale_s=settings.cluster_scale_s,
     )
+
+
+def _scaling(settings: Settings) -> dict[Role, Scaling]:
+    """Return which roles have workers by load."""
+    asked: dict[Role, tuple[int | None, float]] = {
+        "prefill": (settings.cluster_prefill_most, settings.cluster_prefill_load),
+        "decode": (settings.cluster_decode_most, settings.cluster_decode_load),
+    }
+    return {role: Scaling(most=most, load=load) for role, (most, load) in asked.items() if most}
 
 
 def link_options(settings: Settings, folder: Path | None = None) -> LinkOptions:
@@ -95,7 +106,8 @@ def worker_options(settings: Settings, name: str, keys: KeyOptions) -> EngineOpt
     )
     threads = options.threads
     if threads is None and settings.cluster == AUTO:
-        workers = settings.cluster_prefill + settings.cluster_decode
+        prefill = settings.cluster_prefill_most or settings.cluster_prefill
+        workers = prefill + (settings.cluster_decode_most or settings.cluster_decode)
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
     tiers = tuple(_own_tier(tier, name) for tier in options.tiers)

@@ -14,10 +14,11 @@ from pathlib import Path
 from kvkeep.cli.console import NOTES
 from kvkeep.cli.engine import checkpoint_path, key_options, running_engine
 from kvkeep.cli.options import new_app, with_settings
-from kvkeep.config import UNSAFE_POLICIES, Settings
+from kvkeep.config import Settings
 from kvkeep.engine.api import EngineClient
 from kvkeep.engine.sealers import shred_in
 from kvkeep.errors import ConfigError
+from kvkeep.fitting import UNSAFE_POLICIES
 from kvkeep.server.cluster import Workers
 from kvkeep.server.options import Bind, ServerLimits, ServerOptions
 from kvkeep.server.serve import Listening, check_binds, check_free, serve

@@ -16,6 +16,7 @@ from kvkeep.disagg.journey import Journey
 from kvkeep.disagg.members import CrewOptions, Launch, Member
 from kvkeep.disagg.options import Role
 from kvkeep.disagg.router import KEY_BYTES
+from kvkeep.disagg.scaling import scale_by_load
 from kvkeep.disagg.totals import total, with_prompts
 from kvkeep.engine.api import (
     ChunkStream,
@@ -71,6 +72,8 @@ class Fleet:
             raise
         if agreement is not None:
             crew.beside(agreement.run())
+        if options.scaling:
+            crew.beside(scale_by_load(crew))
         return cls(crew, agreement, guarding)
 
     def submit(self, request: GenerateRequest) -> ChunkStream:

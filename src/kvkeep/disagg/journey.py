@@ -61,6 +61,7 @@ class Journey:
         self._stream: ChunkStream | None = None
         self._decode: Member | None = None
         self._prefill: Member | None = None
+        self._computing: Member | None = None
 
     def __aiter__(self) -> Self:
         """Return itself."""
@@ -108,6 +109,7 @@ class Journey:
                 if self._stream is None:
                     self._stream = await self._begin()
                 chunk = await anext(self._stream)
+                self._waits_for(self._decode)
                 if not chunk.again or self._attempts >= MOST_ATTEMPTS:
                     return chunk
                 self._most_prefills = MOST_ATTEMPTS  # no decode worker has room for the prompt
@@ -162,6 +164,7 @@ class Journey:
     def _submit(self, decode: Member) -> ChunkStream:
         request = self._again()
         prefill = self._prefill_of(request)
+        self._waits_for(decode if prefill is None else prefill)
         if prefill is not None:
             self._prefill = prefill
             prefill.take()
@@ -215,7 +218,18 @@ class Journey:
             self._cached = chunk.cached_tokens
         return msgspec.structs.replace(chunk, cached_tokens=self._cached)
 
+    def _waits_for(self, member: Member | None) -> None:
+        """Count the request as one that this worker computes for now; None: as nobody's."""
+        if member is self._computing:
+            return
+        if self._computing is not None:
+            self._computing.computing -= 1
+        self._computing = member
+        if member is not None:
+            member.computing += 1
+
     async def _let_go(self) -> None:
+        self._waits_for(None)
         stream, self._stream = self._stream, None
         if stream is not None:
             await stream.aclose()

@@ -24,6 +24,15 @@ ALIKE: Final = ("version", *PAIRED)
 """What all workers of a cluster have in common."""
 
 
+class Scaling(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers of a role there are by what all of them have under way."""
+
+    most: int
+    """Of these; there are never fewer than at the start."""
+    load: float
+    """Requests under way on a worker, at the mean, that are enough."""
+
+
 class CrewOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers there are, and how they are led."""
 
@@ -44,6 +53,10 @@ class CrewOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a draining worker's requests get to end."""
     again_s: float = 1.0
     """A worker that could not be started is tried again after so long, then twice as long."""
+    scaling: dict[Role, Scaling] = {}
+    """Roles left out have a fixed number of workers."""
+    scale_s: float = 300.0
+    """Load is looked at for so long; then one worker of a role starts or leaves at most."""
 
     def __post_init__(self) -> None:
         if self.decode < 1:
@@ -63,6 +76,8 @@ class Member:
     starts: int
     state: State = "starting"
     streams: int = 0
+    computing: int = 0
+    """Of them, those that wait for it alone: for a prompt where it prefills, else for an answer."""
     stats: EngineStats | None = None
     """What it said last."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from kvkeep.config import is_loopback
+from kvkeep.addresses import is_loopback
 from kvkeep.disagg.listening import exposed, family
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.environment import environment

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from kvkeep.addresses import is_loopback
 from kvkeep.disagg.connector import Channel, LinkStats, Pacer, Parts
 from kvkeep.disagg.options import LinkOptions
 from kvkeep.disagg.tls import LOOK, context_of, refusal
@@ -181,11 +181,3 @@ def host_port(address: str) -> tuple[str, int]:
     if not address.startswith("tcp://") or not host or port is None:
         raise ConfigError(f"listen: {address!r} is no address; use tcp://127.0.0.1:0")
     return host, port
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this host reaches an address; names but `localhost` count as reached."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -46,6 +46,14 @@ class Closing:
     """The step's row that holds its first token; -1 where earlier steps stored some of it."""
 
 
+class Leaving(NamedTuple):
+    """What lies behind the last whole block of a prompt that ends in this step."""
+
+    rows: OpenRows
+    row: int
+    """The step's row that holds the first; -1 where earlier steps stored some."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepKV:
     """Everything of a step that is the same for all layers."""
@@ -57,8 +65,8 @@ class StepKV:
     closing: tuple[Closing, ...]
     apart: tuple[RowsApart, ...] = ()
     """Rows whose views begin in other workers."""
-    leaving: tuple[OpenRows, ...] = ()
-    """Of prompts that end in this step, and that other engines answer."""
+    leaving: tuple[Leaving, ...] = ()
+    """Of prompts that other engines answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +134,9 @@ class BatchKV:
                 continue
             for listener in self._listeners:
                 listener.layer_closed(closing.page, layer)
-        for rows in self._step.leaving:
-            data = self._rows.read(rows, layer)
+        for rows, begun in self._step.leaving:
+            own = begun >= 0 and self._rows.stores(new)
+            data = new.told(begun, rows.num_rows) if own else self._rows.read(rows, layer)
             for listener in self._listeners:
                 listener.rows_stored(rows, layer, data)
 

@@ -47,6 +47,11 @@ class NewRows(NamedTuple):
         own = slice(at, at + PAGE_TOKENS)
         return self.k[own].transpose(0, 1).contiguous(), self.v[own].transpose(0, 1).contiguous()
 
+    def told(self, at: int, count: int) -> bytes:
+        """Return `count` rows from `at` on as [2, count, Hkv, D]."""
+        own = slice(at, at + count)
+        return _bytes_of(torch.stack((self.k[own], self.v[own])))
+
 
 class RowStore:
     """Rows in pages in the model's dtype, and the codec that makes pages of them."""
@@ -76,7 +81,7 @@ class RowStore:
         pages, heads = len(rows.slots), self._shape.num_kv_heads
         both = torch.stack(values_of(tiles, self._shape)).view(2, pages, heads, PAGE_TOKENS, -1)
         by_token = both.transpose(2, 3).reshape(2, pages * PAGE_TOKENS, heads, -1)
-        return by_token[:, : rows.num_rows].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        return _bytes_of(by_token[:, : rows.num_rows].contiguous())
 
     def write(self, view: View, layers: Sequence[bytes | memoryview], slots: Int32Array) -> None:
         """Write each layer's rows from `view.length` on at `slots` [T] = page slot * S + row.
@@ -102,3 +107,7 @@ def slots_of(pages: Int32Array, first_page: int, begin: int, end: int) -> Int32A
     positions = np.arange(begin, end)
     found = pages[positions // PAGE_TOKENS - first_page] * PAGE_TOKENS + positions % PAGE_TOKENS
     return found.astype(np.int32)
+
+
+def _bytes_of(values: torch.Tensor) -> bytes:
+    return values.cpu().view(torch.uint8).numpy().tobytes()

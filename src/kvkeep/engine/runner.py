@@ -17,7 +17,7 @@ from kvkeep.cache.tiers import ClosedPage, OpenRows, PageListener
 from kvkeep.engine.apart import RowsApart
 from kvkeep.engine.api import EvictStats, GenerateRequest
 from kvkeep.engine.backend import Upload
-from kvkeep.engine.batch_kv import BatchKV, Closing, StepKV, Techniques
+from kvkeep.engine.batch_kv import BatchKV, Closing, Leaving, StepKV, Techniques
 from kvkeep.engine.evicted import EvictCounts
 from kvkeep.engine.handing import hands_over
 from kvkeep.engine.opened import Opener
@@ -204,7 +204,7 @@ class ModelRunner:
         slots: list[Int32Array] = []
         closing: list[Closing] = []
         apart: list[RowsApart] = []
-        leaving: list[OpenRows] = []
+        leaving: list[Leaving] = []
         row = 0
         for item in work:
             view, request = item.view, item.sequence.request
@@ -230,7 +230,7 @@ class ModelRunner:
             if view.apart:
                 assert request.part is not None
                 apart.append(RowsApart(view, row, item.count, request.part))
-            leaving += self._leaving(item, staged, staged_from)
+            leaving += self._leaving(item, row, staged, staged_from)
             row += item.count
         geometry = BatchGeometry(
             tuple(segments), row, self._parts.shape.layout, self._spec.layout,
@@ -242,7 +242,7 @@ class ModelRunner:
             geometry, plan, np.concatenate(slots), tuple(closing), tuple(apart), tuple(leaving)
         )
 
-    def _leaving(self, item: Work, staged: Int32Array, staged_from: int) -> list[OpenRows]:
+    def _leaving(self, item: Work, row: int, staged: Int32Array, staged_from: int) -> list[Leaving]:
         """Return the rows behind the last whole block of a prompt that another engine answers.
 
         Of one that ends in this step; none where tokens may be evicted: only who attends to all of
@@ -254,8 +254,9 @@ class ModelRunner:
             return []
         first = end - end % self._block_tokens(view)
         pages = staged[first // PAGE_TOKENS - staged_from :]
+        begun = row + first - item.start if first >= max(item.start, view.length) else -1
         found = OpenRows(request.spec.id, view.tag, end - first, pages)
-        return [found] if end > first else []
+        return [Leaving(found, begun)] if end > first else []
 
     def _block_tokens(self, view: View) -> int:
         """Return how many tokens are found again at a time in pages of a view's form."""

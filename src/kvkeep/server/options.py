@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvkeep.config import is_loopback
+from kvkeep.addresses import is_loopback
 from kvkeep.errors import ConfigError
 
 

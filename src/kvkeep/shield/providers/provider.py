@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, cast, get_args
 from urllib.parse import urlsplit
 
-from kvkeep.config import is_loopback
+from kvkeep.addresses import is_loopback
 from kvkeep.errors import ConfigError
 
 Kind = Literal["file", "env", "fd", "vault", "kms", "pkcs11", "attested"]
