@@ -269,21 +269,28 @@ def test_what_happens_is_drawn_from_the_seed() -> None:
 
 def test_recovery_is_from_when_on_no_window_is_slow() -> None:
     took = {0: 1.0, 1: 10.0}
-    after = [Answer(at % 2, 30.0 + at - took[at % 2], 30.0 + at) for at in range(4 * WINDOW)]
-    assert usual_s(after) == took
-    assert recovered_s(after, took, 10.5) == 0.0, "one question takes longer than another"
-    slow = [Answer(1, 0.0, 16.0 + at / 10) for at in range(WINDOW)]
-    found = recovered_s([*slow, *after], took, 10.5)
-    assert slow[-1].ended_s - 10.5 < found < after[WINDOW].ended_s - 10.5
-    never = [Answer(0, 10.0 + at, 10.0 + at + 3.0) for at in range(40)]
+
+    def answers(begin_s: float, count: int, slower: float = 1.0) -> list[Answer]:
+        ends = [(at % 2, begin_s + at / 10) for at in range(count)]
+        return [Answer(one, end_s - slower * took[one], end_s) for one, end_s in ends]
+
+    quick, slow = answers(30.0, 4 * WINDOW), answers(16.0, WINDOW, 3.0)
+    assert usual_s(quick) == pytest.approx(took)
+    assert recovered_s(quick, took, 10.5) == 0.0, "one question takes longer than another"
+    found = recovered_s([*slow, *quick], took, 10.5)
+    assert slow[-1].ended_s - 10.5 < found < quick[WINDOW].ended_s - 10.5
+    assert recovered_s([*slow[:20], *quick], took, 10.5) == 0.0, "a few are chance"
+    never = answers(11.0, 2 * WINDOW, 3.0)
     assert recovered_s(never, took, 10.5) == never[-1].ended_s - 10.5
-    assert recovered_s(never, took, 60.0) == 0.0, "before the kill"
+    before = answers(0.0, 100, 2.5)
+    assert recovered_s([*before, *never], took, 10.5) == 0.0, "all was slow before"
 
 
 class Quick:
     """A `Target` of `bench.disagg_recovery` that answers at once and is whole once it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, away_s: float = 0.1) -> None:
+        self.away_s = away_s
         self.killed = 0
         self.answers = 0
         self.again = asyncio.Event()
@@ -300,7 +307,7 @@ class Quick:
     async def kill(self, draw: random.Random) -> None:
         self.killed += 1
         self.again.clear()
-        asyncio.get_running_loop().call_later(0.1, self.again.set)
+        asyncio.get_running_loop().call_later(self.away_s, self.again.set)
 
     async def whole(self) -> None:
         await self.again.wait()
@@ -315,17 +322,20 @@ async def test_a_quick_watch_ends_once_all_serve_again_and_not_before() -> None:
     assert target.answers > target.before > 0, "watched after that too"
 
 
-async def test_who_is_slow_for_as_long_as_a_worker_is_away_is_seen() -> None:
+async def test_who_is_slow_for_as_long_as_a_worker_is_away_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.disagg_recovery.WINDOW", 8)
+
     class Slower(Quick):
         async def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             if not self.again.is_set():
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
             async for chunk in super().submit(request):
                 yield chunk
 
-    target = Slower()
-    found = await recoveries(target, FEW, Spells(2, 0, 0.05, 0.6), random.Random(1))
-    assert all(0.1 <= took < 0.55 for took in found.killed_s), found
+    found = await recoveries(Slower(0.3), FEW, Spells(2, 0, 0.2, 1.0), random.Random(1))
+    assert all(0.2 < took < 0.7 for took in found.killed_s), found
 
 
 def test_figures_are_counts_of_all_requests() -> None:
