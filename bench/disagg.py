@@ -13,8 +13,9 @@ and 2-bit pages, streamed and not; in one of three turns forms for the link alon
 and CacheGen's), unstreamed, and one engine on all threads that computes prompts in chunks.
 `TRACE-SHARE.2` is a second helping of turns. Parts that ended are kept in `build/disagg`, by
 commit; without `--only` the figures are those of all that are kept, or of all parts where none is.
-`--only router` says what a router adds to a request whose workers answer at once, and
-`--only costs` measures forms for the link by themselves; `--only faults` (`bench.disagg_faults`)
+`--only router` says what a router adds to a request whose workers answer at once, `--only costs`
+measures forms for the link by themselves, `--only ways` (`bench.disagg_ways`) compares how pages
+are got at on one machine; `--only faults` (`bench.disagg_faults`)
 kills workers and routers and breaks links beside 500 requests; with `--quick` beside 40, which
 takes two minutes where nothing else runs, most of them starts of processes. What the simulator
 makes of the same requests stands in rows of its own, as does what it makes of a published system
@@ -48,6 +49,7 @@ from bench.disagg_load import MOST_TOKENS, SCALE, Part, part_names, part_of
 from bench.disagg_overhead import router_overhead
 from bench.disagg_part import FULL, QUICK, Plan
 from bench.disagg_published import published
+from bench.disagg_ways import measure_ways
 from bench.harness import Cell, Options, Report, Row
 from kvkeep.models import make
 
@@ -55,12 +57,15 @@ COSTS: Final = "costs"
 FAULTS: Final = "faults"
 PUBLISHED: Final = "published"
 ROUTER: Final = "router"
+WAYS: Final = "ways"
+OTHERS: Final = {COSTS, FAULTS, PUBLISHED, ROUTER, WAYS}
+"""Parts that are no trace over a link."""
 QUICK_PART: Final = "uniform_short-42"
 
 
 def parts_of(options: Options) -> list[str]:
     """Return the parts to measure or to take from what is kept; raises `ConfigError`."""
-    asked = [name for name in options.only if name not in {COSTS, FAULTS, PUBLISHED, ROUTER}]
+    asked = [name for name in options.only if name not in OTHERS]
     for name in asked:
         part_of(name)
     if asked or options.only:
@@ -129,6 +134,10 @@ def measure(options: Options) -> Report:
         predicted, simulated = published()
         figures += predicted
         rows += simulated
+    if WAYS in options.only:
+        compared, more = measure_ways(options.threads, quick=options.quick)
+        figures += compared
+        rows += more
     if broken is not None:
         figures += fault_figures(broken)
         rows.append(fault_row(broken))

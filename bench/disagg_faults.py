@@ -286,11 +286,11 @@ def fault_figures(run: FaultRun) -> list[Figure]:
         Figure(name, exactly(value, run.requests), Goal("<=", 0.0))
         for name, value in counts.items()
     ]
-    killed, unhurt = run.recovered
+    killed, unhurt, before = run.recovered
     figures.append(Figure("recovered_s", estimate(killed), Goal("<=", 30.0)))
     if unhurt:
         figures.append(Figure("recovered_s_unhurt", estimate(unhurt)))
-    return figures
+    return [*figures, Figure("slower_between_kills", estimate(before))]
 
 
 def fault_row(run: FaultRun) -> Row:

@@ -1,9 +1,10 @@
 """How long requests take longer after a worker was killed, when nothing else fails.
 
 Questions differ by an order of magnitude in what they take, and machines by a third from one minute
-to the next: each answer is held against the same question's before any kill, and these ratios
-against those just before the kill. Spells in which nobody is killed are watched alike: what they
-come to is what the machine does to the figure by itself.
+to the next: each answer is held against the same question's before the first of these kills, and
+that ratio against those of the same spell before its kill. So slowness that stays from spell to
+spell is not in the figure: `before` tells it. Spells in which nobody is killed are watched alike:
+what they come to is what the machine does to the figure by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from bisect import bisect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,12 @@ from bench.disagg_clients import Question
 from kvkeep.engine.api import EngineClient
 from kvkeep.errors import EngineError
 
-WINDOW: Final = 64
-"""Answers whose median is looked at: some seconds. Of eight, one in a thousand is slow anyway."""
+WINDOW_S: Final = 3.0
+"""What clients do in such a time is looked at, again and again."""
+STEP_S: Final = 0.25
 SLOWER: Final = 1.5
-"""A window is slow whose median answer takes so many times what its question does before."""
+"""An answer is slow that takes so many times what its question does before the kill; a window,
+where clients wait for slow answers more than for others. A few that never end fill it."""
 CLIENTS: Final = 3
 ROUNDS: Final = 3
 """Every question is asked so often before anybody is killed."""
@@ -72,12 +74,14 @@ class Spells(NamedTuple):
 
 
 class Recoveries(NamedTuple):
-    """When no window was slow any more, of each spell, in seconds from its middle on."""
+    """Of each spell, when no window was slow any more, in seconds from its middle on."""
 
     killed_s: tuple[float, ...]
     """Of spells with a kill."""
     unhurt_s: tuple[float, ...]
     """Of spells without."""
+    before: tuple[float, ...]
+    """What answers took in the first half of each spell, in order, over what they usually do."""
 
 
 def usual_s(answers: Sequence[Answer]) -> dict[int, float]:
@@ -88,18 +92,24 @@ def usual_s(answers: Sequence[Answer]) -> dict[int, float]:
     return {question: float(np.median(took)) for question, took in found.items()}
 
 
+def slower(answers: Sequence[Answer], usual: Mapping[int, float]) -> list[float]:
+    """Return what each answer took over what its question usually does."""
+    return [one.jct_s / usual[one.question] for one in answers]
+
+
 def recovered_s(answers: Sequence[Answer], usual: Mapping[int, float], killed_s: float) -> float:
     """Return how long after a kill the last slow window ended; 0 where none was slow."""
-    ordered = sorted(answers, key=lambda answer: answer.ended_s)
-    ratios = [one.jct_s / usual[one.question] for one in ordered]
-    begin = bisect(ordered, killed_s, key=lambda answer: answer.ended_s)
-    most = SLOWER * float(np.median(ratios[:begin] or 1.0))
-    slow = [
-        one.ended_s
-        for at, one in enumerate(ordered[begin + WINDOW - 1 :], begin)
-        if np.median(ratios[at : at + WINDOW]) > most
-    ]
-    return max(slow, default=killed_s) - killed_s
+    before = [one for one in answers if one.ended_s <= killed_s]
+    most = SLOWER * float(np.median(slower(before, usual) or 1.0))
+    slow = np.array(slower(answers, usual)) > most
+    begun, ended = np.array([one[1:] for one in answers]).T
+    first_s, last_s = killed_s + WINDOW_S, killed_s
+    for end_s in np.arange(first_s, max(first_s, ended.max()) + STEP_S, STEP_S):
+        waited = np.minimum(ended, end_s) - np.maximum(begun, end_s - WINDOW_S)
+        waited = np.clip(waited, 0.0, None)
+        if waited[slow].sum() > waited.sum() / 2:
+            last_s = float(end_s)
+    return last_s - killed_s
 
 
 async def recoveries(
@@ -116,15 +126,19 @@ async def recoveries(
     every = [True] * spells.kills + [False] * spells.unhurt
     draw.shuffle(every)
     found: dict[bool, list[float]] = {True: [], False: []}
+    before: list[float] = []
     for kills in every:
-        found[kills].append(await _spell(clients, usual, spells, draw if kills else None))
-    return Recoveries(tuple(found[True]), tuple(found[False]))
+        answers, middle_s = await _spell(clients, spells, draw if kills else None)
+        found[kills].append(recovered_s(answers, usual, middle_s))
+        early = [one for one in answers if one.ended_s <= middle_s]
+        before += [float(np.median(slower(early, usual)))] if early else []
+    return Recoveries(tuple(found[True]), tuple(found[False]), tuple(before))
 
 
 async def _spell(
-    clients: _Clients, usual: Mapping[int, float], spells: Spells, draw: random.Random | None
-) -> float:
-    """Return when a kill in the middle of a spell was over; None: nobody is killed."""
+    clients: _Clients, spells: Spells, draw: random.Random | None
+) -> tuple[list[Answer], float]:
+    """Return a spell's answers and its middle, where a worker is killed; None: nobody is."""
     await clients.target.whole()
     clock = asyncio.get_running_loop().time
     middle_s = clock() + spells.before_s
@@ -137,7 +151,7 @@ async def _spell(
         if spells.ends_early:
             await clients.target.whole()
             until.time_s = min(until.time_s, clock() + spells.before_s)
-        return recovered_s(await answers, usual, middle_s)
+        return await answers, middle_s
     finally:
         answers.cancel()
 

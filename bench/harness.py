@@ -179,7 +179,7 @@ def ratio(pairs: Sequence[Pair], *, seed: int = 0) -> Estimate:
 
 
 def machine() -> dict[str, Cell]:
-    """Return what the figures depend on: processor, the kernels it runs, cores, memory, system.
+    """Return what the figures depend on: processor, its instructions, cores, memory, system.
 
     Virtual machines of one name have processors of several generations.
     """
@@ -192,7 +192,7 @@ def machine() -> dict[str, Cell]:
     cores = len(os.sched_getaffinity(0))
     return {
         "cpu": model,
-        "kernel": available()[0],
+        "isa": available()[0],
         "cores": cores,
         "memory_bytes": memory,
         "system": platform.system(),

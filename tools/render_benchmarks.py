@@ -57,11 +57,11 @@ def block(document: dict[str, Any]) -> str:
     """Return a result file's tables with where and how they came about."""
     meta = document["meta"]
     machine = meta["machine"]
-    kernel = f" ({machine['kernel']})" if "kernel" in machine else ""
+    isa = f" ({machine['isa']})" if "isa" in machine else ""
     params = ", ".join(f"{name} {value}" for name, value in meta["params"].items())
     lines = [
         f"`{document['name']}`, {meta['date'][:10]}, commit `{meta['commit'][:12]}`.",
-        f"Machine: {machine['cpu']}{kernel}, {machine['cores']} cores. {params}.",
+        f"Machine: {machine['cpu']}{isa}, {machine['cores']} cores. {params}.",
         "",
     ]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}

@@ -105,7 +105,8 @@ def source_of(name: str, document: Mapping[str, Any]) -> Source:
     meta = document["meta"]
     if meta["params"].get("quick"):
         raise MixedResultsError(f"{name}: a quick run is no record; run it without --quick")
-    machine = f"{meta['machine']['cpu']}, {meta['machine']['cores']} cores"
+    told = meta["machine"]
+    machine = f"{told['cpu']}, {told['cores']} cores{', ' + told['isa'] if 'isa' in told else ''}"
     return Source(meta["date"], meta["commit"], machine)
 
 

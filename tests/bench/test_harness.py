@@ -91,7 +91,7 @@ def test_the_document_has_the_agreed_shape(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert list(document) == ["name", "meta", "rows", "summary"]
     assert set(document["meta"]) == {"commit", "machine", "date", "params", "versions"}
-    assert document["meta"]["machine"]["kernel"] in {"avx512", "avx2", "portable"}
+    assert document["meta"]["machine"]["isa"] in {"avx512", "avx2", "portable"}
     assert document["summary"] == {"speed": pytest.approx(2.1)}
     assert document["rows"][0] == {"pair": 0, "tokens_per_s": 10.5}
     assert document["rows"][1]["status"] == "shown"

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pytest
 
 from bench import disagg_clients
 from bench.disagg_clients import Plan, Question, Storm, Tokens, Told, events, is_wrong, questions
 from bench.disagg_faults import FaultRun, fault_figures, fault_row
 from bench.disagg_recovery import (
-    WINDOW,
+    WINDOW_S,
     Answer,
     Recoveries,
     Spells,
     recovered_s,
     recoveries,
+    slower,
     usual_s,
 )
 from kvkeep.disagg import fleet as fleets
@@ -267,23 +269,50 @@ def test_what_happens_is_drawn_from_the_seed() -> None:
     assert first[-1][0] < SMALL.requests
 
 
+TOOK = {0: 0.1, 1: 1.0}
+"""What two questions usually take."""
+
+
+def asked_for(begin_s: float, end_s: float, slower: float = 1.0) -> list[Answer]:
+    """Return what a client gets that asks both in turn, each so many times slower."""
+    found: list[Answer] = []
+    while begin_s < end_s:
+        question = len(found) % 2
+        found.append(Answer(question, begin_s, begin_s + slower * TOOK[question]))
+        begin_s = found[-1].ended_s
+    return found
+
+
 def test_recovery_is_from_when_on_no_window_is_slow() -> None:
-    took = {0: 1.0, 1: 10.0}
+    before, after = asked_for(0.0, 20.0), asked_for(40.0, 80.0)
+    assert usual_s(before) == pytest.approx(TOOK)
+    usual = [*before, *asked_for(20.0, 40.0), *after]
+    assert recovered_s(usual, TOOK, 20.0) == 0.0, "one question takes longer than another"
+    slow = [*before, *asked_for(20.0, 40.0, 2.0), *after]
+    assert 20.0 < recovered_s(slow, TOOK, 20.0) < 20.0 + WINDOW_S
+    never = [*before, *asked_for(20.0, 80.0, 2.0)]
+    assert recovered_s(never, TOOK, 20.0) >= 60.0
+    always = [*asked_for(0.0, 20.0, 2.0), *asked_for(20.0, 80.0, 2.0)]
+    assert recovered_s(always, TOOK, 20.0) == 0.0, "all was slow before: `before` says so"
+    assert np.median(slower(always, TOOK)) == pytest.approx(2.0)
 
-    def answers(begin_s: float, count: int, slower: float = 1.0) -> list[Answer]:
-        ends = [(at % 2, begin_s + at / 10) for at in range(count)]
-        return [Answer(one, end_s - slower * took[one], end_s) for one, end_s in ends]
 
-    quick, slow = answers(30.0, 4 * WINDOW), answers(16.0, WINDOW, 3.0)
-    assert usual_s(quick) == pytest.approx(took)
-    assert recovered_s(quick, took, 10.5) == 0.0, "one question takes longer than another"
-    found = recovered_s([*slow, *quick], took, 10.5)
-    assert slow[-1].ended_s - 10.5 < found < quick[WINDOW].ended_s - 10.5
-    assert recovered_s([*slow[:20], *quick], took, 10.5) == 0.0, "a few are chance"
-    never = answers(11.0, 2 * WINDOW, 3.0)
-    assert recovered_s(never, took, 10.5) == never[-1].ended_s - 10.5
-    before = answers(0.0, 100, 2.5)
-    assert recovered_s([*before, *never], took, 10.5) == 0.0, "all was slow before"
+@pytest.mark.parametrize("clients", [1, 3])
+def test_a_stall_counts_for_as_long_as_it_lasts(clients: int) -> None:
+    """Few answers end while clients wait, and none of them tells of anybody else's."""
+    before, after = asked_for(0.0, 20.0), asked_for(45.0, 80.0)
+    stalled = [Answer(0, 20.0, 45.0)]
+    found = recovered_s([*before, *clients * stalled, *clients * after], TOOK, 20.0)
+    assert 25.0 <= found < 25.0 + WINDOW_S
+    assert recovered_s([*before, *clients * stalled], TOOK, 20.0) >= 25.0, "nothing comes after"
+    hardly = [*before, *asked_for(20.0, 21.0, 2.0)]
+    assert recovered_s(hardly, TOOK, 20.0) > 0.0, "shorter than a window"
+
+
+def test_a_slow_answer_among_many_is_chance() -> None:
+    usual = asked_for(0.0, 80.0)
+    found = recovered_s([*usual, *usual, Answer(0, 50.0, 51.0)], TOOK, 20.0)
+    assert found == 0.0
 
 
 class Quick:
@@ -325,29 +354,32 @@ async def test_a_quick_watch_ends_once_all_serve_again_and_not_before() -> None:
 async def test_who_is_slow_for_as_long_as_a_worker_is_away_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bench.disagg_recovery.WINDOW", 8)
+    monkeypatch.setattr("bench.disagg_recovery.WINDOW_S", 0.2)
+    monkeypatch.setattr("bench.disagg_recovery.STEP_S", 0.02)
+    monkeypatch.setattr("bench.disagg_recovery.SLOWER", 3.0)
 
     class Slower(Quick):
         async def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
             if not self.again.is_set():
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
             async for chunk in super().submit(request):
                 yield chunk
 
-    found = await recoveries(Slower(0.3), FEW, Spells(2, 0, 0.2, 1.0), random.Random(1))
-    assert all(0.2 < took < 0.7 for took in found.killed_s), found
+    found = await recoveries(Slower(0.5), FEW, Spells(2, 0, 0.2, 1.5), random.Random(1))
+    assert all(0.3 < took < 1.2 for took in found.killed_s), found
 
 
 def test_figures_are_counts_of_all_requests() -> None:
     run = FaultRun(
         requests=500, ends={"answered": 240, "left": 250, "error": 10}, events={"kill": 10},
         refused={"version": 1, "shield": 1}, hung=0, wrong=1, leaked_pages=0, late_s=-0.5,
-        recovered=Recoveries((4.0,) * 10, (0.0,) * 5),
+        recovered=Recoveries((4.0,) * 10, (0.0,) * 5, (1.25,) * 15),
     )  # fmt: skip
     figures = {one.name: one.row() for one in fault_figures(run)}
     assert [figures[name]["status"] for name in ("hung_clients", "leaked_pages")] == ["shown"] * 2
     assert figures["wrong_tokens"]["status"] == "missed"
     assert (figures["recovered_s"]["median"], figures["recovered_s"]["status"]) == (4.0, "shown")
+    assert figures["slower_between_kills"]["median"] == 1.25
     assert (figures["recovered_s_unhurt"]["median"], figures["recovered_s_unhurt"]["goal"]) == (
         0,
         None,

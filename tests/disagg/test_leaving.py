@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvkeep.cache.tiers import OpenRows
-from kvkeep.engine.rows import RowStore
+from kvkeep.engine.api import Handover
+from kvkeep.engine.rows import NewRows, RowStore
 from tests.disagg.pairs import answers, engine_options, pair_of
 from tests.disagg.test_handover import DRAWN, PROMPTS
-from tests.engines import request
+from tests.e2e.test_composition import prompt_of
+from tests.engines import core_for, drive, request
 
 
 @pytest.mark.parametrize("kv", ["bf16", "k2v2", "auto"])
@@ -45,3 +49,36 @@ async def test_they_are_the_steps_own_where_it_has_all_of_them(
     assert same
     assert all(same)
     assert bool(reads) is read_back
+
+
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+def test_each_prompt_of_a_step_has_its_own(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    begun: set[int] = set()
+    same: list[bool] = []
+    told = NewRows.told
+
+    def noted(self: NewRows, at: int, count: int) -> bytes:
+        begun.add(at)
+        return told(self, at, count)
+
+    monkeypatch.setattr(NewRows, "told", noted)
+    core = core_for(tiny["qwen2"], threads=1, kv=kv, max_num_batched_tokens=1024, chunk_tokens=1024)
+    runner = core._runner
+
+    class Listens:
+        def layer_closed(self, *_: object) -> None:
+            """Pages are of no interest."""
+
+        def rows_stored(self, rows: OpenRows, layer: int, data: bytes) -> None:
+            same.append(data == runner._rows.read(rows, layer))
+
+    runner._parts = replace(runner._parts, listeners=(Listens(),))
+    handover = Handover(role="prefill", key=bytes(32))
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((150, 333, 70))]
+    asked = [request(one, DRAWN, id=str(i)) for i, one in enumerate(prompts)]
+    drive(core, [msgspec.structs.replace(one, handover=handover) for one in asked])
+    assert len(begun) == 3, "one step had all of them"
+    assert all(same)
+    assert len(same) == 3 * core.info.num_layers

@@ -129,12 +129,18 @@ class Crew:
                 with suppress(_DiedAnyway):
                     await self._restart(name)
 
-    async def scale(self, role: Role, count: int) -> None:
-        """Have so many workers of a role: the last ones are drained, or new ones are started."""
+    async def scale(self, role: Role, count: int, *, now: int | None = None) -> None:
+        """Have so many workers of a role: the last ones are drained, or new ones are started.
+
+        `now`: how many there are to the caller's knowledge; where others have come or gone
+        meanwhile nothing is done.
+        """
         if count < (role == "decode"):
             raise ConfigError(f"{role}: {count} workers are too few")
         async with self._changing:
             have = sorted(m.name for m in self.members.values() if m.role == role)
+            if now is not None and len(have) != now:
+                return
             want = [_name(role, i) for i in range(count)]
             for name in want:
                 if name not in have:

@@ -1,9 +1,10 @@
 """Which workers serve a prompt: rendezvous hashing of (tenant, first page) over an epoch's members.
 
 The choice reads the tenant, its prompt's first page and the epoch's configuration, and nothing
-else: no load, no cache, no other tenant. So nobody's traffic moves another's hits. Members that
-join or leave count from the next epoch on; one that has died is passed over at once, and only the
-prompts that were placed on it move.
+else: no load, no cache, no other tenant. So nobody's traffic moves another's hits, unless an
+operator has the members follow the load (`disagg/scaling.py`). Those that join or leave count from
+the next epoch on; one that has died is passed over at once, and only the prompts that were placed
+on it move.
 """
 
 from __future__ import annotations
