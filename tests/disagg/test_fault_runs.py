@@ -360,8 +360,7 @@ async def test_who_is_slow_for_as_long_as_a_worker_is_away_is_seen(
 
     class Slower(Quick):
         async def submit(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-            if not self.again.is_set():
-                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02 if self.again.is_set() else 0.2)
             async for chunk in super().submit(request):
                 yield chunk
 
