@@ -142,9 +142,11 @@ class Processes:
 
     async def disguise(self, draw: random.Random, what: Literal["version", "seal"]) -> None:
         """Kill a worker and have another come in its place that must not join."""
-        every = await self._workers()
-        serving = [one for one in every if one.state == "serving"]
-        worker, folder = draw.choice(serving or every), Path(self._routed.folder)
+        folder = Path(self._routed.folder)
+        async with asyncio.timeout(WHOLE_S):  # one that starts already is told nothing
+            while not (serving := list(filter(self._serves, await self._workers()))):  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_S)  # they are in another process
+        worker = draw.choice(serving)
         before = len(refusals(folder))
         (folder / f"{worker.name}.{what}").touch()
         self._signal(worker.pid, signal.SIGKILL)
