@@ -11,6 +11,7 @@ import pytest
 
 from kvkeep.cache.tiers import OpenRows
 from kvkeep.engine.api import Handover
+from kvkeep.engine.engine import EngineCore
 from kvkeep.engine.rows import NewRows, RowStore
 from tests.disagg.pairs import answers, engine_options, pair_of
 from tests.disagg.test_handover import DRAWN, PROMPTS
@@ -51,21 +52,9 @@ async def test_they_are_the_steps_own_where_it_has_all_of_them(
     assert bool(reads) is read_back
 
 
-@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
-def test_each_prompt_of_a_step_has_its_own(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kv: str
-) -> None:
-    begun: set[int] = set()
-    same: list[bool] = []
-    told = NewRows.told
-
-    def noted(self: NewRows, at: int, count: int) -> bytes:
-        begun.add(at)
-        return told(self, at, count)
-
-    monkeypatch.setattr(NewRows, "told", noted)
-    core = core_for(tiny["qwen2"], threads=1, kv=kv, max_num_batched_tokens=1024, chunk_tokens=1024)
-    runner = core._runner
+def left(core: EngineCore, prompts: list[list[int]]) -> list[bool]:
+    """Return of each layer's rows of each prompt, one a tenant, whether they are those in pages."""
+    runner, same = core._runner, []
 
     class Listens:
         def layer_closed(self, *_: object) -> None:
@@ -76,9 +65,28 @@ def test_each_prompt_of_a_step_has_its_own(
 
     runner._parts = replace(runner._parts, listeners=(Listens(),))
     handover = Handover(role="prefill", key=bytes(32))
-    prompts = [prompt_of(length, seed) for seed, length in enumerate((150, 333, 70))]
-    asked = [request(one, DRAWN, id=str(i)) for i, one in enumerate(prompts)]
+    asked = [request(one, DRAWN, id=name, tenant=name) for name, one in zip("ab", prompts)]
     drive(core, [msgspec.structs.replace(one, handover=handover) for one in asked])
-    assert len(begun) == 3, "one step had all of them"
-    assert all(same)
-    assert len(same) == 3 * core.info.num_layers
+    assert len(same) == 2 * core.info.num_layers
+    return same
+
+
+@pytest.mark.parametrize("kv", ["bf16", "k2v2"])
+@pytest.mark.parametrize(("rows", "own"), [(512, 2), (70, 0)])
+def test_each_prompt_of_a_step_has_its_own(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kv: str, rows: int, own: int
+) -> None:
+    """In chunks of 70 both end in one step, and what leaves of them was begun in one before."""
+    begun: set[int] = set()
+    told = NewRows.told
+
+    def noted(self: NewRows, at: int, count: int) -> bytes:
+        begun.add(at)
+        return told(self, at, count)
+
+    monkeypatch.setattr(NewRows, "told", noted)
+    core = core_for(
+        tiny["qwen2"], threads=1, kv=kv, max_num_batched_tokens=2 * rows, chunk_tokens=rows
+    )
+    assert all(left(core, [prompt_of(209, 1), prompt_of(150, 2)]))
+    assert len(begun) >= own
